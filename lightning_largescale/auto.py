@@ -1,0 +1,261 @@
+"""LargeScaleAutoStrategy: looks at the hardware and the step, plans, then is a LargeScaleStrategy.
+
+Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Learning Training", section 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from rich.console import Console
+from torch import nn
+from torch.distributed.constants import default_pg_timeout
+from torch.nn.parameter import is_lazy
+from typing_extensions import override
+
+from lightning_largescale import compat
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
+from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.planner import Report, find_plans
+from lightning_largescale.planner.panel import after_fit, setup_panel
+from lightning_largescale.planner.search import check_allow
+from lightning_largescale.precision import asked_precision
+from lightning_largescale.sample import random_state_kept, sample_batch
+from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.units import parse_bytes
+from lightning_largescale.workload import Workload
+
+_Value = TypeVar("_Value")
+_STEPS = {
+    TrainerFn.FITTING: ("training_step", RunningStage.TRAINING),
+    TrainerFn.VALIDATING: ("validation_step", RunningStage.VALIDATING),
+    TrainerFn.TESTING: ("test_step", RunningStage.TESTING),
+    TrainerFn.PREDICTING: ("predict_step", RunningStage.PREDICTING),
+}
+# Enough intervals for a steady median, few enough to cost nothing.
+_TIMED_STEPS = 1000
+
+
+class LargeScaleAutoStrategy(LargeScaleStrategy):
+    """Trains under the plan that is predicted to be the fastest of those that fit; `report` says why.
+
+    The plan is decided when the trainer sets the strategy up: the hardware is detected and measured (cached), one step
+    is traced on fake tensors, and every admissible plan is priced. Rank 0 decides and tells the others.
+
+    Args:
+        memory_budget: bytes, or text such as "6GiB", that one rank may hold in all on its device: on CPU the process's
+            resident memory, what is there before included. Without it, 90% of what is free, beside what is held.
+        allow: values that change numerics and may be chosen all the same: "bf16-mixed".
+        sample_batch: a batch to trace with, in place of one from the trainer's own loader.
+        plan_out: file that the chosen plan's JSON is written to, for `LargeScaleStrategy(path)`.
+        start_method: as for `LargeScaleStrategy`.
+        process_group_backend: as for `LargeScaleStrategy`.
+        timeout: as for `LargeScaleStrategy`.
+
+    Raises:
+        PlanError: an argument is not accepted; at setup, nothing fits.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_budget: int | str | None = None,
+        allow: Sequence[str] = (),
+        sample_batch: Any = None,
+        plan_out: str | Path | None = None,
+        start_method: Literal["popen", "fork", "spawn"] | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            Plan(), start_method=start_method, process_group_backend=process_group_backend, timeout=timeout
+        )
+        self._memory_budget = None if memory_budget is None else parse_bytes(memory_budget, name="memory_budget")
+        check_allow(allow)
+        self._allow = tuple(allow)
+        self._sample_batch = sample_batch
+        self._plan_out = plan_out
+        self.report: Report | None = None
+        self._planned_for: tuple[object, TrainerFn | None] = (None, None)
+        self._step_starts: deque[float] = deque(maxlen=_TIMED_STEPS)
+
+    @override
+    def _decide(self, trainer: Trainer) -> Plan:
+        self._step_starts.clear()
+        sharded = sharded_state(self._module())
+        if sharded is not None and self._planned_for[0] is not self._module():
+            # Another strategy divided it, and it can be neither traced nor divided again.
+            self.report = None
+            return sharded.plan
+        if self._keeps_plan(trainer):
+            start_peak(self.root_device.type)
+            return self.plan
+        kind = self.root_device.type
+        shown = _shows_panel(trainer)
+        hardware = Hardware.detect(
+            accelerator=kind,
+            environment=self.cluster_environment,
+            ranks_per_node=self.num_processes,
+            nodes=self.num_nodes,
+        ).calibrate(progress=shown)
+        batch, notes = self._batch(trainer)
+        module = self._module()
+        # What the model takes now is there for it, and counted again in every plan.
+        free_bytes = hardware.memory_free_bytes + _own_bytes(module, kind)
+        ranks = self._gathered((free_bytes, _held_beside(module, kind)))
+        self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, batch, notes, ranks))
+        best = self.report.best
+        self._planned_for = (module, trainer.state.fn)
+        start_peak(kind)
+        if self.is_global_zero:
+            if self._plan_out is not None:
+                best.save(self._plan_out)
+            if shown:
+                Console().print(setup_panel(self.report))
+        return best
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._step_starts.append(time.perf_counter())
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.report is None:
+            return
+        measured = self._gathered((peak_bytes(self.root_device.type), self._median_step_seconds()))
+        if self.is_global_zero and _shows_panel(self._module().trainer):
+            peaks = [peak for peak, _ in measured if peak is not None]
+            print(after_fit(self.report.best_estimate, max(peaks, default=None), measured[0][1]), flush=True)
+
+    def _keeps_plan(self, trainer: Trainer) -> bool:
+        """Whether the plan in force serves: the same module, and it was planned for training or is only evaluated now.
+
+        A module that is sharded already stays so.
+        """
+        module, planned_for = self._planned_for
+        if module is not self.lightning_module:
+            return False
+        return planned_for == TrainerFn.FITTING or trainer.state.fn != TrainerFn.FITTING or self.plan.dp_shard > 1
+
+    def _batch(self, trainer: Trainer) -> tuple[Any, tuple[str, ...]]:
+        """A batch to trace with, as the loader gives it, and what is to be said about it; None on ranks but 0."""
+        batch = self._sample_batch
+        notes: tuple[str, ...] = ()
+        if batch is None:
+            try:
+                batch = sample_batch(trainer, peek=self.is_global_zero)
+            except Exception as error:
+                # Some loaders can only be made once the run is under way; then the run itself tells what is wrong.
+                notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
+        return batch if self.is_global_zero else None, notes
+
+    def _plans(
+        self, trainer: Trainer, hardware: Hardware, batch: Any, notes: tuple[str, ...], ranks: list[tuple[int, int]]
+    ) -> Report:
+        """The report of a search; `ranks` has the free bytes of each rank and those it holds beside the model."""
+        module = self._module()
+        asked = asked_precision(self.precision_plugin)
+        precisions = (asked,) if asked else ("32-true", *self._allow)
+        step, _ = _STEPS[trainer.state.fn or TrainerFn.FITTING]
+        if batch is None and module.example_input_array is not None:
+            step, batch = "forward", module.example_input_array
+            notes = (*notes, "forward was traced on example_input_array")
+        with _running(trainer), random_state_kept():
+            if batch is not None and step != "forward":
+                # As the step will see it, but on the CPU.
+                batch = compat.before_transfer(module, batch)
+                batch = self.batch_to_device(batch, device=torch.device("cpu"))
+            workload = Workload.trace(module, batch, step=step, precisions=precisions, device_type=hardware.kind)
+        if workload.parameters and trainer.state.fn == TrainerFn.FITTING and not workload.optimizers:
+            raise PlanError(f"{workload.name} has no optimizer; return one from configure_optimizers to train it.")
+        return find_plans(
+            dataclasses.replace(workload, approximate=(*notes, *workload.approximate)),
+            dataclasses.replace(hardware, memory_free_bytes=min(free for free, _ in ranks)),
+            allow=self._allow,
+            memory_budget=self._memory_budget,
+            baseline_bytes=max(_held_beside(module, hardware.kind), *(held for _, held in ranks)),
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            precision=asked,
+        )
+
+    def _module(self) -> LightningModule:
+        if self.lightning_module is None:
+            raise RuntimeError("the Trainer has not given the strategy its module yet")
+        return self.lightning_module
+
+    def _told_by_rank_zero(self, decide: Callable[[], Report]) -> Report:
+        """What `decide` returns on rank 0, on every rank; its error too, so that no rank waits for one that failed."""
+        outcome: Report | PlanError | None = None
+        if self.is_global_zero:
+            try:
+                outcome = decide()
+            except Exception as error:
+                self.broadcast(PlanError(f"rank 0 could not plan ({type(error).__name__}: {error})."))
+                raise
+        outcome = self.broadcast(outcome)
+        if not isinstance(outcome, Report):
+            raise outcome or PlanError("rank 0 sent no report.")
+        return outcome
+
+    def _gathered(self, value: _Value) -> list[_Value]:
+        """Every rank's `value`, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def _median_step_seconds(self) -> float | None:
+        """From one micro-batch's start to the next one's, times the micro-batches of a step."""
+        starts = list(self._step_starts)
+        if len(starts) < 2 or self.report is None:
+            return None
+        return self.report.accumulate_grad_batches * statistics.median(b - a for a, b in itertools.pairwise(starts))
+
+
+def _held_beside(module: nn.Module, kind: str) -> int:
+    """Bytes this process holds on its device tier beside the module's own parameters and buffers."""
+    release_free_memory()
+    return max(0, held_bytes(kind) - _own_bytes(module, kind))
+
+
+def _own_bytes(module: nn.Module, kind: str) -> int:
+    """Bytes of the module's parameters and buffers on the device tier; each storage once."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == kind and not is_lazy(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@contextlib.contextmanager
+def _running(trainer: Trainer) -> Iterator[None]:
+    """Within, the trainer's stage is the one that is about to run, which hooks and steps may ask for."""
+    before = trainer.state.stage
+    trainer.state.stage = _STEPS[trainer.state.fn or TrainerFn.FITTING][1]
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
+
+
+def _shows_panel(trainer: Trainer) -> bool:
+    """Whether the user wants to be told: `enable_model_summary=False` and `barebones` say no."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+    return any(isinstance(callback, ModelSummary) for callback in callbacks)

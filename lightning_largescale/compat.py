@@ -1,0 +1,321 @@
+"""Every use of a private torch or Lightning API, one function each, with what would replace it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_unflatten
+
+# The launchers that Lightning's own DDPStrategy uses, as base classes of ours: names rather than functions, since a
+# class cannot derive from what a function returns and keep its types. Replaced by public launcher classes.
+MultiProcessingLauncher = _MultiProcessingLauncher
+SubprocessScriptLauncher = _SubprocessScriptLauncher
+
+# Base class of what sees every operation below autograd, in `__torch_dispatch__`. Replaced by a public name for it.
+DispatchMode = TorchDispatchMode
+
+
+def loader_source(loop: Any) -> Any:
+    """Where a loop gets its loaders from; None when the user gave none, or the loop has them already.
+
+    Replaced by a public way to ask a loop for its loaders before it runs.
+    """
+    if loop._combined_loader is not None or loop._data_source.instance is None or not loop._data_source.is_defined():
+        return None
+    return loop._data_source
+
+
+def request_loaders(source: Any) -> Any:
+    """The loaders of `source`, asked as Lightning asks, so that it can inject its samplers later.
+
+    Replaced by a public `Trainer.request_dataloader`; the context inside captures the loader's arguments for that
+    injection.
+    """
+    from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+
+    return _request_dataloader(source)
+
+
+def keep_loaders(loop: Any, source: Any, loaders: Any) -> None:
+    """Give `loaders` to the loop when it next asks `source`, and what the user's hook returns from then on.
+
+    Replaced by a public setter of a loop's loaders.
+    """
+    from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+
+    instance = source.instance
+
+    class KeptSource(_DataLoaderSource):
+        def dataloader(self) -> Any:
+            loop._data_source = source
+            if self.instance is instance:
+                return loaders
+            # The run that these were asked for failed before it took them, and this one has others.
+            source.instance = self.instance
+            return source.dataloader()
+
+    loop._data_source = KeptSource(source.instance, source.name)
+
+
+def combine_batches(combined: Any, batches: list[Any]) -> Any:
+    """One batch of each of `combined`'s loaders, in the structure that the training step receives.
+
+    Replaced by a public peek of CombinedLoader.
+    """
+    if combined._mode == "sequential":
+        return batches[0]
+    return tree_unflatten(batches, combined._spec)
+
+
+def share_threads(num_processes: int) -> None:
+    """Give this process its share of the node's cores as torch threads, unless OMP_NUM_THREADS says otherwise.
+
+    Replaced by a public function of Lightning; its launchers call this one.
+    """
+    _set_num_threads_if_needed(num_processes=num_processes)
+
+
+def abort_process_groups() -> None:
+    """Close all nccl communicators of this process without waiting for the collectives under way.
+
+    Replaced by a public `torch.distributed.abort_process_group`; the public `destroy_process_group` waits.
+    """
+    from torch.distributed.distributed_c10d import _abort_process_group
+
+    _abort_process_group()
+
+
+def check_main_guard() -> None:
+    """Raise where a spawned child came to start processes itself, its script lacking `if __name__ == "__main__"`.
+
+    Replaced by a public check in Lightning.
+    """
+    from lightning.fabric.strategies.launchers.multiprocessing import _check_missing_main_guard
+
+    _check_missing_main_guard()
+
+
+def global_states() -> Any:
+    """Random number generators and determinism flags of this process, to be restored in a spawned one.
+
+    Replaced by a public snapshot in Lightning; its launcher restores what it is given.
+    """
+    from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot
+
+    return _GlobalStateSnapshot.capture()
+
+
+def compiled_module(module: Any) -> Any:
+    """The module inside what `torch.compile(module)` returned; `module` itself when it is none such.
+
+    Replaced by a public way from an OptimizedModule to the module it wraps.
+    """
+    from torch import nn
+
+    inner = module.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def all_children(module: Any) -> list[tuple[str, Any]]:
+    """The children of `module` by name, one object as often as it stands there.
+
+    Replaced by `named_children(remove_duplicate=False)`.
+    """
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def all_gather_tensor(output: Any, tensor: Any) -> None:
+    """Gather every rank's `tensor` into `output`, one after the other, over the default process group.
+
+    Replaced by `torch.distributed.all_gather_single` alone once the oldest supported torch has it; torch 2.13 warns of
+    the name that torch 2.11 has.
+    """
+    import torch.distributed as dist
+
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, tensor)
+
+
+def reduce_scatter_tensor(output: Any, tensor: Any) -> None:
+    """Sum `tensor` over the ranks of the default process group, each keeping its part in `output`.
+
+    Replaced by `torch.distributed.reduce_scatter_single` alone, as `all_gather_tensor`.
+    """
+    import torch.distributed as dist
+
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    scatter(output, tensor)
+
+
+def fake_tensor_mode() -> Any:
+    """A mode under which operations compute shapes and types only; tensors from outside may enter it.
+
+    Replaced by a public FakeTensorMode; imported here since the import takes a second.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether `tensor` has a shape and no data.
+
+    Replaced by a public `torch.is_fake`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def data_dependent_errors() -> tuple[type[Exception], ...]:
+    """What a fake tensor raises where an operation needs data: a value, or a shape that follows from values.
+
+    Replaced by public names of these exceptions.
+    """
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    return DataDependentOutputException, DynamicOutputShapeException
+
+
+def without_dispatch_modes() -> Any:
+    """A context in which no dispatch mode is active, so that operations on plain tensors give plain tensors.
+
+    Replaced by a public context; used where a value is read from a tensor that was made outside the modes.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def sequence_number() -> int:
+    """The number that the next autograd node made on this thread gets.
+
+    Replaced by a public way to tell which forward code made a node.
+    """
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def current_node_sequence() -> int | None:
+    """The number of the autograd node that is running on this thread; None outside backward.
+
+    Replaced by a public `torch.autograd.graph.current_node()` whose order can be asked.
+    """
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
+
+
+def mutated_arguments(function: Any) -> tuple[str | int, ...]:
+    """Positions, or names of those by keyword only, of the arguments that an operator writes into.
+
+    Replaced by a public `OpOverload.schema`.
+    """
+    arguments = function._schema.arguments
+    return tuple(
+        argument.name if argument.kwarg_only else position
+        for position, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def own_tensors(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters and the buffers that `module` itself holds, by name; writing into these dicts replaces them.
+
+    Replaced by `setattr`, were it to accept any tensor as a parameter and leave subclasses' own `__setattr__` alone.
+    """
+    return module._parameters, module._buffers
+
+
+def attach_trainer(module: Any, trainer: Any) -> None:
+    """Make `module.trainer` be `trainer`, of any type, and no Fabric; the attributes are plain and can be put back.
+
+    Replaced by `LightningModule.trainer`'s setter, were it to leave submodules alone.
+    """
+    module.__dict__["_trainer"] = trainer
+    module.__dict__["_fabric"] = None
+
+
+def attached_trainer(module: Any) -> Any:
+    """The trainer that `module` belongs to, or None.
+
+    Replaced by `LightningModule.trainer`, were it to return None instead of raising.
+    """
+    return module.__dict__.get("_trainer")
+
+
+def init_process_group(environment: Any, backend: str | None, device: Any, timeout: Any) -> str:
+    """Connect this process to the others of the cluster `environment`, if it is not yet; the backend that is used.
+
+    Replaced by a public function of Lightning; its strategies call this one.
+    """
+    from lightning.fabric.utilities.distributed import (
+        _get_default_process_group_backend_for_device,
+        _init_dist_connection,
+    )
+
+    backend = backend or _get_default_process_group_backend_for_device(device)
+    device_id = None if device.type == "cpu" else device
+    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+    return backend
+
+
+def reduce_tensor(tensor: Any, group: Any, reduce_op: Any) -> Any:
+    """`tensor` reduced over the ranks of `group`, in place; itself where there is no process group.
+
+    Replaced by a public function of Lightning that understands its names of operations, as "mean".
+    """
+    from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+
+    return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+
+
+def set_rank_zero(rank: int) -> None:
+    """Let `rank_zero_only` and what is built on it know the rank of this process.
+
+    Replaced by a public setter in Lightning.
+    """
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
+    from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+
+    rank_zero_only.rank = utils_rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+
+def evaluation_batches(trainer: Any) -> list[int | float]:
+    """How many batches of each loader this rank has in the evaluation under way; infinite where that is not known.
+
+    Replaced by a public property of the Trainer for its active loop.
+    """
+    return list(trainer._active_loop.max_batches)
+
+
+def forget_forward(module: Any) -> None:
+    """Let FSDP2 not take the `forward` of `module`, which `fully_shard` was applied to, for its forward any more.
+
+    Replaced by a public way to name the methods that count; `register_fsdp_forward_method` only adds one.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+
+
+def before_transfer(module: Any, batch: Any) -> Any:
+    """`batch` as the module's, or its datamodule's, `on_before_batch_transfer` makes it.
+
+    Replaced by a public method of the strategy, as `Strategy.batch_to_device` is for the hooks that follow.
+    """
+    return module._on_before_batch_transfer(batch)
+
+
+def map_tensors(change: Any, nested: Any) -> Any:
+    """`nested` dicts, lists and tuples with `change(leaf)` in the place of each leaf.
+
+    Replaced by a public name for `torch.utils._pytree.tree_map`.
+    """
+    from torch.utils._pytree import tree_map
+
+    return tree_map(change, nested)

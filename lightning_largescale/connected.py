@@ -1,0 +1,119 @@
+"""ConnectedStrategy: the processes of a run and what they say to one another; no model."""
+
+from __future__ import annotations
+
+from abc import ABC
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_largescale import compat
+from lightning_largescale.launch import watch_peers
+from lightning_largescale.plan import PlanError
+
+_Value = TypeVar("_Value")
+
+
+class ConnectedStrategy(ParallelStrategy, ABC):
+    """One process a device, connected by torch.distributed; a single process is connected to nothing.
+
+    Args:
+        process_group_backend: torch.distributed's name; None takes the device's default.
+        timeout: how long a collective may wait for the other ranks.
+    """
+
+    def __init__(self, *, process_group_backend: str | None, timeout: timedelta | None) -> None:
+        super().__init__()
+        self.num_nodes = 1
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        """The trainer's accelerator: CPU or CUDA."""
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        if accelerator is not None and not isinstance(accelerator, CPUAccelerator | CUDAAccelerator):
+            name = type(accelerator).__name__.removesuffix("Accelerator").lower()
+            raise PlanError(
+                f"accelerator={name!r} is not one that {type(self).__name__} trains on;"
+                " use accelerator='cpu' or 'cuda'."
+            )
+        self._accelerator = accelerator
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        """The device of this rank."""
+        return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
+
+    @property
+    def num_processes(self) -> int:
+        """Number of ranks on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether loaders are to be divided among ranks."""
+        return self.num_processes * self.num_nodes > 1
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Arguments of a DistributedSampler: all ranks are data parallel."""
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """torch.distributed's name of what carries the collectives."""
+        return self._process_group_backend
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment which of how many ranks this process is."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        compat.set_rank_zero(self.global_rank)
+
+    @override
+    def setup_environment(self) -> None:
+        """Connect the ranks; a single process connects to nothing."""
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        if self.is_distributed:
+            self._process_group_backend = compat.init_process_group(
+                self.cluster_environment, self._process_group_backend, self.root_device, self._timeout
+            )
+            watch_peers(self)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank is here."""
+        if self.is_distributed and dist.is_initialized():
+            ids = [self.root_device.index] if dist.get_backend() == "nccl" else None
+            dist.barrier(device_ids=ids)
+
+    @override
+    def broadcast(self, obj: _Value, src: int = 0) -> _Value:
+        """What rank `src` gives as `obj`, on every rank."""
+        if not (self.is_distributed and dist.is_initialized()):
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """`tensor` reduced over all ranks; what is no tensor is returned as it is."""
+        return compat.reduce_tensor(tensor, group, reduce_op) if isinstance(tensor, Tensor) else tensor

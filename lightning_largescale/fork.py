@@ -1,0 +1,184 @@
+"""Ranks as forks (or spawns) of one process that waits for them and gets the trained weights back."""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.multiprocessing.spawn import (
+    ProcessContext,
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
+from typing_extensions import override
+
+from lightning_largescale import compat
+from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, reported, told_in_one_line
+from lightning_largescale.hub import describe_exit
+from lightning_largescale.plan import PlanError
+
+
+class ForkLauncher(compat.MultiProcessingLauncher):
+    """Starts every rank as a fork (or spawn) of this process, which waits and gets the trained weights back."""
+
+    failures: PeerFailures | None = None
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Run `function` in every rank.
+
+        Returns:
+            What rank 0 of the node returns.
+
+        Raises:
+            PlanError: ranks are to be forks and CUDA is initialised here, which a fork cannot use.
+            torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
+        """
+        if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            raise PlanError(
+                "start_method='fork' cannot give the ranks CUDA, which this process has initialised; do not touch"
+                " torch.cuda before fit (restart a notebook's kernel), or run a script with start_method='popen'."
+            )
+        if self._start_method == "spawn":
+            compat.check_main_guard()
+        if self._already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            raise NotImplementedError(
+                f"A Trainer whose ranks are started by {self._start_method} fits once, since loops and optimizers stay"
+                " in the ranks; make a new Trainer, with fit(ckpt_path=...) to go on from a checkpoint."
+            )
+        assert self._strategy.cluster_environment is not None
+        os.environ["MASTER_PORT"] = str(self._strategy.cluster_environment.main_port)
+        queue = mp.get_context(self._start_method).SimpleQueue()
+        states = compat.global_states() if self._start_method == "spawn" else None
+        context = start_processes(  # type: ignore[no-untyped-call]
+            self._wrapping_function,
+            args=(trainer, function, args, kwargs, queue, states),
+            nprocs=len(self._strategy.parallel_devices or ()),
+            start_method=self._start_method,
+            join=False,
+        )
+        self.procs = context.processes
+        join(context)
+        output = queue.get()
+        if trainer is None:
+            return output
+        self._already_fit |= trainer.state.fn == TrainerFn.FITTING
+        self._recover_results_in_main_process(output, trainer)
+        return output.trainer_results
+
+    @override
+    def _wrapping_function(self, process_idx: int, trainer: Trainer | None, *args: Any) -> None:
+        """Be local rank `process_idx`: what Lightning does, and what others need to know if it fails."""
+        if self._start_method == "fork":
+            # GNU OpenMP's threads do not survive a fork but its record of them does: where the parent has computed with
+            # two threads, the first two-thread computation of a fork waits for ever. One thread asks for no others.
+            os.environ["OMP_NUM_THREADS"] = "1"
+            torch.set_num_threads(1)
+        self.failures = PeerFailures(parent=os.getppid())
+        try:
+            with reported(self.failures):
+                super()._wrapping_function(process_idx, trainer, *args)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except BaseException as error:
+            if told_in_one_line(error) is None:
+                raise
+            # Without an error file the parent knows that this rank was not the first to fail.
+            sys.exit(1)
+
+    @override
+    def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
+        """Hand full tensors to the parent, whatever the plan: a collective, entered by all ranks."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return super()._collect_rank_zero_results(trainer, results)
+        module, full = trainer.lightning_module, trainer.strategy.lightning_module_state_dict()
+        # Lightning asks the module, which under a plan holds this rank's shards.
+        module.state_dict = lambda *args, **kwargs: full  # type: ignore[method-assign,assignment]
+        try:
+            return super()._collect_rank_zero_results(trainer, results)
+        finally:
+            del module.state_dict
+
+    @override
+    def _recover_results_in_main_process(self, worker_output: Any, trainer: Trainer) -> None:
+        """Load what rank 0 handed over; a model that `configure_model` builds is built here first, to hold it."""
+        if worker_output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):
+            trainer.lightning_module.configure_model()
+        super()._recover_results_in_main_process(worker_output, trainer)
+
+
+def join(context: ProcessContext) -> None:
+    """Wait for all of `context`'s processes and, when one fails, for the others' end or end them.
+
+    torch's own `join` raises what the process that ended first had to say, which need not be the one that failed first,
+    and waits 30 s for processes that do not heed SIGTERM.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a process raised; with the traceback of the first to fail.
+        torch.multiprocessing.ProcessExitedException: a process was killed, or exited without an exception.
+    """
+    try:
+        failed = _failed_processes(context)
+    finally:
+        _end(context)
+    if not failed:
+        return
+    index = min(failed, key=lambda i: (not os.path.exists(context.error_files[i]), _exit_code(context, i) > 0))
+    pid, code = int(context.processes[index].pid), _exit_code(context, index)
+    if os.path.exists(context.error_files[index]):
+        trace = pickle.loads(Path(context.error_files[index]).read_bytes())
+        raise ProcessRaisedException(
+            f"\n\n-- Process {index} terminated with the following error:\n{trace}", index, pid
+        )
+    raise ProcessExitedException(f"Rank {index} of this node {describe_exit(code)}.", index, pid, code)
+
+
+def _exit_code(context: ProcessContext, index: int) -> int:
+    return int(context.processes[index].exitcode or 0)
+
+
+def _failed_processes(context: ProcessContext) -> list[int]:
+    """Return the processes that failed by themselves, in the order of their ends, when all ended or had time to."""
+    pending = {process.sentinel: index for index, process in enumerate(context.processes)}
+    failed: list[int] = []
+    deadline: float | None = None
+    while pending:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = multiprocessing.connection.wait(list(pending), timeout=left)
+        if not ready:
+            break
+        for sentinel in ready:
+            index = pending.pop(sentinel)
+            context.processes[index].join()
+            if context.processes[index].exitcode:
+                failed.append(index)
+                # Its peers' watchers end them in GRACE_SECONDS; one second more, and they are ended here.
+                deadline = deadline or time.monotonic() + GRACE_SECONDS + 1
+    return failed
+
+
+def _end(context: ProcessContext) -> None:
+    """End the processes that are left: ranks of a failed run, or of one that was interrupted here."""
+    deadline = time.monotonic() + 1
+    try:
+        # After Ctrl-C in a terminal they have the signal too, and close their files and loggers.
+        for process in context.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()

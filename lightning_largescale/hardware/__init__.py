@@ -1,0 +1,7 @@
+"""Hardware: what there is, detected and measured here, named from published figures, or read from a file."""
+
+from __future__ import annotations
+
+from lightning_largescale.hardware.model import Disk, Hardware, Link, Rates
+
+__all__ = ["Disk", "Hardware", "Link", "Rates"]

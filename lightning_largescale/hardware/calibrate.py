@@ -1,0 +1,274 @@
+"""Rates of this machine, measured while every rank works at once, and kept.
+
+Ranks of a node share its cores, memory and disks, so all of them measure the same thing at the same time, and the
+slowest
+counts: a synchronous step waits for it. Rank 0 decides for all what is taken from the cache and what is measured.
+
+Source: measure.py and collectives.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_largescale.hardware.cache import load_rates, store_rates
+from lightning_largescale.hardware.collectives import collective_links, hop_sizes, meet
+from lightning_largescale.hardware.detect import cpu_name
+from lightning_largescale.hardware.hops import lone_links
+from lightning_largescale.hardware.measure import (
+    MatmulSize,
+    copy_links,
+    default_sizes,
+    disk_rates,
+    matmul_rates,
+    memory_bandwidth,
+)
+from lightning_largescale.hardware.memory import machine_memory
+from lightning_largescale.hardware.model import Hardware, Link, Rates
+from lightning_largescale.plan import PlanError
+
+_log = logging.getLogger(__name__)
+
+# What each part may take of the time; the rest is for what happens between them.
+_SHARES = {"matrix products": 0.35, "memory": 0.06, "copies": 0.06, "disk": 0.13, "collectives": 0.3}
+# Scratch tensors take at most this part of what is free, so that measuring does not itself run out of memory.
+_SCRATCH_PART = 16
+
+# What one rank found: fields of Rates.
+Found = dict[str, Any]
+
+
+def calibrate(
+    hardware: Hardware,
+    *,
+    seconds: float = 5.0,
+    progress: bool = True,
+    matmul_sizes: Sequence[MatmulSize] | None = None,
+) -> Hardware:
+    """What `Hardware.calibrate` returns; its docstring has the arguments and errors.
+
+    Source: the module's docstring.
+    """
+    sizes = _check(hardware, seconds, matmul_sizes)
+    fingerprint = _fingerprint(hardware, seconds, sizes)
+    rates = _from_rank_0(lambda: load_rates(fingerprint))
+    if rates is None:
+        rates = _measure(hardware, seconds, sizes, progress=progress)
+        if _rank() == 0:
+            store_rates(fingerprint, rates)
+    return dataclasses.replace(hardware, rates=rates)
+
+
+def _check(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize] | None) -> tuple[MatmulSize, ...]:
+    if hardware.origin != "detected":
+        raise PlanError(
+            f"hardware of origin {hardware.origin!r} cannot be measured, only this machine can; use Hardware.detect()."
+        )
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+        raise PlanError(f"seconds={seconds!r} is not accepted; give a number above 0.")
+    if sizes is None:
+        sizes = default_sizes(hardware.kind)
+    if not sizes or not all(len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size) for size in sizes):
+        raise PlanError(f"matmul_sizes={sizes!r} is not accepted; give (m, k, n) of whole numbers above 0.")
+    if _grouped() and dist.get_world_size() != hardware.world_size:
+        raise PlanError(
+            f"the hardware has {hardware.world_size} ranks and the process group {dist.get_world_size()};"
+            " detect it with the group's environment, ranks_per_node or nodes."
+        )
+    if not _grouped() and hardware.nodes > 1:
+        raise PlanError(
+            f"the links between {hardware.nodes} nodes cannot be measured by one process; calibrate on every rank"
+            " with a process group up, as in torchrun or a Trainer."
+        )
+    return tuple((m, k, n) for m, k, n in sizes)
+
+
+def _fingerprint(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize]) -> dict[str, Any]:
+    """What the rates depend on; limits on memory are not among it."""
+    return {
+        "cpu": cpu_name(),
+        "architecture": platform.machine(),
+        "memory_bytes": machine_memory()[0],
+        "cores": hardware.cores,
+        "threads": torch.get_num_threads(),
+        "kind": hardware.kind,
+        "name": hardware.name,
+        "nodes": hardware.nodes,
+        "ranks_per_node": hardware.ranks_per_node,
+        "interconnect": hardware.interconnect,
+        "backend": dist.get_backend() if _grouped() else None,
+        "disk": _disk_folder(hardware),
+        "torch": torch.__version__,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_sizes": [list(size) for size in sizes],
+        "seconds": seconds,
+    }
+
+
+def _measure(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize], *, progress: bool) -> Rates:
+    device = torch.device("cuda", torch.cuda.current_device()) if hardware.kind == "cuda" else torch.device("cpu")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _bar(progress) as advance:
+        found, error = _alone(hardware, device, seconds, sizes, advance)
+        _all_well(error)
+        if _grouped() and dist.get_world_size() > 1:
+            advance("collectives")
+            found.update(collective_links(found.pop("whole"), found.pop("shard"), _SHARES["collectives"] * seconds))
+        elif hardware.world_size > 1:
+            advance("collectives")
+            found = _shared_out(found, hardware)
+            found.update(lone_links(hardware.kind, hardware.ranks_per_node, _SHARES["collectives"] * seconds))
+    if device.type == "cuda":
+        # Scratch of measuring would otherwise count as the process's memory from here on.
+        torch.cuda.empty_cache()
+    return Rates(**_slowest(_from_all(found)))
+
+
+def _alone(
+    hardware: Hardware,
+    device: torch.device,
+    seconds: float,
+    sizes: Sequence[MatmulSize],
+    advance: Callable[[str], None],
+) -> tuple[Found, Exception | None]:
+    """What a rank measures by itself, each part begun by all ranks together, and the error that stopped it."""
+    most_bytes = hardware.memory_free_bytes // _SCRATCH_PART
+    parts: dict[str, Callable[[float], Found]] = {
+        "matrix products": lambda left: {"matmul": matmul_rates(device, sizes, left, most_bytes=most_bytes)},
+        "memory": lambda left: {"memory_bandwidth": memory_bandwidth(device, left, most_bytes=most_bytes)},
+        "disk": lambda left: _disk(_disk_folder(hardware), left),
+    }
+    if device.type == "cuda":
+        parts["copies"] = lambda left: _copies(device, left, most_bytes)
+    if _grouped() and dist.get_world_size() > 1:
+        parts["scratch"] = lambda left: _scratch(device, most_bytes)
+    found: Found = {}
+    error: Exception | None = None
+    for name, part in parts.items():
+        advance(name)
+        if _grouped():
+            meet(device)
+        try:
+            # After a failure this rank only keeps the others company.
+            found.update(part(_SHARES.get(name, 0.0) * seconds) if error is None else {})
+        except Exception as caught:
+            error = caught
+    return found, error
+
+
+def _copies(device: torch.device, seconds: float, most_bytes: int) -> Found:
+    to_device, to_host = copy_links(device, seconds, most_bytes=most_bytes)
+    return {"host_to_device": to_device, "device_to_host": to_host}
+
+
+def _disk(folder: str, seconds: float) -> Found:
+    """The disk's rates; nothing where it takes no O_DIRECT or is full, which is no reason to fail."""
+    try:
+        read, write = disk_rates(folder, seconds)
+    except OSError as error:
+        _log.info("The disk of %s is not measured: %s.", folder, error)
+        return {}
+    return {"disk_read": read, "disk_write": write}
+
+
+def _scratch(device: torch.device, most_bytes: int) -> Found:
+    """Tensors for the collectives, taken here so that a rank without memory for them fails before the first one."""
+    ranks = dist.get_world_size()
+    count = hop_sizes(ranks, most_bytes)[-1] // 4
+    return {"whole": torch.zeros(ranks * count, device=device), "shard": torch.zeros(count, device=device)}
+
+
+def _disk_folder(hardware: Hardware) -> str:
+    """A folder of the best disk that can be the nvme tier; the temporary folder where there is none."""
+    return next((disk.path for disk in hardware.disks if disk.refused is None), tempfile.gettempdir())
+
+
+def _shared_out(found: Found, hardware: Hardware) -> Found:
+    """One rank's part of what a process measured that had the node to itself."""
+    ranks = hardware.ranks_per_node
+    shared = ["disk_read", "disk_write"] + (["memory_bandwidth"] if hardware.kind == "cpu" else [])
+    found = {name: value / ranks if name in shared else value for name, value in found.items()}
+    if hardware.kind == "cpu":
+        found["matmul"] = {name: rate / ranks for name, rate in found["matmul"].items()}
+    return found
+
+
+def _slowest(ranks: Sequence[Found]) -> Found:
+    """Of every rate the slowest rank's; what a rank could not measure is left out."""
+    common = set.intersection(*(set(found) for found in ranks))
+    return {name: _slower([found[name] for found in ranks]) for name in common}
+
+
+def _slower(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Link):
+        return Link(
+            latency_seconds=max(link.latency_seconds for link in values),
+            bandwidth=min(link.bandwidth for link in values),
+        )
+    if isinstance(values[0], Mapping):
+        common = [name for name in values[0] if all(name in rates for rates in values)]
+        return {name: min(rates[name] for rates in values) for name in common}
+    return min(values)
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _grouped() else 0
+
+
+def _from_rank_0(get: Callable[[], Rates | None]) -> Rates | None:
+    """What `get` returns on rank 0, on every rank."""
+    box = [get() if _rank() == 0 else None]
+    if _grouped():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _from_all(value: Any) -> list[Any]:
+    """Every rank's `value`, on every rank."""
+    if not _grouped():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _all_well(error: Exception | None) -> None:
+    """Raise on every rank where one failed, before any of them waits for it in a collective."""
+    messages = _from_all(None if error is None else f"{type(error).__name__}: {error}")
+    for rank, message in enumerate(messages):
+        if message is not None and (error is None or rank == _rank()):
+            raise RuntimeError(f"rank {rank} failed while the hardware was measured ({message}).") from error
+
+
+@contextmanager
+def _bar(progress: bool) -> Iterator[Callable[[str], None]]:
+    """A function that names the part begun, shown on rank 0 where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    if not progress or _rank() != 0 or not console.is_terminal:
+        yield lambda part: None
+        return
+    columns = (TextColumn("Measuring the hardware:"), BarColumn(), TextColumn("{task.description}"))
+    # It draws when told: a thread that draws by itself would take a core from what is measured.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=len(_SHARES) + 1)
+
+        def advance(part: str) -> None:
+            bar.update(task, advance=1, description=part, refresh=True)
+
+        yield advance

@@ -1,0 +1,168 @@
+"""The mounted file systems that could be the nvme tier, and why the others cannot.
+
+Source: open(2), O_DIRECT; filesystems(5); Documentation/filesystems/overlayfs.rst ("Upper and Lower").
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from lightning_largescale.hardware.model import Disk
+from lightning_largescale.hardware.mounts import Mount, mounts
+
+# Block size of every disk we know of divides it; O_DIRECT wants offsets, lengths and addresses aligned to that.
+ALIGNMENT_BYTES = 4096
+
+# What holds files of a user's; anything else that is mounted (proc, sysfs, cgroup, ...) is passed over without a word.
+_LOCAL = re.compile("ext[234]|xfs|btrfs|f2fs|zfs|bcachefs|jfs|reiserfs|nilfs2|ntfs3|hfsplus|ufs|overlay")
+_NETWORK = re.compile(
+    "nfs[34]?|cifs|smb3|smbfs|afs|coda|ceph|lustre|gpfs|beegfs|glusterfs|orangefs|pvfs2|ocfs2|gfs2|panfs|weka(fs)?|davfs"
+    "|fuse[.](sshfs|glusterfs|ceph.*|s3.*|gcsfuse|goofys|juicefs|rclone|mount-s3|blobfuse2?|davfs.*)"
+)
+_REFUSED = {
+    "tmpfs": "tmpfs keeps files in memory",
+    "ramfs": "ramfs keeps files in memory",
+    "vfat": "a file on vfat ends at 4 GiB",
+    "9p": "9p is a share of the host, not a disk of this machine",
+    "virtiofs": "virtiofs is a share of the host, not a disk of this machine",
+    "ecryptfs": "ecryptfs passes everything through the page cache",
+}
+_IN_MEMORY_DEVICES = ("/dev/ram", "/dev/zram")
+# Small tmpfs mounts of the system's own, which nobody would spill to.
+_SYSTEM_FOLDERS = ("/proc", "/sys", "/run", "/dev")
+
+
+def disks(root: Path = Path("/")) -> tuple[Disk, ...]:
+    """File systems that we may write to, those that can be the nvme tier first, most free bytes first.
+
+    A file system mounted in several places is named once. Those accepted were tried: one page was written with
+    O_DIRECT to a file that was removed at once.
+
+    Args:
+        root: folder that holds `proc/self/mountinfo`; the mount points in it are this machine's own.
+
+    Source: the module's docstring.
+    """
+    found = mounts(root)
+    named: dict[str, Disk] = {}
+    for mount in found:
+        if mount.device in named or "ro" in mount.options or _is_the_systems(mount):
+            continue
+        folder = _writable_folder(mount, found)
+        if folder is not None:
+            named[mount.device] = _disk(mount, folder, found)
+    return tuple(sorted(named.values(), key=lambda disk: (disk.refused is not None, -disk.free_bytes, disk.path)))
+
+
+def refusal(mount: Mount, found: list[Mount]) -> str | None:
+    """Why this kind of file system cannot be the nvme tier; None where it can, as far as its name says.
+
+    Args:
+        mount: the file system in question.
+        found: all mounts, to see what an overlay writes to.
+    """
+    if mount.source.startswith(_IN_MEMORY_DEVICES):
+        return f"{mount.source} keeps files in memory"
+    if mount.filesystem == "overlay":
+        upper = _upper_mount(mount, found)
+        reason = None if upper is None else refusal(upper, found)
+        return None if reason is None else f"what overlay writes goes to another file system, and {reason}"
+    return _kind(mount.filesystem) or None
+
+
+@contextmanager
+def direct_file(folder: str | Path) -> Iterator[int]:
+    """The descriptor of an empty file in `folder` that bypasses the page cache; it has no name and is gone when
+    closed.
+
+    Raises:
+        OSError: the folder is not writable, or its file system or the operating system has no O_DIRECT.
+    """
+    direct = getattr(os, "O_DIRECT", None)
+    if direct is None:
+        raise OSError("this operating system has no O_DIRECT")
+    named, name = tempfile.mkstemp(prefix=".largescale-", dir=folder)
+    try:
+        descriptor = os.open(name, os.O_RDWR | direct)
+    finally:
+        os.close(named)
+        # The open descriptor keeps the file alive, and nothing is left behind however this process ends.
+        os.unlink(name)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_the_systems(mount: Mount) -> bool:
+    """Whether it holds no files of a user's."""
+    own = PurePosixPath(mount.point)
+    inside = any(own.is_relative_to(folder) for folder in _SYSTEM_FOLDERS) and mount.point != "/dev/shm"
+    return inside or _kind(mount.filesystem) is None
+
+
+def _kind(filesystem: str) -> str | None:
+    """Why a file system of this type is refused; "" where it is not, None where it holds no files of a user's."""
+    if _LOCAL.fullmatch(filesystem):
+        return ""
+    if _NETWORK.fullmatch(filesystem):
+        return f"{filesystem} is reached over the network"
+    if filesystem.startswith(("fuse.", "fuseblk")):
+        return f"{filesystem} is served by another process"
+    return _REFUSED.get(filesystem)
+
+
+def _upper_mount(mount: Mount, found: list[Mount]) -> Mount | None:
+    """The mount that holds an overlay's written files; None where it is not visible, as within most containers."""
+    upper = mount.option("upperdir")
+    if upper is None or not os.path.isdir(upper):
+        return None
+    holder = _holder(upper, found)
+    # Within a container "/" is the overlay itself and the folder one of the host's.
+    return None if holder is mount else holder
+
+
+def _writable_folder(mount: Mount, found: list[Mount]) -> str | None:
+    """A folder of this mount that we may write to, where programs put files before others; None where there is none."""
+    for folder in (tempfile.gettempdir(), os.path.expanduser("~"), os.path.abspath("."), mount.point):
+        # A later mount on the same point hides this one.
+        if os.path.isdir(folder) and _holder(folder, found) is mount and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return None
+
+
+def _holder(folder: str, found: list[Mount]) -> Mount | None:
+    """The mount that holds this folder: the longest mount point above it, the latest of equals."""
+    real = PurePosixPath(os.path.realpath(folder))
+    above = [(len(mount.point), index) for index, mount in enumerate(found) if real.is_relative_to(mount.point)]
+    return found[max(above)[1]] if above else None
+
+
+def _disk(mount: Mount, folder: str, found: list[Mount]) -> Disk:
+    refused = refusal(mount, found)
+    try:
+        room = os.statvfs(folder)
+        free_bytes = room.f_bavail * room.f_frsize
+    except OSError as error:
+        return Disk(
+            path=folder, filesystem=mount.filesystem, free_bytes=0, refused=f"it does not answer ({error.strerror})"
+        )
+    if refused is None:
+        refused = _probe(folder)
+    return Disk(path=folder, filesystem=mount.filesystem, free_bytes=free_bytes, refused=refused)
+
+
+def _probe(folder: str) -> str | None:
+    """Why a page cannot be written to `folder` with O_DIRECT; None where it can."""
+    try:
+        with direct_file(folder) as descriptor, mmap.mmap(-1, ALIGNMENT_BYTES) as page:
+            os.pwritev(descriptor, [page], 0)
+    except OSError as error:
+        return f"a page cannot be written there past the page cache ({error.strerror or error})"
+    return None

@@ -1,0 +1,267 @@
+"""Rates of one process, measured within a time: matrix products, memory, copies to and from the device, disk.
+
+Each takes medians of a few repeats and starts small, since an operation may be a hundred times slower than expected
+(bfloat16 products on a CPU without such instructions are), and returns early once it has repeats enough.
+
+Source: McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers" (STREAM); fio(1),
+direct=1.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from statistics import median
+
+import torch
+
+from lightning_largescale.hardware.disks import direct_file
+from lightning_largescale.hardware.model import Link
+from lightning_largescale.hardware.probe import survives
+
+MatmulSize = tuple[int, int, int]
+
+REPEATS = 9
+
+# A product of this many FLOPs takes some milliseconds at the slowest rate seen (0.9 GFLOP/s).
+_FIRST_FLOPS = 2 * 128**3
+# Small products and large ones are computed by different instructions.
+_PROBED_EDGES = (32, 256)
+_STREAM_BYTES = 128 * 2**20
+_COPY_BYTES = (2**16, 2**20, 2**24, 2**26)
+# What a paged tier would ask for: a few large requests at once.
+_REQUEST_BYTES = 4 * 2**20
+_REQUEST_THREADS = 4
+
+
+def default_sizes(kind: str) -> tuple[MatmulSize, ...]:
+    """The `(m, k, n)` measured where the workload's are not known: a cube that fills the device."""
+    edge = 4096 if kind == "cuda" else 1024
+    return ((edge, edge, edge),)
+
+
+def matmul_rates(
+    device: torch.device, sizes: Sequence[MatmulSize], seconds: float, *, most_bytes: int
+) -> dict[str, float]:
+    """FLOP/s of matrix products by dtype name; over several sizes, all their FLOPs by all their time.
+
+    A dtype whose products end the process on this machine is left out.
+
+    Args:
+        device: where to measure.
+        sizes: `(m, k, n)` of each product. One that would take too long, or too much memory, is measured at a half, a
+            quarter, ... of every edge.
+        seconds: time for all of it.
+        most_bytes: operands and result take no more than this.
+    """
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] if device.type == "cuda" else [torch.float32]
+    if device.type == "cpu" and survives(lambda: [_product(torch.bfloat16, edge) for edge in _PROBED_EDGES]):
+        dtypes.append(torch.bfloat16)
+    share = seconds / len(dtypes) / len(sizes)
+    flops = sum(2 * m * k * n for m, k, n in sizes)
+    rates = {}
+    for dtype in dtypes:
+        spent = sum(2 * m * k * n / _matmul_rate(device, dtype, (m, k, n), share, most_bytes) for m, k, n in sizes)
+        rates[str(dtype).removeprefix("torch.")] = flops / spent
+    return rates
+
+
+def memory_bandwidth(device: torch.device, seconds: float, *, most_bytes: int) -> float:
+    """Bytes a second that `x.add_(y)` reads and writes, on tensors larger than the cache: two reads and a write each.
+
+    Args:
+        device: whose memory.
+        seconds: time for it.
+        most_bytes: both tensors take no more than this.
+    """
+    count = max(1, min(_STREAM_BYTES, most_bytes // 2) // 4)
+    x, y = torch.ones(count, device=device), torch.ones(count, device=device)
+    return 3 * 4 * count / _median_seconds(lambda: x.add_(y), seconds, device)
+
+
+def copy_links(device: torch.device, seconds: float, *, most_bytes: int) -> tuple[Link, Link]:
+    """Links of pinned copies from host to a CUDA device, and back.
+
+    Args:
+        device: a CUDA device.
+        seconds: time for both.
+        most_bytes: of the largest copy.
+    """
+    sizes = [size for size in _COPY_BYTES if size <= most_bytes] or [_COPY_BYTES[0]]
+    host = torch.empty(sizes[-1], dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(sizes[-1], dtype=torch.uint8, device=device)
+    share = seconds / 2 / len(sizes)
+
+    def link(source: torch.Tensor, target: torch.Tensor) -> Link:
+        return fit_link([(size, seconds_of(source[:size], target[:size])) for size in sizes])
+
+    def seconds_of(source: torch.Tensor, target: torch.Tensor) -> float:
+        return _median_seconds(lambda: target.copy_(source, non_blocking=True), share, device)
+
+    return link(host, there), link(there, host)
+
+
+def disk_rates(folder: str, seconds: float) -> tuple[float, float]:
+    """Bytes a second read and overwritten with O_DIRECT in a file of `folder`, by a few large requests at once.
+
+    The file has no name and is gone whatever happens.
+
+    Raises:
+        OSError: the folder takes no O_DIRECT, is not writable, or is full.
+    """
+    deadline = time.perf_counter() + seconds
+    with (
+        direct_file(folder) as descriptor,
+        ThreadPoolExecutor(_REQUEST_THREADS) as pool,
+        mmap.mmap(-1, _REQUEST_BYTES * _REQUEST_THREADS) as memory,
+        memoryview(memory) as view,
+    ):
+        # No zeros: some file systems would store none of them.
+        view[:] = os.urandom(2**20) * (len(view) // 2**20)
+        buffers = [view[i * _REQUEST_BYTES :][:_REQUEST_BYTES] for i in range(_REQUEST_THREADS)]
+        try:
+            return _disk_rates(descriptor, buffers, pool, deadline)
+        finally:
+            for buffer in buffers:
+                buffer.release()
+
+
+def fit_link(points: Sequence[tuple[int, float]]) -> Link:
+    """The link whose hops of so many bytes took these seconds: least squares of the relative errors.
+
+    Args:
+        points: `(bytes, seconds)` of one hop, several sizes, seconds above 0.
+
+    Source: Hockney 1994, "The communication challenge for MPP" (latency and asymptotic bandwidth).
+    """
+    # Relative errors: each point counts the same, whether it took microseconds or seconds.
+    weights = [1 / seconds**2 for _, seconds in points]
+    total = sum(weights)
+    mean_size = sum(w * size for w, (size, _) in zip(weights, points, strict=True)) / total
+    mean_seconds = sum(w * seconds for w, (_, seconds) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (size - mean_size) ** 2 for w, (size, _) in zip(weights, points, strict=True))
+    joint = sum(
+        w * (size - mean_size) * (seconds - mean_seconds) for w, (size, seconds) in zip(weights, points, strict=True)
+    )
+    largest, largest_seconds = max(points)
+    if spread == 0 or joint <= 0:
+        # One size only, or noise larger than the effect: what the largest reached is all that is known.
+        return Link(latency_seconds=0.0, bandwidth=largest / largest_seconds)
+    slope = joint / spread
+    latency_seconds = mean_seconds - slope * mean_size
+    if latency_seconds < 0:
+        squares = sum(w * size**2 for w, (size, _) in zip(weights, points, strict=True))
+        slope = sum(w * size * seconds for w, (size, seconds) in zip(weights, points, strict=True)) / squares
+        latency_seconds = 0.0
+    return Link(latency_seconds=latency_seconds, bandwidth=1 / slope)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds until what `run` starts on `device` is done."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on `device`; nothing on CPU, where there is no queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _times(run: Callable[[], object], seconds: float, device: torch.device) -> list[float]:
+    """Seconds of up to `REPEATS` runs within `seconds`, of one at least, after one that sets things up."""
+    deadline = time.perf_counter() + seconds
+    run()
+    times = [timed(run, device)]
+    while len(times) < REPEATS and time.perf_counter() + times[-1] < deadline:
+        times.append(timed(run, device))
+    return times
+
+
+def _median_seconds(run: Callable[[], object], seconds: float, device: torch.device) -> float:
+    return median(_times(run, seconds, device))
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: MatmulSize, seconds: float, most_bytes: int) -> float:
+    """FLOP/s at the largest rung of the ladder that leaves time for a few repeats."""
+    deadline = time.perf_counter() + seconds
+    # The user's random numbers stay where they are.
+    generator = torch.Generator(device).manual_seed(0)
+    rate, best, growth = 0.0, 0.0, 8.0
+    for m, k, n in _ladder(size):
+        too_large = (m * k + k * n + m * n) * dtype.itemsize > most_bytes
+        # Eight times the FLOPs take eight times as long, or less where a small product is mostly overhead: the last
+        # step tells. The first run of a shape sets things up, and two more are the least worth having.
+        too_slow = time.perf_counter() + 3 * growth * best > deadline
+        if rate and (too_large or too_slow):
+            break
+        a = torch.randn(m, k, dtype=dtype, device=device, generator=generator)
+        b = torch.randn(k, n, dtype=dtype, device=device, generator=generator)
+        left = max(0.0, deadline - time.perf_counter())
+        times = _times(partial(torch.mm, a, b), left if (m, k, n) == size else left / 8, device)
+        reached = 2 * m * k * n / median(times)
+        # Short of the size wanted, the best that was seen is the nearest to it.
+        rate = reached if (m, k, n) == size else max(rate, reached)
+        growth = min(8.0, max(2.0, min(times) / best)) if best else 8.0
+        best = min(times)
+    return rate
+
+
+def _product(dtype: torch.dtype, edge: int) -> torch.Tensor:
+    square = torch.ones(edge, edge, dtype=dtype)
+    return square @ square
+
+
+def _ladder(size: MatmulSize) -> Iterator[MatmulSize]:
+    """`size` last, before it every edge halved as often as it takes to come to few FLOPs."""
+    smaller = [size]
+    while 2 * smaller[-1][0] * smaller[-1][1] * smaller[-1][2] > _FIRST_FLOPS:
+        m, k, n = smaller[-1]
+        smaller.append((max(1, m // 2), max(1, k // 2), max(1, n // 2)))
+    return reversed(smaller)
+
+
+def _disk_rates(
+    descriptor: int, buffers: list[memoryview], pool: ThreadPoolExecutor, deadline: float
+) -> tuple[float, float]:
+    def run(request: Callable[..., int], requests: int) -> float:
+        start = time.perf_counter()
+        spread = pool.map(
+            lambda thread: [
+                _whole(request(descriptor, [buffers[thread]], index * _REQUEST_BYTES))
+                for index in range(thread, requests, _REQUEST_THREADS)
+            ],
+            range(_REQUEST_THREADS),
+        )
+        written = sum(map(sum, spread))
+        return written / (time.perf_counter() - start)
+
+    requests = _REQUEST_THREADS
+    started = time.perf_counter()
+    first = run(os.pwritev, requests)
+    # Writing it anew, then a few passes each way, should fit the time that is left.
+    while requests < 16 * _REQUEST_THREADS and 8 * requests * _REQUEST_BYTES / first < deadline - started:
+        requests *= 4
+    if requests > _REQUEST_THREADS:
+        run(os.pwritev, requests)
+    reads, writes = [run(os.preadv, requests)], [run(os.pwritev, requests)]
+    while (
+        len(reads) < REPEATS
+        and time.perf_counter() + requests * _REQUEST_BYTES * (1 / reads[-1] + 1 / writes[-1]) < deadline
+    ):
+        reads.append(run(os.preadv, requests))
+        writes.append(run(os.pwritev, requests))
+    return median(reads), median(writes)
+
+
+def _whole(count: int) -> int:
+    if count != _REQUEST_BYTES:
+        raise OSError(f"{count} of {_REQUEST_BYTES} bytes were moved; is the disk full?")
+    return count

@@ -1,0 +1,305 @@
+"""The noun: one machine, or several alike, as a planner needs it; with JSON in and out.
+
+Every figure that says "one rank" is that of one process while all processes of its node run, since they share cores,
+memory and disks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_largescale.hardware.decode import Reader
+from lightning_largescale.plan import PlanError
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+
+HARDWARE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """What carries bytes between ranks, or between a device and its host.
+
+    A collective over `p` ranks takes `hops * (latency_seconds + hop_bytes / bandwidth)`: all-gather and
+    reduce-scatter make `p - 1` hops of one shard's bytes, all-reduce makes `2 * (p - 1)` hops of the tensor's bytes
+    over `p`. A copy between device and host is one hop.
+
+    Attributes:
+        latency_seconds: seconds a hop costs however few its bytes.
+        bandwidth: bytes a second, one direction.
+
+    Source: Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH", section 4 (ring
+    algorithms).
+    """
+
+    latency_seconds: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """A mounted file system that we may write to.
+
+    Attributes:
+        path: a writable folder on it.
+        filesystem: the kernel's name of its type, such as "ext4".
+        free_bytes: what an unprivileged process may still write.
+        refused: why it cannot be the nvme tier, in words; None when it can.
+    """
+
+    path: str
+    filesystem: str
+    free_bytes: int
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast one rank is while every rank of its node works.
+
+    Attributes:
+        matmul: FLOP/s of matrix products by dtype name; "float32" is always there, "tfloat32" only from published
+            figures. A dtype that is missing must not be planned with: the device lacks it, or its products end the
+            process.
+        memory_bandwidth: bytes a second of the device's memory, read and written bytes both counted.
+        all_gather: link of the all-gather over all ranks; None with one process. The next two likewise.
+        reduce_scatter: link of the reduce-scatter.
+        all_reduce: link of the all-reduce.
+        host_to_device: link of pinned copies to the device; None on CPU.
+        device_to_host: link of pinned copies from the device; None on CPU.
+        disk_read: bytes a second read with O_DIRECT; None where no disk takes it.
+        disk_write: bytes a second overwritten with O_DIRECT; None likewise.
+    """
+
+    matmul: Mapping[str, float]
+    memory_bandwidth: float
+    all_gather: Link | None = None
+    reduce_scatter: Link | None = None
+    all_reduce: Link | None = None
+    host_to_device: Link | None = None
+    device_to_host: Link | None = None
+    disk_read: float | None = None
+    disk_write: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain types that JSON can hold; `from_dict` reads them back to equal rates."""
+        return {**asdict(self), "matmul": dict(self.matmul)}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> Rates:
+        """The rates with these fields.
+
+        Raises:
+            PlanError: a field that is missing, unknown, or not of the accepted type or range.
+        """
+        reader = Reader("rates", fields)
+        matmul = reader.rates("matmul")
+        if "float32" not in matmul:
+            raise PlanError(f"rates.matmul={matmul!r} lacks 'float32'; give its FLOP/s.")
+        links = ("all_gather", "reduce_scatter", "all_reduce", "host_to_device", "device_to_host")
+        rates = cls(
+            matmul=matmul,
+            memory_bandwidth=reader.positive("memory_bandwidth"),
+            disk_read=reader.optional("disk_read", reader.positive),
+            disk_write=reader.optional("disk_write", reader.positive),
+            **{name: reader.optional(name, lambda name: _link(f"rates.{name}", reader.take(name))) for name in links},
+        )
+        reader.finish()
+        return rates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """What there is: `nodes` machines alike, each running `ranks_per_node` processes of one device each.
+
+    Attributes:
+        kind: "cpu" or "cuda": what the device tier is. On "cpu" it is the process's share of DRAM.
+        name: the device's own name.
+        memory_bytes: the device tier of one rank, in all.
+        memory_free_bytes: what one rank may still take there.
+        nodes: number of machines.
+        ranks_per_node: processes on each.
+        cores: CPU cores of the node that this process may run on (affinity mask).
+        dram_bytes: DRAM of one rank: of the machine, or of the tightest limit on it, divided among the node's ranks.
+        dram_available_bytes: what one rank may still take of it.
+        disks: mounted file systems, those that can be the nvme tier first, most free bytes first.
+        interconnect: "NVLink" or "PCIe" between the node's devices; None where there is one, or it cannot be told.
+        rates: measured by `calibrate`, or published; None until then.
+        origin: "detected", "catalogue" or "file".
+    """
+
+    kind: str
+    name: str
+    memory_bytes: int
+    memory_free_bytes: int
+    nodes: int = 1
+    ranks_per_node: int = 1
+    cores: int
+    dram_bytes: int
+    dram_available_bytes: int
+    disks: tuple[Disk, ...] = ()
+    interconnect: str | None = None
+    rates: Rates | None = field(default=None, repr=False)
+    origin: str = "detected"
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes on all nodes."""
+        return self.nodes * self.ranks_per_node
+
+    @classmethod
+    def detect(
+        cls,
+        *,
+        accelerator: str | None = None,
+        environment: ClusterEnvironment | None = None,
+        ranks_per_node: int | None = None,
+        nodes: int | None = None,
+    ) -> Hardware:
+        """Look at this machine; nothing is measured and no collective is called.
+
+        Args:
+            accelerator: "cpu", or "cuda" (also "gpu"); None or "auto" takes CUDA where torch sees a device.
+            environment: Lightning's cluster environment, which knows the number of processes; None with a process
+                group up asks that one.
+            ranks_per_node: processes on each node; None takes it from the environment, else every CUDA device, else 1.
+            nodes: machines; None takes it from the environment, else 1.
+
+        Looking at CUDA devices starts CUDA in this process, after which it must not be forked.
+
+        Raises:
+            PlanError: an accelerator that is not accepted or not there, or counts that contradict each other.
+        """
+        from lightning_largescale.hardware.detect import detect
+
+        return detect(accelerator=accelerator, environment=environment, ranks_per_node=ranks_per_node, nodes=nodes)
+
+    def calibrate(
+        self,
+        *,
+        seconds: float = 5.0,
+        progress: bool = True,
+        matmul_sizes: Sequence[tuple[int, int, int]] | None = None,
+    ) -> Hardware:
+        """This hardware with measured `rates`, from the cache where the machine was measured within 30 days.
+
+        With a process group up it is a collective: every rank calls it with the same arguments, and every rank gets
+        the rates of the slowest. The cache is `$LARGESCALE_CACHE`, else `$XDG_CACHE_HOME/lightning_largescale`, else
+        `~/.cache/lightning_largescale`.
+
+        Args:
+            seconds: upper bound of the time spent measuring.
+            progress: show a bar on rank 0; silent when stderr is no terminal.
+            matmul_sizes: `(m, k, n)` of the matrix products whose rate is wanted, like the workload's; None takes a
+                cube.
+
+        Raises:
+            PlanError: the hardware was not detected here, or its ranks are not those of the process group.
+            RuntimeError: a rank failed; every rank gets the error, none is left waiting.
+        """
+        from lightning_largescale.hardware.calibrate import calibrate
+
+        return calibrate(self, seconds=seconds, progress=progress, matmul_sizes=matmul_sizes)
+
+    @classmethod
+    def named(cls, text: str, nodes: int = 1) -> Hardware:
+        """Machines that need not be here, from published figures: `Hardware.named("8xH100-80GB", nodes=4)`.
+
+        Args:
+            text: devices in a node and their name, `"<count>x<name>"`, or the name alone for one.
+            nodes: number of such machines.
+
+        Raises:
+            PlanError: a name that is not in the table, or a count below 1.
+        """
+        from lightning_largescale.hardware.catalogue import named
+
+        return named(text, nodes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain types that JSON can hold, with the version of the format."""
+        fields = asdict(self)
+        fields["disks"] = list(fields["disks"])
+        fields["rates"] = None if self.rates is None else self.rates.to_dict()
+        return {"version": HARDWARE_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> Hardware:
+        """The hardware with these fields; `to_dict` and this are inverse.
+
+        Raises:
+            PlanError: of a newer version, or with a field that is missing, unknown, or not of the accepted type or
+                range.
+        """
+        reader = Reader("hardware", fields)
+        version = reader.whole("version", least=1)
+        if version > HARDWARE_VERSION:
+            raise PlanError(
+                f"the hardware is of version {version} and this release reads up to {HARDWARE_VERSION};"
+                " upgrade lightning-largescale, or detect again with this one."
+            )
+        hardware = cls(
+            kind=reader.choice("kind", "cpu", "cuda"),
+            name=reader.text("name"),
+            nodes=reader.whole("nodes", least=1),
+            ranks_per_node=reader.whole("ranks_per_node", least=1),
+            cores=reader.whole("cores", least=1),
+            disks=tuple(_disk(f"disks[{index}]", disk) for index, disk in enumerate(reader.items("disks"))),
+            interconnect=reader.optional("interconnect", lambda name: reader.choice(name, "NVLink", "PCIe")),
+            rates=reader.optional("rates", lambda name: Rates.from_dict(reader.take(name))),
+            origin=reader.choice("origin", "detected", "catalogue", "file"),
+            **{name: reader.whole(name) for name in _BYTE_FIELDS},
+        )
+        reader.finish()
+        return hardware
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON to `path`."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Hardware:
+        """Read what `save` wrote; `origin` is then "file".
+
+        Raises:
+            PlanError: there is no such file, it is no JSON, or what `from_dict` raises, with the path in front.
+        """
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(
+                f"hardware file {str(path)!r} cannot be read ({error.strerror}); give one that .save wrote."
+            ) from error
+        except ValueError as error:
+            raise PlanError(f"{path}: the hardware is no JSON ({error}); give a file that .save wrote.") from error
+        try:
+            return cls.from_dict({**fields, "origin": "file"} if isinstance(fields, dict) else fields)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+
+_BYTE_FIELDS = ("memory_bytes", "memory_free_bytes", "dram_bytes", "dram_available_bytes")
+
+
+def _link(where: str, fields: Any) -> Link:
+    reader = Reader(where, fields)
+    link = Link(latency_seconds=reader.number("latency_seconds"), bandwidth=reader.positive("bandwidth"))
+    reader.finish()
+    return link
+
+
+def _disk(where: str, fields: Any) -> Disk:
+    reader = Reader(where, fields)
+    disk = Disk(
+        path=reader.text("path"),
+        filesystem=reader.text("filesystem"),
+        free_bytes=reader.whole("free_bytes"),
+        refused=reader.optional("refused", reader.text),
+    )
+    reader.finish()
+    return disk

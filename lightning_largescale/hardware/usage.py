@@ -1,0 +1,85 @@
+"""What this process holds on its device tier, now and at its highest since a moment: resident memory on CPU,
+allocations on CUDA.
+
+Source: Linux man page proc(5), `/proc/PID/clear_refs` (5 resets the peak) and `VmHWM`;
+torch.cuda.max_memory_allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def held_bytes(kind: str) -> int:
+    """Bytes this process holds now on its device tier: resident memory (kind "cpu"), allocated and cached on CUDA."""
+    if kind == "cuda":
+        return torch.cuda.memory_reserved()
+    return int(psutil.Process().memory_info().rss)
+
+
+def start_peak(kind: str) -> None:
+    """Begin the span that `peak_bytes` tells of; where the system cannot reset it, the span is the process's life."""
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            _CLEAR_REFS.write_text("5")
+
+
+def peak_bytes(kind: str) -> int | None:
+    """The most bytes held at once since `start_peak`; None where the system does not tell."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if not _STATUS.exists():
+        return None
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def release_free_memory() -> None:
+    """Give what was freed back to the system: unreachable objects, and the holes in the heap where glibc keeps it."""
+    gc.collect()
+    _trim()
+
+
+class HeapTrimmer:
+    """Gives the holes in the heap back to the system now and then, at no more than `share` of the time.
+
+    Steps that allocate and free tensors of many sizes leave holes that glibc keeps, and a process that grows for it.
+
+    Args:
+        share: of the time between two calls that giving back may take.
+
+    Source: man page malloc_trim(3).
+    """
+
+    def __init__(self, share: float = 0.02) -> None:
+        self._share, self._due = share, 0.0
+
+    def __call__(self) -> None:
+        """Trim, unless that would be too soon."""
+        began = time.monotonic()
+        if began >= self._due:
+            _trim()
+            ended = time.monotonic()
+            self._due = ended + (ended - began) / self._share
+
+
+def _trim() -> None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return
+    trim(0)

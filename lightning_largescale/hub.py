@@ -1,0 +1,232 @@
+"""The hub: a thread in rank 0's process that learns which rank failed first, and tells every other.
+
+A rank that raises says so before its connections close; one that is killed is known by the end of its connection.
+torch's TCPStore could carry the same words, but prints a C++ stack trace in every rank when rank 0 is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+# Seconds in which every rank may report an error of its own before the first is taken to be alone. All ranks raise
+# alike where the input is wrong, and then nobody waits for anybody and connections can stay.
+TOGETHER_SECONDS = 2.0
+# Seconds that a lost connection waits for its reason: the peer's own error, or its end, which may be a moment later.
+_REASON_SECONDS = 0.5
+_POLL_SECONDS = 0.2
+
+LOST = "ended without an error of its own; where the system killed it, running out of memory is the usual cause"
+
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _close_in_fork() -> None:
+    """Let go of the parent's sockets in a forked child: a loader's worker would keep those of a killed rank open."""
+    for held in list(_sockets):
+        held.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_fork)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a rank failed.
+
+    Attributes:
+        rank: the global rank that failed.
+        what: its error as one line, or how it ended.
+        lost: it has no error of its own: its connection to another rank broke, or its process is gone.
+        trace: its traceback as Python prints it; empty where there is none.
+    """
+
+    rank: int
+    what: str
+    lost: bool = False
+    trace: str = ""
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Failure:
+        """Describe `error`, raised on global rank `rank`."""
+        what = traceback.format_exception_only(type(error), error)[-1].strip()
+        return cls(
+            rank=rank, what=what, lost=is_connection_loss(error), trace="".join(traceback.format_exception(error))
+        )
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.what}" if self.lost else f"rank {self.rank} failed first, with {self.what}"
+
+
+def describe_exit(code: int | None) -> str | None:
+    """Say, to follow "rank 1", what a process's exit status `code` means; None where there is none or it is 0."""
+    if not code:
+        return None
+    if code > 0:
+        return f"ended with exit status {code}; its own error is above"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    cause = "; running out of memory is the usual cause" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({name}){cause}"
+
+
+def is_connection_loss(error: BaseException) -> bool:
+    """Whether `error` says that a peer is gone, in the words of torch's backends, rather than what is wrong here."""
+    if isinstance(error, dist.DistError | ConnectionError):
+        return True
+    # gloo raises a bare RuntimeError with the place in its transport and the system's words.
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+class Lines:
+    """JSON objects over a socket, one a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._rest = b""
+        _sockets.add(connection)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send `message`. A peer that is gone is not told; its end is noticed where this connection is read."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def close(self) -> None:
+        """End the connection; also wakes the thread that reads it."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Return the messages that have come, waiting for bytes once; None at the end of the connection."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except OSError:
+            return None
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+@dataclasses.dataclass
+class _Member:
+    lines: Lines
+    rank: int | None = None
+    finished: bool = False
+
+
+class Hub(threading.Thread):
+    """The meeting point of all ranks, in the process of rank 0. It ends when every rank has finished or gone.
+
+    Args:
+        address: the host name that other ranks reach this process by.
+        world_size: how many ranks there are.
+        describe_exit: says how the process of a rank ended, in words that follow "rank 1", or None if unknown.
+    """
+
+    def __init__(self, address: str, world_size: int, describe_exit: Callable[[int], str | None]) -> None:
+        super().__init__(daemon=True, name="largescale-hub")
+        self._world_size = world_size
+        self._describe_exit = describe_exit
+        local = address in ("127.0.0.1", "localhost")
+        self._server = socket.create_server(("127.0.0.1" if local else "", 0))
+        _sockets.add(self._server)
+        # The token keeps strangers on the network, and ranks of an earlier run, from being taken for ours.
+        self._token = secrets.token_hex(16)
+        self.endpoint = (address, self._server.getsockname()[1], self._token)
+        self._members: dict[socket.socket, _Member] = {}
+        self._selector = selectors.DefaultSelector()
+        self._first: Failure | None = None
+        self._loss: tuple[float, Failure] | None = None
+        self._failed: set[int] = set()
+        self._verdict_due: float | None = None
+
+    def run(self) -> None:
+        """Listen until every rank has come and gone."""
+        self._selector.register(self._server, selectors.EVENT_READ)
+        gone = 0
+        while gone < self._world_size:
+            for key, _ in self._selector.select(_POLL_SECONDS):
+                if key.fileobj is self._server:
+                    connection, _ = self._server.accept()
+                    self._members[connection] = _Member(Lines(connection))
+                    self._selector.register(connection, selectors.EVENT_READ)
+                else:
+                    gone += self._read(self._members[key.fileobj])  # type: ignore[index]
+            self._decide(time.monotonic())
+        # Those that never said who they are stay until now.
+        for member in self._members.values():
+            member.lines.socket.close()
+        self._selector.close()
+        self._server.close()
+
+    def _read(self, member: _Member) -> bool:
+        """Take what `member` says; True when it is gone."""
+        messages = member.lines.receive()
+        if messages is None:
+            self._selector.unregister(member.lines.socket)
+            del self._members[member.lines.socket]
+            member.lines.socket.close()
+            if member.rank is not None and not member.finished and member.rank not in self._failed:
+                self._lose(Failure(rank=member.rank, what=LOST, lost=True), replace=True)
+            return member.rank is not None
+        for message in messages:
+            self._take(member, message)
+        return False
+
+    def _take(self, member: _Member, message: dict[str, Any]) -> None:
+        if member.rank is None:
+            if message.get("token") == self._token:
+                member.rank = message["rank"]
+                if self._first is not None:
+                    member.lines.send({"first": dataclasses.asdict(self._first)})
+        elif "failed" in message:
+            failure = Failure(**message["failed"])
+            if failure.lost:
+                self._lose(failure, replace=False)
+            else:
+                self._failed.add(failure.rank)
+                self._announce(failure)
+        elif "finished" in message:
+            member.finished = True
+            if member.rank == 0:
+                self._tell({"finished": True})
+
+    def _lose(self, failure: Failure, *, replace: bool) -> None:
+        if self._loss is None:
+            self._loss = (time.monotonic() + _REASON_SECONDS, failure)
+        elif replace:
+            self._loss = (self._loss[0], failure)
+
+    def _announce(self, failure: Failure) -> None:
+        if self._first is None:
+            self._first = failure
+            self._verdict_due = time.monotonic() + (0 if failure.lost else TOGETHER_SECONDS)
+            self._tell({"first": dataclasses.asdict(failure)})
+
+    def _decide(self, now: float) -> None:
+        if self._loss is not None and self._first is None and now >= self._loss[0]:
+            failure = self._loss[1]
+            self._announce(dataclasses.replace(failure, what=self._describe_exit(failure.rank) or failure.what))
+        together = len(self._failed) == self._world_size
+        if self._verdict_due is not None and (together or now >= self._verdict_due):
+            self._verdict_due = None
+            self._tell({"together": together})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for member in self._members.values():
+            member.lines.send(message)

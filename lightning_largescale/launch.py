@@ -1,0 +1,231 @@
+"""Which processes a Trainer's ranks are: the script run again, forks of this one, or what a cluster started.
+
+A script is run again once per rank, so every rank goes on after `fit` and no `if __name__ == "__main__"` is needed.
+Where there is no script to run again (a notebook, `python -c`, a test session) ranks are forks, and the parent gets the
+trained weights back. Ranks that the environment started (torchrun, SLURM) are used as they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.multiprocessing as mp
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from typing_extensions import override
+
+from lightning_largescale import compat
+from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, end_process, reported, told_in_one_line
+from lightning_largescale.fork import ForkLauncher
+from lightning_largescale.hub import Failure, Hub, describe_exit
+from lightning_largescale.plan import PlanError
+
+START_METHODS = ("popen", "fork", "spawn")
+# Running these again would run the whole session again, in every rank.
+_TEST_RUNNERS = ("pytest", "unittest")
+_LAUNCHER_PID = "LARGESCALE_LAUNCHER_PID"
+_POLL_SECONDS = 0.2
+
+
+def configure_launcher(
+    strategy: ParallelStrategy, start_method: str | None = None
+) -> ScriptLauncher | ForkLauncher | None:
+    """Choose how the ranks of `strategy` come to be; for `Strategy._configure_launcher`.
+
+    Args:
+        strategy: has its cluster environment, devices and `num_nodes` by now.
+        start_method: "popen" (the script again), "fork" or "spawn" to force one; None chooses.
+
+    Returns:
+        None for a single process; where the environment created the processes, a launcher that only tells failures.
+
+    Raises:
+        PlanError: `start_method` is none of these, or this system does not have it.
+    """
+    environment = strategy.cluster_environment
+    if start_method not in (None, *START_METHODS):
+        accepted = ", ".join(map(repr, START_METHODS))
+        raise PlanError(
+            f"start_method={start_method!r} is no way to start ranks; accepted: {accepted}, or None to choose."
+        )
+    processes, nodes = len(strategy.parallel_devices or ()), getattr(strategy, "num_nodes", 1)
+    if environment is None or processes * nodes == 1:
+        return None
+    method = start_method or choose_start_method()
+    if method == "popen" or environment.creates_processes_externally:
+        return ScriptLauncher(environment, processes, nodes)
+    if method not in mp.get_all_start_methods():
+        raise PlanError(f"start_method={method!r} does not exist on {sys.platform}; use 'popen' or 'spawn'.")
+    return ForkLauncher(strategy, "fork" if method == "fork" else "spawn")
+
+
+def choose_start_method() -> str:
+    """Return "popen" where this program can be run again for each rank, else "fork", or "spawn" if there is no fork."""
+    if _can_run_again():
+        return "popen"
+    return "fork" if "fork" in mp.get_all_start_methods() else "spawn"
+
+
+def _can_run_again() -> bool:
+    """Whether a new Python given `sys.argv` would come to this same call: true of a script and of `python -m`."""
+    if hasattr(sys, "ps1") or sys.flags.interactive or _in_ipython():
+        return False
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    script = Path(sys.argv[0] if sys.argv else "")
+    if spec is not None:
+        # `python folder` and `python file.zip` are modules named "__main__", which `-m` does not find.
+        return spec.name != "__main__" and spec.name.partition(".")[0] not in _TEST_RUNNERS
+    started_by = (script.stem, script.parent.name) if script.stem == "__main__" else (script.stem,)
+    return script.is_file() and not set(started_by) & set(_TEST_RUNNERS)
+
+
+def _in_ipython() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+def watch_peers(strategy: ParallelStrategy) -> None:
+    """Connect this rank to the others' failures; every rank calls it, after `setup_environment`: it broadcasts."""
+    launcher = strategy.launcher
+    if isinstance(launcher, ScriptLauncher | ForkLauncher) and launcher.failures is not None:
+        launcher.failures.connect(strategy.global_rank, strategy.broadcast(_open_hub(strategy)))
+
+
+def _open_hub(strategy: ParallelStrategy) -> tuple[str, int, str]:
+    """Return where the ranks meet; only rank 0 knows, the others return what its broadcast replaces."""
+    if strategy.global_rank != 0 or strategy.cluster_environment is None:
+        return ("", 0, "")
+    hub = Hub(strategy.cluster_environment.main_address, strategy.world_size, _children.describe)
+    hub.start()
+    return hub.endpoint
+
+
+class _Children:
+    """The processes that this one started for its node's other ranks; later Trainers of the script use them too."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._first_rank = 0
+        self._handled = threading.Event()
+        self._failed = False
+
+    def adopt(self, processes: list[subprocess.Popen[bytes]], first_rank: int) -> None:
+        """Watch `processes`, global ranks `first_rank` + 1 and up, until they or this process end."""
+        self._processes, self._first_rank = processes, first_rank
+        threading.Thread(target=self._watch, daemon=True, name="largescale-children").start()
+        atexit.register(self.end)
+
+    def handled(self) -> None:
+        """An exception is on its way to the user, so the watcher need not end this process."""
+        self._failed = True
+        self._handled.set()
+
+    def launched_again(self) -> None:
+        """Refuse a further stage when a rank is gone; else the watcher is on duty again."""
+        for index, process in enumerate(self._processes):
+            if process.poll() is not None:
+                rank = self._first_rank + 1 + index
+                raise RuntimeError(
+                    f"Rank {rank} {self.describe(rank)}, so no further stage can run; start the program again."
+                )
+        self._failed = False
+        self._handled.clear()
+
+    def describe(self, rank: int) -> str | None:
+        """Say how the process of `rank` ended, None where it lives or is not ours."""
+        index = rank - self._first_rank - 1
+        code = self._processes[index].poll() if 0 <= index < len(self._processes) else None
+        return describe_exit(code)
+
+    def end(self, failure: Failure | None = None) -> None:
+        """Wait for the children, then end those that are left if this process failed or another did, by `failure`."""
+        self.wait()
+        for index, process in enumerate(self._processes):
+            if process.poll() is None and (self._failed or failure is not None):
+                if failure is not None and failure.rank == self._first_rank + 1 + index:
+                    print(failure.trace, file=sys.stderr)
+                process.kill()
+                process.wait()
+
+    def wait(self) -> None:
+        """Wait for the children's end as long as a failure takes to reach them."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+
+    def _watch(self) -> None:
+        while any(process.poll() is None for process in self._processes):
+            if any(process.returncode for process in self._processes):
+                break
+            time.sleep(_POLL_SECONDS)
+        ended = [index for index, process in enumerate(self._processes) if process.returncode]
+        if ended and not self._handled.wait(GRACE_SECONDS):
+            rank = self._first_rank + 1 + ended[0]
+            failure = Failure(rank=rank, what=self.describe(rank) or "", lost=True)
+            end_process(f"rank {self._first_rank} stops: {failure}", lambda: self.end(failure))
+
+
+_children = _Children()
+
+
+@functools.cache
+def _show_first_failure_only() -> None:
+    """Let an uncaught error that followed another rank's print one line, after what that rank has to say. Done once."""
+    previous = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        _children.handled()
+        line = told_in_one_line(error)
+        if line is None:
+            previous(kind, error, trace)
+        else:
+            _children.wait()
+            print(line, file=sys.stderr)
+
+    sys.excepthook = show
+
+
+class ScriptLauncher(compat.SubprocessScriptLauncher):
+    """Runs the script again for every other rank of the node, or uses the processes that the environment created."""
+
+    failures: PeerFailures | None = None
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Run `function` in this process as one of the ranks, the others being there or started first.
+
+        Lightning's own `launch` is not called: its observer kills this process, its output too, when a child fails.
+        """
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if environment.creates_processes_externally:
+            _children.launched_again()
+        else:
+            os.environ[_LAUNCHER_PID] = str(os.getpid())
+            self._call_children_scripts()
+            _children.adopt(self.procs, environment.node_rank() * self.num_processes)
+        compat.share_threads(self.num_processes)
+        _show_first_failure_only()
+        parent = os.getppid()
+        started_by_ours = os.environ.get(_LAUNCHER_PID) == str(parent)
+        self.failures = PeerFailures(parent=parent if started_by_ours else None, before_exit=_children.end)
+        try:
+            with reported(self.failures):
+                return function(*args, **kwargs)
+        except BaseException:
+            _children.handled()
+            raise
+        finally:
+            self.failures = None

@@ -1,0 +1,1 @@
+"""The model over devices: data parallel copies, FSDP2 sharding, recomputation."""

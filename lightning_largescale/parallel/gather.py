@@ -1,0 +1,168 @@
+"""A sharded module at work: parameters gathered for each step, dropped when their shards change.
+
+FSDP2 gathers a group before its module's forward. A Lightning module has other ways in: steps, forward called inside
+steps, parts called by themselves, backward inside a step. Steps run in `run_gathered`, which FSDP2 takes for the root's
+forward; hooks gather whatever else is about to run.
+
+Source: torch.distributed.fsdp, FSDPModule and register_fsdp_forward_method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_largescale import compat
+from lightning_largescale.plan import Plan, PlanError
+
+_Result = TypeVar("_Result")
+# Where the module keeps what is known of its sharding, and the method that FSDP takes for a forward.
+_STATE, _STEP = "_largescale_sharded", "_largescale_step"
+
+
+@dataclass(eq=False, kw_only=True)
+class Sharded:
+    """How a module is sharded.
+
+    Attributes:
+        plan: the plan in force, or the last that was.
+        groups: the modules that own an FSDP group by name, the root last as "".
+        owners: the group of each parameter by name, where it is not the root.
+        synchronize: whether the next backward reduces gradients.
+        gathered: names of the groups that the last step gathered, in its order, but for the root.
+    """
+
+    plan: Plan
+    groups: dict[str, FSDPModule] = field(default_factory=dict)
+    owners: dict[str, FSDPModule] = field(default_factory=dict)
+    synchronize: bool = True
+    gathered: list[str] = field(default_factory=list)
+
+
+def start_gathering(module: nn.Module, state: Sharded) -> None:
+    """Make steps of `module`, all its groups sharded, and calls outside of them find their parameters gathered.
+
+    A collective: the root is gathered once.
+    """
+    setattr(module, _STATE, state)
+    setattr(module, _STEP, lambda function: function())
+    register_fsdp_forward_method(module, _STEP)
+    # A forward inside a step would end what FSDP takes for the root's: gathered twice, or dropped too early.
+    compat.forget_forward(module)
+    owners: dict[nn.Parameter, FSDPModule] = {
+        parameter: state.owners.get(name, state.groups[""])
+        for name, parameter in module.named_parameters()
+        if isinstance(parameter, DTensor)
+    }
+    for name, group in state.groups.items():
+        if name:
+            group.register_forward_pre_hook(partial(_note, state, name))  # type: ignore[attr-defined]
+    for part in _eager_modules(module):
+        own = {
+            name: (parameter, owners[parameter])
+            for name, parameter in part.named_parameters(recurse=False)
+            if parameter in owners
+        }
+        if own:
+            part.register_forward_pre_hook(partial(_gather, own))
+    # The first group to run forward becomes the root for good, so that is the module itself, now.
+    run_gathered(module, lambda: None)
+    reshard(module)
+
+
+def sharded_state(module: nn.Module) -> Sharded | None:
+    """How `module` is sharded; None where it is not."""
+    return vars(module).get(_STATE)
+
+
+def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
+    """Run `function`, a step of `module`, with the root's parameters gathered; what it returns starts the backward."""
+    state = sharded_state(module)
+    if state is None:
+        return function()
+    state.gathered.clear()
+    result: _Result = getattr(module, _STEP)(function)
+    return result
+
+
+def gather_along(module: nn.Module) -> None:
+    """Gather what a step of the sharded `module` gathers, for ranks that run one while this rank has nothing to do."""
+    state = sharded_state(module)
+    assert state is not None
+    order = list(state.gathered) or [name for name in state.groups if name]
+
+    def visit() -> None:
+        for name in order:
+            state.groups[name].unshard()
+            if state.plan.reshard_after_forward:
+                state.groups[name].reshard()
+
+    run_gathered(module, visit)
+    state.gathered.extend(order)
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop gathered parameters of `module`, if it is sharded: after their shards changed, or when no step follows."""
+    state = sharded_state(module)
+    for group in state.groups.values() if state else ():
+        group.reshard()
+
+
+@contextmanager
+def no_reduction(module: nn.Module) -> Iterator[None]:
+    """Within, a backward of the sharded `module` keeps its gradients unreduced, without communication."""
+    state = vars(module)[_STATE]
+    module.set_requires_gradient_sync(False)  # type: ignore[operator]
+    state.synchronize = False
+    try:
+        yield
+    finally:
+        state.synchronize = True
+        module.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+
+def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
+    """Make sure that `optimizer` trains the shards of `module`, and drop gathered copies whenever it has changed them.
+
+    Raises:
+        PlanError: it holds parameters as they were before sharding.
+    """
+    current = {*module.parameters()}
+    for group in optimizer.param_groups:
+        if any(parameter not in current and not isinstance(parameter, DTensor) for parameter in group["params"]):
+            raise PlanError(
+                f"{type(optimizer).__name__} holds parameters that are not the sharded module's;"
+                " create it in configure_optimizers, from self.parameters()."
+            )
+    optimizer.register_step_post_hook(lambda *_: reshard(module))
+
+
+def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:
+    state.gathered.append(name)
+
+
+def _gather(own: dict[str, tuple[nn.Parameter, FSDPModule]], part: nn.Module, args: Any) -> None:
+    """Gather the group of a part that is about to run, if it is not yet; freeze or unfreeze it as its shards are."""
+    for name, (shard, group) in own.items():
+        parameter = getattr(part, name)
+        if parameter is shard:
+            group.unshard()
+            parameter = getattr(part, name)
+        if parameter.requires_grad != shard.requires_grad:
+            parameter.requires_grad_(shard.requires_grad)
+
+
+def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and all below it, but for what torch.compile traces, where a hook would break the graph."""
+    yield module
+    for child in module.children():
+        if compat.compiled_module(child) is child:
+            yield from _eager_modules(child)

@@ -1,0 +1,178 @@
+"""FSDP2 over the repeated blocks: parameters, gradients and optimizer state divided, gathered block by block.
+
+One group a block, and the module itself as the root, which keeps its parameters gathered from the start of a step to
+the end of its backward.
+
+Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully_shard.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.parallel.gather import Sharded, sharded_state, start_gathering
+from lightning_largescale.parallel.heap import map_from
+from lightning_largescale.parallel.materialize import equal_weights
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.workload.blocks import Group, find_groups
+
+# Bytes of full copies freed between two returns of memory to the system: a return walks the heap.
+_RELEASE_BYTES = 256 * 2**20
+
+
+def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
+    """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
+
+    Ranks get slices of rank 0's values. Block by block the parameters move to `device`, are divided, and their full
+    copy is freed. Names stay as they are, parameters become DTensors. A parameter without dimensions cannot be divided:
+    it stays whole, its gradient averaged over all ranks.
+
+    With precision "bf16-mixed" blocks gather their matrices in bfloat16, what autocast makes of them anyway; vectors
+    (norms, biases) and the root's parameters are gathered in float32, so that numbers are those of autocast alone.
+
+    Args:
+        module: on any device.
+        plan: has `dp_shard` above 1.
+        mesh: as `build_mesh` makes it.
+        device: of this rank.
+
+    Raises:
+        PlanError: trainable parameters in several dtypes within one group.
+    """
+    _check_dtypes(module)
+    if device.type == "cpu":
+        matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
+        map_from(min(matrices, default=0))
+    state = Sharded(plan=plan)
+    whole = {parameter for parameter in module.parameters() if parameter.dim() == 0}
+    root_too: set[nn.Parameter] = set()
+    freed = 0
+    for name, group in find_groups(module).items():
+        if name:
+            freed += _shard_block(module, name, group, state, whole=whole, root_too=root_too, mesh=mesh, device=device)
+        if freed >= _RELEASE_BYTES and device.type == "cpu":
+            freed = 0
+            release_free_memory()
+    module.to(device)
+    equal_weights(itertools.chain(module.parameters(), module.buffers()))
+    with _held_by(module, root_too):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+    state.groups[""] = cast(FSDPModule, module)
+    for scalar in whole:
+        scalar.register_post_accumulate_grad_hook(partial(_average, state))  # type: ignore[no-untyped-call]
+    start_gathering(module, state)
+    if device.type == "cpu":
+        release_free_memory()
+
+
+def adapt(module: nn.Module, plan: Plan) -> None:
+    """Let `module`, sharded by an earlier plan, go on under `plan`.
+
+    Raises:
+        PlanError: `plan` divides it otherwise.
+    """
+    state = sharded_state(module)
+    assert state is not None
+    before = state.plan
+    if (before.dp_replicate, before.dp_shard, before.precision) != (plan.dp_replicate, plan.dp_shard, plan.precision):
+        raise PlanError(
+            f"{type(module).__name__.removeprefix('FSDP')} is already divided ({before.describe()}) and the plan asks"
+            f" for {plan.describe()}; build the module anew, and load a checkpoint to go on."
+        )
+    for name, group in state.groups.items():
+        if name:
+            group.set_reshard_after_forward(plan.reshard_after_forward, recurse=False)
+    state.plan = plan
+
+
+def _check_dtypes(module: nn.Module) -> None:
+    for name, group in find_groups(module).items():
+        own = [module.get_parameter(parameter) for parameter in group.parameters]
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.requires_grad}
+        if len(dtypes) > 1:
+            raise PlanError(
+                f"{name or type(module).__name__} has trainable parameters of {' and '.join(sorted(dtypes))}, and"
+                " dp_shard needs one dtype in each block; convert them, or replicate with dp_replicate."
+            )
+
+
+def _shard_block(
+    module: nn.Module,
+    name: str,
+    group: Group,
+    state: Sharded,
+    *,
+    whole: set[nn.Parameter],
+    root_too: set[nn.Parameter],
+    mesh: DeviceMesh,
+    device: torch.device,
+) -> int:
+    """Divide one block, but for parameters in `whole` and what is added to `root_too`; the bytes of its full copy."""
+    block = group.modules[0]
+    block.to(device)
+    equal_weights(itertools.chain(block.parameters(), block.buffers()))
+    own = {parameter: module.get_parameter(parameter) for parameter in group.parameters}
+    left = {module.get_parameter(parameter) for parameter in group.shared}
+    if _gathers_bfloat16(state.plan):
+        left |= {parameter for parameter in own.values() if parameter.dim() < 2}
+    left -= whole
+    root_too |= left
+    divided = {key: parameter for key, parameter in own.items() if parameter not in left | whole}
+    if not divided:
+        return 0
+    fully_shard(
+        block,
+        mesh=mesh,
+        reshard_after_forward=state.plan.reshard_after_forward,
+        mp_policy=_policy(state.plan),
+        ignored_params=left | whole,
+    )
+    state.groups[name] = cast(FSDPModule, block)
+    state.owners |= dict.fromkeys(divided, state.groups[name])
+    return sum(parameter.nbytes for parameter in divided.values())
+
+
+def _gathers_bfloat16(plan: Plan) -> bool:
+    """Whether blocks gather in another dtype than they are stored in."""
+    return plan.precision == "bf16-mixed"
+
+
+def _policy(plan: Plan) -> MixedPrecisionPolicy:
+    if not _gathers_bfloat16(plan):
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+@contextmanager
+def _held_by(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
+    """Within, `module` has `parameters` as its own: `fully_shard` does not look for them inside other groups."""
+    holder = nn.Module()
+    # In the module's order, which is the same on all ranks.
+    for index, parameter in enumerate(module.parameters()):
+        if parameter in parameters:
+            holder.register_parameter(str(index), parameter)
+    parameters.clear()
+    name = "_largescale_adopted"
+    module.add_module(name, holder)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+
+
+def _average(state: Sharded, parameter: Tensor) -> None:
+    """Average the gradient of a parameter that FSDP ignores, when the others are reduced."""
+    if state.synchronize and parameter.grad is not None:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()

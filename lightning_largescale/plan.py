@@ -1,0 +1,205 @@
+"""Plan: every decision about how a model is trained, in one frozen dataclass that JSON can hold.
+
+Errors a user can cause by a plan, or by a model and machine that fit none, are one type:
+
+    ValueError
+      PlanError: what was given, what is accepted, what to do
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.workload import Workload
+
+PLAN_VERSION = 1
+
+_ACCEPTED: dict[str, tuple[str, ...]] = {
+    "precision": ("32-true", "bf16-mixed"),
+    "activation_checkpointing": ("none", "full"),
+}
+
+
+class PlanError(ValueError):
+    """A plan that cannot be carried out, or a wish for one; the message gives what was found and what is accepted."""
+
+
+def _refusing_unknown_fields(cls: type[Plan]) -> type[Plan]:
+    """Make the generated constructor answer an unknown or positional argument with `PlanError`, not `TypeError`."""
+    generated: Callable[..., None] = cls.__init__
+
+    @functools.wraps(generated)
+    def init(self: Plan, *args: Any, **fields: Any) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]
+        if args:
+            raise PlanError(
+                f"Plan takes its fields by name and got {args[0]!r} without one; accepted: {', '.join(known)}."
+            )
+        for name, value in fields.items():
+            if name not in known:
+                raise PlanError(f"{name}={value!r} is no field of a Plan; accepted: {', '.join(known)}.")
+        generated(self, **fields)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+@_refusing_unknown_fields
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How one model is trained on one set of devices. `Plan()` is the plain run on one device.
+
+    Attributes:
+        dp_replicate: groups of devices that each hold the whole model, their gradients averaged.
+        dp_shard: devices that a model's parameters, gradients and optimizer state are divided among.
+        reshard_after_forward: gathered parameters are dropped after a block's forward and gathered again in backward
+            (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
+        precision: Lightning's name of the arithmetic: "32-true" or "bf16-mixed".
+        activation_checkpointing: "none", or "full": every repeated block keeps its input and runs its forward again in
+            backward.
+
+    Raises:
+        PlanError: an unknown field, or a field whose value is not of the accepted type or range.
+
+    Source: Rajbhandari et al. 2020, "ZeRO", section 5 (stages); Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid
+        sharding).
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    reshard_after_forward: bool = True
+    precision: str = "32-true"
+    activation_checkpointing: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("dp_replicate", "dp_shard"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"{name}={value!r} is not accepted; give a whole number of devices, 1 or more.")
+        if not isinstance(self.reshard_after_forward, bool):
+            raise PlanError(
+                f"reshard_after_forward={self.reshard_after_forward!r} is not accepted; give True or False."
+            )
+        for name, accepted in _ACCEPTED.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                raise PlanError(f"{name}={value!r} is not accepted; give {' or '.join(map(repr, accepted))}.")
+
+    @property
+    def world_size(self) -> int:
+        """Number of devices, one process each, that the plan needs."""
+        return self.dp_replicate * self.dp_shard
+
+    def validate(self, hardware: Hardware | None = None, workload: Workload | None = None) -> None:
+        """Check the plan against the machine and the model it is meant for; what is None is not checked.
+
+        Raises:
+            PlanError: the sizes do not multiply to the number of processes, or the model cannot take what the plan asks
+                for.
+        """
+        if hardware is not None:
+            self.check_world_size(hardware.world_size)
+        if workload is None:
+            return
+        if not workload.parameters:
+            raise PlanError(f"{workload.name} has no parameters, so there is nothing to train; give it at least one.")
+        if self.activation_checkpointing != "none" and not workload.blocks:
+            raise PlanError(
+                f"activation_checkpointing={self.activation_checkpointing!r} needs repeated blocks"
+                f" and {workload.name} has none; use 'none'."
+            )
+
+    def check_world_size(self, world: int) -> None:
+        """Check the sizes against the number of processes.
+
+        Raises:
+            PlanError: they do not multiply to `world`.
+        """
+        if self.world_size != world:
+            raise PlanError(
+                f"dp_replicate={self.dp_replicate}, dp_shard={self.dp_shard} makes {self.world_size} and there"
+                f" {'is 1 device' if world == 1 else f'are {world} devices'}; dp_replicate * dp_shard must be {world},"
+                f" for example dp_shard={world}."
+            )
+
+    def describe(self) -> str:
+        """The plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
+        stage = "ZeRO-3" if self.reshard_after_forward else "ZeRO-2"
+        if self.dp_shard > 1 and self.dp_replicate > 1:
+            layout = f"HSDP: {self.dp_replicate} replicas, each {stage} over {self.dp_shard} devices"
+        elif self.dp_shard > 1:
+            layout = f"{stage} over {self.dp_shard} devices"
+        elif self.dp_replicate > 1:
+            layout = f"replicated on {self.dp_replicate} devices"
+        else:
+            layout = "plain, one device"
+        recompute = ", full activation checkpointing" if self.activation_checkpointing == "full" else ""
+        return f"{layout}{recompute}, {self.precision}"
+
+    def to_json(self) -> str:
+        """JSON text with the version of its format; `from_json` reads it back to an equal plan."""
+        return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote, or that a person typed; a missing field has its default.
+
+        Raises:
+            PlanError: not JSON, of a newer version, or with a field or value that is not accepted.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f'the plan is no JSON ({error}); give an object such as {{"dp_shard": 2}}.') from error
+        return cls.from_dict(fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
+        """The plan with these fields; `"version"`, when present, is that of the format.
+
+        Raises:
+            PlanError: not a mapping of field names, of a newer version, or with a field or value that is not accepted.
+        """
+        if not isinstance(fields, Mapping):
+            raise PlanError(
+                f'a plan is an object of fields and this is {fields!r}; give one such as {{"dp_shard": 2}}.'
+            )
+        fields = dict(fields)
+        version = fields.pop("version", PLAN_VERSION)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise PlanError(f"version={version!r} is not accepted; give a whole number from 1 to {PLAN_VERSION}.")
+        if version > PLAN_VERSION:
+            raise PlanError(
+                f"the plan is of version {version} and this release reads up to {PLAN_VERSION};"
+                " upgrade lightning-largescale, or plan again with this one."
+            )
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to `path`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read the plan in the file at `path`.
+
+        Raises:
+            PlanError: there is no such file, or what `from_json` raises, with the path in front.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(
+                f"plan file {str(path)!r} cannot be read ({error.strerror}); give the path of a plan's JSON."
+            ) from error
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error

@@ -1,0 +1,125 @@
+"""What a user sees: one panel at setup, and one line after fit that holds the predictions against what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.planner.report import Estimate, Report, plan_fields
+from lightning_largescale.units import format_bytes, format_flops, format_seconds
+from lightning_largescale.workload import Workload
+
+_BAR_WIDTH = 24
+_BUDGET_WIDTH = 54
+_MATMUL_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def setup_panel(report: Report) -> Panel:
+    """The panel of a report that has a best plan: hardware, model, plan, predictions, runner-up and advice."""
+    estimate = report.best_estimate
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("hardware", Text(hardware_words(report.hardware)))
+    table.add_row("model", Text(model_words(report.workload)))
+    table.add_row("plan", Text(f"{report.best.describe()}  [{plan_fields(report.best)}]"))
+    table.add_row("peak memory", memory_bars(estimate, report.budget_bytes))
+    table.add_row("step time", Text(time_words(report, estimate)))
+    runner_up = report.runner_up
+    if runner_up is not None:
+        table.add_row("runner-up", Text(f"{runner_up.plan.describe()}: {runner_up.reason}"))
+    else:
+        table.add_row("runner-up", "none: no other plan is admissible on this hardware")
+    table.add_row("to go faster", Text("; ".join(report.advice) or "no plan of this release would"))
+    for note in report.workload.approximate:
+        table.add_row("approximate", Text(note))
+    return Panel(table, title="lightning_largescale", title_align="left", expand=False)
+
+
+def after_fit(estimate: Estimate, peak_bytes: int | None, step_seconds: float | None) -> str:
+    """One line: predicted and measured peak and step time, and the signed error of each prediction."""
+    peak = _against(estimate.peak_bytes["device"], peak_bytes, format_bytes)
+    step = _against(estimate.step_seconds, step_seconds, format_seconds)
+    return f"lightning_largescale: peak memory {peak}; step time {step}"
+
+
+def hardware_words(hardware: Hardware) -> str:
+    """The machine in a line: `"2 x cpu (AMD EPYC), 11.5 GiB free a rank; fp32 21.0 GFLOP/s, all-reduce 0.80 GiB/s"`."""
+    where = f" on {hardware.nodes} nodes" if hardware.nodes > 1 else ""
+    free = format_bytes(hardware.memory_free_bytes)
+    words = f"{hardware.world_size} x {hardware.kind} ({hardware.name}){where}, {free} free a rank"
+    if hardware.rates is None:
+        return words
+    rates = [f"{_MATMUL_NAMES.get(name, name)} {format_flops(rate)}" for name, rate in hardware.rates.matmul.items()]
+    if hardware.rates.all_reduce is not None:
+        rates.append(f"all-reduce {format_bytes(hardware.rates.all_reduce.bandwidth)}/s")
+    return f"{words}; {', '.join(rates)}"
+
+
+def model_words(workload: Workload) -> str:
+    """The model in a line: parameters, trainable share, bytes by dtype."""
+    total = workload.parameter_bytes
+    share = 100.0 * workload.trainable_bytes / total if total else 0.0
+    dtypes: dict[str, int] = {}
+    for parameter in workload.parameters:
+        dtypes[parameter.dtype] = dtypes.get(parameter.dtype, 0) + parameter.bytes
+    sizes = ", ".join(f"{format_bytes(size)} {name}" for name, size in dtypes.items())
+    blocks = f"; {len(workload.blocks)} blocks" if workload.blocks else "; no repeated blocks"
+    return f"{workload.name}, {_count(workload.numel)} parameters, {share:.0f}% trainable; {sizes}{blocks}"
+
+
+def memory_bars(estimate: Estimate, budget_bytes: int) -> RenderableType:
+    """The terms of the peak as bars against the budget."""
+    peak = estimate.peak_bytes["device"]
+    share = min(1.0, peak / budget_bytes)
+    head = Text(
+        f"{format_bytes(peak)} of {format_bytes(budget_bytes)} a rank ({100 * peak / budget_bytes:.0f}%),"
+        f" at the {estimate.memory.moment}\n",
+    )
+    filled = round(_BUDGET_WIDTH * share)
+    head.append("█" * filled, style="bold cyan")
+    head.append("░" * (_BUDGET_WIDTH - filled), style="dim")
+    bars = Table.grid(padding=(0, 1))
+    bars.add_column(no_wrap=True)
+    bars.add_column(justify="right", no_wrap=True)
+    bars.add_column(no_wrap=True)
+    for name, size in _largest(estimate.memory.terms):
+        filled = max(1, round(_BAR_WIDTH * size / max(peak, 1)))
+        bars.add_row(name, format_bytes(size), Text("█" * filled, style="cyan"))
+    return Group(head, bars)
+
+
+def time_words(report: Report, estimate: Estimate) -> str:
+    """The step in a line: seconds, samples a second, and the largest terms."""
+    terms = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in list(estimate.time.terms.items())[:4])
+    hidden = f", {format_seconds(estimate.time.hidden_seconds)} hidden" if estimate.time.hidden_seconds else ""
+    samples = report.workload.batch_samples * report.best.world_size * report.accumulate_grad_batches
+    return (
+        f"{format_seconds(estimate.step_seconds)} for a global batch of {samples}"
+        f" ({estimate.samples_per_second:.3g} samples/s): {terms}{hidden}"
+    )
+
+
+def _largest(terms: Mapping[str, int], shown: int = 6) -> list[tuple[str, int]]:
+    rows = list(terms.items())
+    if len(rows) <= shown:
+        return rows
+    return [*rows[: shown - 1], ("other", sum(size for _, size in rows[shown - 1 :]))]
+
+
+def _against(predicted: float, measured: float | None, write: Callable[[float], str]) -> str:
+    if measured is None or measured <= 0:
+        return f"predicted {write(predicted)}, not measured"
+    return f"predicted {write(predicted)}, measured {write(measured)} ({100 * (predicted / measured - 1):+.1f}%)"
+
+
+def _count(number: int) -> str:
+    for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,211 @@
+"""Seconds of one optimizer step under a plan: compute, communication and memory traffic as named terms, less what
+overlaps.
+
+Operations with FLOPs (matrix products, attention, convolutions) cost their FLOPs at the measured matmul rate of their
+type; all others cost the bytes they read and write at the measured memory bandwidth.
+
+Source: Williams et al. 2009, "Roofline", section 3; Thakur et al. 2005, "Optimization of Collective Communication
+    Operations in
+MPICH", section 4 (ring algorithms); Rajbhandari et al. 2020, "ZeRO", section 7 (communication volume of each stage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lightning_largescale.hardware import Hardware, Link, Rates
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.memory import Sizes
+from lightning_largescale.workload import Segment, Workload
+
+# The type whose measured rate a precision computes at; hardware without that rate cannot carry it out.
+MATMUL_TYPE = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+# gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
+# hidden there.
+_OVERLAPS = {"cpu": False, "cuda": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeEstimate:
+    """Seconds of one optimizer step on every rank, all micro-batches included.
+
+    Attributes:
+        terms: seconds by term, largest first; those of 0 s are left out.
+        hidden_seconds: communication that runs under compute, already inside `terms` and taken off the sum.
+    """
+
+    terms: Mapping[str, float] = field(default_factory=dict)
+    hidden_seconds: float = 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """The sum of the terms less what is hidden, seconds."""
+        return sum(self.terms.values()) - self.hidden_seconds
+
+
+def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_grad_batches: int = 1) -> TimeEstimate:
+    """Seconds of one optimizer step of `workload` under `plan` on `hardware`.
+
+    Args:
+        workload: the traced step, of one rank's micro-batch.
+        plan: the plan to price.
+        hardware: its `rates` must be there.
+        accumulate_grad_batches: micro-batches between optimizer steps.
+
+    Raises:
+        ValueError: `hardware` has no rates.
+
+    Source: the module's docstring.
+    """
+    rates = hardware.rates
+    if rates is None:
+        raise ValueError("hardware has no measured rates; give Hardware.detect().calibrate() or Hardware.named(...).")
+    sizes = Sizes(workload, plan, hardware.kind, accumulate_grad_batches)
+    micro = accumulate_grad_batches
+    terms = {
+        "forward": micro * sum(_segment_seconds(s, rates, plan, backward=False) for s in sizes.step.segments),
+        "backward": micro * sum(_segment_seconds(s, rates, plan, backward=True) for s in sizes.step.segments),
+        "recomputation": micro * recompute_seconds(sizes, rates),
+        "all-gather": micro * all_gathers_seconds(sizes, rates),
+        "reduce-scatter": reduce_scatters_seconds(sizes, rates),
+        "all-reduce": all_reduces_seconds(sizes, rates),
+        "shard copies": copies_seconds(sizes, rates, micro),
+        "optimizer step": optimizer_seconds(sizes, rates),
+    }
+    compute = terms["forward"] + terms["backward"] + terms["recomputation"]
+    communication = terms["all-gather"] + terms["reduce-scatter"] + terms["all-reduce"]
+    hidden = min(compute, communication - _exposed_ends(sizes, rates)) if _OVERLAPS[hardware.kind] else 0.0
+    shown = sorted(((name, seconds) for name, seconds in terms.items() if seconds), key=lambda item: -item[1])
+    return TimeEstimate(terms=dict(shown), hidden_seconds=max(0.0, hidden))
+
+
+def all_gather_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float:
+    """Seconds of one ring all-gather, overlapping nothing.
+
+    Args:
+        shard_bytes: bytes each rank contributes, padding included; every rank ends with `ranks * shard_bytes`.
+        ranks: size of the mesh axis; 1 costs 0 s.
+        link: latency (seconds a hop) and bandwidth (bytes a second, one direction) of the slowest pair.
+
+    Source: Thakur et al. 2005, section 4.1: (p-1) (latency + shard / bandwidth).
+    """
+    return _ring_seconds(shard_bytes, ranks - 1, link)
+
+
+def reduce_scatter_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float:
+    """Seconds of one ring reduce-scatter whose result is `shard_bytes` a rank; arguments as for `all_gather_seconds`.
+
+    Source: Thakur et al. 2005, section 4.2: (p-1) (latency + shard / bandwidth), the arithmetic inside the measured
+        bandwidth.
+    """
+    return _ring_seconds(shard_bytes, ranks - 1, link)
+
+
+def all_reduce_seconds(whole_bytes: int, ranks: int, link: Link | None) -> float:
+    """Seconds of one ring all-reduce of `whole_bytes`; arguments as for `all_gather_seconds`.
+
+    Source: Thakur et al. 2005, section 4.5: a reduce-scatter and an all-gather, 2 (p-1) hops of whole / p bytes.
+    """
+    return _ring_seconds(whole_bytes // max(1, ranks), 2 * (ranks - 1), link)
+
+
+def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
+    """Seconds of running the repeated blocks' forward once more, a micro-batch.
+
+    Source: Chen et al. 2016, section 4: one extra forward of what is recomputed.
+    """
+    if sizes.plan.activation_checkpointing == "none" or sizes.workload.stage != "fit":
+        return 0.0
+    again = [segment for segment in sizes.step.segments if segment.block is not None]
+    return sum(_segment_seconds(segment, rates, sizes.plan, backward=False) for segment in again)
+
+
+def all_gathers_seconds(sizes: Sizes, rates: Rates) -> float:
+    """Seconds of gathering every group, a micro-batch: once in forward, and again in backward where it was resharded.
+
+    Source: ZeRO, section 7.2: parameters travel once more under stage 3 than under stage 2.
+    """
+    if not sizes.sharded:
+        return 0.0
+    shard, total = sizes.plan.dp_shard, 0.0
+    twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
+    for block in _groups(sizes):
+        once = all_gather_seconds(sizes.gathered(block) // shard, shard, rates.all_gather)
+        total += once * (2 if twice and block is not None else 1)
+    return total
+
+
+def reduce_scatters_seconds(sizes: Sizes, rates: Rates) -> float:
+    """Seconds of reducing every group's gradients to their shards, once an optimizer step.
+
+    Source: ZeRO, section 7.1.
+    """
+    if not sizes.sharded or sizes.workload.stage != "fit":
+        return 0.0
+    shard = sizes.plan.dp_shard
+    return sum(
+        reduce_scatter_seconds(sizes.gradient(block, whole=False), shard, rates.reduce_scatter)
+        for block in _groups(sizes)
+    )
+
+
+def all_reduces_seconds(sizes: Sizes, rates: Rates) -> float:
+    """Seconds of averaging gradients over the replicas, once an optimizer step: all of them, or the shards under HSDP.
+
+    Source: Li et al. 2020, "PyTorch Distributed", section 3.2; Zhao et al. 2023, "PyTorch FSDP", section 3.2.2.
+    """
+    if sizes.workload.stage != "fit":
+        return 0.0
+    return all_reduce_seconds(sizes.gradients, sizes.plan.dp_replicate, rates.all_reduce)
+
+
+def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
+    """Seconds of copying groups out of the gathered buffer and gradients into the one that is reduced, read and write
+    each.
+
+    Source: torch.distributed.fsdp, `foreach_all_gather_copy_out` and `foreach_reduce_scatter_copy_in`.
+    """
+    if not sizes.sharded:
+        return 0.0
+    twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
+    moved = 0.0
+    for block in _groups(sizes):
+        moved += 2 * sizes.gathered(block) * (2 if twice and block is not None else 1) * micro_batches
+        moved += 2 * sizes.gradient(block, whole=True) if sizes.workload.stage == "fit" else 0
+    return moved / rates.memory_bandwidth
+
+
+def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
+    """Seconds of `step()` on the rank's share: the bytes its operations read and write, at memory bandwidth."""
+    if sizes.workload.stage != "fit" or not sizes.full_parameters:
+        return 0.0
+    moved = sum(needs.moved_bytes for needs in sizes.workload.optimizers)
+    return moved * sizes.parameters / sizes.full_parameters / rates.memory_bandwidth
+
+
+def _segment_seconds(segment: Segment, rates: Rates, plan: Plan, *, backward: bool) -> float:
+    rate = rates.matmul[MATMUL_TYPE[plan.precision]]
+    flops = segment.backward_flops if backward else segment.forward_flops
+    moved = segment.backward_moved_bytes if backward else segment.forward_moved_bytes
+    return flops / rate + moved / rates.memory_bandwidth
+
+
+def _exposed_ends(sizes: Sizes, rates: Rates) -> float:
+    """The first gather and the last reduction have no compute to hide under."""
+    if not sizes.sharded:
+        return 0.0
+    shard = sizes.plan.dp_shard
+    return all_gather_seconds(sizes.gathered(None) // shard, shard, rates.all_gather) + reduce_scatter_seconds(
+        sizes.gradient(None, whole=False), shard, rates.reduce_scatter
+    )
+
+
+def _ring_seconds(hop_bytes: int, hops: int, link: Link | None) -> float:
+    if hops <= 0 or link is None:
+        return 0.0
+    return hops * (link.latency_seconds + hop_bytes / link.bandwidth)
+
+
+def _groups(sizes: Sizes) -> list[str | None]:
+    return list(dict.fromkeys(parameter.block for parameter in sizes.workload.parameters))

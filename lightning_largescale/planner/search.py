@@ -1,0 +1,246 @@
+"""Every admissible plan, priced and ranked: the fastest that fits, and why each other one was not taken.
+
+The space is small enough to enumerate, so the choice is the best under the model of `memory` and `runtime`.
+
+Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Learning Training", section 4 (strategy
+    finding);
+the cost models it ranks by are those of the two modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.planner.report import Candidate, Estimate, Report, plan_fields
+from lightning_largescale.planner.runtime import MATMUL_TYPE, step_time
+from lightning_largescale.units import format_bytes, format_seconds, parse_bytes
+from lightning_largescale.workload import Workload
+
+# Values that change the numbers a model trains to; taken only where the user's `allow` names them.
+LOSSY = ("bf16-mixed",)
+# Of what a device has free, the share that a plan may use unless a budget is given: the rest is for what no model of it
+# sees.
+BUDGET_SHARE = 0.9
+_MORE_DEVICES = (2, 4, 8, 16, 32, 64, 128)
+
+
+def find_plans(
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    allow: Sequence[str] = (),
+    memory_budget: int | str | None = None,
+    baseline_bytes: int = 0,
+    accumulate_grad_batches: int = 1,
+    precision: str | None = None,
+) -> Report:
+    """Price every plan that the devices and the model admit, and rank them.
+
+    Args:
+        workload: what one step needs, of one rank's micro-batch.
+        hardware: what there is; without rates, a machine that was detected is calibrated now (seconds; cached).
+        allow: values that change numerics and may be taken all the same: "bf16-mixed".
+        memory_budget: bytes, or text such as "6GiB", that one rank may hold in all on its device tier; without it, 90%
+            of what is free there beside `baseline_bytes`.
+        baseline_bytes: what one rank holds there already, the model left out (bytes).
+        accumulate_grad_batches: micro-batches between optimizer steps.
+        precision: only plans of this precision; without it "32-true" and what `allow` names.
+
+    Raises:
+        PlanError: an argument that is not accepted, or a model without parameters. That nothing fits is no error here:
+            `best` of the report raises it, with what is missing.
+
+    Source: the module's docstring.
+    """
+    _check(workload, hardware, allow, precision)
+    if hardware.rates is None:
+        hardware = hardware.calibrate()
+    if precision is not None and not _computes(hardware, precision):
+        raise PlanError(f"precision={precision!r} was asked for and {hardware.name} cannot compute it; take '32-true'.")
+    if memory_budget is None:
+        budget_bytes = int(BUDGET_SHARE * hardware.memory_free_bytes) + baseline_bytes
+    else:
+        budget_bytes = parse_bytes(memory_budget, name="memory_budget")
+    allowed = {precision} if precision else {"32-true", *allow}
+    price = _Pricing(baseline_bytes, accumulate_grad_batches)
+    rows = [(plan, price.estimate(workload, hardware, plan)) for plan in candidates(workload, hardware)]
+    report = Report(
+        candidates=(*_ranked(rows, budget_bytes, allowed), *_impossible(workload, hardware)),
+        budget_bytes=budget_bytes,
+        hardware=hardware,
+        workload=workload,
+        accumulate_grad_batches=accumulate_grad_batches,
+    )
+    advice = _faster(report) if report.fits else _would_fit(report, price, allowed, fixed=precision is not None)
+    return dataclasses.replace(report, advice=tuple(advice))
+
+
+def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
+    """Every plan for the number of devices of `hardware` that the structure of `workload` admits, simplest first.
+
+    Source: the module's docstring.
+    """
+    world = hardware.world_size
+    usable = [name for name in workload.steps if _computes(hardware, name)]
+    checkpointing = ("none", "full") if workload.blocks and workload.stage == "fit" else ("none",)
+    for precision in usable:
+        for activation_checkpointing in checkpointing:
+            for dp_shard in (size for size in range(1, world + 1) if world % size == 0):
+                for reshard in (True, False) if dp_shard > 1 else (True,):
+                    yield Plan(
+                        dp_replicate=world // dp_shard,
+                        dp_shard=dp_shard,
+                        reshard_after_forward=reshard,
+                        precision=precision,
+                        activation_checkpointing=activation_checkpointing,
+                    )
+
+
+def check_allow(allow: Sequence[str]) -> None:
+    """Raise PlanError unless every value of `allow` is one that changes numerics and is known."""
+    if isinstance(allow, str) or any(name not in LOSSY for name in allow):
+        raise PlanError(f"allow={allow!r} is not accepted; give a tuple of {', '.join(map(repr, LOSSY))}, or nothing.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pricing:
+    """What every plan is priced with."""
+
+    baseline_bytes: int
+    accumulate: int
+
+    def estimate(self, workload: Workload, hardware: Hardware, plan: Plan) -> Estimate:
+        memory = peak_memory(
+            workload, plan, hardware, baseline_bytes=self.baseline_bytes, accumulate_grad_batches=self.accumulate
+        )
+        time = step_time(workload, plan, hardware, accumulate_grad_batches=self.accumulate)
+        return Estimate.of(workload, plan, memory, time, accumulate=self.accumulate)
+
+    def least(self, workload: Workload, hardware: Hardware, precisions: set[str]) -> int:
+        """The smallest peak of any plan of these precisions, bytes."""
+        plans = [plan for plan in candidates(workload, hardware) if plan.precision in precisions]
+        return min(self.estimate(workload, hardware, plan).peak_bytes["device"] for plan in plans)
+
+
+def _check(workload: Workload, hardware: Hardware, allow: Sequence[str], precision: str | None) -> None:
+    check_allow(allow)
+    if precision is not None and precision not in workload.steps:
+        raise PlanError(f"precision={precision!r} was not traced; accepted: {', '.join(map(repr, workload.steps))}.")
+    if not workload.parameters:
+        raise PlanError(f"{workload.name} has no parameters, so there is nothing to plan for; give it at least one.")
+    if hardware.rates is None and hardware.origin != "detected":
+        raise PlanError(
+            "the hardware was loaded without measured rates; save it after .calibrate(), or use Hardware.named."
+        )
+
+
+def _ranked(rows: list[tuple[Plan, Estimate]], budget_bytes: int, allowed: set[str]) -> list[Candidate]:
+    """The plans in order: those that fit by time, then those too large by what they lack, then those not allowed."""
+    fitting = [row for row in rows if row[0].precision in allowed and row[1].peak_bytes["device"] <= budget_bytes]
+    fitting.sort(key=lambda row: (row[1].step_seconds, row[1].peak_bytes["device"]))
+    large = [row for row in rows if row[0].precision in allowed and row[1].peak_bytes["device"] > budget_bytes]
+    large.sort(key=lambda row: row[1].peak_bytes["device"])
+    refused = [row for row in rows if row[0].precision not in allowed]
+    ranked = [
+        Candidate(plan=plan, estimate=estimate, status="fits", reason=_slower(estimate, fitting[0][1]))
+        for plan, estimate in fitting
+    ]
+    if ranked:
+        reason = "the only plan that fits" if len(ranked) == 1 else "the fastest of those that fit"
+        ranked[0] = dataclasses.replace(ranked[0], status="chosen", reason=reason)
+    ranked += [
+        Candidate(plan=plan, estimate=estimate, status="too large", reason=_too_large(estimate, budget_bytes))
+        for plan, estimate in large
+    ]
+    ranked += [
+        Candidate(plan=plan, estimate=estimate, status="not allowed", reason=_not_allowed(plan, allowed))
+        for plan, estimate in refused
+    ]
+    return ranked
+
+
+def _slower(estimate: Estimate, best: Estimate) -> str:
+    """Why a plan that fits lost: how much slower, and the term that makes most of the difference."""
+    extra = estimate.step_seconds - best.step_seconds
+    if extra <= 0:
+        return (
+            "as fast, and needs more memory" if estimate.peak_bytes["device"] > best.peak_bytes["device"] else "as fast"
+        )
+    growth = {name: seconds - best.time.terms.get(name, 0.0) for name, seconds in estimate.time.terms.items()}
+    term = max(growth, key=lambda name: growth[name])
+    ratio = estimate.step_seconds / best.step_seconds if best.step_seconds else float("inf")
+    return f"{ratio:.2f} times the step time, {format_seconds(growth[term])} more of {term}"
+
+
+def _too_large(estimate: Estimate, budget_bytes: int) -> str:
+    short = estimate.peak_bytes["device"] - budget_bytes
+    name, size = next(iter(estimate.memory.terms.items()))
+    return f"lacks {format_bytes(short)} at the {estimate.memory.moment}, where {name} take {format_bytes(size)}"
+
+
+def _not_allowed(plan: Plan, allowed: set[str]) -> str:
+    if plan.precision in LOSSY:
+        return f"{plan.precision} changes numerics and allow does not name it"
+    return f"precision {plan.precision} is not {' or '.join(sorted(allowed))}, which was asked for"
+
+
+def _impossible(workload: Workload, hardware: Hardware) -> Iterator[Candidate]:
+    """Plans that are no candidates at all, and why: one for each reason."""
+    if not workload.blocks or workload.stage != "fit":
+        reason = f"{workload.name} has no repeated blocks, so nothing to recompute block by block"
+        if workload.stage != "fit":
+            reason = f"{workload.stage} keeps no activations, so there are none to recompute"
+        plan = Plan(activation_checkpointing="full")
+        yield Candidate(plan=plan, estimate=None, status="not possible", reason=reason)
+    for precision in workload.steps:
+        if not _computes(hardware, precision):
+            reason = f"{hardware.name} cannot compute matrix products in {MATMUL_TYPE[precision]}"
+            yield Candidate(plan=Plan(precision=precision), estimate=None, status="not possible", reason=reason)
+
+
+def _computes(hardware: Hardware, precision: str) -> bool:
+    return hardware.rates is not None and MATMUL_TYPE[precision] in hardware.rates.matmul
+
+
+def _faster(report: Report) -> Iterator[str]:
+    """What a user could give to go faster, from the candidates that are faster and were not taken."""
+    best = report.best_estimate
+    for status in ("too large", "not allowed"):
+        rows = [row for row in report.candidates if row.status == status and row.estimate is not None]
+        quick = [row for row in rows if row.estimate and row.estimate.step_seconds < 0.99 * best.step_seconds]
+        if not quick:
+            continue
+        row = min(quick, key=lambda row: row.estimate.step_seconds if row.estimate else 0.0)
+        if row.estimate is None:
+            continue
+        gain = f"{best.step_seconds / row.estimate.step_seconds:.2f} times as fast: {plan_fields(row.plan)}"
+        short = row.estimate.peak_bytes["device"] - report.budget_bytes
+        if status == "too large":
+            yield f"{format_bytes(short)} more memory a rank would be {gain}"
+        elif short <= 0:
+            yield f"allow=({row.plan.precision!r},) would be {gain}"
+
+
+def _would_fit(report: Report, price: _Pricing, allowed: set[str], *, fixed: bool) -> Iterator[str]:
+    """What would make a plan fit, each tried on its own: numerics, a smaller batch, more devices, more memory."""
+    workload, hardware, budget = report.workload, report.hardware, report.budget_bytes
+    for name in sorted(
+        set() if fixed else {name for name in LOSSY if name in workload.steps and _computes(hardware, name)} - allowed
+    ):
+        if price.least(workload, hardware, {name}) <= budget:
+            yield f"allow {name!r}"
+    halves = [workload.batch_samples >> power for power in range(1, workload.batch_samples.bit_length())]
+    for samples in halves:
+        if price.least(workload.with_batch(samples), hardware, allowed) <= budget:
+            yield f"take micro-batch {samples}"
+            break
+    for factor in _MORE_DEVICES:
+        more = dataclasses.replace(hardware, nodes=hardware.nodes * factor)
+        if price.least(workload, more, allowed) <= budget:
+            yield f"take {more.world_size} devices"
+            break
+    yield f"give a budget of {format_bytes(price.least(workload, hardware, allowed))}"

@@ -1,0 +1,109 @@
+"""The strings that `Trainer(strategy=...)` understands, each with a factory that imports what it needs when called."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning_largescale.plan import Plan, PlanError
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.strategy import LargeScaleStrategy
+
+# Names that are taken, so that what a user reads is the state of things and not that the name is unknown.
+_NOT_YET = {
+    "largescale_tp": "tensor parallelism",
+    "largescale_fsdp_tp": "sharding with tensor parallelism",
+    "largescale_fsdp_cpu_offload": "sharding with offload to DRAM",
+    "largescale_fsdp_nvme_offload": "sharding with offload to NVMe",
+    "largescale_fsdp_8bit": "sharding with 8-bit optimizer state",
+}
+
+
+def fsdp_plan(hardware: Hardware) -> Plan:
+    """The plan of `largescale_fsdp`: parameters, gradients and optimizer state divided among all processes (ZeRO-3).
+
+    Source: Rajbhandari et al. 2020, "ZeRO", section 5.
+    """
+    return Plan(dp_shard=hardware.world_size)
+
+
+def register_strategies(registry: Any) -> None:
+    """Add our names to the `StrategyRegistry` of `lightning.pytorch.strategies`; doing it twice is doing it once.
+
+    Args:
+        registry: the registry, changed in place. Its type is private to Lightning; the methods used are public.
+    """
+    for name, (factory, description) in _strategies().items():
+        registry.register(name, factory, description=description, override=True)
+    # The Trainer answers an unknown name with a few examples; the registry answers with every name it knows. So that a
+    # misspelt name of ours gets the second answer, the Trainer is let through to it.
+    registry.available_strategies = lambda: _Names(registry)
+
+
+def register_refusals(registry: Any) -> None:
+    """Have the `StrategyRegistry` of `pytorch_lightning.strategies` answer our names and objects: which import to use.
+
+    Args:
+        registry: the registry, changed in place.
+    """
+    for name, (_, description) in _strategies().items():
+        registry.register(name, partial(_refuse_package, repr(name)), description=description, override=True)
+    # An object is looked for among the names before it is refused for its class, in a sentence that would not say why.
+    registry.available_strategies = lambda: _NamesOfOtherPackage(registry)
+
+
+class _Names(list[str]):
+    """The registered names, which a name close to one of ours passes for."""
+
+    def __contains__(self, name: object) -> bool:
+        if super().__contains__(name):
+            return True
+        return isinstance(name, str) and bool(difflib.get_close_matches(name, _strategies()))
+
+
+class _NamesOfOtherPackage(list[str]):
+    """The names registered with pytorch_lightning; to ask it for an object of ours is the user's mistake."""
+
+    def __contains__(self, name: object) -> bool:
+        if any(cls.__module__.startswith("lightning_largescale.") for cls in type(name).__mro__):
+            _refuse_package(f"{type(name).__name__}(...)")
+        return super().__contains__(name)
+
+
+def _strategies() -> dict[str, tuple[Callable[[], LargeScaleStrategy], str]]:
+    accepted = {
+        "largescale_auto": (_auto, "Chooses a plan for the hardware and the traced step, and carries it out"),
+        "largescale_fsdp": (_fsdp, "Divides parameters, gradients and optimizer state among all devices (ZeRO-3)"),
+    }
+    refused = {name: (partial(_refuse, name), f"Reserved for {what}") for name, what in _NOT_YET.items()}
+    return {**accepted, **refused}
+
+
+def _auto() -> LargeScaleStrategy:
+    from lightning_largescale.auto import LargeScaleAutoStrategy
+
+    return LargeScaleAutoStrategy()
+
+
+def _fsdp() -> LargeScaleStrategy:
+    from lightning_largescale.strategy import LargeScaleStrategy
+
+    return LargeScaleStrategy(fsdp_plan)
+
+
+def _refuse(name: str) -> LargeScaleStrategy:
+    raise PlanError(
+        f"strategy={name!r} asks for {_NOT_YET[name]}, which this release does not carry out;"
+        " accepted are 'largescale_auto' and 'largescale_fsdp'."
+    )
+
+
+def _refuse_package(strategy: str) -> LargeScaleStrategy:
+    raise PlanError(
+        f"strategy={strategy} is for the Trainer of the package lightning and this one is pytorch_lightning's;"
+        " use `from lightning.pytorch import Trainer`."
+    )

@@ -1,0 +1,141 @@
+"""One batch to trace with, taken from the trainer's own loader without stealing a sample from the run.
+
+A map-style dataset is read at its first indices, past the sampler. Any other iterable, which may be readable only once,
+is opened now and handed to the run with the batch put back in front.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_largescale import compat
+
+# How Lightning combines several loaders that are not a CombinedLoader yet: in training, and elsewhere.
+_MODES: dict[bool, Any] = {True: "max_size_cycle", False: "sequential"}
+
+
+def sample_batch(trainer: Trainer, *, peek: bool = True) -> Any:
+    """One batch of the loop that is about to run, on the CPU as the loader gives it; the run still sees every sample.
+
+    Asks the user's `*_dataloader` hook for its loader, once: the run is given the same object. Every rank calls this,
+    since such a hook may communicate, and one of them with `peek`; the random state is as before.
+
+    Returns:
+        The batch; None without `peek`, or where there is no loader or it is empty.
+
+    Raises:
+        Exception: what the user's loader or dataset raises.
+    """
+    loop, limit = _active_loop(trainer)
+    source = compat.loader_source(loop)
+    if source is None or limit == 0:
+        return None
+    loaders = compat.request_loaders(source)
+    training = loop is trainer.fit_loop
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, _MODES[training])
+    peeked = [_peek(loader) if peek else (None, loader) for loader in combined.flattened]
+    combined.flattened = [loader for _, loader in peeked]
+    compat.keep_loaders(loop, source, combined if isinstance(loaders, CombinedLoader) else combined.iterables)
+    batches = [batch for batch, _ in peeked]
+    if any(batch is None for batch in batches) or not batches:
+        return None
+    return compat.combine_batches(combined, batches) if training else batches[0]
+
+
+class OpenedLoader:
+    """An iterable that was opened early: the first time it is iterated, the batches already taken come first.
+
+    Everything else is asked of the loader itself.
+    """
+
+    def __init__(self, loader: Any, iterator: Iterator[Any], taken: list[Any]) -> None:
+        self._loader = loader
+        self._opened: Iterator[Any] | None = itertools.chain(taken, iterator)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator, since Lightning calls `iter` once only to see whether it can.
+        opened, self._opened = self._opened, None
+        yield from self._loader if opened is None else opened
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+
+class _SizedOpenedLoader(OpenedLoader):
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
+def _active_loop(trainer: Trainer) -> tuple[Any, int | float]:
+    """The loop that is about to run, and how many batches of it: a count, or a share as a float."""
+    loops: dict[Any, tuple[Any, int | float]] = {
+        TrainerFn.VALIDATING: (trainer.validate_loop, trainer.limit_val_batches),
+        TrainerFn.TESTING: (trainer.test_loop, trainer.limit_test_batches),
+        TrainerFn.PREDICTING: (trainer.predict_loop, trainer.limit_predict_batches),
+    }
+    return loops.get(trainer.state.fn, (trainer.fit_loop, trainer.limit_train_batches))
+
+
+def _peek(loader: Any) -> tuple[Any, Any]:
+    """One batch of `loader`, and what the run is to iterate in its place."""
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        with random_state_kept():
+            return _first_batch(loader), loader
+    if hasattr(loader, "load_state_dict"):
+        # Its place in the data may be restored after this, which an iterator that is open would not follow.
+        return None, loader
+    iterator = iter(loader)
+    taken = list(itertools.islice(iterator, 1))
+    kind = _SizedOpenedLoader if hasattr(loader, "__len__") and _has_length(loader) else OpenedLoader
+    opened = kind(loader, iterator, taken)
+    return taken[0] if taken else None, opened
+
+
+def _first_batch(loader: DataLoader[Any]) -> Any:
+    dataset: Any = loader.dataset
+    if len(dataset) == 0:
+        return None
+    if loader.batch_sampler is None:
+        return loader.collate_fn(dataset[0])
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    if size is not None:
+        indices = list(range(min(size, len(dataset))))
+    elif iter(loader.batch_sampler) is loader.batch_sampler:
+        return None
+    else:
+        indices = list(next(iter(loader.batch_sampler), ()))
+    many = getattr(dataset, "__getitems__", None)
+    return loader.collate_fn(many(indices) if many else [dataset[index] for index in indices])
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Within, random numbers may be drawn from Python, numpy and torch (CPU); after, it is as if none had been."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)

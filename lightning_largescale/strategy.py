@@ -1,0 +1,399 @@
+"""LargeScaleStrategy: a Plan carried out in the Trainer's life cycle."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Mapping
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_largescale import checkpoint, compat
+from lightning_largescale.connected import ConnectedStrategy
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware.usage import HeapTrimmer
+from lightning_largescale.launch import configure_launcher
+from lightning_largescale.parallel.gather import (
+    check_optimizer,
+    no_reduction,
+    reshard,
+    run_gathered,
+    sharded_state,
+)
+from lightning_largescale.parallel.heap import map_from
+from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
+from lightning_largescale.parallel.mesh import build_mesh
+from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
+from lightning_largescale.parallel.replicate import Replica, replicate_module
+from lightning_largescale.parallel.shard import adapt, shard_module
+from lightning_largescale.parallel.uneven import UnevenSteps
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.precision import LargeScalePrecision, asked_precision, check_precision
+
+
+class LargeScaleStrategy(ConnectedStrategy):
+    """Trains a LightningModule as a plan says; the module's code, names and state_dict keys stay as they are.
+
+    Args:
+        plan: a Plan, a mapping of its fields, the path of a plan's JSON, or a function of the hardware that returns a
+            Plan, asked when the trainer sets the strategy up.
+        start_method: how ranks that the environment did not start come to be: "popen" runs the script again, "fork" and
+            "spawn" start them from this process; None chooses.
+        process_group_backend: torch.distributed's name; None takes the device's default.
+        timeout: how long a collective may wait for the other ranks.
+
+    Attributes:
+        plan: the Plan in force; `Plan()` until a function has been asked.
+
+    Raises:
+        PlanError: the plan is not accepted; at setup, it does not fit the processes, the module, or the Trainer.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | Mapping[str, Any] | str | Path | Callable[[Hardware], Plan],
+        *,
+        start_method: Literal["popen", "fork", "spawn"] | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        if start_method not in (None, "popen", "fork", "spawn"):
+            raise PlanError(f"start_method={start_method!r} is not accepted; give 'popen', 'fork', 'spawn' or None.")
+        self._planner = plan if callable(plan) else None
+        self.plan = Plan() if callable(plan) else _read_plan(plan)
+        self._start_method = start_method
+        self._replica: Replica | None = None
+        self._uneven: UnevenSteps | None = None
+        self._undo = contextlib.ExitStack()
+        self._trim_heap = HeapTrimmer()
+
+    # Setup: the order of techniques
+
+    @override
+    def _configure_launcher(self) -> None:
+        if self._planner is None and self._fixed:
+            self._check_sizes(self.plan, self.num_nodes * self.num_processes)
+        self._launcher = configure_launcher(self, self._start_method)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        """Decide the plan and apply it to the module: precision, recomputation, sharding or replication, optimizers.
+
+        Raises:
+            PlanError: the plan does not fit the number of processes, the module, or what was given to the Trainer.
+        """
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        plan = self.plan = self._decide(trainer)
+        self._check_sizes(plan, self.world_size)
+        if fitting and not any(True for _ in module.parameters()):
+            raise PlanError(
+                f"{type(module).__name__} has no parameters, so there is nothing to train; give it at least one."
+            )
+        self._use_precision(plan)
+        if fitting and self._layer_sync is not None:
+            self.model = self._layer_sync.apply(module)
+            self._undo.callback(self._layer_sync.revert, module)
+        apply_recompute(module, plan)
+        self._undo.callback(remove_recompute, module)
+        if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
+            map_from(0)
+        if plan.dp_shard > 1:
+            self._shard(trainer, module, plan)
+        else:
+            self._place(module, plan, fitting=fitting)
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _decide(self, trainer: Trainer) -> Plan:
+        """The plan to carry out; called on every rank once the module is built, before anything is changed."""
+        if self._planner is None:
+            return self.plan
+        plan = self._planner(
+            Hardware.detect(
+                accelerator=self.root_device.type,
+                environment=self.cluster_environment,
+                ranks_per_node=self.num_processes,
+                nodes=self.num_nodes,
+            )
+        )
+        # A strategy named by a string says nothing of precision, so the Trainer's holds.
+        return dataclasses.replace(plan, precision=asked_precision(self.precision_plugin) or plan.precision)
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether the plan was given, and is not decided at setup."""
+        return type(self)._decide is LargeScaleStrategy._decide
+
+    def _check_sizes(self, plan: Plan, world_size: int) -> None:
+        if plan.world_size != world_size:
+            there = "is 1 process" if world_size == 1 else f"are {world_size} processes"
+            raise PlanError(
+                f"dp_replicate={plan.dp_replicate}, dp_shard={plan.dp_shard} makes {plan.world_size} and there {there};"
+                f" dp_replicate * dp_shard must be devices * num_nodes of the Trainer, {world_size}, for example"
+                f" dp_shard={world_size}."
+            )
+
+    def _use_precision(self, plan: Plan) -> None:
+        """Put the plan's precision plugin in the place of the Trainer's until teardown."""
+        given = self.precision_plugin
+        check_precision(asked_precision(given), plan)
+        self.precision_plugin = LargeScalePrecision(plan.precision, self.root_device.type)
+        self._undo.callback(self._give_back_precision, given)
+
+    def _give_back_precision(self, plugin: Precision) -> None:
+        self.precision_plugin = plugin
+
+    def _shard(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
+        if sharded_state(module):
+            adapt(module, plan)
+        else:
+            check_equal_structure(module)
+            mesh = build_mesh(plan, self.root_device.type)
+            assert mesh is not None
+            shard_module(module, plan, mesh, self.root_device)
+        # Parameters that are gathered in inference mode cannot be used in training after it.
+        fit_validation = trainer.fit_loop.epoch_loop.val_loop
+        for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            self._undo.callback(setattr, loop, "inference_mode", loop.inference_mode)
+            loop.inference_mode = False
+
+    def _place(self, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
+        if sharded_state(module):
+            adapt(module, plan)
+        self.model_to_device()
+        if plan.dp_replicate > 1:
+            check_equal_structure(module)
+            equal_weights([*module.parameters(), *module.buffers()])
+            self._replica = replicate_module(module, self.root_device) if fitting else None
+
+    @override
+    def model_to_device(self) -> None:
+        """Move the whole module to this rank's device."""
+        assert self.lightning_module is not None
+        self.lightning_module.to(self.root_device)
+
+    @contextlib.contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Where `configure_model` builds: in DRAM, since the whole model need not fit the device."""
+        with self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Create the optimizers over the parameters as they are now.
+
+        Raises:
+            PlanError: there is none to create, or one holds parameters as they were before.
+        """
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+        module = self.lightning_module
+        assert module is not None
+        if module.automatic_optimization and not any(optimizer.param_groups for optimizer in self.optimizers):
+            raise PlanError(
+                f"{type(module).__name__.removeprefix('FSDP')}.configure_optimizers returned no optimizer;"
+                " return one to train."
+            )
+        if sharded_state(module):
+            for optimizer in self.optimizers:
+                check_optimizer(optimizer, module)
+
+    # Steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, through what reduces its gradients."""
+        module = self.lightning_module
+        assert module is not None
+        if self._replica is None:
+            return self._step("training_step", *args, **kwargs)
+        with self.precision_plugin.forward_context():
+            step = partial(module.training_step, *args, **kwargs)
+            return self._replica.run(step, reduce_output=module.automatic_optimization)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with its parameters gathered."""
+        return self._step("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with its parameters gathered."""
+        return self._step("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with its parameters gathered."""
+        return self._step("predict_step", *args, **kwargs)
+
+    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        with self.precision_plugin.forward_context():
+            result = run_gathered(module, partial(getattr(module, name), *args, **kwargs))
+        if self._uneven is not None:
+            self._uneven.done()
+        return result
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Where the user runs backward inside the step, let it begin as one that the step's output began."""
+        module = self.lightning_module
+        assert module is not None
+        if module.automatic_optimization:
+            return
+        if self._replica is not None:
+            self._replica.prepare(closure_loss)
+        elif closure_loss.requires_grad:
+            run_gathered(module, lambda: closure_loss)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's; a plan that is there to save memory then gives back what the step has freed."""
+        result = super().optimizer_step(*args, **kwargs)
+        if self.root_device.type == "cpu" and self.plan != Plan():
+            self._trim_heap()
+        return result
+
+    @contextlib.contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Within, backward does not communicate gradients."""
+        module = self.lightning_module
+        assert module is not None
+        blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._replica is not None:
+            blocked = self._replica.no_reduction()
+        elif sharded_state(module):
+            blocked = no_reduction(module)
+        with blocked:
+            yield
+
+    @override
+    def on_validation_start(self) -> None:
+        """Learn how many batches each rank has."""
+        self._start_evaluation()
+
+    @override
+    def on_test_start(self) -> None:
+        """Learn how many batches each rank has."""
+        self._start_evaluation()
+
+    @override
+    def on_predict_start(self) -> None:
+        """Learn how many batches each rank has."""
+        self._start_evaluation()
+
+    @override
+    def on_validation_end(self) -> None:
+        """Drop what evaluation gathered."""
+        self._end_evaluation()
+
+    @override
+    def on_test_end(self) -> None:
+        """Drop what evaluation gathered."""
+        self._end_evaluation()
+
+    @override
+    def on_predict_end(self) -> None:
+        """Drop what evaluation gathered."""
+        self._end_evaluation()
+
+    def _start_evaluation(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self.is_distributed:
+            # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
+            equal_weights(module.buffers())
+        if sharded_state(module):
+            self._uneven = UnevenSteps(module, compat.evaluation_batches(module.trainer))
+
+    def _end_evaluation(self) -> None:
+        self._uneven = None
+        if self.lightning_module is not None:
+            reshard(self.lightning_module)
+
+    # Checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Always: each rank takes its part of a checkpoint once the module is divided."""
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Full tensors, on rank 0 alone where the module is sharded; a collective."""
+        module = self.lightning_module
+        assert module is not None
+        if sharded_state(module) is None:
+            return super().lightning_module_state_dict()
+        return checkpoint.full_module_state(module, keep=self.is_global_zero)
+
+    @override
+    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
+        """Load full tensors, each rank its part."""
+        module = self.lightning_module
+        assert module is not None
+        checkpoint.load_module_state(module, checkpoint_["state_dict"], strict=strict)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective."""
+        assert self.lightning_module is not None
+        if sharded_state(self.lightning_module) is None:
+            return super().optimizer_state(optimizer)
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
+        """Load full tensors, each rank its part."""
+        for optimizer, state in zip(self.optimizers, checkpoint_["optimizer_states"], strict=True):
+            checkpoint.load_optimizer_state(optimizer, state)
+
+    @override
+    def teardown(self) -> None:
+        """Leave the module as it was, but for its weights; what is sharded stays sharded, on its device."""
+        self._uneven = None
+        self._replica = None
+        self._undo.close()
+        module = self.lightning_module
+        if self.root_device.type != "cpu" and (module is None or sharded_state(module) is None):
+            super().teardown()
+            return
+        if module is not None:
+            reshard(module)
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def _read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        return Plan.from_dict(plan)
+    if isinstance(plan, str | Path):
+        return Plan.load(plan)
+    raise PlanError(f"plan={plan!r} is no plan; give a Plan, a mapping of its fields, or the path of a plan's JSON.")

@@ -1,0 +1,8 @@
+"""Workload: what one step of a module needs, and what its structure permits; nothing allocated."""
+
+from __future__ import annotations
+
+from lightning_largescale.workload.blocks import Group, find_blocks, find_groups
+from lightning_largescale.workload.model import OptimizerNeeds, Parameter, Segment, Step, Workload
+
+__all__ = ["Group", "OptimizerNeeds", "Parameter", "Segment", "Step", "Workload", "find_blocks", "find_groups"]

@@ -1,0 +1,121 @@
+"""The repeated blocks of any nn.Module, and the groups of parameters that FSDP gathers together.
+
+A chain is a ModuleList, Sequential or ModuleDict. Its members of one class are repeated blocks when there are two or
+more of them and they own matrices (a parameter of two or more dimensions). What follows from that:
+
+- nested chains: the outermost counts, nothing is searched inside a block; a stage that stands alone is searched.
+- heterogeneous chains: each class that repeats counts, the others belong to the root.
+- encoder and decoder, or several stages: each chain counts by itself.
+- one object several times in a chain (shared layers): one block, named by its first place.
+- a member that is itself a container without a forward of its own is no block; it is searched.
+- a member that torch.compile wraps counts as the module it wraps.
+- no chain with repeated members: no blocks, and the root is the only group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_largescale import compat
+
+_CHAINS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """What FSDP gathers and frees together.
+
+    Attributes:
+        modules: the block, or the root; in the order of their names.
+        parameters: names of the parameters that the group owns, as `named_parameters` gives them first.
+        shared: names by which the group's modules use parameters that the root owns, several groups using them (tied).
+    """
+
+    modules: tuple[nn.Module, ...]
+    parameters: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+
+
+def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of `module` by fully qualified name, in the order of `named_modules`; may be empty."""
+    blocks: dict[str, nn.Module] = {}
+    _search("", module, blocks, set())
+    return blocks
+
+
+def find_groups(module: nn.Module) -> dict[str, Group]:
+    """The FSDP groups of `module`: one a block by the block's name, then `""`, the root, with all that is left.
+
+    A parameter that several blocks, or a block and the rest, use belongs to the root: a group frees its own after
+    forward, and the other user would find it gone.
+    """
+    blocks = find_blocks(module)
+    paths = _block_paths(module, blocks)
+    owners: dict[int, set[str]] = {}
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(_block_of(name, paths))
+        names.setdefault(id(parameter), []).append(name)
+    own: dict[str, list[str]] = {block: [] for block in (*blocks, "")}
+    shared: dict[str, list[str]] = {block: [] for block in (*blocks, "")}
+    for key, aliases in names.items():
+        owner = next(iter(owners[key])) if len(owners[key]) == 1 else ""
+        own[owner].append(aliases[0])
+        for alias in aliases:
+            used_in = _block_of(alias, paths)
+            if used_in != owner:
+                shared[used_in].append(alias)
+    modules = {**blocks, "": module}
+    return {
+        name: Group(modules=(modules[name],), parameters=tuple(own[name]), shared=tuple(shared[name])) for name in own
+    }
+
+
+def _block_paths(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, str]:
+    """Every path in `module` that leads to a block, with that block's name."""
+    names = {id(block): name for name, block in blocks.items()}
+    return {
+        path: names[id(found)] for path, found in module.named_modules(remove_duplicate=False) if id(found) in names
+    }
+
+
+def _block_of(parameter_name: str, paths: dict[str, str]) -> str:
+    """Name of the block that a parameter's name lies in, `""` for the root."""
+    parts = parameter_name.split(".")
+    prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((paths[prefix] for prefix in prefixes if prefix in paths), "")
+
+
+def _search(prefix: str, module: nn.Module, blocks: dict[str, nn.Module], seen: set[int]) -> None:
+    """Add the blocks below `module` to `blocks`; `seen` holds ids of what was searched or taken."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    members = compat.all_children(module)
+    repeated = _repeated_classes(module, [member for _, member in members])
+    for name, member in members:
+        path = f"{prefix}.{name}" if prefix else name
+        if compat.compiled_module(member).__class__ in repeated and _has_forward(member):
+            if id(member) not in seen:
+                seen.add(id(member))
+                blocks[path] = member
+        else:
+            _search(path, member, blocks, seen)
+
+
+def _repeated_classes(module: nn.Module, members: list[nn.Module]) -> set[type[nn.Module]]:
+    if not isinstance(module, _CHAINS):
+        return set()
+    counts = Counter(type(compat.compiled_module(member)) for member in members if _owns_matrix(member))
+    return {kind for kind, count in counts.items() if count > 1}
+
+
+def _owns_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(compat.compiled_module(module)).forward is not nn.Module.forward

@@ -1,0 +1,217 @@
+"""What an optimizer keeps for each parameter, and takes for a while in `step()`: asked of the optimizer itself.
+
+It steps twice over fakes of the true shapes. One that needs data steps over small real parameters instead, and the
+bytes are fitted to the shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_largescale import compat
+from lightning_largescale.workload.model import OptimizerNeeds
+from lightning_largescale.workload.steps import in_words
+from lightning_largescale.workload.tracker import Tracker
+
+# The count of steps that a step on fakes reads: past warm-up, where branches on it (RAdam's) take their usual side.
+_STEP_READ = 1000.0
+# Small real parameters: up to this size an optimizer is asked with the very shape, above it with the sides of `_SIDES`.
+_SMALL = 2**16
+_SIDES = (128, 256, 512)
+
+
+def assumed_needs(class_name: str, sizes: Mapping[str, int]) -> OptimizerNeeds:
+    """Two states of the parameter's size and two temporaries, as Adam has, for an optimizer that could not be asked."""
+    return OptimizerNeeds(
+        class_name=class_name,
+        state_bytes={name: 2 * size for name, size in sizes.items()},
+        step_temporary_largest=2.0,
+        moved_bytes=10 * sum(sizes.values()),
+    )
+
+
+def optimizer_needs(
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    used: Iterable[str],
+    sizes: Mapping[str, int],
+    *,
+    mode: Any,
+    device_type: str,
+    notes: list[str],
+) -> OptimizerNeeds:
+    """What `optimizer`, built over fakes, needs.
+
+    Args:
+        optimizer: its parameters are fakes; their gradients, and its state, are replaced.
+        names: of the module's parameters, by id.
+        used: names of those that receive a gradient.
+        sizes: bytes of the module's trainable parameters, by name.
+        mode: under which the fakes were made.
+        device_type: "cuda" lets it take the multi-tensor implementation that it takes there by default.
+        notes: gains a sentence where the answer is not exact.
+    """
+    received = set(used)
+    alike: dict[Any, dict[str, torch.Tensor]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            name = names.get(id(parameter), "")
+            if name in received:
+                alike.setdefault((index, parameter.shape, parameter.dtype), {})[name] = parameter
+    # One of each shape is asked and answers for those like it.
+    asked = [next(iter(members.values())) for members in alike.values()]
+    if device_type == "cuda":
+        _prefer_foreach(optimizer)
+    kind = type(optimizer).__name__
+    try:
+        with mode:
+            state, alone, peak, moved = _asked(optimizer, asked, mode.from_tensor)
+    except Exception as on_fakes:
+        try:
+            with compat.without_dispatch_modes():
+                state, alone, peak, moved = _fitted(optimizer, asked)
+        except Exception as error:
+            notes.append(f"{kind} could not be asked ({in_words(error)}), so two states a parameter are assumed")
+            return assumed_needs(kind, {name: sizes[name] for members in alike.values() for name in members})
+        notes.append(f"{kind} cannot step on fake tensors ({in_words(on_fakes)}); small parameters were asked instead")
+    by_largest = peak <= 1.05 * alone
+    whole = sum(_bytes(p) for members in alike.values() for p in members.values())
+    share = whole / (sum(map(_bytes, asked)) or 1)
+    return OptimizerNeeds(
+        class_name=kind,
+        state_bytes={name: size for members, size in zip(alike.values(), state, strict=True) for name in members},
+        step_temporary_largest=peak / max(sizes.values(), default=1) if by_largest else 0.0,
+        step_temporary_total=0.0 if by_largest else peak * share / (sum(sizes.values()) or 1),
+        moved_bytes=round(moved * share),
+    )
+
+
+def _asked(
+    optimizer: Optimizer,
+    parameters: Sequence[torch.Tensor],
+    to_fake: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[list[int], int, int, int]:
+    """State bytes of each parameter; peak of the temporaries with the largest alone, and with all; bytes moved."""
+    if not parameters:
+        return [], 0, 0, 0
+    largest = max(parameters, key=_bytes)
+    _set_gradients(parameters, [largest])
+    alone, _ = _second_step(optimizer, to_fake)
+    _set_gradients(parameters, parameters)
+    peak, moved = _second_step(optimizer, to_fake)
+    return [_state_bytes(optimizer.state.get(p, {})) for p in parameters], alone, peak, moved
+
+
+def _second_step(optimizer: Optimizer, to_fake: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[int, int]:
+    """Peak of the temporaries and bytes moved in a `step()` that finds its state made."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    arguments = [lambda: 1.0] if closure is not None and closure.default is inspect.Parameter.empty else []
+    for _ in range(2):
+        tracker = Tracker(to_fake=to_fake, value=_STEP_READ)
+        with tracker:
+            optimizer.step(*arguments)
+    return tracker.peak, tracker.moved
+
+
+def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> tuple[list[int], int, int, int]:
+    """`_asked`, of copies of the optimizer over small real parameters."""
+    if not parameters:
+        return [], 0, 0, 0
+    options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    known: dict[tuple[int, torch.dtype, tuple[int, ...]], list[int]] = {}
+
+    def ask(like: torch.Tensor, *shapes: tuple[int, ...]) -> list[int]:
+        group = options[id(like)]
+        key = (id(group), like.dtype, *shapes)
+        if key not in known:
+            small = [torch.zeros(shape, dtype=like.dtype, requires_grad=True) for shape in shapes]
+            known[key] = [*_small_step(optimizer, group, small)]  # type: ignore[index]
+        return known[key]  # type: ignore[index]
+
+    state: list[int] = []
+    for parameter in parameters:
+        if parameter.numel() <= _SMALL:
+            state.append(ask(parameter, tuple(parameter.shape))[0])
+        else:
+            shapes = _shapes_like(parameter)
+            state.append(_predicted(parameter.shape, shapes, [ask(parameter, shape)[0] for shape in shapes]))
+    one = (_SIDES[0], _SIDES[0])
+    _, alone, moved = ask(parameters[0], one)
+    _, peak, _ = ask(parameters[0], *([one] * 8))
+    scale = max(map(_bytes, parameters)) if peak <= 1.05 * alone else sum(map(_bytes, parameters)) / 8
+    small = math.prod(one) * parameters[0].element_size()
+    return (
+        state,
+        round(alone * max(map(_bytes, parameters)) / small),
+        round(peak * scale / small),
+        round(moved * sum(map(_bytes, parameters)) / small),
+    )
+
+
+def _small_step(optimizer: Optimizer, group: dict[str, Any], parameters: list[torch.Tensor]) -> tuple[int, int, int]:
+    """State bytes of the first parameter, peak of the temporaries and bytes moved, of a copy of `optimizer`."""
+    clone = copy.copy(optimizer)
+    clone.__dict__.update(optimizer.__dict__)
+    # Schedulers wrap the method of the object they were given; the copy has its class's own.
+    clone.__dict__.pop("step", None)
+    clone.state = defaultdict(dict)
+    clone.param_groups = [{**group, "params": parameters}]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    peak, moved = _second_step(clone, None)
+    return _state_bytes(clone.state.get(parameters[0], {})), peak, moved
+
+
+def _shapes_like(parameter: torch.Tensor) -> list[tuple[int, ...]]:
+    """Small shapes, enough of them to tell what state follows the elements, the rows or the columns."""
+    if parameter.dim() < 2:
+        return [(side * side,) for side in _SIDES]
+    return [(rows, columns) for rows in _SIDES for columns in _SIDES]
+
+
+def _predicted(shape: Sequence[int], shapes: Sequence[tuple[int, ...]], state_bytes: Sequence[int]) -> int:
+    """Bytes at `shape`, by least squares over `bytes = a + b * numel + c * rows + d * columns`."""
+    table = torch.tensor([_features(one) for one in shapes], dtype=torch.float64)
+    measured = torch.tensor(state_bytes, dtype=torch.float64).unsqueeze(1)
+    weights = torch.linalg.lstsq(table, measured, driver="gelsd").solution.squeeze(1)
+    return max(0, round(float(torch.tensor(_features(shape), dtype=torch.float64) @ weights)))
+
+
+def _features(shape: Sequence[int]) -> list[float]:
+    numel = math.prod(shape)
+    if len(shape) < 2:
+        return [1.0, float(numel)]
+    return [1.0, float(numel), numel / shape[-1], numel / shape[-2]]
+
+
+def _set_gradients(parameters: Iterable[torch.Tensor], with_gradient: Iterable[torch.Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter in with_gradient:
+        parameter.grad = torch.empty_like(parameter)
+
+
+def _prefer_foreach(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused") and not group.get("differentiable"):
+            group["foreach"] = True
+
+
+def _state_bytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return _bytes(state)
+    if isinstance(state, Mapping):
+        return sum(map(_state_bytes, state.values()))
+    return sum(map(_state_bytes, state)) if isinstance(state, (list, tuple)) else 0
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

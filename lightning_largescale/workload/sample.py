@@ -1,0 +1,69 @@
+"""A real step on one sample, and on two, where fakes fail: a line through the two is read at the batch's size."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from lightning_largescale.workload.batch import batch_samples, first_samples, map_tensors
+from lightning_largescale.workload.model import Step, combine_steps
+from lightning_largescale.workload.stand_in import attach
+from lightning_largescale.workload.state import swap_tensors, untouched
+from lightning_largescale.workload.steps import Request, Traced, eager, run_steps
+from lightning_largescale.workload.tracker import CannotTraceError
+
+
+def trace_on_samples(request: Request) -> Traced:
+    """The step for real on one and on two samples, drawn out to the batch; the last of its notes says so.
+
+    Raises:
+        CannotTraceError: a parameter has no data, so that there is nothing to run.
+        Exception: what the step raises on two samples, or on one where the batch has no more.
+    """
+    if any(tensor.is_meta for tensor in (*request.module.parameters(), *request.module.buffers())):
+        raise CannotTraceError("its parameters have no values yet")
+    samples = batch_samples(request.batch)
+    runs: dict[int, Traced] = {}
+    for count in range(1, min(2, samples) + 1):
+        try:
+            runs[count] = trace_for_real(dataclasses.replace(request, batch=first_samples(request.batch, count)))
+        except Exception:
+            # A single sample is refused by batch normalisation, among others; then two stand for the batch.
+            if count == min(2, samples):
+                raise
+    last = runs[max(runs)]
+    steps = {
+        name: _drawn_out({count: run.steps[name] for count, run in runs.items()}, samples)
+        for name in request.precisions
+    }
+    measured = " and ".join(map(str, runs))
+    how = f"a real step was measured on {measured} of the {samples} samples and drawn out to all"
+    return dataclasses.replace(last, steps=steps, approximate=(*last.approximate, how))
+
+
+def trace_for_real(request: Request) -> Traced:
+    """The step for real on the batch as it is; every tensor that it overwrites is put back."""
+
+    def parameter(tensor: torch.Tensor) -> torch.Tensor:
+        # The same data, without the gradients and the hooks that the user's parameters carry.
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    with untouched(request.module), eager():
+        trainer = attach(request.module)
+        new = swap_tensors(request.module, parameter, copied)
+        batch = map_tensors(request.batch, copied)
+        return run_steps(dataclasses.replace(request, batch=batch), trainer, list(new.values()))
+
+
+def _drawn_out(steps: dict[int, Step], samples: int) -> Step:
+    """The step at `samples`, given those at 1, at 2 or at both."""
+    measured = [steps[count] for count in sorted(steps)]
+    if len({tuple(segment.block for segment in step.segments) for step in measured}) == 1 and len(measured) == 2:
+        return combine_steps(measured, lambda one, two: one + (two - one) * (samples - 1))
+    count = max(steps)
+    return combine_steps([steps[count]], lambda value: value * samples / count)

@@ -1,0 +1,194 @@
+"""What a LightningModule's step asks of the world, answered without consequence: trainer, optimizers, logging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_largescale import compat
+
+# For schedulers built over the length of the run when there is no trainer to ask, or asking would load the data.
+_STEPS_ASSUMED = 1000
+
+
+class TrainerStandIn:
+    """Answers as the trainer would, keeps what is set on it to itself, and does nothing it is asked to do.
+
+    Args:
+        real: the trainer whose settings are read; None when the module has none.
+    """
+
+    def __init__(self, real: Any = None) -> None:
+        self._real = real
+        self.optimizers: list[Any] = []
+        self.lr_scheduler_configs: list[Any] = []
+        self.logger = DummyLogger()
+        self.loggers = [self.logger]
+        self.callback_metrics: dict[str, Any] = {}
+        self.logged_metrics: dict[str, Any] = {}
+        self.progress_bar_metrics: dict[str, Any] = {}
+        limit = getattr(real, "max_steps", -1)
+        self.estimated_stepping_batches = limit if limit and limit > 0 else _STEPS_ASSUMED
+        self.num_training_batches = self.estimated_stepping_batches
+        self.should_stop = False
+        self.strategy = _StrategyStandIn()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self._real is None:
+            if name not in _DEFAULTS:
+                raise AttributeError(f"{name} is not known without a Trainer")
+            return _DEFAULTS[name]
+        value = getattr(self._real, name)
+        return _nothing if callable(value) and getattr(value, "__self__", None) is self._real else value
+
+
+_DEFAULTS: dict[str, Any] = {
+    "accumulate_grad_batches": 1,
+    "callbacks": [],
+    "current_epoch": 0,
+    "datamodule": None,
+    "default_root_dir": ".",
+    "fast_dev_run": False,
+    "global_rank": 0,
+    "global_step": 0,
+    "gradient_clip_algorithm": None,
+    "gradient_clip_val": None,
+    "is_global_zero": True,
+    "is_last_batch": False,
+    "local_rank": 0,
+    "log_every_n_steps": 50,
+    "log_dir": None,
+    "max_epochs": 1,
+    "max_steps": -1,
+    "num_devices": 1,
+    "num_nodes": 1,
+    "num_val_batches": [0],
+    "precision": "32-true",
+    "predicting": False,
+    "progress_bar_callback": None,
+    "sanity_checking": False,
+    "testing": False,
+    "train_dataloader": None,
+    "training": True,
+    "val_dataloaders": None,
+    "validating": False,
+    "world_size": 1,
+}
+
+
+class _StrategyStandIn:
+    """One process on the CPU."""
+
+    root_device = torch.device("cpu")
+    world_size = 1
+    global_rank = local_rank = 0
+    is_global_zero = True
+
+    def backward(self, loss: torch.Tensor, _: Any = None, *args: Any, **kwargs: Any) -> None:
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def all_gather(self, data: Any, *_: Any, **__: Any) -> Any:
+        return data
+
+    reduce = broadcast = all_gather
+
+    def barrier(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class OptimizerStandIn:
+    """An optimizer of the module as `self.optimizers()` gives it: its settings are real, its step changes nothing."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        """Run the closure, if any, and leave the parameters as they are."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """Nothing is synchronised here."""
+        yield
+
+
+class SchedulerStandIn:
+    """A learning-rate scheduler as `self.lr_schedulers()` hands it out; its steps do nothing."""
+
+    def __init__(self, scheduler: Any = None) -> None:
+        self.scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)
+
+    def step(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+
+def attach(module: nn.Module) -> TrainerStandIn:
+    """Give every LightningModule in `module` a stand-in trainer and silence what it logs; call under `untouched`."""
+    modules = [child for child in module.modules() if isinstance(child, LightningModule)]
+    trainer = TrainerStandIn(next((t for t in map(compat.attached_trainer, modules) if t is not None), None))
+    for child in modules:
+        compat.attach_trainer(child, trainer)
+        child.__dict__.update(
+            dict.fromkeys(("log", "log_dict", "print", "clip_gradients"), _nothing),
+            all_gather=trainer.strategy.all_gather,
+            manual_backward=lambda loss, *args, **kwargs: loss.backward(*args, **kwargs),
+        )
+    return trainer
+
+
+def attach_optimizers(module: nn.Module, trainer: TrainerStandIn, configured: Any) -> None:
+    """Let `self.optimizers()` and `self.lr_schedulers()` return stand-ins for what `configure_optimizers` returned."""
+    optimizers, schedulers = optimizers_of(configured), schedulers_of(configured)
+    trainer.optimizers = list(optimizers)
+    handed = [OptimizerStandIn(optimizer) for optimizer in optimizers]
+    stepped = [SchedulerStandIn(scheduler) for scheduler in schedulers]
+    for child in module.modules():
+        if isinstance(child, LightningModule):
+            child.__dict__["optimizers"] = lambda *_, **__: handed[0] if len(handed) == 1 else handed
+            child.__dict__["lr_schedulers"] = lambda: stepped[0] if len(stepped) == 1 else (stepped or None)
+
+
+def optimizers_of(configured: Any) -> list[Optimizer]:
+    """The optimizers in what `configure_optimizers` returned, in its order."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, dict):
+        return optimizers_of(configured.get("optimizer"))
+    if isinstance(configured, (list, tuple)):
+        return [found for item in configured for found in optimizers_of(item)]
+    return []
+
+
+def schedulers_of(configured: Any) -> list[Any]:
+    """The schedulers in what `configure_optimizers` returned, in its order."""
+    if isinstance(configured, dict):
+        return schedulers_of(configured.get("lr_scheduler", configured.get("scheduler")))
+    if isinstance(configured, (list, tuple)):
+        return [found for item in configured for found in schedulers_of(item)]
+    return [] if configured is None or isinstance(configured, (Optimizer, int, str)) else [configured]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None

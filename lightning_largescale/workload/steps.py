@@ -1,0 +1,203 @@
+"""One step of a module as Lightning runs it, watched by the tracker, on whatever tensors the module holds."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_largescale import compat
+from lightning_largescale.workload.batch import tensors_in
+from lightning_largescale.workload.blocks import find_blocks
+from lightning_largescale.workload.model import Segment, Step
+from lightning_largescale.workload.stand_in import TrainerStandIn, attach_optimizers
+from lightning_largescale.workload.tracker import Tracker
+
+STAGES = {
+    "training_step": "fit",
+    "forward": "fit",
+    "validation_step": "validate",
+    "test_step": "test",
+    "predict_step": "predict",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is to be traced: the arguments of `Workload.trace`, and whether autograd's saved tensors are watched."""
+
+    module: nn.Module
+    batch: Any
+    step: str
+    precisions: tuple[str, ...]
+    batch_idx: int
+    device_type: str
+    watch_saved: bool = True
+
+    @property
+    def trains(self) -> bool:
+        """Whether the step has a backward."""
+        return STAGES[self.step] == "fit"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traced:
+    """What a run of the step told; `used` holds names of the parameters that received a gradient."""
+
+    steps: Mapping[str, Step]
+    used: frozenset[str]
+    approximate: tuple[str, ...] = ()
+
+
+def run_steps(
+    request: Request,
+    trainer: TrainerStandIn,
+    swapped: list[torch.Tensor],
+    to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Traced:
+    """One step in each precision of the request; call under `untouched`, after `attach` and `swap_tensors`.
+
+    Args:
+        request: whose batch is the one to run on.
+        trainer: the stand-in that was attached.
+        swapped: the parameters and buffers that the module now holds.
+        to_fake: makes a fake of a tensor from outside; None when the step runs on real tensors.
+    """
+    blocks = find_blocks(request.module)
+    if request.trains and not getattr(request.module, "automatic_optimization", True):
+        attach_optimizers(request.module, trainer, request.module.configure_optimizers())  # type: ignore[operator]
+    steps: dict[str, Step] = {}
+    used: set[int] = set()
+    notes: list[str] = []
+    for precision in request.precisions:
+        tracker = Tracker(to_fake=to_fake)
+        tracker.leave_out([*swapped, *tensors_in(request.batch)])
+        try:
+            with _safe_kernels(precision) if to_fake is None else contextlib.nullcontext():
+                steps[precision] = _run(request, tracker, precision, blocks, notes)
+        finally:
+            tracker.put_back()
+        used |= tracker.used
+    names = {id(parameter): name for name, parameter in request.module.named_parameters()}
+    return Traced(
+        steps=steps,
+        used=frozenset(names[key] for key in used if key in names),
+        approximate=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _run(request: Request, tracker: Tracker, precision: str, blocks: dict[str, nn.Module], notes: list[str]) -> Step:
+    module = request.module
+    for parameter in module.parameters():
+        parameter.grad = None
+    with contextlib.ExitStack() as stack:
+        if not request.trains:
+            module.eval()
+            stack.enter_context(torch.no_grad())
+        stack.enter_context(tracker.watching(blocks, module.parameters(), saved=request.watch_saved))
+        with _autocast(request.device_type, precision):
+            result = _call(request)
+        output_bytes = tracker.storage_bytes(tensors_in(result))
+        if request.trains and getattr(module, "automatic_optimization", True):
+            loss = _loss(result, module)
+            if loss is None:
+                notes.append(f"{request.step} returned None, so only its forward was traced")
+            else:
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+    tracker.finish()
+    if not request.watch_saved:
+        tracker.log.assume_saved()
+        notes.append("the step forbids hooks on saved tensors; what each forward left alive counts as saved")
+    if tracker.values_read:
+        notes.append(f"{request.step} reads numbers off tensors; it was traced as if each were 1.0")
+    return _step(precision, tracker, output_bytes)
+
+
+def _step(precision: str, tracker: Tracker, output_bytes: int) -> Step:
+    segments = tracker.log.finished()
+    tail: list[Segment] = []
+    for segment in reversed(segments):
+        if segment.block is not None:
+            break
+        tail.append(segment)
+    return Step(
+        precision=precision,
+        segments=segments,
+        largest_temporary_bytes=tracker.largest_temporary,
+        loss_peak_bytes=max((max(s.forward_peak_bytes, s.backward_peak_bytes) for s in tail), default=0),
+        output_bytes=output_bytes,
+    )
+
+
+def _call(request: Request) -> Any:
+    """The step's result."""
+    hook = getattr(request.module, request.step, None)
+    if request.step == "forward" or hook is None or not isinstance(request.module, LightningModule):
+        return _forward(request.module, request.batch)
+    parameters = inspect.signature(hook).parameters
+    if "dataloader_iter" in parameters:
+        return hook(iter([(request.batch, request.batch_idx, 0)]))
+    arguments = [request.batch]
+    if "batch_idx" in parameters or len(parameters) > 1:
+        arguments.append(request.batch_idx)
+    more = parameters.get("dataloader_idx")
+    if more is not None and more.default is inspect.Parameter.empty:
+        arguments.append(0)
+    return hook(*arguments)
+
+
+def _forward(module: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, (list, tuple)) else module(batch)
+
+
+def _loss(result: Any, module: nn.Module) -> torch.Tensor | None:
+    if isinstance(result, torch.Tensor) and result.dim() == 0:
+        return result
+    if isinstance(result, Mapping) and isinstance(result.get("loss"), torch.Tensor):
+        loss: torch.Tensor = result["loss"]
+        return loss
+    floating = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() and tensor.requires_grad]
+    if not floating:
+        return None
+    return torch.stack([tensor.sum().float() for tensor in floating]).sum()
+
+
+def _autocast(device_type: str, precision: str) -> Any:
+    if precision == "bf16-mixed":
+        return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)
+    return contextlib.nullcontext()
+
+
+def _safe_kernels(precision: str) -> Any:
+    """On some virtual machines oneDNN's bfloat16 kernels use instructions that end the process; torch's own do not."""
+    if precision == "bf16-mixed":
+        return torch.backends.mkldnn.flags(enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """What torch.compile wrapped runs as plain Python; nothing was wrapped while its machinery is not imported."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def in_words(error: Exception) -> str:
+    """Type and first line of an error; those of a fake tensor without data, in plainer words."""
+    if isinstance(error, compat.data_dependent_errors()):
+        return f"it needs the values of tensors: {error}"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")

@@ -1,0 +1,169 @@
+"""`Workload.trace`: the step on fake tensors; failing that a real step on one sample; failing that an estimate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_largescale import compat
+from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors
+from lightning_largescale.workload.blocks import find_blocks, find_groups
+from lightning_largescale.workload.estimate import estimate
+from lightning_largescale.workload.metrics import forgive_metrics
+from lightning_largescale.workload.model import OptimizerNeeds, Parameter, Workload
+from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
+from lightning_largescale.workload.sample import trace_on_samples
+from lightning_largescale.workload.stand_in import attach, optimizers_of
+from lightning_largescale.workload.state import swap_tensors, untouched
+from lightning_largescale.workload.steps import STAGES, Request, Traced, eager, in_words, run_steps
+
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def trace_workload(
+    module: nn.Module, batch: Any, *, step: str, precisions: tuple[str, ...], batch_idx: int, device_type: str
+) -> Workload:
+    """`Workload.trace`, which says what is taken, given and raised."""
+    _check(module, step, precisions)
+    request = Request(
+        module=module, batch=batch, step=step, precisions=precisions, batch_idx=batch_idx, device_type=device_type
+    )
+    with warnings.catch_warnings():
+        # What the step warns of, the run itself will say.
+        warnings.simplefilter("ignore")
+        traced = _traced(request)
+        optimizers, notes = _optimizers(request, traced.used)
+    return Workload(
+        name=type(compat.compiled_module(module)).__name__,
+        parameters=_parameters(module, traced.used),
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+        optimizers=optimizers,
+        steps=traced.steps,
+        batch_samples=batch_samples(batch),
+        batch_bytes=batch_bytes(batch),
+        blocks=tuple(find_blocks(module)),
+        stage=STAGES[step],
+        approximate=(*traced.approximate, *notes),
+    )
+
+
+def _check(module: nn.Module, step: str, precisions: Sequence[str]) -> None:
+    if step not in STAGES:
+        raise PlanError(f"step={step!r} cannot be traced; give one of {', '.join(map(repr, STAGES))}.")
+    for precision in precisions:
+        if precision not in _PRECISIONS:
+            raise PlanError(f"precision={precision!r} cannot be traced; give {' or '.join(map(repr, _PRECISIONS))}.")
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise PlanError(
+                f"{name} has no shape yet; run a batch through the module once, or build its layer with sizes given."
+            )
+
+
+def _traced(request: Request) -> Traced:
+    if request.batch is None:
+        return estimate(request, "there was no batch to trace with")
+    try:
+        try:
+            return _trace_on_fakes(request)
+        except RuntimeError as error:
+            # functorch's transforms, and whoever disables them, say so in these words.
+            if "saved tensor hooks" not in str(error):
+                raise
+            request = replace(request, watch_saved=False)
+            return _trace_on_fakes(request)
+    except Exception as error:
+        why = f"{request.step} cannot run on fake tensors ({in_words(error)})"
+    try:
+        traced = trace_on_samples(request)
+    except Exception as error:
+        return estimate(request, f"{why}, nor on one sample ({in_words(error)})")
+    return replace(traced, approximate=(f"{why}: {traced.approximate[-1]}", *traced.approximate[:-1]))
+
+
+class _Fakes:
+    """Fakes of tensors: their shapes, types and strides, on the request's device, and no data."""
+
+    def __init__(self, device_type: str) -> None:
+        self.mode = compat.fake_tensor_mode()
+        # A build without CUDA makes no CUDA tensors, nor fakes of them; shapes and bytes are nearly those of the CPU.
+        self._device_type = device_type if device_type != "cuda" or torch.cuda.is_available() else "cpu"
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.mode:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device_type)
+            return made.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+    def parameter(self, tensor: torch.Tensor) -> torch.Tensor:
+        made = nn.Parameter(self.tensor(tensor.detach()), requires_grad=tensor.requires_grad)
+        made.__dict__.update(tensor.__dict__)
+        return made
+
+
+def _trace_on_fakes(request: Request) -> Traced:
+    fakes = _Fakes(request.device_type)
+    with untouched(request.module), eager():
+        trainer = attach(request.module)
+        new = swap_tensors(request.module, fakes.parameter, fakes.tensor)
+        request = replace(request, batch=map_tensors(request.batch, fakes.tensor))
+        passed_over = forgive_metrics(request.module)
+        with fakes.mode:
+            traced = run_steps(request, trainer, list(new.values()), fakes.mode.from_tensor)
+    return replace(traced, approximate=(*traced.approximate, *passed_over))
+
+
+def _optimizers(request: Request, used: frozenset[str]) -> tuple[tuple[OptimizerNeeds, ...], tuple[str, ...]]:
+    """What the optimizers of the module need, and what is to be said about it."""
+    module = request.module
+    if not (request.trains and isinstance(module, LightningModule)):
+        return (), ()
+    fakes = _Fakes(request.device_type)
+    with untouched(module), eager():
+        attach(module)
+        swap_tensors(module, fakes.parameter, fakes.tensor)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        sizes = {name: p.numel() * p.element_size() for name, p in module.named_parameters() if p.requires_grad}
+        try:
+            with fakes.mode:
+                optimizers = optimizers_of(module.configure_optimizers())
+        except Exception as error:
+            why = f"configure_optimizers could not be asked ({in_words(error)}), so two states a parameter are assumed"
+            return (assumed_needs("unknown", sizes),), (why,)
+        notes: list[str] = []
+        needs = [
+            optimizer_needs(one, names, used, sizes, mode=fakes.mode, device_type=request.device_type, notes=notes)
+            for one in optimizers
+        ]
+    return tuple(needs), tuple(notes)
+
+
+def _parameters(module: nn.Module, used: frozenset[str]) -> tuple[Parameter, ...]:
+    owner = {name: block for block, group in find_groups(module).items() for name in group.parameters}
+    tables = {id(child.weight) for child in module.modules() if isinstance(child, (nn.Embedding, nn.EmbeddingBag))}
+    names: dict[int, list[str]] = {}
+    by_id: dict[int, nn.Parameter] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        by_id[id(parameter)] = parameter
+    return tuple(
+        Parameter(
+            name=aliases[0],
+            shape=tuple(by_id[key].shape),
+            dtype=str(by_id[key].dtype).removeprefix("torch."),
+            bytes=by_id[key].numel() * by_id[key].element_size(),
+            trainable=by_id[key].requires_grad,
+            used=aliases[0] in used,
+            block=owner[aliases[0]] or None,
+            aliases=tuple(aliases[1:]),
+            embedding=key in tables,
+        )
+        for key, aliases in names.items()
+    )

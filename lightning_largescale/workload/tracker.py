@@ -1,0 +1,277 @@
+"""A dispatch mode that counts live bytes, saved bytes and FLOPs of whatever runs under it, on fake or on real tensors.
+
+A storage counts from the operation that made it until it is freed, once, however many tensors view it. Storages that an
+operation did not make (parameters, buffers, the batch, constants) never count.
+
+Source: torch.distributed._tools.mem_tracker, for storages followed by weak references; torch.utils.flop_counter.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lightning_largescale import compat
+from lightning_largescale.workload.segments import SegmentLog
+
+_aten = torch.ops.aten
+# Made from a constant that Python holds: the tensor that goes in is the one that comes out, and the step made it.
+_MAKES_ITS_INPUT = frozenset({_aten.lift_fresh.default})
+
+
+class CannotTraceError(RuntimeError):
+    """An operation that must not, or cannot, run in a trace."""
+
+
+class _Storage:
+    """What is known of one living storage."""
+
+    __slots__ = ("bytes", "entered", "reference", "saved")
+
+    def __init__(self, size: int, reference: weakref.ref[Any]) -> None:
+        self.bytes = size
+        self.reference = reference
+        self.saved = False
+        self.entered = False
+
+
+class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what runs under it, by segment.
+
+    Args:
+        to_fake: makes a fake of a tensor from outside; None when the step runs on real tensors.
+        value: the number given to a step that reads a floating value off a fake.
+    """
+
+    def __init__(self, *, to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None, value: float = 1.0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.log = SegmentLog()
+        self.live = 0
+        self.peak = 0
+        self.moved = 0
+        self.values_read = False
+        self.largest_temporary = 0
+        self.used: set[int] = set()
+        self.overwritten: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._to_fake, self._value = to_fake, value
+        self._storages: dict[int, _Storage] = {}
+        self._outside: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Never count the storages of `tensors`."""
+        for tensor in tensors:
+            self._note(tensor, counts=False)
+
+    def storage_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Bytes of the storages of `tensors` that count, each once."""
+        found = {id(tensor.untyped_storage()) for tensor in tensors}
+        return sum(self._storages[key].bytes for key in found if key in self._storages)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` and count it."""
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            raise CannotTraceError(f"{func} talks to other processes, which do not take part in a trace")
+        phase = self.log.phase(self.live)
+        if func is _aten._local_scalar_dense.default:
+            return self._read_value(func, args[0])
+        if func in _MAKES_ITS_INPUT:
+            out = func(*args, **kwargs)
+            self._note(out, counts=True)
+            return out
+        if self._to_fake is not None:
+            args, kwargs = self._faked(args), self._faked(kwargs)
+        else:
+            self._keep_originals(func, args, kwargs)
+        inputs = list(_tensors((args, kwargs)))
+        for tensor in inputs:
+            self._note(tensor, counts=False)
+        out = func(*args, **kwargs)
+        outputs = list(_tensors(out))
+        made = sum([self._note(tensor, counts=True) for tensor in outputs])
+        self.peak = max(self.peak, self.live)
+        phase.peak = max(phase.peak, self.live)
+        if made or _mutated_arguments(func):
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+            self.moved += moved
+            phase.moved += moved
+            phase.flops += _flops(func, args, kwargs, out)
+        return out
+
+    @contextmanager
+    def watching(
+        self, blocks: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter], *, saved: bool = True
+    ) -> Iterator[None]:
+        """Under this context the step runs: operations are counted, blocks, gradients and saved tensors told apart.
+
+        Args:
+            blocks: whose forwards are segments of their own.
+            parameters: whose gradients count until they are in `.grad`.
+            saved: watch what autograd saves; functorch's transforms do not bear it.
+        """
+        with ExitStack() as stack:
+            for name, block in blocks.items():
+                enter = block.register_forward_pre_hook(functools.partial(self._enter, name), with_kwargs=True)
+                leave = block.register_forward_hook(self._leave, always_call=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    hook = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+                    stack.callback(hook.remove)
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            if saved:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._saved, _same))
+            stack.enter_context(self)
+            yield
+
+    def finish(self) -> None:
+        """Close the last segment; what is still live counts as a temporary unless it was saved."""
+        self.log.close(self.live)
+        for storage in self._storages.values():
+            self._temporary(storage)
+
+    def put_back(self) -> None:
+        """Give the tensors from outside that the step overwrote what they held before."""
+        with torch.no_grad():
+            for tensor, before in self.overwritten.values():
+                tensor.copy_(before)
+        self.overwritten.clear()
+
+    def _note(self, tensor: torch.Tensor, *, counts: bool) -> bool:
+        """Follow the storage of `tensor` if it is new, and say whether it was."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._storages:
+            return False
+        size = storage.nbytes() if counts else 0
+        self._storages[key] = _Storage(size, weakref.ref(storage, functools.partial(self._freed, key)))
+        self.live += size
+        return True
+
+    def _freed(self, key: int, _: Any) -> None:
+        storage = self._storages.pop(key)
+        self.live -= storage.bytes
+        self._temporary(storage)
+
+    def _temporary(self, storage: _Storage) -> None:
+        if not storage.saved:
+            self.largest_temporary = max(self.largest_temporary, storage.bytes)
+
+    def _accumulated(self, parameter: torch.Tensor) -> None:
+        self.used.add(id(parameter))
+        if parameter.grad is None:
+            return
+        storage = self._storages.get(id(parameter.grad.untyped_storage()))
+        if storage is not None:
+            self._temporary(storage)
+            self.live -= storage.bytes
+            storage.bytes = 0
+
+    def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = self._storages.get(id(tensor.untyped_storage()))
+        if storage is not None and storage.bytes and not storage.saved and compat.current_node_sequence() is None:
+            storage.saved = True
+            self.log.current().saved += storage.bytes
+        # Not the tensor itself: an operation's own output would then keep the node alive that keeps the output.
+        return tensor.detach()
+
+    def _enter(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self.log.enter_block(name)
+        if compat.current_node_sequence() is not None:
+            return
+        for tensor in _tensors((args, kwargs)):
+            storage = self._storages.get(id(tensor.untyped_storage()))
+            if storage is not None and not storage.entered:
+                storage.entered = True
+                self.log.current().inputs += storage.bytes
+
+    def _leave(self, *_: Any) -> None:
+        self.log.leave_block()
+
+    def _read_value(self, func: Any, tensor: torch.Tensor) -> Any:
+        if self._to_fake is None or not compat.is_fake(tensor):
+            with compat.without_dispatch_modes():
+                return func(tensor)
+        try:
+            return func(tensor)
+        except compat.data_dependent_errors():
+            if not tensor.is_floating_point():
+                raise
+            self.values_read = True
+            return self._value
+
+    def _faked(self, tree: Any) -> Any:
+        """`tree` with fakes in place of the tensors from outside."""
+        if isinstance(tree, torch.Tensor):
+            if compat.is_fake(tree):
+                return tree
+            if id(tree) not in self._outside:
+                # The original is kept beside its fake, so that its id stays its own.
+                self._outside[id(tree)] = (tree, self._to_fake(tree))  # type: ignore[misc]
+            return self._outside[id(tree)][1]
+        if isinstance(tree, (list, tuple)):
+            return type(tree)([self._faked(item) for item in tree])
+        if isinstance(tree, dict):
+            return {key: self._faked(value) for key, value in tree.items()}
+        return tree
+
+    def _keep_originals(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Copy what an operation is about to overwrite of the tensors that the step did not make, once each."""
+        for place in _mutated_arguments(func):
+            written = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
+            for tensor in _tensors(written):
+                key = id(tensor.untyped_storage())
+                known = self._storages.get(key)
+                if (known is None or known.bytes == 0) and key not in self.overwritten:
+                    whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage())
+                    self.overwritten[key] = (whole, whole.clone())
+
+
+_mutated_arguments = functools.cache(compat.mutated_arguments)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples, dicts and plain objects' fields."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from _tensors(item)
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    packet = func.overloadpacket
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    count = _MORE_FLOPS.get(packet)
+    return 0 if count is None else count(args)
+
+
+def _attention_flops(args: Any) -> int:
+    return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward_flops(args: Any) -> int:
+    return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
+
+
+# torch's registry has the CUDA attention kernels only.
+_MORE_FLOPS: dict[Any, Callable[[Any], int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}

@@ -1,0 +1,96 @@
+"""What all tests share: a cache of their own, Python processes of their own, no CUDA tests where there is no CUDA."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+
+def pytest_configure() -> None:
+    # A session started in the background of a script ignores Ctrl-C, and so would every process that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Calibration is neither read from the user's cache nor written there; processes started by tests inherit this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LARGESCALE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    """Two processes that run functions as ranks."""
+    from ranks import ranks
+
+    with ranks(2) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    """Four processes that run functions as ranks."""
+    from ranks import ranks
+
+    with ranks(4) as made:
+        yield made
+
+
+@pytest.fixture
+def start_python(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `python -c code` in an empty folder, `environment` added to ours; it is killed if the test leaves it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, **environment: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_python(start_python: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
+    """Run `python -c code` to its end and give what it printed; the test fails with its traceback where it fails."""
+
+    def run(code: str, **environment: str) -> str:
+        process = start_python(code, **environment)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        return out + err
+
+    return run

@@ -1,0 +1,148 @@
+"""A sharded module at work: backward inside steps, parts called outside of them, parameters frozen between steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from models import Language, trainer
+from ranks import quiet
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+PLANS = [Plan(dp_shard=2), Plan(dp_shard=2, reshard_after_forward=False), Plan(dp_replicate=2)]
+
+
+def network(inputs, outputs):
+    return nn.Sequential(
+        nn.Linear(inputs, 16),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        nn.ReLU(),
+        nn.Linear(16, outputs),
+    )
+
+
+class Adversarial(LightningModule):
+    """Two networks with an optimizer each, stepped by hand one after the other."""
+
+    train_dataloader = Language.loader
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.samples, self.losses = 160, []
+        self.automatic_optimization = False
+        self.generator, self.critic = network(4, 6), network(6, 1)
+
+    def forward(self, noise):
+        return self.generator(noise)
+
+    def adversarial(self, data, real):
+        return F.binary_cross_entropy_with_logits(self.critic(data), torch.full((len(data), 1), float(real)))
+
+    def training_step(self, batch, index):
+        data, noise = batch[:, :6] / 32, batch[:, :4] / 32
+        first, second = self.optimizers()
+        with torch.no_grad():
+            self(noise)
+        self.toggle_optimizer(first)
+        generated = self.adversarial(self.generator(noise), real=True)
+        first.zero_grad()
+        self.manual_backward(generated)
+        first.step()
+        self.untoggle_optimizer(first)
+        self.toggle_optimizer(second)
+        judged = self.adversarial(data, real=True) + self.adversarial(self(noise).detach(), real=False)
+        self.manual_backward(judged)
+        self.clip_gradients(second, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+        second.step()
+        second.zero_grad()
+        self.untoggle_optimizer(second)
+        self.losses += [float(self.all_gather(loss.detach()).mean()) for loss in (generated, judged)]
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.generator.parameters(), 1e-2), torch.optim.Adam(self.critic.parameters(), 1e-2)
+
+
+class Watched(Language):
+    """Evaluated by a callback between backward and the optimizer's step, where gathered parameters would go stale."""
+
+    def on_before_optimizer_step(self, optimizer):
+        with torch.no_grad():
+            tokens = torch.arange(8).view(1, 8)
+            self.evaluated.append(float(self.head(self(tokens)).sum()))
+
+
+class Unfreeze(Callback):
+    """Trains the head alone at first, then everything."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name == "head.weight" or trainer.global_step >= 3)
+
+
+class Unfrozen(Language):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def fit(module, plan, devices, callbacks=(), **options):
+    model = module()
+    strategy = LargeScaleStrategy(plan) if plan else "auto"
+    run = trainer(strategy, devices=devices, callbacks=[callback() for callback in callbacks], **options)
+    run.fit(model)
+    return model.losses + getattr(model, "evaluated", [])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_manual_optimisation_of_two_networks(two, plan):
+    for losses in two.run(fit, Adversarial, plan, 2):
+        assert losses == pytest.approx(fit(Adversarial, None, 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_forward_between_backward_and_step_leaves_nothing_stale(two, plan):
+    for losses in two.run(fit, Watched, plan, 2, max_steps=6):
+        assert losses == pytest.approx(fit(Watched, None, 1, max_steps=6), rel=1e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS[:2])
+def test_parameters_unfrozen_between_steps_train(two, plan):
+    for losses in two.run(fit, Unfrozen, plan, 2, [Unfreeze], max_steps=8):
+        assert losses == pytest.approx(fit(Unfrozen, None, 1, [Unfreeze], max_steps=8), rel=1e-5)
+
+
+def gathers():
+    """Parameters gathered in one step of training, by name, in order; and how many are gathered when all is done."""
+    seen = []
+
+    class Traced(Language):
+        def on_fit_start(self):
+            for name, group in self.named_modules():
+                if hasattr(group, "unshard"):
+                    group.register_forward_pre_hook(lambda part, inputs, name=name: seen.append(name))
+
+    model = Traced(tied=True)
+    run = trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=1)
+    run.fit(model)
+    return (
+        seen,
+        sum(not isinstance(p, DTensor) for p in model.parameters()),
+        model.head.weight is model.embedding.weight,
+    )
+
+
+def test_groups_are_the_blocks_and_nothing_stays_gathered(two):
+    for seen, left, tied in two.run(gathers):
+        assert seen == ["", "blocks.0", "blocks.1", "blocks.2"]
+        assert left == 0
+        assert tied

@@ -1,0 +1,119 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner.builders import MIB, hardware, parameter, step, workload
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.memory import Sizes, local_bytes, peak_memory
+
+PLAIN = Plan()
+MODEL = 8 * MIB + 4 * 16 * MIB
+
+
+def terms(plan=PLAIN, *, work=None, world=1, **changes):
+    return peak_memory(work or workload(), plan, hardware(world), **changes)
+
+
+def test_plain_peak_is_the_head_with_last_steps_gradients():
+    estimate = terms(baseline_bytes=100)
+    # Lightning clears gradients after the forward: all of them are there while the head runs.
+    assert estimate.moment == "forward of what follows blocks.3"
+    assert estimate.terms["activations"] == (4 * 64 + 2 * 32) * MIB
+    assert estimate.terms["gradients"] == estimate.terms["parameters"] == MODEL
+    assert estimate.terms["optimizer state"] == 2 * MODEL
+    assert estimate.terms["process before"] == 100
+    assert estimate.peak_bytes == sum(estimate.terms.values())
+
+
+def test_full_checkpointing_keeps_inputs_and_one_block():
+    estimate = terms(Plan(activation_checkpointing="full"))
+    assert estimate.moment == "forward of blocks.3"
+    assert estimate.terms["activations"] == 3 * 8 * MIB + (64 + 16) * MIB
+    # Without the gradients of the step before, it is the last block's backward, run again and through.
+    frozen = (parameter("a", "blocks.0", trainable=False),)
+    work = workload(optimizers=(), parameters=frozen, steps={"32-true": step(head=0)})
+    estimate = terms(Plan(activation_checkpointing="full"), work=work)
+    assert estimate.moment == "backward of blocks.3"
+    assert estimate.terms["activations"] == 3 * 8 * MIB + (64 + 32) * MIB
+
+
+@pytest.mark.parametrize("shard", [2, 4, 8])
+def test_sharding_divides_states(shard):
+    sizes = Sizes(workload(), Plan(dp_shard=shard), "cpu")
+    assert sizes.parameters == sizes.gradients == MODEL // shard
+    assert sizes.optimizer_state == 2 * MODEL // shard
+
+
+def test_zero2_keeps_every_block_gathered_and_zero3_one_and_the_next():
+    def gathered(plan):
+        return max(
+            peak_memory(workload(blocks=count, steps={"32-true": step(blocks=count)}), plan, hardware(2)).terms[
+                "gathered parameters"
+            ]
+            for count in (8,)
+        )
+
+    assert gathered(Plan(dp_shard=2, reshard_after_forward=False)) == (8 + 8 * 16) * MIB
+    assert gathered(Plan(dp_shard=2)) <= (8 + 2 * 16) * MIB
+
+
+def test_bf16_gathers_half():
+    work = workload(precisions=("32-true", "bf16-mixed"))
+    full, half = (Sizes(work, Plan(dp_shard=2, precision=name), "cpu") for name in work.steps)
+    assert half.gathered("blocks.0") == full.gathered("blocks.0") // 2
+
+
+def test_accumulating_without_communication_keeps_whole_gradients():
+    assert terms(Plan(dp_shard=2), world=2, accumulate_grad_batches=2).terms["gradients"] == MODEL
+
+
+def test_evaluation_keeps_neither_gradients_nor_states():
+    estimate = terms(work=workload(stage="validate"))
+    assert not {"gradients", "optimizer state"} & set(estimate.terms)
+
+
+def test_a_sharded_model_is_whole_at_setup_on_cpu():
+    frozen = tuple(dataclasses.replace(p, trainable=False) for p in workload().parameters)
+    tiny = workload(steps={"32-true": step(saved=8, head=8)}, optimizers=(), parameters=frozen)
+    estimate = peak_memory(tiny, Plan(dp_shard=8), hardware(8))
+    assert (estimate.moment, estimate.terms["parameters"]) == ("setup", MODEL)
+    on_cuda = peak_memory(tiny, Plan(dp_shard=8), hardware(8, kind="cuda"))
+    assert on_cuda.terms["parameters"] == MODEL // 8
+
+
+def test_frozen_and_unused_parameters_have_no_gradient():
+    frozen = (parameter("a", None, trainable=False), parameter("b", None, used=False), parameter("c", None))
+    assert Sizes(workload(parameters=frozen), PLAIN, "cpu").gradients == frozen[2].bytes
+
+
+@given(rows=st.integers(1, 4000), shard=st.integers(1, 64))
+def test_a_shard_is_the_padded_share(rows, shard):
+    whole = parameter("a", None, rows=rows, columns=3)
+    share = local_bytes(whole, shard)
+    assert whole.bytes / shard <= share < whole.bytes / shard + 12 or shard == 1
+    assert share * shard >= whole.bytes
+
+
+@given(
+    blocks=st.integers(1, 12),
+    saved=st.integers(0, 2**30),
+    shard=st.sampled_from([1, 2, 4, 8]),
+    full=st.booleans(),
+    reshard=st.booleans(),
+    accumulate=st.integers(1, 4),
+)
+def test_every_moment_is_a_sum_and_recomputing_never_needs_more_than_one_block_extra(
+    blocks, saved, shard, full, reshard, accumulate
+):
+    work = workload(blocks=blocks, steps={"32-true": step(blocks=blocks, saved=saved)})
+    plan = Plan(dp_shard=shard, reshard_after_forward=reshard or shard == 1)
+    again = Plan(dp_shard=shard, reshard_after_forward=reshard or shard == 1, activation_checkpointing="full")
+    chosen = peak_memory(work, again if full else plan, hardware(shard), accumulate_grad_batches=accumulate)
+    assert chosen.peak_bytes == sum(chosen.terms.values())
+    assert all(size > 0 for size in chosen.terms.values())
+    without = peak_memory(work, plan, hardware(shard), accumulate_grad_batches=accumulate)
+    assert (
+        peak_memory(work, again, hardware(shard), accumulate_grad_batches=accumulate).peak_bytes <= without.peak_bytes
+    )

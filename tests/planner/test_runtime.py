@@ -1,0 +1,73 @@
+import dataclasses
+
+import pytest
+from planner.builders import MIB, hardware, workload
+
+from lightning_largescale.hardware import Link
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.runtime import (
+    all_gather_seconds,
+    all_reduce_seconds,
+    reduce_scatter_seconds,
+    step_time,
+)
+
+LINK = Link(latency_seconds=1.0, bandwidth=100.0)
+MODEL = 8 * MIB + 4 * 16 * MIB
+
+
+def test_rings_by_hand():
+    assert all_gather_seconds(200, 4, LINK) == 3 * (1 + 2)
+    assert reduce_scatter_seconds(200, 4, LINK) == 3 * (1 + 2)
+    assert all_reduce_seconds(800, 4, LINK) == 6 * (1 + 2)
+    assert all_gather_seconds(200, 1, LINK) == all_reduce_seconds(200, 1, LINK) == 0
+
+
+def test_terms_by_hand():
+    time = step_time(workload(), Plan(), hardware(1))
+    saved = 4 * 64 * MIB + 32 * MIB
+    assert time.terms["forward"] == pytest.approx(5e9 / 40e9 + saved / 10e9)
+    assert time.terms["backward"] == pytest.approx(2 * time.terms["forward"])
+    assert time.terms["optimizer step"] == pytest.approx(10 * MODEL / 10e9)
+    assert time.step_seconds == pytest.approx(sum(time.terms.values()))
+
+
+def test_recomputation_is_the_blocks_forward_again():
+    plain, again = (
+        step_time(workload(), Plan(activation_checkpointing=mode), hardware(1)) for mode in ("none", "full")
+    )
+    assert again.step_seconds - plain.step_seconds == pytest.approx(4e9 / 40e9 + 4 * 64 * MIB / 10e9)
+
+
+def test_zero3_gathers_blocks_twice_and_zero2_once():
+    two, three = (
+        step_time(workload(), Plan(dp_shard=2, reshard_after_forward=again), hardware(2)).terms["all-gather"]
+        for again in (False, True)
+    )
+    assert three - two == pytest.approx(4 * (1e-4 + 8 * MIB / 1e9))
+
+
+def test_accumulation_reduces_once():
+    one, four = (
+        step_time(workload(), Plan(dp_replicate=2), hardware(2), accumulate_grad_batches=count) for count in (1, 4)
+    )
+    assert four.terms["all-reduce"] == one.terms["all-reduce"]
+    assert four.terms["forward"] == pytest.approx(4 * one.terms["forward"])
+
+
+def test_cuda_hides_communication_and_cpu_does_not():
+    plan = Plan(dp_shard=2)
+    cpu, cuda = (step_time(workload(), plan, hardware(2, kind=kind)) for kind in ("cpu", "cuda"))
+    assert cpu.hidden_seconds == 0
+    assert 0 < cuda.hidden_seconds <= cuda.terms["forward"] + cuda.terms["backward"]
+
+
+def test_slow_bf16_is_slow():
+    work = workload(precisions=("32-true", "bf16-mixed"))
+    fp32, bf16 = (step_time(work, Plan(precision=name), hardware(1)).step_seconds for name in work.steps)
+    assert bf16 > 5 * fp32
+
+
+def test_without_rates():
+    with pytest.raises(ValueError, match="no measured rates"):
+        step_time(workload(), Plan(), dataclasses.replace(hardware(1), rates=None))

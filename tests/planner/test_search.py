@@ -1,0 +1,127 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner.builders import MIB, hardware, step, workload
+
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.planner.search import candidates, find_plans
+
+BOTH = ("32-true", "bf16-mixed")
+
+
+def test_candidates_of_four_devices():
+    plans = set(candidates(workload(), hardware(4)))
+    assert len(plans) == 2 * (1 + 2 + 2)
+    assert {plan.world_size for plan in plans} == {4}
+    assert Plan(dp_replicate=2, dp_shard=2, reshard_after_forward=False, activation_checkpointing="full") in plans
+
+
+def test_one_device_with_room_takes_the_plain_plan():
+    report = find_plans(workload(), hardware(1))
+    assert report.best == Plan()
+    assert report.candidates[0].reason == "the fastest of those that fit"
+    assert "times the step time" in report.candidates[1].reason
+    assert "more of recomputation" in report.candidates[1].reason
+
+
+@given(world=st.sampled_from([1, 2, 4, 8]), budget=st.integers(100 * MIB, 2000 * MIB))
+def test_the_best_is_the_fastest_that_fits_and_a_larger_budget_is_never_slower(world, budget):
+    report = find_plans(workload(), hardware(world), memory_budget=budget)
+    assert len(report.candidates) == len(list(candidates(workload(), hardware(world))))
+    assert all(row.reason for row in report.candidates)
+    fitting = [row for row in report.candidates if row.estimate.peak_bytes["device"] <= budget]
+    assert report.fits == bool(fitting)
+    if report.fits:
+        assert report.best_estimate.step_seconds == min(row.estimate.step_seconds for row in fitting)
+        assert report.best_estimate.peak_bytes["device"] <= budget
+        more = find_plans(workload(), hardware(world), memory_budget=budget + 50 * MIB)
+        assert more.best_estimate.step_seconds <= report.best_estimate.step_seconds
+
+
+def test_the_choice_follows_the_budget():
+    least = min(row.estimate.peak_bytes["device"] for row in find_plans(workload(), hardware(2)).candidates)
+    seen = []
+    for budget in range(1500 * MIB, least, -MIB):
+        best = find_plans(workload(), hardware(2), memory_budget=budget).best
+        if best not in seen:
+            seen.append(best)
+    assert seen[0].activation_checkpointing == "none"
+    assert seen[-1] == Plan(dp_shard=2, activation_checkpointing="full")
+    assert len(seen) >= 3
+    with pytest.raises(
+        PlanError, match=r"no plan fits .* a rank; the nearest \(.*\) lacks .* on device: .*give a budget of"
+    ):
+        _ = find_plans(workload(), hardware(2), memory_budget=least - 1).best
+
+
+def test_lossy_only_where_allowed():
+    fast = hardware(1, bf16=400e9)
+    report = find_plans(workload(precisions=BOTH), fast)
+    assert report.best.precision == "32-true"
+    refused = [row for row in report.candidates if row.status == "not allowed"]
+    assert refused
+    assert refused[0].reason == "bf16-mixed changes numerics and allow does not name it"
+    assert any("allow=('bf16-mixed',) would be" in line for line in report.advice)
+    assert find_plans(workload(precisions=BOTH), fast, allow=("bf16-mixed",)).best.precision == "bf16-mixed"
+    assert find_plans(workload(precisions=BOTH), hardware(1), allow=("bf16-mixed",)).best.precision == "32-true"
+    assert find_plans(workload(precisions=BOTH), hardware(1), precision="bf16-mixed").best.precision == "bf16-mixed"
+
+
+def test_advice_when_nothing_fits_is_true():
+    work = workload(precisions=BOTH, blocks=6, steps={name: step(name, blocks=6, saved=800 * MIB) for name in BOTH})
+    report = find_plans(work, hardware(1), memory_budget=1100 * MIB)
+    assert not report.fits
+    (batch,) = [line for line in report.advice if line.startswith("take micro-batch")]
+    samples = int(batch.split()[-1])
+    assert find_plans(work.with_batch(samples), hardware(1), memory_budget=1100 * MIB).fits
+    (budget,) = [line for line in report.advice if line.startswith("give a budget of")]
+    assert report.nothing_fits().endswith(budget + ".")
+
+
+def test_without_a_budget_the_free_memory_counts():
+    free = hardware(1, free=1000 * MIB)
+    assert find_plans(workload(), free).budget_bytes == 900 * MIB
+    assert find_plans(workload(), free, baseline_bytes=7).budget_bytes == 900 * MIB + 7
+
+
+def test_a_precision_that_the_hardware_cannot_compute():
+    rates = dataclasses.replace(hardware(1).rates, matmul={"float32": 40e9})
+    old = dataclasses.replace(hardware(1), rates=rates)
+    report = find_plans(workload(precisions=BOTH), old, allow=("bf16-mixed",))
+    assert report.best.precision == "32-true"
+    assert report.candidates[-1].reason == "test cannot compute matrix products in bfloat16"
+    with pytest.raises(
+        PlanError, match="precision='bf16-mixed' was asked for and test cannot compute it; take '32-true'"
+    ):
+        find_plans(workload(precisions=BOTH), old, precision="bf16-mixed")
+
+
+def test_blockless():
+    report = find_plans(workload(blocks=0, steps={"32-true": step(blocks=0)}), hardware(1))
+    assert report.best == Plan()
+    assert report.candidates[-1].reason == "Net has no repeated blocks, so nothing to recompute block by block"
+    assert report.candidates[-1].estimate is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"allow": "bf16-mixed"}, "allow='bf16-mixed' is not accepted"),
+        ({"allow": ("int7",)}, r"allow=\('int7',\) is not accepted; give a tuple of 'bf16-mixed'"),
+        ({"memory_budget": "lots"}, "memory_budget='lots' is no size"),
+        ({"precision": "16-true"}, "precision='16-true' was not traced; accepted: '32-true'"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    with pytest.raises(PlanError, match=message):
+        find_plans(workload(), hardware(1), **changes)
+
+
+def test_nothing_to_train_and_nothing_measured():
+    with pytest.raises(PlanError, match="Net has no parameters"):
+        find_plans(workload(parameters=()), hardware(1))
+    unmeasured = dataclasses.replace(hardware(1), rates=None, origin="file")
+    with pytest.raises(PlanError, match="without measured rates"):
+        find_plans(workload(), unmeasured)

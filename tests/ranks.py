@@ -1,0 +1,128 @@
+"""Ranks that a test runs functions in: forks of the test session, started once for many cases."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import socket
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+# What Lightning and torch advise or deprecate among themselves, which no test here is about.
+ADVICE = (
+    r".* is deprecated",
+    r"The '.*_dataloader' does not have many workers",
+    r"You defined a `validation_step` but have no `val_dataloader`",
+    r"You .*`configure_optimizers`.*lr_scheduler",
+    r".*`training_step` .* number of training batches",
+)
+quiet = [pytest.mark.filterwarnings(f"ignore:{message}") for message in ADVICE]
+# Virtual machines exist that announce AMX and end the process that uses it. Read when bfloat16 is first computed with.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+# A rank that waits for one that failed is told so within these seconds; a busy machine needs some.
+_TIMEOUT_SECONDS = 240
+
+
+class Ranks:
+    """`size` processes, connected to nothing yet, in an environment as torchrun makes it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """What `function` of a module returns on each rank; the first error that a rank had is raised."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                if not pipe.poll(_TIMEOUT_SECONDS):
+                    raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_SECONDS} s")
+                results.append(pipe.recv())
+            except (EOFError, TimeoutError):
+                self.end()
+                raise
+        for rank, (error, trace, _) in enumerate(results):
+            if error is not None:
+                error.__cause__ = RuntimeError(f"on rank {rank}:\n{trace}")
+                raise error
+        return [value for _, _, value in results]
+
+    def end(self) -> None:
+        """Kill the processes; the next run starts others."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes.clear()
+        self._pipes.clear()
+
+    def _start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+
+@contextlib.contextmanager
+def ranks(world_size: int) -> Iterator[Ranks]:
+    """Ranks for the time of a `with` block."""
+    made = Ranks(world_size)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+    warnings.resetwarnings()
+    warnings.simplefilter("error")
+    for message in ADVICE:
+        warnings.filterwarnings("ignore", message=message)
+    # Threads of OpenMP do not survive a fork; one asks for none.
+    torch.set_num_threads(1)
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    parent = os.getppid()
+    while True:
+        # The other ranks have this pipe open too, so the end of the test session does not close it.
+        while not pipe.poll(1):
+            if os.getppid() != parent:
+                return
+        function, args, kwargs = pipe.recv()
+        # Ranks of a user have no seed in common.
+        torch.manual_seed(rank)
+        random.seed(rank)
+        np.random.seed(rank)
+        try:
+            answer = (None, "", function(*args, **kwargs))
+        except BaseException as error:
+            answer = (error, traceback.format_exc(), None)
+        pipe.send(answer)

@@ -1,0 +1,204 @@
+"""The auto strategy: it looks, plans, says so, and then trains as the plan says."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from models import Language, trainer
+from ranks import quiet, ranks
+
+from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+
+@pytest.fixture(scope="module")
+def two():
+    with ranks(2) as made:
+        yield made
+
+
+def train(strategy, *, devices=1, **options):
+    """Losses of a small model, with the trainer."""
+    module = Language()
+    run = trainer(strategy, devices=devices, **options)
+    run.fit(module)
+    return module.losses, run
+
+
+def test_one_process_with_room_is_the_plain_run_bit_for_bit():
+    losses, run = train("largescale_auto")
+    assert losses == train("auto")[0]
+    assert run.strategy.plan == run.strategy.report.best == Plan()
+    assert run.strategy.report.candidates[0].status == "chosen"
+
+
+def test_a_plan_is_written_and_can_be_pinned(tmp_path):
+    path = tmp_path / "plan.json"
+    losses, run = train(LargeScaleAutoStrategy(plan_out=path))
+    assert Plan.load(path) == run.strategy.plan
+    pinned, run = train(LargeScaleStrategy(str(path)))
+    assert pinned == losses
+    assert run.strategy.plan == Plan.load(path)
+
+
+def auto_on_ranks():
+    output = io.StringIO()
+    with redirect_stdout(output):
+        losses, run = train(LargeScaleAutoStrategy(), devices=2, enable_model_summary=True, max_steps=4)
+    return losses, run.strategy.plan, run.strategy.report.to_json(), output.getvalue()
+
+
+def test_two_processes_agree_and_train_like_one(two):
+    (losses, plan, report, shown), (other_losses, other_plan, other_report, other_shown) = two.run(auto_on_ranks)
+    assert plan == other_plan
+    assert plan.world_size == 2
+    assert report == other_report
+    assert losses == other_losses == pytest.approx(train("auto", max_steps=4)[0], rel=1e-5)
+    assert json.loads(report)["hardware"]["rates"]["all_reduce"]
+    assert "peak memory" in shown
+    assert "lightning_largescale: peak memory predicted" in shown.splitlines()[-1]
+    assert "peak memory" not in other_shown
+
+
+def too_small_on_ranks():
+    module = Language()
+    try:
+        trainer(LargeScaleAutoStrategy(memory_budget="1MiB"), devices=2).fit(module)
+    except PlanError as error:
+        return str(error), module.losses
+    return None
+
+
+def test_a_budget_that_nothing_fits_ends_all_ranks_before_a_step(two):
+    (message, losses), (other, other_losses) = two.run(too_small_on_ranks)
+    assert message == other
+    assert losses == other_losses == []
+    assert message.startswith("no plan fits 1.00 MiB a rank; the nearest (dp_shard=2")
+    assert "on device" in message
+
+
+def test_silent_without_a_model_summary(capsys):
+    train("largescale_auto", max_steps=2)
+    assert "lightning_largescale" not in capsys.readouterr().out
+    train("largescale_auto", max_steps=2, enable_model_summary=True)
+    shown = capsys.readouterr().out
+    assert "╭─ lightning_largescale" in shown
+    assert "lightning_largescale: peak memory predicted" in shown
+
+
+def test_a_step_that_cannot_be_traced_trains_and_says_so():
+    class Branching(Language):
+        def training_step(self, batch, index):
+            if batch.sum().item() < 0:
+                raise ValueError("never")
+            return super().training_step(batch, index)
+
+    module = Branching()
+    run = trainer("largescale_auto", max_steps=3)
+    run.fit(module)
+    assert module.losses == train("auto", max_steps=3)[0]
+    assert run.strategy.report.workload.approximate
+
+
+def test_evaluation_alone_then_training():
+    module = Language()
+    run = trainer("largescale_auto", max_steps=3)
+    run.validate(module)
+    assert run.strategy.report.workload.stage == "validate"
+    run.fit(module)
+    assert run.strategy.report.workload.stage == "fit"
+    planned = run.strategy.report
+    run.test(module)
+    assert len(run.predict(module)) == 20
+    assert run.strategy.report is planned
+
+
+def test_the_last_planned_step_is_measured():
+    _, run = train("largescale_auto", max_steps=6)
+    assert 0 < run.strategy._median_step_seconds() < 60
+
+
+class Bare(LightningModule):
+    def training_step(self, batch, index):
+        return batch.float().sum()
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(range(4))
+
+    def configure_optimizers(self):
+        return None
+
+
+class Unstepped(Language):
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None")
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [(Bare(), "Bare has no parameters"), (Unstepped(), "Unstepped has no optimizer; return one from configure_optim")],
+)
+def test_nothing_to_train(module, message):
+    with pytest.raises(PlanError, match=message):
+        trainer("largescale_auto").fit(module)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_budget": "much"}, "memory_budget='much' is no size"),
+        ({"allow": ("fp4",)}, r"allow=\('fp4',\) is not accepted"),
+        ({"allow": "bf16-mixed"}, "allow='bf16-mixed' is not accepted; give a tuple"),
+        ({"start_method": "magic"}, "start_method='magic'"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(PlanError, match=message):
+        LargeScaleAutoStrategy(**options)
+
+
+def test_a_refused_run_is_refused_again_and_leaves_nothing_behind():
+    module = Language()
+    run = trainer(LargeScaleAutoStrategy(memory_budget="1MiB"))
+    for _ in range(2):
+        with pytest.raises(PlanError, match="no plan fits"):
+            run.fit(module)
+    assert module.losses == []
+
+
+def sharded_then_auto():
+    module = Language()
+    trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=2).fit(module)
+    run = trainer(LargeScaleAutoStrategy(), devices=2)
+    run.validate(module)
+    return run.strategy.plan
+
+
+def test_a_module_that_another_strategy_sharded_keeps_its_plan(two):
+    assert two.run(sharded_then_auto) == [Plan(dp_shard=2)] * 2
+
+
+def test_words_of_others_are_shown_as_they_are(capsys):
+    class Odd(Language):
+        def training_step(self, batch, index):
+            if batch.sum().item() < 0:
+                raise ValueError("never")
+            return super().training_step(batch, index)
+
+        def train_dataloader(self):
+            if not hasattr(self, "again"):
+                self.again = True
+                raise FileNotFoundError("[/data/x.bin] [bold]")
+            return self.loader()
+
+    trainer("largescale_auto", max_steps=2, enable_model_summary=True).fit(Odd())
+    assert "[/data/x.bin]" in capsys.readouterr().out

@@ -1,0 +1,158 @@
+"""Checkpoints: written under one plan, read under any other and by stock Lightning, going on to the same losses."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from models import GLOBAL_BATCH, Language, trainer
+from ranks import quiet
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+STEPS = 4
+
+
+class Scheduled(Language):
+    """With a scheduler, weights tied to each other, a buffer, and hooks that see the checkpoint."""
+
+    def __init__(self, **options):
+        # An epoch a stretch: loaders of the test cannot go on inside one.
+        super().__init__(tied=True, samples=STEPS * GLOBAL_BATCH, **options)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def on_train_batch_start(self, batch, index):
+        self.seen += 1
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["note"] = "saved"
+
+    def on_load_checkpoint(self, checkpoint):
+        assert checkpoint["note"] == "saved"
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
+
+
+class SaveLast(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == trainer.max_epochs - 1:
+            trainer.save_checkpoint(self.path)
+
+
+def go_on(plan, devices, steps, path=None, save=None):
+    """Train until step `steps`, from `path`, write `save`; the losses of these steps."""
+    model = Scheduled(seed=int(os.environ.get("RANK", 0)) + (7 if path else 0))
+    strategy = LargeScaleStrategy(plan) if plan else "auto"
+    # A file written at the end of an epoch, which one written after fit is not quite to Lightning.
+    callbacks = [SaveLast(save)] if save else []
+    epochs = steps // STEPS
+    run = trainer(
+        strategy, devices=devices, max_steps=-1, max_epochs=epochs, gradient_clip_val=0.1, callbacks=callbacks
+    )
+    run.fit(model, ckpt_path=path, weights_only=False)
+    assert model.seen.tolist() == [steps, steps]
+    return model.losses
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return go_on(None, 1, 5 * STEPS)
+
+
+def test_resumes_under_every_plan_and_stock_lightning(two, four, uninterrupted, tmp_path):
+    files = [str(tmp_path / f"{number}.ckpt") for number in range(5)]
+    losses = two.run(go_on, Plan(dp_replicate=2), 2, STEPS, None, files[0])[0]
+    losses += two.run(go_on, Plan(dp_shard=2), 2, 2 * STEPS, files[0], files[1])[0]
+    losses += go_on(None, 1, 3 * STEPS, files[1], files[2])
+    losses += four.run(go_on, Plan(dp_replicate=2, dp_shard=2), 4, 4 * STEPS, files[2], files[3])[0]
+    losses += go_on(Plan(), 1, 5 * STEPS, files[3], files[4])
+    assert losses == pytest.approx(uninterrupted, rel=1e-5)
+
+
+def test_sharded_file_is_a_stock_one(two, tmp_path):
+    plain, ours = tmp_path / "plain.ckpt", tmp_path / "ours.ckpt"
+    go_on(None, 1, STEPS, None, plain)
+    two.run(go_on, Plan(dp_shard=2), 2, STEPS, None, ours)
+    expected, found = (torch.load(path, weights_only=False) for path in (plain, ours))
+    assert list(found) == list(expected)
+    assert list(found["state_dict"]) == list(expected["state_dict"])
+    assert (
+        found["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        == expected["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    )
+    assert_same_tensors(found["state_dict"], expected["state_dict"])
+    assert_same_tensors(found["optimizer_states"], expected["optimizer_states"])
+    weights = found["state_dict"]
+    assert weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr()
+    assert b"FSDP" not in ours.read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+    assert ours.stat().st_size == pytest.approx(plain.stat().st_size, rel=0.02)
+
+
+def assert_same_tensors(found, expected):
+    if isinstance(expected, torch.Tensor):
+        assert type(found) is type(expected)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_same_tensors(found[key], value)
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_same_tensors(one, other)
+    else:
+        assert found == expected
+
+
+def local_state_bytes(path):
+    """Bytes of storage that optimizer state keeps alive after a load, and those of the rank's own part."""
+    model = Scheduled()
+    run = trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=STEPS)
+    run.fit(model, ckpt_path=path, weights_only=False)
+    held, own = 0, 0
+    for state in run.optimizers[0].state.values():
+        for value in state.values():
+            if isinstance(value, DTensor):
+                held += value.to_local().untyped_storage().nbytes()
+                own += value.to_local().nbytes
+    return held, own
+
+
+def test_loading_keeps_no_full_copy_alive(two, tmp_path):
+    path = str(tmp_path / "a.ckpt")
+    go_on(None, 1, STEPS, None, path)
+    for held, own in two.run(local_state_bytes, path):
+        assert held == own
+
+
+def load_wrong(path, strict):
+    model = Language(layers=2)
+    model.strict_loading = strict
+    run = trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=STEPS)
+    try:
+        run.validate(model, ckpt_path=path, verbose=False, weights_only=False)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_missing_keys_are_told_unless_loading_is_not_strict(two, tmp_path):
+    path = str(tmp_path / "a.ckpt")
+    model = Language(layers=3)
+    run = trainer(max_steps=1)
+    run.fit(model)
+    run.save_checkpoint(path)
+    assert all("blocks.2.norm.weight" in told for told in two.run(load_wrong, path, True))
+    assert two.run(load_wrong, path, False) == ["", ""]

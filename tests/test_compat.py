@@ -1,0 +1,234 @@
+"""Each use of a private API still does what we use it for."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from hardware.ranks import run_ranks
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_largescale import compat
+
+
+def gather_and_scatter():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    gathered, part = torch.zeros(2 * world), torch.zeros(2)
+    compat.all_gather_tensor(gathered, torch.full((2,), float(rank)))
+    compat.reduce_scatter_tensor(part, gathered + rank)
+    return gathered.tolist(), part.tolist()
+
+
+def test_all_gather_and_reduce_scatter():
+    answers = run_ranks(2, gather_and_scatter)
+    assert answers == [([0.0, 0.0, 1.0, 1.0], [1.0, 1.0]), ([0.0, 0.0, 1.0, 1.0], [3.0, 3.0])]
+
+
+def test_launchers_are_lightnings_own():
+    for launcher in (compat.SubprocessScriptLauncher, compat.MultiProcessingLauncher):
+        assert {"launch", "kill", "is_interactive_compatible"} <= set(dir(launcher))
+    assert hasattr(compat.SubprocessScriptLauncher, "_call_children_scripts")
+    assert hasattr(compat.MultiProcessingLauncher, "_collect_rank_zero_results")
+    assert hasattr(compat.MultiProcessingLauncher, "_recover_results_in_main_process")
+    assert hasattr(compat.MultiProcessingLauncher, "_wrapping_function")
+
+
+def test_share_threads(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    compat.share_threads(64)
+    assert torch.get_num_threads() == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    compat.share_threads(1024)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+
+
+def test_abort_process_groups():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    compat.abort_process_groups()
+    assert not dist.is_initialized()
+
+
+def test_check_main_guard():
+    compat.check_main_guard()  # this process was not spawned
+
+
+def test_global_states():
+    torch.manual_seed(3)
+    states = compat.global_states()
+    drawn = torch.rand(2)
+    states.restore()
+    assert torch.equal(torch.rand(2), drawn)
+
+
+def test_fakes_have_no_data():
+    mode = compat.fake_tensor_mode()
+    with mode:
+        fake = torch.randn(2**40)
+    assert compat.is_fake(fake)
+    assert not compat.is_fake(torch.ones(1))
+    with mode, pytest.raises(compat.data_dependent_errors()):
+        fake.sum().item()
+    with mode, pytest.raises(compat.data_dependent_errors()):
+        fake.nonzero()
+    with mode, compat.without_dispatch_modes():
+        assert torch.ones(1).item() == 1.0
+
+
+def test_dispatch_mode_sees_operations_and_autograd_numbers_its_nodes():
+    seen = []
+
+    class Watch(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((str(func), compat.current_node_sequence()))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, requires_grad=True)
+    with Watch():
+        before = compat.sequence_number()
+        loss = (x * 3).sum()
+        after = compat.sequence_number()
+        loss.backward()
+    assert ("aten.mul.Tensor", None) in seen
+    assert after == before + 2
+    (number,) = {number for name, number in seen if name == "aten.mul.Tensor" and number is not None}
+    assert number == before
+    assert compat.current_node_sequence() is None
+
+
+def test_mutated_arguments():
+    assert compat.mutated_arguments(torch.ops.aten.add_.Tensor) == (0,)
+    assert compat.mutated_arguments(torch.ops.aten.add.out) == ("out",)
+    assert compat.mutated_arguments(torch.ops.aten.add.Tensor) == ()
+
+
+def test_children_and_tensors_of_modules():
+    layer = nn.BatchNorm1d(2)
+    assert compat.all_children(nn.ModuleList([layer, layer])) == [("0", layer), ("1", layer)]
+    parameters, buffers = compat.own_tensors(layer)
+    assert list(parameters) == ["weight", "bias"]
+    assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    parameters["weight"] = other = nn.Parameter(torch.ones(2))
+    assert layer.weight is other
+
+
+# torch.compile's own import warns of torch.jit.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_module():
+    layer = nn.Linear(2, 2)
+    assert compat.compiled_module(torch.compile(layer)) is layer
+    assert compat.compiled_module(layer) is layer
+
+
+def test_attached_trainer():
+    module, trainer = LightningModule(), object()
+    assert compat.attached_trainer(module) is None
+    compat.attach_trainer(module, trainer)
+    assert compat.attached_trainer(module) is module.trainer is trainer
+
+
+def connect():
+    environment = TorchElasticEnvironment()
+    backend = compat.init_process_group(environment, None, torch.device("cpu"), timedelta(seconds=60))
+    compat.set_rank_zero(environment.global_rank())
+    mean = compat.reduce_tensor(torch.tensor(float(environment.global_rank())), None, "mean")
+    shown = rank_zero_only(lambda: "shown")()
+    mesh = init_device_mesh("cpu", (2,))
+    layer = fully_shard(nn.Linear(2, 2), mesh=mesh, reshard_after_forward=True)
+    compat.forget_forward(layer)
+    layer.register_forward_pre_hook(lambda module, inputs: module.unshard())
+    layer(torch.ones(1, 2))
+    return backend, float(mean), shown, type(layer.weight) is nn.Parameter
+
+
+def test_ranks_and_a_forward_that_gathers_nothing(two):
+    # After such a forward FSDP frees what was gathered; forgotten, it stays.
+    assert two.run(connect) == [("gloo", 0.5, "shown", True), ("gloo", 0.5, None, True)]
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated", "ignore:.*does not have many workers")
+def test_evaluation_batches():
+    class Counted(BoringModel):
+        def on_validation_start(self):
+            self.batches = compat.evaluation_batches(self.trainer)
+
+    model = Counted()
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(accelerator="cpu", limit_val_batches=3, **options).validate(model, verbose=False)
+    assert model.batches == [3]
+
+
+class Loaded(LightningModule):
+    """Has a loader of its own and hooks on batches."""
+
+    asked = 0
+
+    def train_dataloader(self):
+        self.asked += 1
+        return [torch.zeros(2)]
+
+    def training_step(self, batch, index):
+        return None
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch + 1
+
+
+def connected(module, **loaders):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer._data_connector.attach_data(module, **loaders)
+    return trainer
+
+
+def test_loaders_are_asked_once_and_then_given():
+    module = Loaded()
+    loop = connected(module).fit_loop
+    source = compat.loader_source(loop)
+    loaders = compat.request_loaders(source)
+    compat.keep_loaders(loop, source, loaders)
+    assert compat.request_loaders(loop._data_source) is loaders
+    assert module.asked == 1
+    assert loop._data_source is source
+    compat.request_loaders(loop._data_source)
+    assert module.asked == 2
+
+
+def test_kept_loaders_give_way_to_those_of_a_later_run():
+    module = Loaded()
+    trainer = connected(module, train_dataloaders=[1])
+    source = compat.loader_source(trainer.fit_loop)
+    compat.keep_loaders(trainer.fit_loop, source, compat.request_loaders(source))
+    trainer._data_connector.attach_data(module, train_dataloaders=[2])
+    assert compat.request_loaders(compat.loader_source(trainer.fit_loop)) == [2]
+
+
+def test_no_loader_to_ask_for():
+    class Bare(LightningModule):
+        """Has none."""
+
+    assert compat.loader_source(connected(Bare()).predict_loop) is None
+
+
+def test_batches_are_combined_as_the_loader_combines_them():
+    assert compat.combine_batches(CombinedLoader({"a": [1], "b": [2]}, "max_size"), [1, 2]) == {"a": 1, "b": 2}
+    assert compat.combine_batches(CombinedLoader([[1], [2]], "sequential"), [1, 2]) == 1
+
+
+def test_before_transfer():
+    module = Loaded()
+    connected(module)
+    assert torch.equal(compat.before_transfer(module, torch.zeros(2)), torch.ones(2))
+
+
+def test_map_tensors():
+    assert compat.map_tensors(lambda leaf: leaf + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}

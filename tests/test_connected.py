@@ -1,0 +1,53 @@
+"""Processes of a run: which device and rank each is, and what they say to one another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.accelerators import MPSAccelerator, XLAAccelerator
+from models import Language, trainer
+from ranks import quiet
+
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+
+@pytest.mark.parametrize(("accelerator", "name"), [(MPSAccelerator, "mps"), (XLAAccelerator, "xla")])
+def test_other_accelerators_are_refused(accelerator, name):
+    strategy = LargeScaleStrategy(Plan())
+    message = f"accelerator='{name}' is not one that LargeScaleStrategy trains on; use accelerator='cpu' or 'cuda'"
+    with pytest.raises(PlanError, match=message):
+        # Lightning makes one only where there is such a device.
+        strategy.accelerator = object.__new__(accelerator)
+
+
+def test_one_process_is_connected_to_nothing():
+    run = trainer(LargeScaleStrategy({}), max_steps=1)
+    run.fit(Language())
+    strategy = run.strategy
+    assert not torch.distributed.is_initialized()
+    assert (strategy.world_size, strategy.is_distributed, strategy.launcher) == (1, False, None)
+    assert strategy.broadcast("word") == "word"
+    assert strategy.reduce(torch.tensor(3.0)) == 3
+    strategy.barrier()
+
+
+def talk():
+    strategy = trainer(LargeScaleStrategy(Plan(dp_replicate=2)), devices=2).strategy
+    strategy.setup_environment()
+    strategy.barrier()
+    return (
+        strategy.broadcast(f"from {strategy.global_rank}", src=1),
+        float(strategy.reduce(torch.tensor(float(strategy.global_rank)))),
+        float(strategy.reduce(torch.tensor(float(strategy.global_rank)), reduce_op="sum")),
+        strategy.reduce("word"),
+        strategy.reduce_boolean_decision(strategy.global_rank == 0, all=False),
+        strategy.distributed_sampler_kwargs["rank"],
+        strategy.process_group_backend,
+    )
+
+
+def test_ranks_talk(two):
+    assert two.run(talk) == [("from 1", 0.5, 1.0, "word", True, rank, "gloo") for rank in range(2)]

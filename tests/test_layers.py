@@ -1,0 +1,82 @@
+"""Who may import whom: design's one direction, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_largescale
+
+PACKAGE = Path(lightning_largescale.__file__).parent
+
+# A module or folder may import what stands in a line above its own. compat and units may be imported by all.
+LAYERS = [
+    {"compat", "plan"},
+    {"units"},
+    {"hardware", "workload"},
+    {"planner", "parallel", "offload", "lowbit"},
+    {"checkpoint", "connected", "failures", "fork", "hub", "launch", "precision", "sample"},
+    {"strategy"},
+    {"auto"},
+    {"registry", "cli"},
+    {"__init__"},
+]
+# The strategy's own helpers may build on one another; the other lines are of equals that never meet.
+HELPERS = LAYERS[4]
+
+
+def part(path: Path) -> str:
+    """The folder or module of the package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, here: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Dotted names that a file of package `here` imports, those for type checking left out."""
+    found: set[tuple[str, ...]] = set()
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            found.update(tuple(name.name.split(".")) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            found.update((*base, name.name) for name in node.names)
+        todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def files() -> dict[str, Path]:
+    return {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("path", files().values(), ids=files().keys())
+def test_imports_go_one_way(path):
+    mine = part(path)
+    if mine == "_autoload":
+        return
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    assert mine in rank, f"{mine} has no place in LAYERS"
+    here = ("lightning_largescale", *path.relative_to(PACKAGE).parts[:-1])
+    for name in imports(ast.parse(path.read_text()), here):
+        if name[0] != "lightning_largescale" or len(name) == 1:
+            continue
+        other = name[1]
+        allowed = other == mine or rank.get(other, -1) < rank[mine] or {other, mine} <= HELPERS
+        assert allowed, f"{path.name} imports {'.'.join(name)}"
+
+
+def test_autoload_is_standard_library_only():
+    tree = ast.parse((PACKAGE / "_autoload.py").read_text())
+    assert {name[0] for name in imports(tree, ())} <= sys.stdlib_module_names
+
+
+def test_a_breach_is_seen():
+    code = "if TYPE_CHECKING:\n import a.b\nelse:\n import c\ndef f():\n from ..planner import d\n from . import e"
+    assert imports(ast.parse(code), ("p", "parallel")) == {("c",), ("p", "planner", "d"), ("p", "parallel", "e")}

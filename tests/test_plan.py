@@ -1,0 +1,142 @@
+import inspect
+import json
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_largescale.plan import PLAN_VERSION, Plan, PlanError
+
+PLANS = st.builds(
+    Plan,
+    dp_replicate=st.integers(1, 2**20),
+    dp_shard=st.integers(1, 2**20),
+    reshard_after_forward=st.booleans(),
+    precision=st.sampled_from(["32-true", "bf16-mixed"]),
+    activation_checkpointing=st.sampled_from(["none", "full"]),
+)
+
+
+@given(PLANS)
+def test_json_round_trip(plan):
+    assert Plan.from_json(plan.to_json()) == plan
+    assert hash(Plan.from_json(plan.to_json())) == hash(plan)
+
+
+def test_default_is_the_plain_run():
+    assert Plan().world_size == 1
+    assert Plan().describe() == "plain, one device, 32-true"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dp_replicate": 2}, "replicated on 2 devices, 32-true"),
+        (
+            {"dp_shard": 4, "activation_checkpointing": "full"},
+            "ZeRO-3 over 4 devices, full activation checkpointing, 32-true",
+        ),
+        ({"dp_shard": 4, "reshard_after_forward": False}, "ZeRO-2 over 4 devices, 32-true"),
+        (
+            {"dp_replicate": 2, "dp_shard": 4, "precision": "bf16-mixed"},
+            "HSDP: 2 replicas, each ZeRO-3 over 4 devices, bf16-mixed",
+        ),
+    ],
+)
+def test_words(fields, words):
+    assert Plan(**fields).describe() == words
+
+
+def test_signature_is_kept_for_tools_that_read_it():
+    assert list(inspect.signature(Plan).parameters) == [
+        "dp_replicate",
+        "dp_shard",
+        "reshard_after_forward",
+        "precision",
+        "activation_checkpointing",
+    ]
+
+
+BAD = [
+    ({"dp_sard": 2}, "dp_sard=2 is no field of a Plan; accepted: dp_replicate, dp_shard,"),
+    ({"dp_shard": 0}, "dp_shard=0 is not accepted; give a whole number of devices, 1 or more"),
+    ({"dp_shard": "2"}, "dp_shard='2' is not accepted"),
+    ({"dp_replicate": True}, "dp_replicate=True is not accepted"),
+    ({"dp_replicate": 1.0}, "dp_replicate=1.0 is not accepted"),
+    ({"reshard_after_forward": 1}, "reshard_after_forward=1 is not accepted; give True or False"),
+    ({"precision": "fp8"}, "precision='fp8' is not accepted; give '32-true' or 'bf16-mixed'"),
+    ({"precision": ["32-true"]}, "is not accepted; give '32-true' or 'bf16-mixed'"),
+    ({"activation_checkpointing": None}, "activation_checkpointing=None is not accepted; give 'none' or 'full'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD)
+def test_bad_fields_from_python(fields, message):
+    with pytest.raises(PlanError) as error:
+        Plan(**fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("fields", "message"), [row for row in BAD])
+def test_bad_fields_from_json(fields, message, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(PlanError) as error:
+        Plan.load(path)
+    assert message in str(error.value)
+    assert "plan.json" in str(error.value)
+
+
+def test_positional():
+    with pytest.raises(PlanError, match="takes its fields by name and got 2"):
+        Plan(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the plan is no JSON"),
+        ("[1]", "a plan is an object of fields"),
+        ('{"version": "x"}', "version='x' is not accepted"),
+        (
+            f'{{"version": {PLAN_VERSION + 1}, "tp": 2}}',
+            f"of version {PLAN_VERSION + 1} and this release reads up to {PLAN_VERSION}",
+        ),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(text)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(PlanError, match=r"none\.json' cannot be read \(No such file or directory\)"):
+        Plan.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "world", "message"),
+    [
+        (
+            {"dp_shard": 3},
+            8,
+            "dp_replicate=1, dp_shard=3 makes 3 and there are 8 devices; dp_replicate * dp_shard must be 8",
+        ),
+        ({"dp_shard": 2, "dp_replicate": 2}, 1, "makes 4 and there is 1 device;"),
+    ],
+)
+def test_sizes_against_devices(fields, world, message):
+    with pytest.raises(PlanError) as error:
+        Plan(**fields).validate(SimpleNamespace(world_size=world))
+    assert message in str(error.value)
+    Plan(dp_shard=8).validate(SimpleNamespace(world_size=8))
+
+
+def test_against_the_model():
+    with pytest.raises(
+        PlanError, match="activation_checkpointing='full' needs repeated blocks and Linear has none; use 'none'"
+    ):
+        Plan(activation_checkpointing="full").validate(None, SimpleNamespace(parameters=(1,), blocks=(), name="Linear"))
+    with pytest.raises(PlanError, match="Net has no parameters"):
+        Plan().validate(None, SimpleNamespace(parameters=(), blocks=(), name="Net"))

@@ -1,0 +1,232 @@
+"""The strategy in the Trainer's hands: plans train as one plain process does, on 1, 2 and 4 processes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from functools import cache
+
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from models import Block, Language, trainer
+from ranks import quiet
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+PLANS = {
+    "replicate": lambda world: Plan(dp_replicate=world),
+    "ZeRO-2": lambda world: Plan(dp_shard=world, reshard_after_forward=False),
+    "ZeRO-3": lambda world: Plan(dp_shard=world),
+    "HSDP": lambda world: Plan(dp_replicate=2, dp_shard=world // 2),
+}
+# What is trained in what way: options of the model and of the Trainer.
+CASES = {
+    "simple": ({}, {}),
+    "accumulation": ({}, {"accumulate_grad_batches": 2}),
+    "clipping": ({}, {"gradient_clip_val": 0.1}),
+    "tied": ({"tied": True}, {"gradient_clip_val": 0.1}),
+    "frozen": ({"frozen": True}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+}
+
+
+@pytest.fixture(params=["two", "four"])
+def world(request):
+    return request.getfixturevalue(request.param)
+
+
+def fit(plan, devices, case, **options):
+    """Losses of 20 steps; ranks other than 0 build other weights, which must not matter."""
+    model_options, trainer_options = CASES[case]
+    model = Language(seed=int(os.environ.get("RANK", 0)), **model_options)
+    run = trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, **trainer_options)
+    run.fit(model)
+    return model.losses
+
+
+@cache
+def plain(case):
+    return fit(None, 1, case)
+
+
+def assert_parity(losses, expected):
+    assert len(losses) == len(expected)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def parity_cases():
+    """A choice for every day: every plan, every case, with and without recomputation; all pairs are in the slow one."""
+    for number, (plan, case) in enumerate(itertools.product(PLANS, CASES)):
+        yield pytest.param(plan, case, ["none", "full"][number % 2])
+        yield pytest.param(plan, case, ["full", "none"][number % 2], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("plan", "case", "recompute"), list(parity_cases()))
+def test_trains_like_one_plain_process(world, plan, case, recompute):
+    if plan == "HSDP" and world.size == 2:
+        pytest.skip("two replicas of two shards are four processes")
+    layout = PLANS[plan](world.size)
+    chosen = Plan(
+        dp_replicate=layout.dp_replicate,
+        dp_shard=layout.dp_shard,
+        reshard_after_forward=layout.reshard_after_forward,
+        activation_checkpointing=recompute,
+    )
+    for losses in world.run(fit, chosen, world.size, case):
+        assert_parity(losses, plain(case))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_one_process_trains_like_lightning_bit_for_bit(case, recompute):
+    assert fit(Plan(activation_checkpointing=recompute), 1, case) == plain(case)
+
+
+def life(plan, devices):
+    """Every stage, alone and after one another, by one trainer and by others."""
+    model = Language(seed=int(os.environ.get("RANK", 0)))
+    strategy = LargeScaleStrategy(plan) if plan else "auto"
+    run = trainer(strategy, devices=devices, max_steps=6, val_check_interval=2, limit_val_batches=3)
+    run.validate(model, verbose=False)
+    run.fit(model)
+    run.validate(model, verbose=False)
+    run.test(model, verbose=False)
+    metric = float(run.callback_metrics["val_loss"])
+    predicted = run.predict(model)
+    for again in range(2):
+        strategy = LargeScaleStrategy(plan) if plan else "auto"
+        other = trainer(strategy, devices=devices, max_steps=3)
+        other.test(model, verbose=False) if again else other.fit(model)
+    assert run.model is model
+    assert list(model.state_dict()) == list(Language().state_dict())
+    return model.losses + model.evaluated, len(predicted), metric
+
+
+@pytest.mark.parametrize("plan", [PLANS["ZeRO-3"](2), PLANS["ZeRO-2"](2), PLANS["replicate"](2)])
+def test_every_stage_by_itself_and_after_others(two, plan):
+    losses, predicted, metric = life(None, 1)
+    for found, number, logged in two.run(life, plan, 2):
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert number == predicted
+        assert logged == pytest.approx(metric, rel=1e-5)
+
+
+def boring(plan, devices):
+    torch.manual_seed(0)
+    model = BoringModel()
+    run = trainer(
+        LargeScaleStrategy(plan) if plan else "auto", devices=devices, max_steps=4, limit_val_batches=2, max_epochs=1
+    )
+    run.fit(model)
+    for evaluate in (run.validate, run.test):
+        evaluate(model, verbose=False)
+    run.predict(model, dataloaders=DataLoader(RandomDataset(32, 8)))
+    weight = model.layer.weight.detach()
+    return getattr(weight, "full_tensor", lambda: weight)()
+
+
+@pytest.mark.parametrize("plan", [PLANS["ZeRO-3"](2), PLANS["ZeRO-2"](2), PLANS["replicate"](2)])
+def test_lightnings_own_model(two, plan):
+    for weight in two.run(boring, plan, 2):
+        torch.testing.assert_close(weight, boring(None, 1))
+
+
+class Built(Language):
+    def __init__(self):
+        super().__init__(seed=None)
+        self.kept = self._modules.pop("blocks")
+        self.blocks = None
+
+    def configure_model(self):
+        if self.blocks is None:
+            torch.manual_seed(int(os.environ.get("RANK", 0)))
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+
+def build(plan, devices):
+    torch.manual_seed(3)
+    model = Built()
+    trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, max_steps=6).fit(model)
+    return model.losses
+
+
+def test_configure_model(two):
+    for losses in two.run(build, Plan(dp_shard=2), 2):
+        assert losses == pytest.approx(build(None, 1), rel=1e-5)
+
+
+def hardware_plan(hardware):
+    return Plan(dp_shard=hardware.world_size)
+
+
+def by_function(precision):
+    strategy = LargeScaleStrategy(hardware_plan)
+    trainer(strategy, devices=2, max_steps=1, precision=precision).fit(Language())
+    return strategy.plan
+
+
+def test_a_function_of_the_hardware_gives_the_plan_and_the_trainer_its_precision(two):
+    assert two.run(by_function, None) == [Plan(dp_shard=2)] * 2
+    assert two.run(by_function, "bf16-mixed") == [Plan(dp_shard=2, precision="bf16-mixed")] * 2
+
+
+def test_plan_of_a_file_a_mapping_and_nothing(tmp_path):
+    plan = Plan(activation_checkpointing="full")
+    plan.save(tmp_path / "plan.json")
+    given = [tmp_path / "plan.json", str(tmp_path / "plan.json"), {"activation_checkpointing": "full"}, plan]
+    assert [LargeScaleStrategy(one).plan for one in given] == [plan] * 4
+    with pytest.raises(PlanError, match="plan=3 is no plan; give a Plan, a mapping of its fields, or the path"):
+        LargeScaleStrategy(3)
+    with pytest.raises(PlanError, match="dp_shards=2 is no field of a Plan"):
+        LargeScaleStrategy({"dp_shards": 2})
+
+
+@pytest.mark.parametrize(("plan", "devices"), [(Plan(dp_shard=3), 2), (Plan(), 2), (Plan(dp_shard=2), 1)])
+def test_sizes_that_do_not_multiply_to_the_processes(plan, devices):
+    there = "are 2 processes" if devices == 2 else "is 1 process"
+    message = rf"dp_shard={plan.dp_shard} makes {plan.dp_shard} and there {there}; .* for example dp_shard={devices}\."
+    with pytest.raises(PlanError, match=message):
+        trainer(LargeScaleStrategy(plan), devices=devices)
+
+
+class Empty(BoringModel):
+    def __init__(self):
+        super().__init__()
+        del self.layer
+
+
+class Untrained(BoringModel):
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Empty, "Empty has no parameters, so there is nothing to train; give it at least one"),
+        (Untrained, "Untrained.configure_optimizers returned no optimizer; return one to train"),
+    ],
+)
+def test_nothing_to_train(module, message):
+    with pytest.raises(PlanError, match=message):
+        trainer(LargeScaleStrategy(Plan()), max_steps=1).fit(module())
+
+
+def test_ranks_as_forks_hand_the_trained_weights_back(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    model = Language(tied=True)
+    start = copy.deepcopy(model)
+    trainer(LargeScaleStrategy(Plan(dp_shard=2), start_method="fork"), devices=2, max_steps=3).fit(model)
+    trainer(max_steps=3).fit(start)
+    assert type(model.head.weight) is nn.Parameter
+    assert model.head.weight is model.embedding.weight
+    for name, parameter in start.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=2e-3)

@@ -1,0 +1,37 @@
+import pytest
+import torch
+from torch import nn
+from workload import families
+from workload.check import assert_same, real_step, state_of
+from workload.families import Wrapped
+
+from lightning_largescale.workload import Workload
+
+
+def test_values_that_decide_fall_back_to_one_sample():
+    module, batch = Wrapped(families.Branching()), torch.randn(16, 8)
+    before = state_of(module)
+    work = Workload.trace(module, batch, precisions=("32-true", "bf16-mixed"))
+    assert_same(before, state_of(module))
+    (why,) = work.approximate
+    assert why.startswith("training_step cannot run on fake tensors (it needs the values of tensors")
+    assert why.endswith("a real step was measured on 1 and 2 of the 16 samples and drawn out to all")
+    real = real_step(module, batch, precisions=("32-true", "bf16-mixed"))
+    for precision, step in work.steps.items():
+        assert step.saved_bytes == pytest.approx(real.steps[precision].saved_bytes, rel=0.01)
+        assert step.peak_bytes == pytest.approx(real.steps[precision].peak_bytes, rel=0.01)
+        assert step.forward_flops == real.steps[precision].forward_flops
+
+
+def test_one_sample_that_is_refused_is_followed_bytwo_tensors():
+    class Normalised(families.Branching):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    work = Workload.trace(Wrapped(Normalised()), torch.randn(8, 8), precisions=("32-true",))
+    assert "measured on 2 of the 8 samples" in work.approximate[0]
+    assert work.steps["32-true"].forward_flops == 2 * 8 * (2 * 8 * 8)

@@ -1,0 +1,38 @@
+import torch
+from torch import nn
+
+from lightning_largescale.workload.tracker import Tracker
+
+
+def rows(step, blocks):
+    tracker = Tracker()
+    with tracker.watching(blocks, [p for block in blocks.values() for p in block.parameters()]):
+        step()
+    tracker.finish()
+    return tracker.log.finished()
+
+
+def test_segments_of_frozen_blocks_have_the_live_bytes_of_their_neighbours_in_backward():
+    frozen, trained, x = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4), torch.ones(2, 4)
+    found = rows(lambda: trained(torch.tanh(frozen(x))).sum().backward(), {"frozen": frozen, "trained": trained})
+    assert [row.block for row in found] == ["frozen", None, "trained", None]
+    assert found[0].backward_flops == 0
+    assert found[0].backward_entry_bytes == found[0].backward_exit_bytes == found[1].backward_exit_bytes
+
+
+def test_nothing_between_two_blocks_makes_no_segment():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    found = rows(lambda: second(first(torch.ones(2, 4))), {"first": first, "second": second})
+    assert [row.block for row in found] == [None, "first", "second"]
+
+
+def test_two_backwards_belong_to_their_own_forwards():
+    layer = nn.Linear(4, 4)
+
+    def step():
+        for scale in (1.0, 2.0):
+            (layer(torch.ones(2, 4)) * scale).sum().backward()
+
+    found = [row for row in rows(step, {"layer": layer}) if row.block]
+    assert len(found) == 2
+    assert all(row.backward_flops == 2 * 2 * 4 * 4 for row in found)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from workload import families
+from workload.check import assert_same, state_of
+from workload.families import Metered, two_tensors
+
+from lightning_largescale.workload import Workload
+from lightning_largescale.workload.stand_in import TrainerStandIn, optimizers_of, schedulers_of
+
+
+def test_manual_optimisation_needs_of_each_optimizer():
+    work = Workload.trace(families.GAN(), torch.randn(4, 16), precisions=("32-true",))
+    assert [needs.class_name for needs in work.optimizers] == ["Adam", "Adam"]
+    assert all(name.startswith("generator.") for name in work.optimizers[0].state_bytes)
+    assert all(p.used for p in work.parameters)
+
+
+def test_nothing_of_a_real_trainer_changes(tmp_path):
+    module = Metered()
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.trainer = trainer
+    batch, before = two_tensors(), state_of(module)
+    work = Workload.trace(module, batch, precisions=("32-true",))
+    assert_same(before, state_of(module))
+    assert module.trainer is trainer
+    assert not trainer.should_stop
+    assert trainer.callback_metrics == {}
+    assert [needs.class_name for needs in work.optimizers] == ["SGD"]
+
+
+def test_without_a_trainer_settings_have_defaults():
+    trainer = TrainerStandIn()
+    assert trainer.is_global_zero
+    assert trainer.estimated_stepping_batches == 1000
+    trainer.should_stop = True
+    with pytest.raises(AttributeError, match="fit is not known without a Trainer"):
+        trainer.fit  # noqa: B018
+
+
+def test_with_a_trainer_settings_are_its_own_and_actions_do_nothing(tmp_path):
+    real = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=7)
+    trainer = TrainerStandIn(real)
+    assert trainer.estimated_stepping_batches == 7
+    assert trainer.max_epochs == real.max_epochs
+    trainer.save_checkpoint("nowhere")
+    trainer.logger.log_metrics({"a": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_configure_optimizers_may_return():
+    first, second = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0) for _ in range(2))
+    decay = torch.optim.lr_scheduler.StepLR(first, 1)
+    for returned, optimizers, schedulers in [
+        (None, [], []),
+        (first, [first], []),
+        ([first, second], [first, second], []),
+        (([first, second], [decay]), [first, second], [decay]),
+        (([first], [{"scheduler": decay, "interval": "step"}]), [first], [decay]),
+        ({"optimizer": first, "lr_scheduler": decay}, [first], [decay]),
+        ({"optimizer": first, "lr_scheduler": {"scheduler": decay, "monitor": "x"}}, [first], [decay]),
+        (({"optimizer": first}, {"optimizer": second, "lr_scheduler": decay}), [first, second], [decay]),
+    ]:
+        assert optimizers_of(returned) == optimizers
+        assert schedulers_of(returned) == schedulers
