@@ -10,14 +10,13 @@ Source: Rajbhandari et al. 2020, "ZeRO", section 3 (model states and residual st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
-from lightning_largescale.workload import Parameter, Segment, Step, Workload
+from lightning_largescale.planner.sizes import Sizes, recomputed, saving
+from lightning_largescale.workload import Segment, Workload
 
 # Holes between the tensors of a step, as a share of the bytes that come and go in it (benchmarks/results). On CPU: of
 # glibc's heap; where it is trimmed between steps; and under plans that map their tensors instead. On CUDA: of the
@@ -74,15 +73,18 @@ def peak_memory(
         "runtime": RUNTIME_BYTES[hardware.kind],
         "buffers": workload.buffer_bytes,
     }
-    worst = MemoryEstimate(moment="", terms={})
-    for moment, terms in _moments(sizes):
+    worst, worst_index, peak = "", None, 0
+    worst_terms: dict[str, int] = {}
+    for moment, index, terms in _moments(sizes):
         terms = {**always, **terms}
         moving = sum(terms.get(name, 0) for name in _COMES_AND_GOES)
         terms["allocator"] = int(allocator_share(plan, hardware.kind) * moving)
-        if sum(terms.values()) > worst.peak_bytes:
-            worst = MemoryEstimate(moment=moment, terms=terms)
-    shown = sorted(((name, size) for name, size in worst.terms.items() if size), key=lambda item: -item[1])
-    return MemoryEstimate(moment=worst.moment, terms=dict(shown))
+        if (total := sum(terms.values())) > peak:
+            worst, worst_index, worst_terms, peak = moment, index, terms, total
+    if worst_index is not None:
+        worst = f"{worst} of {_where(sizes.step.segments, worst_index)}"
+    shown = sorted(((name, size) for name, size in worst_terms.items() if size), key=lambda item: -item[1])
+    return MemoryEstimate(moment=worst, terms=dict(shown))
 
 
 def allocator_share(plan: Plan, kind: str) -> float:
@@ -97,131 +99,23 @@ def allocator_share(plan: Plan, kind: str) -> float:
     return _TRIMMED_SHARE if plan.dp_replicate > 1 else _HEAP_SHARE
 
 
-def local_bytes(parameter: Parameter, dp_shard: int) -> int:
-    """Bytes of the largest shard of `parameter`: rows of its first dimension divided among `dp_shard` ranks, rounded
-    up.
-
-    Source: torch.distributed.fsdp.fully_shard, "Shard(0)" with padding to the largest chunk.
-    """
-    if dp_shard == 1 or not parameter.shape or parameter.shape[0] == 0:
-        return parameter.bytes
-    rows = parameter.shape[0]
-    return math.ceil(rows / dp_shard) * (parameter.bytes // rows)
-
-
-class Sizes:
-    """The sizes that the terms are made of, in bytes on one rank, computed once for a plan."""
-
-    def __init__(self, workload: Workload, plan: Plan, kind: str, accumulate_grad_batches: int = 1) -> None:
-        self.workload, self.plan, self.kind = workload, plan, kind
-        self.accumulate = accumulate_grad_batches
-        self.step: Step = workload.steps[plan.precision]
-
-    @cached_property
-    def sharded(self) -> bool:
-        """Whether parameters are divided among ranks."""
-        return self.plan.dp_shard > 1
-
-    @cached_property
-    def full_parameters(self) -> int:
-        """All parameters, undivided."""
-        return sum(parameter.bytes for parameter in self.workload.parameters)
-
-    @cached_property
-    def parameters(self) -> int:
-        """What the rank keeps of the parameters between steps."""
-        return sum(local_bytes(parameter, self.plan.dp_shard) for parameter in self.workload.parameters)
-
-    @cached_property
-    def gradients(self) -> int:
-        """All gradients of one optimizer step, as they are kept between backward and the step."""
-        return sum(local_bytes(p, self.plan.dp_shard) for p in self._trained) if self._trains else 0
-
-    @cached_property
-    def optimizer_state(self) -> int:
-        """What the rank keeps of every optimizer's state, divided as the parameters are."""
-        total = 0.0
-        for needs in self.workload.optimizers:
-            for parameter in self.workload.parameters:
-                share = local_bytes(parameter, self.plan.dp_shard) / parameter.bytes if parameter.bytes else 1.0
-                total += needs.state_bytes.get(parameter.name, 0) * share
-        return int(total)
-
-    @cached_property
-    def optimizer_temporaries(self) -> int:
-        """The most that one optimizer's `step()` allocates for a while."""
-        local = [local_bytes(p, self.plan.dp_shard) for p in self._trained]
-        return max(
-            (
-                int(needs.step_temporary_largest * max(local, default=0) + needs.step_temporary_total * sum(local))
-                for needs in self.workload.optimizers
-            ),
-            default=0,
-        )
-
-    def gathered(self, block: str | None) -> int:
-        """Whole parameters of one group while it computes, padding included; the root group's under None."""
-        whole = sum(local_bytes(p, self.plan.dp_shard) * self.plan.dp_shard for p in self._group(block))
-        return whole // 2 if self._mixed and block is not None else whole
-
-    def gradient(self, block: str | None, *, whole: bool) -> int:
-        """Gradients of one group: unsharded as autograd makes them, or the rank's shard."""
-        group = [parameter for parameter in self._group(block) if parameter.trainable and parameter.used]
-        return sum(p.bytes if whole else local_bytes(p, self.plan.dp_shard) for p in group)
-
-    @cached_property
-    def _trains(self) -> bool:
-        return self.workload.stage == "fit"
-
-    @cached_property
-    def _mixed(self) -> bool:
-        return self.sharded and self.plan.precision == "bf16-mixed"
-
-    @cached_property
-    def _trained(self) -> list[Parameter]:
-        return [p for p in self.workload.parameters if p.trainable and p.used]
-
-    @cached_property
-    def _groups(self) -> dict[str | None, list[Parameter]]:
-        groups: dict[str | None, list[Parameter]] = {}
-        for parameter in self.workload.parameters:
-            # Under bf16-mixed blocks gather matrices in half the bytes; vectors go with the root, in fp32.
-            block = parameter.block if len(parameter.shape) > 1 or not self._mixed else None
-            groups.setdefault(block, []).append(parameter)
-        return groups
-
-    def _group(self, block: str | None) -> list[Parameter]:
-        return self._groups.get(block, [])
-
-
-def _moments(sizes: Sizes) -> Iterator[tuple[str, dict[str, int]]]:
-    """Each moment of one run with its terms, but for those that never change."""
-    yield "setup", setup_terms(sizes)
-    segments = sizes.step.segments
+def _moments(sizes: Sizes) -> Iterator[tuple[str, int | None, dict[str, int]]]:
+    """Each moment of one run: what happens, in which segment, and its terms, but for those that never change."""
+    yield "setup", None, setup_terms(sizes)
+    states, segments = _states(sizes), sizes.step.segments
     for index in range(len(segments)):
-        live = live_in_forward(sizes.plan, segments, index)
-        yield (
-            f"forward of {_where(segments, index)}",
-            {**_states(sizes), **forward_terms(sizes, index), "activations": live},
-        )
+        live = live_in_forward(sizes, index)
+        yield "forward", index, {**states, **forward_terms(sizes, index), "activations": live}
     if sizes.workload.stage != "fit":
         return
     for index in range(len(segments) - 1, -1, -1):
-        live = live_in_backward(sizes.plan, segments, index)
-        yield (
-            f"backward of {_where(segments, index)}",
-            {**_states(sizes), **backward_terms(sizes, index), "activations": live},
-        )
+        live = live_in_backward(sizes, index)
+        yield "backward", index, {**states, **backward_terms(sizes, index), "activations": live}
         if sizes.sharded:
-            exit_live = live_after_backward(sizes.plan, segments, index)
-            yield (
-                f"gradient reduction of {_where(segments, index)}",
-                {**_states(sizes), **reduction_terms(sizes, index), "activations": exit_live},
-            )
-    yield (
-        "optimizer step",
-        {**_states(sizes), "gradients": _kept_gradients(sizes), "optimizer temporaries": sizes.optimizer_temporaries},
-    )
+            live = live_after_backward(sizes, index)
+            yield "gradient reduction", index, {**states, **reduction_terms(sizes, index), "activations": live}
+    ends = {"gradients": _kept_gradients(sizes), "optimizer temporaries": sizes.optimizer_temporaries}
+    yield "optimizer step", None, {**states, **ends}
 
 
 def setup_terms(sizes: Sizes) -> dict[str, int]:
@@ -237,28 +131,28 @@ def setup_terms(sizes: Sizes) -> dict[str, int]:
     return {"parameters": sizes.parameters, "gathered parameters": largest}
 
 
-def live_in_forward(plan: Plan, segments: tuple[Segment, ...], index: int) -> int:
+def live_in_forward(sizes: Sizes, index: int) -> int:
     """Activations and temporaries at the worst moment of one segment's forward, bytes.
 
     Source: the trace; Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4, for what
         recomputation drops.
     """
-    return max(0, segments[index].forward_peak_bytes - _dropped(plan, segments[:index]))
+    return max(0, sizes.step.segments[index].forward_peak_bytes - sizes.dropped[index])
 
 
-def live_in_backward(plan: Plan, segments: tuple[Segment, ...], index: int) -> int:
+def live_in_backward(sizes: Sizes, index: int) -> int:
     """Activations and temporaries at the worst moment of one segment's backward, its recomputation included, bytes."""
-    segment, dropped = segments[index], _dropped(plan, segments[:index])
+    segment, dropped = sizes.step.segments[index], sizes.dropped[index]
     live = segment.backward_peak_bytes - dropped
-    if _recomputed(plan, segment):
+    if recomputed(sizes.plan, segment):
         again = segment.forward_peak_bytes - segment.forward_entry_bytes
-        live = max(live, segment.backward_entry_bytes - dropped - _saving(segment) + again)
+        live = max(live, segment.backward_entry_bytes - dropped - saving(segment) + again)
     return max(0, live)
 
 
-def live_after_backward(plan: Plan, segments: tuple[Segment, ...], index: int) -> int:
+def live_after_backward(sizes: Sizes, index: int) -> int:
     """Activations that are left when one segment's backward is done, bytes."""
-    return max(0, segments[index].backward_exit_bytes - _dropped(plan, segments[:index]))
+    return max(0, sizes.step.segments[index].backward_exit_bytes - sizes.dropped[index])
 
 
 def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
@@ -270,28 +164,28 @@ def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
     """
     terms = {"gradients": _kept_gradients(sizes)}
     if sizes.sharded:
-        block = sizes.step.segments[index].block
-        gathered = {None, block}
-        if not sizes.plan.reshard_after_forward:
-            gathered |= {segment.block for segment in sizes.step.segments[:index]}
-        terms["gathered parameters"] = sum(sizes.gathered(name) for name in gathered)
+        terms["gathered parameters"] = (
+            _gathered_at(sizes, {sizes.step.segments[index].block})
+            if sizes.plan.reshard_after_forward
+            else sizes.gathered_so_far[index]
+        )
     return terms
 
 
 def backward_terms(sizes: Sizes, index: int) -> dict[str, int]:
     """Gradients and gathered parameters while one segment runs backward, the next group's gather in flight included."""
-    segments = sizes.step.segments
-    block = segments[index].block
-    waiting = _blocks_before(segments, index, block)
     gradients = _gradients_so_far(sizes, index)
     if not sizes.sharded:
         return {"gradients": gradients}
-    gathered: set[str | None] = {None, block}
-    gathered |= set(waiting[:1]) if sizes.plan.reshard_after_forward else set(waiting)
+    block = sizes.step.segments[index].block
     return {
         "gradients": gradients,
         "unreduced gradients": _unreduced(sizes, block),
-        "gathered parameters": sum(sizes.gathered(name) for name in gathered),
+        "gathered parameters": (
+            _gathered_at(sizes, {block, _block_before(sizes, index)})
+            if sizes.plan.reshard_after_forward
+            else sizes.gathered_so_far[index]
+        ),
     }
 
 
@@ -335,32 +229,22 @@ def _gradients_so_far(sizes: Sizes, index: int) -> int:
     """Gradients kept while segment `index` runs backward: later groups', its own, the root's; all when accumulating."""
     if sizes.accumulate > 1 or (sizes.plan.dp_replicate > 1 and not sizes.sharded):
         return _kept_gradients(sizes)
-    segments = sizes.step.segments
-    done: set[str | None] = {segment.block for segment in segments[index + 1 :] if segment.block is not None}
     if not sizes.sharded:
-        done |= {segments[index].block, None}
-    return sum(sizes.gradient(name, whole=False) for name in done)
+        return sizes.gradients_from_here[index] + sizes.gradient(None, whole=False)
+    # Its own shard of the gradient comes with the reduction, and so does the root's.
+    return sizes.gradients_from_here[index + 1]
 
 
-def _blocks_before(segments: tuple[Segment, ...], index: int, block: str | None) -> list[str]:
-    """Blocks whose backward is still to come after segment `index`, nearest first."""
-    found: list[str] = []
-    for segment in reversed(segments[:index]):
-        if segment.block is not None and segment.block != block and segment.block not in found:
-            found.append(segment.block)
-    return found
+def _gathered_at(sizes: Sizes, blocks: set[str | None]) -> int:
+    """Whole parameters of the root and of `blocks`."""
+    return sum(sizes.gathered(name) for name in {None, *blocks})
 
 
-def _recomputed(plan: Plan, segment: Segment) -> bool:
-    return plan.activation_checkpointing == "full" and segment.block is not None
-
-
-def _saving(segment: Segment) -> int:
-    return max(0, segment.saved_bytes - segment.input_bytes)
-
-
-def _dropped(plan: Plan, segments: tuple[Segment, ...]) -> int:
-    return sum(_saving(segment) for segment in segments if _recomputed(plan, segment))
+def _block_before(sizes: Sizes, index: int) -> str | None:
+    """The block whose backward follows that of segment `index`; None where there is none."""
+    segments = sizes.step.segments
+    others = (segments[before].block for before in range(index - 1, -1, -1))
+    return next((name for name in others if name not in (None, segments[index].block)), None)
 
 
 def _where(segments: tuple[Segment, ...], index: int) -> str:

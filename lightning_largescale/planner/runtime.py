@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware, Link, Rates
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.memory import Sizes
+from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import Segment, Workload
 
 # The type whose measured rate a precision computes at; hardware without that rate cannot carry it out.

@@ -1,0 +1,165 @@
+"""The sizes of one plan that the terms of `memory` and `runtime` are made of: bytes on one rank.
+
+Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully_shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from itertools import accumulate
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.workload import Parameter, Segment, Step, Workload
+
+
+def local_bytes(parameter: Parameter, dp_shard: int) -> int:
+    """Bytes of the largest shard of `parameter`: rows of its first dimension divided among `dp_shard` ranks, rounded
+    up.
+
+    Source: torch.distributed.fsdp.fully_shard, "Shard(0)" with padding to the largest chunk.
+    """
+    if dp_shard == 1 or not parameter.shape or parameter.shape[0] == 0:
+        return parameter.bytes
+    rows = parameter.shape[0]
+    return math.ceil(rows / dp_shard) * (parameter.bytes // rows)
+
+
+class Sizes:
+    """The sizes that the terms are made of, in bytes on one rank, computed once for a plan.
+
+    Lists have an item a segment, so that a step of many segments is priced in time that grows with their number.
+    """
+
+    def __init__(self, workload: Workload, plan: Plan, kind: str, accumulate_grad_batches: int = 1) -> None:
+        self.workload, self.plan, self.kind = workload, plan, kind
+        self.accumulate = accumulate_grad_batches
+        self.step: Step = workload.steps[plan.precision]
+        self._gathered: dict[str | None, int] = {}
+        self._gradients: dict[tuple[str | None, bool], int] = {}
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether parameters are divided among ranks."""
+        return self.plan.dp_shard > 1
+
+    @cached_property
+    def full_parameters(self) -> int:
+        """All parameters, undivided."""
+        return sum(parameter.bytes for parameter in self.workload.parameters)
+
+    @cached_property
+    def parameters(self) -> int:
+        """What the rank keeps of the parameters between steps."""
+        return sum(local_bytes(parameter, self.plan.dp_shard) for parameter in self.workload.parameters)
+
+    @cached_property
+    def gradients(self) -> int:
+        """All gradients of one optimizer step, as they are kept between backward and the step."""
+        return sum(local_bytes(p, self.plan.dp_shard) for p in self._trained) if self._trains else 0
+
+    @cached_property
+    def optimizer_state(self) -> int:
+        """What the rank keeps of every optimizer's state, divided as the parameters are."""
+        total = 0.0
+        for needs in self.workload.optimizers:
+            for parameter in self.workload.parameters:
+                share = local_bytes(parameter, self.plan.dp_shard) / parameter.bytes if parameter.bytes else 1.0
+                total += needs.state_bytes.get(parameter.name, 0) * share
+        return int(total)
+
+    @cached_property
+    def optimizer_temporaries(self) -> int:
+        """The most that one optimizer's `step()` allocates for a while."""
+        local = [local_bytes(p, self.plan.dp_shard) for p in self._trained]
+        return max(
+            (
+                int(needs.step_temporary_largest * max(local, default=0) + needs.step_temporary_total * sum(local))
+                for needs in self.workload.optimizers
+            ),
+            default=0,
+        )
+
+    def gathered(self, block: str | None) -> int:
+        """Whole parameters of one group while it computes, padding included; the root group's under None."""
+        if block not in self._gathered:
+            whole = sum(local_bytes(p, self.plan.dp_shard) * self.plan.dp_shard for p in self._group(block))
+            self._gathered[block] = whole // 2 if self._mixed and block is not None else whole
+        return self._gathered[block]
+
+    def gradient(self, block: str | None, *, whole: bool) -> int:
+        """Gradients of one group: unsharded as autograd makes them, or the rank's shard."""
+        if (block, whole) not in self._gradients:
+            group = [parameter for parameter in self._group(block) if parameter.trainable and parameter.used]
+            sizes = (p.bytes if whole else local_bytes(p, self.plan.dp_shard) for p in group)
+            self._gradients[block, whole] = sum(sizes)
+        return self._gradients[block, whole]
+
+    @cached_property
+    def dropped(self) -> list[int]:
+        """What recomputation does not keep of the segments before each."""
+        savings = (saving(segment) if recomputed(self.plan, segment) else 0 for segment in self.step.segments)
+        return [*accumulate(savings, initial=0)][:-1]
+
+    @cached_property
+    def gathered_so_far(self) -> list[int]:
+        """Whole parameters of the root and of every block up to each segment, its own included."""
+        return [self.gathered(None) + size for size in _running(self._blocks, self.gathered)]
+
+    @cached_property
+    def gradients_from_here(self) -> list[int]:
+        """The rank's gradients of every block from each segment on, its own included; one item more, 0."""
+        sums = _running(self._blocks[::-1], lambda block: self.gradient(block, whole=False))
+        return [*sums[::-1], 0]
+
+    @cached_property
+    def _blocks(self) -> list[str | None]:
+        return [segment.block for segment in self.step.segments]
+
+    @cached_property
+    def _trains(self) -> bool:
+        return self.workload.stage == "fit"
+
+    @cached_property
+    def _mixed(self) -> bool:
+        return self.sharded and self.plan.precision == "bf16-mixed"
+
+    @cached_property
+    def _trained(self) -> list[Parameter]:
+        return [p for p in self.workload.parameters if p.trainable and p.used]
+
+    @cached_property
+    def _groups(self) -> dict[str | None, list[Parameter]]:
+        groups: dict[str | None, list[Parameter]] = {}
+        for parameter in self.workload.parameters:
+            # Under bf16-mixed blocks gather matrices in half the bytes; vectors go with the root, in fp32.
+            block = parameter.block if len(parameter.shape) > 1 or not self._mixed else None
+            groups.setdefault(block, []).append(parameter)
+        return groups
+
+    def _group(self, block: str | None) -> list[Parameter]:
+        return self._groups.get(block, [])
+
+
+def recomputed(plan: Plan, segment: Segment) -> bool:
+    """Whether `plan` runs the forward of `segment` again in backward."""
+    return plan.activation_checkpointing == "full" and segment.block is not None
+
+
+def saving(segment: Segment) -> int:
+    """What recomputing `segment` does not keep of what it saves, bytes."""
+    return max(0, segment.saved_bytes - segment.input_bytes)
+
+
+def _running(blocks: list[str | None], size: Callable[[str], int]) -> list[int]:
+    """At each place the sum of `size` over the blocks up to there, each once."""
+    seen: set[str | None] = {None}
+    sums: list[int] = []
+    total = 0
+    for block in blocks:
+        if block is not None and block not in seen:
+            seen.add(block)
+            total += size(block)
+        sums.append(total)
+    return sums
