@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 
+# The type whose measured rate a precision computes at; hardware without that rate cannot carry it out.
+MATMUL_TYPE = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+
 _ACCEPTED: dict[str, tuple[str, ...]] = {
     "precision": ("32-true", "bf16-mixed"),
     "activation_checkpointing": ("none", "full"),
@@ -101,13 +104,24 @@ class Plan:
         """Check the plan against the machine and the model it is meant for; what is None is not checked.
 
         Raises:
-            PlanError: the sizes do not multiply to the number of processes, or the model cannot take what the plan asks
-                for.
+            PlanError: the sizes do not multiply to the number of processes, the devices cannot compute in the
+                precision (known once they have rates), or the model cannot take what the plan asks for.
         """
         if hardware is not None:
-            self.check_world_size(hardware.world_size)
-        if workload is None:
-            return
+            self._check_hardware(hardware)
+        if workload is not None:
+            self._check_workload(workload)
+
+    def _check_hardware(self, hardware: Hardware) -> None:
+        self.check_world_size(hardware.world_size)
+        matmul_type = MATMUL_TYPE[self.precision]
+        if hardware.rates is not None and matmul_type not in hardware.rates.matmul:
+            raise PlanError(
+                f"precision={self.precision!r} needs matrix products in {matmul_type}, which {hardware.name} cannot"
+                " compute; use '32-true'."
+            )
+
+    def _check_workload(self, workload: Workload) -> None:
         if not workload.parameters:
             raise PlanError(f"{workload.name} has no parameters, so there is nothing to train; give it at least one.")
         if self.activation_checkpointing != "none" and not workload.blocks:
@@ -125,9 +139,16 @@ class Plan:
         if self.world_size != world:
             raise PlanError(
                 f"dp_replicate={self.dp_replicate}, dp_shard={self.dp_shard} makes {self.world_size} and there"
-                f" {'is 1 device' if world == 1 else f'are {world} devices'}; dp_replicate * dp_shard must be {world},"
-                f" for example dp_shard={world}."
+                f" {'is 1 process' if world == 1 else f'are {world} processes'}; dp_replicate * dp_shard must be"
+                f" devices * num_nodes of the Trainer, {world}, for example {self._sizes_for(world)}."
             )
+
+    def _sizes_for(self, world: int) -> str:
+        """Sizes that multiply to `world`, those of the plan kept where they divide it."""
+        if self.dp_replicate == 1:
+            return f"dp_shard={world}"
+        replicas = next(size for size in (self.dp_replicate, world // self.dp_shard or 1, 1) if world % size == 0)
+        return f"dp_replicate={replicas}, dp_shard={world // replicas}"
 
     def describe(self) -> str:
         """The plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
@@ -152,10 +173,10 @@ class Plan:
         """The plan that `to_json` wrote, or that a person typed; a missing field has its default.
 
         Raises:
-            PlanError: not JSON, of a newer version, or with a field or value that is not accepted.
+            PlanError: not JSON, of a newer version, or with a field or value that is not accepted, or a field twice.
         """
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, object_pairs_hook=_once_each)
         except json.JSONDecodeError as error:
             raise PlanError(f'the plan is no JSON ({error}); give an object such as {{"dp_shard": 2}}.') from error
         return cls.from_dict(fields)
@@ -191,7 +212,7 @@ class Plan:
         """Read the plan in the file at `path`.
 
         Raises:
-            PlanError: there is no such file, or what `from_json` raises, with the path in front.
+            PlanError: there is no such file, it is no text, or what `from_json` raises, with the path in front.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -199,7 +220,19 @@ class Plan:
             raise PlanError(
                 f"plan file {str(path)!r} cannot be read ({error.strerror}); give the path of a plan's JSON."
             ) from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path}: the plan is no text in UTF-8 ({error.reason}); give a plan's JSON.") from error
         try:
             return cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a JSON object, of which json alone would keep the last of several of one name."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise PlanError(f"{name!r} is given twice in the plan, {fields[name]!r} and {value!r}; give it once.")
+        fields[name] = value
+    return fields

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import json
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import PLAN_VERSION, Plan, PlanError
 
 PLANS = st.builds(
@@ -98,6 +100,7 @@ def test_positional():
     [
         ("{", "the plan is no JSON"),
         ("[1]", "a plan is an object of fields"),
+        ('{"dp_shard": 2, "dp_shard": 3}', "'dp_shard' is given twice in the plan, 2 and 3; give it once"),
         ('{"version": "x"}', "version='x' is not accepted"),
         (
             f'{{"version": {PLAN_VERSION + 1}, "tp": 2}}',
@@ -115,22 +118,39 @@ def test_no_file(tmp_path):
         Plan.load(tmp_path / "none.json")
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match=r"plan\.json: the plan is no text in UTF-8 .*; give a plan's JSON"):
+        Plan.load(tmp_path / "plan.json")
+
+
 @pytest.mark.parametrize(
     ("fields", "world", "message"),
     [
         (
             {"dp_shard": 3},
             8,
-            "dp_replicate=1, dp_shard=3 makes 3 and there are 8 devices; dp_replicate * dp_shard must be 8",
+            r"dp_replicate=1, dp_shard=3 makes 3 and there are 8 processes; dp_replicate \* dp_shard must be"
+            r" devices \* num_nodes of the Trainer, 8, for example dp_shard=8\.",
         ),
-        ({"dp_shard": 2, "dp_replicate": 2}, 1, "makes 4 and there is 1 device;"),
+        ({"dp_shard": 2, "dp_replicate": 2}, 1, r"there is 1 process; .* for example dp_replicate=1, dp_shard=1\."),
+        ({"dp_shard": 4, "dp_replicate": 4}, 32, r"makes 16 .* for example dp_replicate=4, dp_shard=8\."),
+        ({"dp_shard": 4, "dp_replicate": 3}, 32, r"makes 12 .* for example dp_replicate=8, dp_shard=4\."),
+        ({"dp_shard": 5, "dp_replicate": 3}, 32, r"makes 15 .* for example dp_replicate=1, dp_shard=32\."),
     ],
 )
 def test_sizes_against_devices(fields, world, message):
-    with pytest.raises(PlanError) as error:
-        Plan(**fields).validate(SimpleNamespace(world_size=world))
-    assert message in str(error.value)
-    Plan(dp_shard=8).validate(SimpleNamespace(world_size=8))
+    with pytest.raises(PlanError, match=message):
+        Plan(**fields).validate(SimpleNamespace(world_size=world, rates=None))
+    Plan(dp_shard=8).validate(SimpleNamespace(world_size=8, rates=None))
+
+
+def test_precision_against_devices():
+    v100 = Hardware.named("V100-32GB")
+    with pytest.raises(PlanError, match="precision='bf16-mixed' needs matrix products in bfloat16, which NVIDIA V100 "):
+        Plan(precision="bf16-mixed").validate(v100)
+    Plan(precision="bf16-mixed").validate(dataclasses.replace(v100, rates=None))
+    Plan().validate(v100)
 
 
 def test_against_the_model():

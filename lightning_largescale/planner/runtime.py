@@ -15,12 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware, Link, Rates
-from lightning_largescale.plan import Plan
+from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import Segment, Workload
 
-# The type whose measured rate a precision computes at; hardware without that rate cannot carry it out.
-MATMUL_TYPE = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 # gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
 # hidden there.
 _OVERLAPS = {"cpu": False, "cuda": True}

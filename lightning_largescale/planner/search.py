@@ -13,10 +13,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
 from lightning_largescale.planner.memory import peak_memory
 from lightning_largescale.planner.report import Candidate, Estimate, Report, plan_fields
-from lightning_largescale.planner.runtime import MATMUL_TYPE, step_time
+from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.units import format_bytes, format_seconds, parse_bytes
 from lightning_largescale.workload import Workload
 
