@@ -20,7 +20,7 @@ def parse_bytes(size: int | float | str, *, name: str = "size") -> int:
         name: the argument named in the error.
 
     Raises:
-        PlanError: `size` is not of that form, or is not positive.
+        PlanError: `size` is not of that form, or is below one byte.
     """
     value: float | None = None
     if isinstance(size, str):
@@ -30,8 +30,8 @@ def parse_bytes(size: int | float | str, *, name: str = "size") -> int:
             value = float(match[1]) * scale
     elif isinstance(size, (int, float)) and not isinstance(size, bool):
         value = float(size)
-    if value is None or not 0 < value < float("inf"):
-        raise PlanError(f"{name}={size!r} is no size; give bytes above 0, or text such as '6GiB' or '512MB'.")
+    if value is None or not 1 <= value < float("inf"):
+        raise PlanError(f"{name}={size!r} is no size; give 1 byte or more, or text such as '6GiB' or '512MB'.")
     return int(value)
 
 

@@ -20,7 +20,9 @@ def test_parse(given, expected):
     assert parse_bytes(given) == expected
 
 
-@pytest.mark.parametrize("given", [0, -1, "", "GiB", "6 elephants", None, True, float("nan"), float("inf"), "6iB"])
+@pytest.mark.parametrize(
+    "given", [0, 0.5, "0.1B", "0.0004 K", -1, "", "GiB", "6 elephants", None, True, float("nan"), float("inf"), "6iB"]
+)
 def test_no_size(given):
     with pytest.raises(PlanError, match=r"memory_budget=.* is no size"):
         parse_bytes(given, name="memory_budget")
