@@ -76,9 +76,8 @@ def _check(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize] | Non
         )
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
         raise PlanError(f"seconds={seconds!r} is not accepted; give a number above 0.")
-    if sizes is None:
-        sizes = default_sizes(hardware.kind)
-    if not sizes or not all(len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size) for size in sizes):
+    sizes = default_sizes(hardware.kind) if sizes is None else sizes
+    if not isinstance(sizes, Sequence) or not sizes or not all(map(_is_size, sizes)):
         raise PlanError(f"matmul_sizes={sizes!r} is not accepted; give (m, k, n) of whole numbers above 0.")
     if _grouped() and dist.get_world_size() != hardware.world_size:
         raise PlanError(
@@ -91,6 +90,12 @@ def _check(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize] | Non
             " with a process group up, as in torchrun or a Trainer."
         )
     return tuple((m, k, n) for m, k, n in sizes)
+
+
+def _is_size(size: object) -> bool:
+    if not isinstance(size, (tuple, list)) or len(size) != 3:
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size)
 
 
 def _fingerprint(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize]) -> dict[str, Any]:
