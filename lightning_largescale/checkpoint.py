@@ -6,14 +6,13 @@ by parameter index. Full tensors are assembled one at a time, and kept on rank 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-
-from lightning_largescale import compat
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
@@ -53,7 +52,9 @@ def full_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
     """`optimizer.state_dict()` with full plain tensors on the CPU: a collective; empty without `keep`."""
     state = optimizer.state_dict()
     # In the same order on all ranks, whatever the order in which parameters got their state.
-    full = {index: _map_tensors(state["state"][index], keep=keep) for index in sorted(state["state"])}
+    full = {
+        index: apply_to_collection(state["state"][index], Tensor, _whole, keep=keep) for index in sorted(state["state"])
+    }
     return {**state, "state": full} if keep else {}
 
 
@@ -63,21 +64,11 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     indices = [index for group in state["param_groups"] for index in group["params"]]
     by_index = dict(zip(indices, parameters, strict=False))
 
-    def sliced(index: int) -> Callable[[Any], Any]:
-        return lambda value: _like(value, by_index.get(index))
-
-    optimizer.load_state_dict(
-        {
-            **state,
-            "state": {index: compat.map_tensors(sliced(index), values) for index, values in state["state"].items()},
-        }
-    )
-
-
-def _map_tensors(values: Any, *, keep: bool) -> Any:
-    if isinstance(values, dict):
-        return {key: _map_tensors(value, keep=keep) for key, value in values.items()}
-    return compat.map_tensors(lambda value: _whole(value, keep=keep), values)
+    divided = {
+        index: apply_to_collection(values, Tensor, _like, by_index.get(index))
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": divided})
 
 
 def _whole(value: Any, *, keep: bool) -> Any:

@@ -309,13 +309,3 @@ def before_transfer(module: Any, batch: Any) -> Any:
     Replaced by a public method of the strategy, as `Strategy.batch_to_device` is for the hooks that follow.
     """
     return module._on_before_batch_transfer(batch)
-
-
-def map_tensors(change: Any, nested: Any) -> Any:
-    """`nested` dicts, lists and tuples with `change(leaf)` in the place of each leaf.
-
-    Replaced by a public name for `torch.utils._pytree.tree_map`.
-    """
-    from torch.utils._pytree import tree_map
-
-    return tree_map(change, nested)

@@ -109,7 +109,7 @@ def _first_batch(loader: DataLoader[Any]) -> Any:
     if len(dataset) == 0:
         return None
     if loader.batch_sampler is None:
-        return loader.collate_fn(dataset[0])
+        return _read(loader, batch_size=None, sampler=[0])
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if size is not None:
         indices = list(range(min(size, len(dataset))))
@@ -117,8 +117,24 @@ def _first_batch(loader: DataLoader[Any]) -> Any:
         return None
     else:
         indices = list(next(iter(loader.batch_sampler), ()))
-    many = getattr(dataset, "__getitems__", None)
-    return loader.collate_fn(many(indices) if many else [dataset[index] for index in indices])
+    return _read(loader, batch_sampler=[indices])
+
+
+def _read(loader: DataLoader[Any], **which: Any) -> Any:
+    """What `which` picks of the loader's dataset, read where the run will read it.
+
+    In a worker where there are workers: a dataset that opens its file at the first read would otherwise hold it open
+    here, and all workers of the run would share the one position in it.
+    """
+    workers: dict[str, Any] = {}
+    if loader.num_workers > 0:
+        workers = {
+            "num_workers": 1,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
+    return next(iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **which, **workers)))
 
 
 def _has_length(loader: Any) -> bool:

@@ -228,7 +228,3 @@ def test_before_transfer():
     module = Loaded()
     connected(module)
     assert torch.equal(compat.before_transfer(module, torch.zeros(2)), torch.ones(2))
-
-
-def test_map_tensors():
-    assert compat.map_tensors(lambda leaf: leaf + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from models import trainer
 from ranks import quiet
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.plan import PlanError
@@ -71,6 +71,30 @@ def test_shuffled_batches_are_those_of_a_run_without_us():
     ours, _ = fit(loader)
     theirs, _ = fit(loader, "auto")
     assert flat(ours) == flat(theirs)
+
+
+class Opened(Dataset):
+    """Opens its file at the first read, as a dataset of an HDF5 file does."""
+
+    def __init__(self, path):
+        self.path, self.file = path, None
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.file = self.file or open(self.path, "rb", buffering=0)
+        self.file.seek(index)
+        return torch.tensor(self.file.read(1)[0])
+
+
+def test_workers_do_not_share_what_the_look_ahead_opened(tmp_path):
+    (tmp_path / "bytes").write_bytes(bytes(range(64)))
+    dataset = Opened(tmp_path / "bytes")
+    batches, run = fit(DataLoader(dataset, batch_size=4, num_workers=2))
+    assert dataset.file is None
+    assert flat(batches) == list(range(64))
+    assert run.strategy.report.workload.batch_samples == 4
 
 
 def test_several_loaders():

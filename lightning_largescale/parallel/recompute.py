@@ -5,11 +5,13 @@ Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", secti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_largescale.plan import Plan, PlanError
@@ -19,7 +21,7 @@ from lightning_largescale.workload.blocks import find_blocks
 def apply_recompute(module: nn.Module, plan: Plan) -> None:
     """Make every repeated block of `module` recompute its activations, as `plan.activation_checkpointing` says.
 
-    Numbers are those of the plain run bit for bit, dropout included. The module is changed in place, its names and
+    Numbers are those of the plain run bit for bit, dropout and running statistics included. The module is changed in place, its names and
     state_dict keys are not; doing it twice is doing it once, and `remove_recompute` undoes it.
 
     Raises:
@@ -36,7 +38,7 @@ def apply_recompute(module: nn.Module, plan: Plan) -> None:
         )
     for block in blocks.values():
         # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
-        block.forward = _Recomputed(block.forward, own="forward" in vars(block))
+        block.forward = _Recomputed(block, block.forward, own="forward" in vars(block))
 
 
 def remove_recompute(module: nn.Module) -> None:
@@ -50,13 +52,47 @@ def remove_recompute(module: nn.Module) -> None:
                 del block.forward
 
 
-class _Recomputed(partial[Any]):
-    """A block's forward under activation checkpointing; `own` says that it replaces one set on the block itself."""
+class _Recomputed:
+    """A block's forward under activation checkpointing; `own` says that it replaces one set on the block itself.
 
-    own: bool
-    original: Callable[..., Any]
+    What the forward does to buffers (running statistics, codebooks) it does once: it runs again on copies of them as
+    they were. Nothing tells which it writes into, since batch normalisation's kernels do not count as writing.
+    """
 
-    def __new__(cls, original: Callable[..., Any], *, own: bool) -> _Recomputed:
-        made = super().__new__(cls, checkpoint, original, use_reentrant=False)
-        made.own, made.original = own, original
-        return made
+    def __init__(self, block: nn.Module, original: Callable[..., Any], *, own: bool) -> None:
+        self.original, self.own = original, own
+        self._block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        before = {
+            (owner, name): tensor.clone()
+            for owner in self._block.modules()
+            for name, tensor in owner.named_buffers(recurse=False)
+        }
+        if not before:
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+        contexts = partial(_contexts, before)
+        return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+_Buffers = dict[tuple[nn.Module, str], Tensor]
+
+
+def _contexts(before: _Buffers) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the first forward, and for the one in backward."""
+    return nullcontext(), _bound(before)
+
+
+@contextmanager
+def _bound(buffers: _Buffers) -> Iterator[None]:
+    """Within, modules have these buffers in the place of their own."""
+    present = {(owner, name): getattr(owner, name) for owner, name in buffers}
+    for (owner, name), tensor in buffers.items():
+        setattr(owner, name, tensor)
+    try:
+        yield
+    finally:
+        for (owner, name), tensor in present.items():
+            setattr(owner, name, tensor)

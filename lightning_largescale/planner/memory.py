@@ -71,7 +71,8 @@ def peak_memory(
     always = {
         "process before": baseline_bytes,
         "runtime": RUNTIME_BYTES[hardware.kind],
-        "buffers": workload.buffer_bytes,
+        # Recomputation keeps a copy of a block's until its backward.
+        "buffers": workload.buffer_bytes * (1 if plan.activation_checkpointing == "none" else 2),
     }
     worst, worst_index, peak = "", None, 0
     worst_terms: dict[str, int] = {}

@@ -41,6 +41,39 @@ def test_trains_like_plain_dropout_included():
         assert torch.equal(ours.get_parameter(name), parameter), name
 
 
+class Codebook(nn.Module):
+    """Follows the mean of what it sees, in place or by another tensor, and computes with it."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        self.in_place, self.linear = in_place, nn.Linear(16, 16)
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("fixed", torch.ones(16))
+
+    def forward(self, x):
+        seen = x.detach().mean((0, 1))
+        if self.in_place:
+            self.mean.lerp_(seen, 0.3)
+        else:
+            self.mean = self.mean.lerp(seen, 0.3)
+        return x + torch.tanh(self.linear(x - self.mean)) * self.fixed
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_buffers_change_once_and_are_what_they_were_when_it_runs_again(in_place, twice):
+    plain = Language()
+    block = nn.Sequential(Codebook(in_place=in_place), nn.BatchNorm1d(CONTEXT))
+    plain.blocks = nn.ModuleList([block, block if twice else copy.deepcopy(block)])
+    # A block that stands twice in a chain makes no chain by itself: a third makes it one.
+    plain.blocks.append(copy.deepcopy(block))
+    ours = copy.deepcopy(plain)
+    apply_recompute(ours, FULL)
+    assert train(ours) == train(plain)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(ours.get_buffer(name), buffer), name
+
+
 @pytest.mark.parametrize(("mode", "times"), [("none", 1), ("full", 1), ("full", 2)])
 def test_backward_computes_each_block_once_more(mode, times):
     model = Language()
