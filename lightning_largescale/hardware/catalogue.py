@@ -255,12 +255,15 @@ def _parse(text: str) -> tuple[int, Device]:
 def _rates(device: Device, count: int, nodes: int) -> Rates:
     pcie = Link(latency_seconds=_HOP_SECONDS["PCIe"], bandwidth=device.pcie_gb_s / 2 * _GB)
     ring = _ring(device, count, nodes) if count * nodes > 1 else None
+    inside = _ring(device, count, 1) if count > 1 and nodes > 1 else None
     return Rates(
         matmul={name: rate * _TERA for name, rate in device.tflops.items()},
         memory_bandwidth=device.memory_gb_s * _GB,
         all_gather=ring,
         reduce_scatter=ring,
         all_reduce=ring,
+        node_all_gather=inside,
+        node_reduce_scatter=inside,
         host_to_device=pcie,
         device_to_host=pcie,
     )

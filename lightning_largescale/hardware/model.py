@@ -67,9 +67,13 @@ class Rates:
             figures. A dtype that is missing must not be planned with: the device lacks it, or its products end the
             process.
         memory_bandwidth: bytes a second of the device's memory, read and written bytes both counted.
-        all_gather: link of the all-gather over all ranks; None with one process. The next two likewise.
+        all_gather: link of the all-gather over all ranks of all nodes, nothing else being on the network; None with one
+            process. The next two likewise.
         reduce_scatter: link of the reduce-scatter.
         all_reduce: link of the all-reduce.
+        node_all_gather: link of the all-gather among the ranks of one node where there are several nodes; None where
+            there are not, and where it is not known: `calibrate` measures over all ranks only. The next likewise.
+        node_reduce_scatter: link of the reduce-scatter inside a node.
         host_to_device: link of pinned copies to the device; None on CPU.
         device_to_host: link of pinned copies from the device; None on CPU.
         disk_read: bytes a second read with O_DIRECT; None where no disk takes it.
@@ -81,6 +85,8 @@ class Rates:
     all_gather: Link | None = None
     reduce_scatter: Link | None = None
     all_reduce: Link | None = None
+    node_all_gather: Link | None = None
+    node_reduce_scatter: Link | None = None
     host_to_device: Link | None = None
     device_to_host: Link | None = None
     disk_read: float | None = None
@@ -101,13 +107,15 @@ class Rates:
         matmul = reader.rates("matmul")
         if "float32" not in matmul:
             raise PlanError(f"rates.matmul={matmul!r} lacks 'float32'; give its FLOP/s.")
-        links = ("all_gather", "reduce_scatter", "all_reduce", "host_to_device", "device_to_host")
         rates = cls(
             matmul=matmul,
             memory_bandwidth=reader.positive("memory_bandwidth"),
             disk_read=reader.optional("disk_read", reader.positive),
             disk_write=reader.optional("disk_write", reader.positive),
-            **{name: reader.optional(name, lambda name: _link(f"rates.{name}", reader.take(name))) for name in links},
+            **{
+                name: reader.optional(name, lambda name: _link(f"rates.{name}", reader.take(name)))
+                for name in _LINK_FIELDS
+            },
         )
         reader.finish()
         return rates
@@ -283,6 +291,15 @@ class Hardware:
             raise PlanError(f"{path}: {error}") from error
 
 
+_LINK_FIELDS = (
+    "all_gather",
+    "reduce_scatter",
+    "all_reduce",
+    "node_all_gather",
+    "node_reduce_scatter",
+    "host_to_device",
+    "device_to_host",
+)
 _BYTE_FIELDS = ("memory_bytes", "memory_free_bytes", "dram_bytes", "dram_available_bytes")
 
 

@@ -5,8 +5,8 @@ Operations with FLOPs (matrix products, attention, convolutions) cost their FLOP
 type; all others cost the bytes they read and write at the measured memory bandwidth.
 
 Source: Williams et al. 2009, "Roofline", section 3; Thakur et al. 2005, "Optimization of Collective Communication
-    Operations in
-MPICH", section 4 (ring algorithms); Rajbhandari et al. 2020, "ZeRO", section 7 (communication volume of each stage).
+    Operations in MPICH", section 4 (ring algorithms); Rajbhandari et al. 2020, "ZeRO", section 7 (communication volume
+    of each stage).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware, Link, Rates
 from lightning_largescale.plan import MATMUL_TYPE, Plan
+from lightning_largescale.planner.links import Links, plan_links
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import Segment, Workload
 
@@ -48,11 +49,11 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
     Args:
         workload: the traced step, of one rank's micro-batch.
         plan: the plan to price.
-        hardware: its `rates` must be there.
+        hardware: its `rates` must be there, and the links that the plan communicates over.
         accumulate_grad_batches: micro-batches between optimizer steps.
 
     Raises:
-        ValueError: `hardware` has no rates.
+        ValueError: `hardware` has no rates, or lacks a link.
 
     Source: the module's docstring.
     """
@@ -60,20 +61,21 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
     if rates is None:
         raise ValueError("hardware has no measured rates; give Hardware.detect().calibrate() or Hardware.named(...).")
     sizes = Sizes(workload, plan, hardware.kind, accumulate_grad_batches)
+    links = plan_links(plan, hardware)
     micro = accumulate_grad_batches
     terms = {
         "forward": micro * sum(_segment_seconds(s, rates, plan, backward=False) for s in sizes.step.segments),
         "backward": micro * sum(_segment_seconds(s, rates, plan, backward=True) for s in sizes.step.segments),
         "recomputation": micro * recompute_seconds(sizes, rates),
-        "all-gather": micro * all_gathers_seconds(sizes, rates),
-        "reduce-scatter": reduce_scatters_seconds(sizes, rates),
-        "all-reduce": all_reduces_seconds(sizes, rates),
+        "all-gather": micro * all_gathers_seconds(sizes, links),
+        "reduce-scatter": reduce_scatters_seconds(sizes, links),
+        "all-reduce": all_reduces_seconds(sizes, links),
         "shard copies": copies_seconds(sizes, rates, micro),
         "optimizer step": optimizer_seconds(sizes, rates),
     }
     compute = terms["forward"] + terms["backward"] + terms["recomputation"]
     communication = terms["all-gather"] + terms["reduce-scatter"] + terms["all-reduce"]
-    hidden = min(compute, communication - _exposed_ends(sizes, rates)) if _OVERLAPS[hardware.kind] else 0.0
+    hidden = min(compute, communication - _exposed_ends(sizes, links)) if _OVERLAPS[hardware.kind] else 0.0
     shown = sorted(((name, seconds) for name, seconds in terms.items() if seconds), key=lambda item: -item[1])
     return TimeEstimate(terms=dict(shown), hidden_seconds=max(0.0, hidden))
 
@@ -119,7 +121,7 @@ def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
     return sum(_segment_seconds(segment, rates, sizes.plan, backward=False) for segment in again)
 
 
-def all_gathers_seconds(sizes: Sizes, rates: Rates) -> float:
+def all_gathers_seconds(sizes: Sizes, links: Links) -> float:
     """Seconds of gathering every group, a micro-batch: once in forward, and again in backward where it was resharded.
 
     Source: ZeRO, section 7.2: parameters travel once more under stage 3 than under stage 2.
@@ -129,12 +131,12 @@ def all_gathers_seconds(sizes: Sizes, rates: Rates) -> float:
     shard, total = sizes.plan.dp_shard, 0.0
     twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
     for block in _groups(sizes):
-        once = all_gather_seconds(sizes.gathered(block) // shard, shard, rates.all_gather)
+        once = all_gather_seconds(sizes.gathered(block) // shard, shard, links.all_gather)
         total += once * (2 if twice and block is not None else 1)
     return total
 
 
-def reduce_scatters_seconds(sizes: Sizes, rates: Rates) -> float:
+def reduce_scatters_seconds(sizes: Sizes, links: Links) -> float:
     """Seconds of reducing every group's gradients to their shards, once an optimizer step.
 
     Source: ZeRO, section 7.1.
@@ -143,19 +145,22 @@ def reduce_scatters_seconds(sizes: Sizes, rates: Rates) -> float:
         return 0.0
     shard = sizes.plan.dp_shard
     return sum(
-        reduce_scatter_seconds(sizes.gradient(block, whole=False), shard, rates.reduce_scatter)
+        reduce_scatter_seconds(sizes.gradient(block, whole=False), shard, links.reduce_scatter)
         for block in _groups(sizes)
     )
 
 
-def all_reduces_seconds(sizes: Sizes, rates: Rates) -> float:
-    """Seconds of averaging gradients over the replicas, once an optimizer step: all of them, or the shards under HSDP.
+def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
+    """Seconds of averaging gradients over the replicas, once an optimizer step: all at once, or group by group the
+    shards under HSDP.
 
     Source: Li et al. 2020, "PyTorch Distributed", section 3.2; Zhao et al. 2023, "PyTorch FSDP", section 3.2.2.
     """
     if sizes.workload.stage != "fit":
         return 0.0
-    return all_reduce_seconds(sizes.gradients, sizes.plan.dp_replicate, rates.all_reduce)
+    if not sizes.sharded:
+        return all_reduce_seconds(sizes.gradients, sizes.plan.dp_replicate, links.all_reduce)
+    return sum(_shard_all_reduce_seconds(sizes, block, links) for block in _groups(sizes))
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
@@ -189,19 +194,27 @@ def _segment_seconds(segment: Segment, rates: Rates, plan: Plan, *, backward: bo
     return flops / rate + moved / rates.memory_bandwidth
 
 
-def _exposed_ends(sizes: Sizes, rates: Rates) -> float:
+def _shard_all_reduce_seconds(sizes: Sizes, block: str | None, links: Links) -> float:
+    return all_reduce_seconds(sizes.gradient(block, whole=False), sizes.plan.dp_replicate, links.all_reduce)
+
+
+def _exposed_ends(sizes: Sizes, links: Links) -> float:
     """The first gather and the last reduction have no compute to hide under."""
     if not sizes.sharded:
         return 0.0
     shard = sizes.plan.dp_shard
-    return all_gather_seconds(sizes.gathered(None) // shard, shard, rates.all_gather) + reduce_scatter_seconds(
-        sizes.gradient(None, whole=False), shard, rates.reduce_scatter
-    )
+    first = all_gather_seconds(sizes.gathered(None) // shard, shard, links.all_gather)
+    if sizes.workload.stage != "fit":
+        return first
+    last = reduce_scatter_seconds(sizes.gradient(None, whole=False), shard, links.reduce_scatter)
+    return first + last + _shard_all_reduce_seconds(sizes, None, links)
 
 
 def _ring_seconds(hop_bytes: int, hops: int, link: Link | None) -> float:
-    if hops <= 0 or link is None:
+    if hops <= 0:
         return 0.0
+    if link is None:
+        raise ValueError("the hardware lacks a link that the plan communicates over; calibrate it with all ranks.")
     return hops * (link.latency_seconds + hop_bytes / link.bandwidth)
 
 

@@ -27,6 +27,10 @@ def test_links_are_of_the_slowest_hop():
     assert one_node.latency_seconds < across.latency_seconds < 14e-6
     assert Hardware.named("H100-80GB", nodes=2).rates.all_gather.bandwidth == 50 * GB
     assert Hardware.named("2xL4-24GB").rates.all_reduce.bandwidth == 32 * GB
+    assert Hardware.named("8xL4-24GB", nodes=4).rates.all_gather.bandwidth == 12.5 * GB  # of the whole node
+    assert Hardware.named("8xL4-24GB", nodes=4).rates.node_all_gather == Hardware.named("8xL4-24GB").rates.all_gather
+    assert Hardware.named("8xL4-24GB").rates.node_all_gather is None  # all ranks are those of the node
+    assert Hardware.named("H100-80GB", nodes=2).rates.node_reduce_scatter is None
     assert Hardware.named("2xL4-24GB").interconnect == "PCIe"
 
 

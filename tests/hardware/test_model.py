@@ -45,6 +45,12 @@ def test_file_and_dict_read_back_equal(tmp_path, rates):
     )
 
 
+def test_a_file_from_before_links_inside_a_node_is_read():
+    fields = hardware().to_dict()
+    del fields["rates"]["node_all_gather"], fields["rates"]["node_reduce_scatter"]
+    assert Hardware.from_dict(fields) == hardware()
+
+
 def test_travels_between_processes():
     machine = hardware()
     assert pickle.loads(pickle.dumps(machine)) == machine

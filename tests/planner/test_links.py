@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+from planner.builders import MIB, hardware, step, workload
+
+from lightning_largescale.hardware import Hardware, Link
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.links import plan_links
+from lightning_largescale.planner.runtime import step_time
+from lightning_largescale.planner.search import find_plans
+
+ACROSS = Link(latency_seconds=1e-4, bandwidth=1e9)
+INSIDE = Link(latency_seconds=1e-5, bandwidth=8e9)
+
+
+def nodes(count, ranks, **links):
+    machine = hardware(ranks, kind="cuda", nodes=count)
+    return dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, **links))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plan", "gather_bandwidth", "reduce_bandwidth"),
+    [
+        (8, Plan(dp_replicate=4, dp_shard=8), 8e9, 1e9 / 8),
+        (8, Plan(dp_replicate=8, dp_shard=4), 8e9, 1e9 / 4),
+        (8, Plan(dp_replicate=2, dp_shard=16), 1e9, 1e9 / 8),
+        (6, Plan(dp_replicate=3, dp_shard=8), 1e9 / 2, 1e9 / 6),  # two groups meet on a node
+        (1, Plan(dp_replicate=2, dp_shard=2), 1e9, 1e9),
+    ],
+)
+def test_groups_inside_a_node_and_groups_that_share_its_network(ranks, plan, gather_bandwidth, reduce_bandwidth):
+    links = plan_links(plan, nodes(4, ranks, node_all_gather=INSIDE, node_reduce_scatter=INSIDE))
+    assert links.all_gather.bandwidth == links.reduce_scatter.bandwidth == gather_bandwidth
+    assert links.all_reduce.bandwidth == reduce_bandwidth
+
+
+def test_one_group_of_all_ranks_has_the_network_to_itself():
+    machine = nodes(4, 8, node_all_gather=INSIDE)
+    assert plan_links(Plan(dp_shard=32), machine).all_gather == machine.rates.all_gather
+    assert plan_links(Plan(dp_replicate=32), machine).all_reduce == machine.rates.all_reduce
+
+
+def test_one_node_and_a_node_that_was_not_measured_alone():
+    plan = Plan(dp_replicate=4, dp_shard=8)
+    assert plan_links(plan, hardware(32)).all_reduce == hardware(32).rates.all_reduce
+    assert plan_links(plan, nodes(4, 8)).all_gather == nodes(4, 8).rates.all_gather
+
+
+def test_hybrid_sharding_on_four_nodes_by_hand():
+    """Groups of the root, 8 MiB, and of four blocks, 16 MiB each, on four nodes of eight devices."""
+    machine = nodes(4, 8, all_reduce=ACROSS, node_all_gather=INSIDE, node_reduce_scatter=INSIDE)
+    terms = step_time(workload(), Plan(dp_replicate=4, dp_shard=8), machine).terms
+    root, blocks = (7 * (1e-5 + size / 8 / 8e9) for size in (8 * MIB, 16 * MIB))
+    assert terms["all-gather"] == pytest.approx(root + 2 * 4 * blocks)
+    assert terms["reduce-scatter"] == pytest.approx(root + 4 * blocks)
+    root, blocks = (6 * (1e-4 + size / 8 / 4 / (1e9 / 8)) for size in (8 * MIB, 16 * MIB))
+    assert terms["all-reduce"] == pytest.approx(root + 4 * blocks)
+
+
+def test_accumulating_shards_stay_inside_nodes_whose_network_is_slow():
+    """L4 nodes: 12.5 GB/s between, 32 GB/s inside, and parameters are gathered with each of four micro-batches."""
+    machine = Hardware.named("8xL4-24GB", nodes=4)
+    work = workload(steps={"32-true": step(saved=MIB, head=MIB)})
+    across, hybrid = (
+        step_time(work, Plan(dp_replicate=32 // size, dp_shard=size), machine, accumulate_grad_batches=4).terms
+        for size in (32, 8)
+    )
+    latency_seconds = (7 * 5.7e-6 + 14e-6) / 8
+    assert across["all-gather"] == pytest.approx(4 * 31 * (9 * latency_seconds + 136 * MIB / 32 / 12.5e9))
+    assert hybrid["all-gather"] == pytest.approx(4 * 7 * (9 * 5.7e-6 + 136 * MIB / 8 / 32e9))
+    report = find_plans(work, machine, accumulate_grad_batches=4)
+    of_four = min(row.estimate.peak_bytes["device"] for row in report.candidates if row.plan.dp_shard == 4)
+    best = find_plans(work, machine, accumulate_grad_batches=4, memory_budget=of_four - 1).best
+    assert (best.dp_replicate, best.dp_shard) == (4, 8)
+
+
+def test_a_link_that_is_missing():
+    with pytest.raises(ValueError, match="lacks a link that the plan communicates over; calibrate it with all ranks"):
+        step_time(workload(), Plan(dp_replicate=2), nodes(1, 2, all_reduce=None))
+    assert step_time(workload(), Plan(dp_shard=2), nodes(1, 2, all_reduce=None)).terms["all-gather"] > 0
