@@ -10,7 +10,7 @@ the cost models it ranks by are those of the two modules.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
@@ -42,7 +42,8 @@ def find_plans(
 
     Args:
         workload: what one step needs, of one rank's micro-batch.
-        hardware: what there is; without rates, a machine that was detected is calibrated now (seconds; cached).
+        hardware: what there is; without rates, a machine that was detected is calibrated now (seconds; cached). With
+            several ranks its rates need the links of their collectives.
         allow: values that change numerics and may be taken all the same: "bf16-mixed".
         memory_budget: bytes, or text such as "6GiB", that one rank may hold in all on its device tier; without it, 90%
             of what is free there beside `baseline_bytes`.
@@ -56,9 +57,13 @@ def find_plans(
 
     Source: the module's docstring.
     """
-    _check(workload, hardware, allow, precision)
+    check_allow(allow)
+    _check_count("accumulate_grad_batches", accumulate_grad_batches, least=1)
+    _check_count("baseline_bytes", baseline_bytes, least=0)
+    _check(workload, hardware, precision)
     if hardware.rates is None:
         hardware = hardware.calibrate()
+    _check_links(workload, hardware)
     if precision is not None and not _computes(hardware, precision):
         raise PlanError(f"precision={precision!r} was asked for and {hardware.name} cannot compute it; take '32-true'.")
     if memory_budget is None:
@@ -102,7 +107,7 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
 
 def check_allow(allow: Sequence[str]) -> None:
     """Raise PlanError unless every value of `allow` is one that changes numerics and is known."""
-    if isinstance(allow, str) or any(name not in LOSSY for name in allow):
+    if isinstance(allow, str) or not isinstance(allow, Collection) or any(name not in LOSSY for name in allow):
         raise PlanError(f"allow={allow!r} is not accepted; give a tuple of {', '.join(map(repr, LOSSY))}, or nothing.")
 
 
@@ -126,8 +131,12 @@ class _Pricing:
         return min(self.estimate(workload, hardware, plan).peak_bytes["device"] for plan in plans)
 
 
-def _check(workload: Workload, hardware: Hardware, allow: Sequence[str], precision: str | None) -> None:
-    check_allow(allow)
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise PlanError(f"{name}={value!r} is not accepted; give a whole number, {least} or more.")
+
+
+def _check(workload: Workload, hardware: Hardware, precision: str | None) -> None:
     if precision is not None and precision not in workload.steps:
         raise PlanError(f"precision={precision!r} was not traced; accepted: {', '.join(map(repr, workload.steps))}.")
     if not workload.parameters:
@@ -135,6 +144,16 @@ def _check(workload: Workload, hardware: Hardware, allow: Sequence[str], precisi
     if hardware.rates is None and hardware.origin != "detected":
         raise PlanError(
             "the hardware was loaded without measured rates; save it after .calibrate(), or use Hardware.named."
+        )
+
+
+def _check_links(workload: Workload, hardware: Hardware) -> None:
+    needed = ("all_gather", "reduce_scatter", "all_reduce") if workload.stage == "fit" else ("all_gather",)
+    missing = [name for name in needed if getattr(hardware.rates, name) is None]
+    if hardware.world_size > 1 and missing:
+        raise PlanError(
+            f"the hardware has {hardware.world_size} ranks and no rate of {' or '.join(missing)} between them;"
+            f" calibrate it with {hardware.world_size} ranks, as Hardware.detect(ranks_per_node=...).calibrate() does."
         )
 
 

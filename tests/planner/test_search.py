@@ -9,6 +9,7 @@ from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner.search import candidates, find_plans
 
 BOTH = ("32-true", "bf16-mixed")
+LINKS = ("all_gather", "reduce_scatter", "all_reduce")
 
 
 def test_candidates_of_four_devices():
@@ -109,6 +110,13 @@ def test_blockless():
     ("changes", "message"),
     [
         ({"allow": "bf16-mixed"}, "allow='bf16-mixed' is not accepted"),
+        ({"allow": None}, "allow=None is not accepted; give a tuple of 'bf16-mixed'"),
+        ({"allow": 5}, "allow=5 is not accepted; give a tuple of 'bf16-mixed'"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 is not accepted; give a whole number, 1 or more"),
+        ({"accumulate_grad_batches": -3}, "accumulate_grad_batches=-3 is not accepted"),
+        ({"accumulate_grad_batches": "2"}, "accumulate_grad_batches='2' is not accepted"),
+        ({"baseline_bytes": -(10**12)}, "baseline_bytes=-1000000000000 is not accepted; give a whole number, 0 or"),
+        ({"memory_budget": 0.5}, "memory_budget=0.5 is no size; give 1 byte or more"),
         ({"allow": ("int7",)}, r"allow=\('int7',\) is not accepted; give a tuple of 'bf16-mixed'"),
         ({"memory_budget": "lots"}, "memory_budget='lots' is no size"),
         ({"precision": "16-true"}, "precision='16-true' was not traced; accepted: '32-true'"),
@@ -117,6 +125,17 @@ def test_blockless():
 def test_bad_arguments(changes, message):
     with pytest.raises(PlanError, match=message):
         find_plans(workload(), hardware(1), **changes)
+
+
+def test_a_link_that_was_not_measured():
+    alone = dataclasses.replace(hardware(1), rates=dataclasses.replace(hardware(1).rates, **dict.fromkeys(LINKS)))
+    assert find_plans(workload(), alone).best == Plan()
+    more = dataclasses.replace(alone, ranks_per_node=4)
+    message = "has 4 ranks and no rate of all_gather or reduce_scatter or all_reduce between them; calibrate it with 4"
+    with pytest.raises(PlanError, match=message):
+        find_plans(workload(), more)
+    gathers = dataclasses.replace(more, rates=dataclasses.replace(more.rates, all_gather=hardware(1).rates.all_gather))
+    assert find_plans(workload(stage="predict", optimizers=()), gathers).fits
 
 
 def test_nothing_to_train_and_nothing_measured():
