@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,7 +119,7 @@ def compiled_module(module: Any) -> Any:
     """
     from torch import nn
 
-    inner = module.__dict__.get("_modules", {}).get("_orig_mod")
+    inner = dict(all_children(module)).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else module
 
 
@@ -159,6 +162,20 @@ def fake_tensor_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def silent_fakes() -> Iterator[None]:
+    """Within, an operation that fails on fakes only raises; torch would log where in its own code it did.
+
+    Replaced by a public name for that logger.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def is_fake(tensor: Any) -> bool:
@@ -221,8 +238,8 @@ def mutated_arguments(function: Any) -> tuple[str | int, ...]:
     )
 
 
-def own_tensors(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters and the buffers that `module` itself holds, by name; writing into these dicts replaces them.
+def own_tensors(module: Any) -> tuple[MutableMapping[str, Any], MutableMapping[str, Any]]:
+    """The parameters and the buffers that `module` itself holds, by name; writing into these replaces them.
 
     Replaced by `setattr`, were it to accept any tensor as a parameter and leave subclasses' own `__setattr__` alone.
     """

@@ -1,5 +1,6 @@
 """Each use of a private API still does what we use it for."""
 
+import logging
 from datetime import timedelta
 
 import pytest
@@ -83,6 +84,18 @@ def test_fakes_have_no_data():
         assert torch.ones(1).item() == 1.0
 
 
+def test_silent_fakes(caplog):
+    def fail():
+        with compat.fake_tensor_mode(), pytest.raises(RuntimeError):
+            torch.mm(torch.ones(2, 2), torch.ones(3, 3))
+
+    with compat.silent_fakes():
+        fail()
+    assert caplog.records == []
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    assert not logger.disabled
+
+
 def test_dispatch_mode_sees_operations_and_autograd_numbers_its_nodes():
     seen = []
 
@@ -126,6 +139,8 @@ def test_compiled_module():
     layer = nn.Linear(2, 2)
     assert compat.compiled_module(torch.compile(layer)) is layer
     assert compat.compiled_module(layer) is layer
+    scripted = torch.jit.script(layer)
+    assert compat.compiled_module(scripted) is scripted
 
 
 def test_attached_trainer():

@@ -24,11 +24,10 @@ def estimate(request: Request, why: str) -> Traced:
         that in backward.
     """
     positions = _positions(request.batch)
-    blocks = find_blocks(request.module)
-    steps = {precision: _step(request, precision, positions, blocks) for precision in request.precisions}
+    step = _step(request, positions, find_blocks(request.module))
     names = [name for name, parameter in request.module.named_parameters() if parameter.requires_grad]
     how = f"{why}; its needs are estimated from the shapes of the parameters at {positions} positions a batch"
-    return Traced(steps=steps, used=frozenset(names if request.trains else ()), approximate=(how,))
+    return Traced(step=step, used=frozenset(names if request.trains else ()), approximate=(how,))
 
 
 def _positions(batch: object) -> int:
@@ -39,7 +38,7 @@ def _positions(batch: object) -> int:
     return max([*integers, batch_samples(batch)])
 
 
-def _step(request: Request, precision: str, positions: int, blocks: dict[str, nn.Module]) -> Step:
+def _step(request: Request, positions: int, blocks: dict[str, nn.Module]) -> Step:
     module = request.module
     shapes = dict(module.named_parameters())
     groups = find_groups(module)
@@ -49,14 +48,14 @@ def _step(request: Request, precision: str, positions: int, blocks: dict[str, nn
     for name in (*blocks, ""):
         own = [shapes[parameter] for parameter in groups[name].parameters]
         matrices = [parameter for parameter in own if parameter.dim() > 1 and id(parameter) not in tables]
-        saved, entering = _saved(matrices, positions, _ITEM_BYTES[precision])
+        saved, entering = _saved(matrices, positions, _ITEM_BYTES[request.precision])
         saved = saved if request.trains else 0
         flops = 2 * positions * sum(matrix.numel() for matrix in matrices)
         segments.append(_segment(name or None, flops, saved, entering, live, request.trains))
         live += saved
     tail = segments[-1]
     return Step(
-        precision=precision,
+        precision=request.precision,
         segments=tuple(segments),
         largest_temporary_bytes=max((segment.input_bytes for segment in segments), default=0),
         loss_peak_bytes=max(tail.forward_peak_bytes, tail.backward_peak_bytes),

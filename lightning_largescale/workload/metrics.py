@@ -13,7 +13,7 @@ from lightning_largescale import compat
 
 
 def forgive_metrics(module: nn.Module) -> list[str]:
-    """Let each metric in `module` do nothing where it needs the values of tensors; call under `untouched`.
+    """Let each metric in `module` do nothing where it needs the values of tensors; call while it is untouched.
 
     Checks of their arguments, which read values, are switched off where a metric has a switch.
 

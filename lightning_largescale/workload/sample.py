@@ -10,8 +10,8 @@ from torch import nn
 from lightning_largescale.workload.batch import batch_samples, first_samples, map_tensors
 from lightning_largescale.workload.model import Step, combine_steps
 from lightning_largescale.workload.stand_in import attach
-from lightning_largescale.workload.state import swap_tensors, untouched
-from lightning_largescale.workload.steps import Request, Traced, eager, run_steps
+from lightning_largescale.workload.state import swap_tensors
+from lightning_largescale.workload.steps import Request, Traced, eager, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
 
 
@@ -34,13 +34,10 @@ def trace_on_samples(request: Request) -> Traced:
             if count == min(2, samples):
                 raise
     last = runs[max(runs)]
-    steps = {
-        name: _drawn_out({count: run.steps[name] for count, run in runs.items()}, samples)
-        for name in request.precisions
-    }
+    step = _drawn_out({count: run.step for count, run in runs.items()}, samples)
     measured = " and ".join(map(str, runs))
     how = f"a real step was measured on {measured} of the {samples} samples and drawn out to all"
-    return dataclasses.replace(last, steps=steps, approximate=(*last.approximate, how))
+    return dataclasses.replace(last, step=step, approximate=(*last.approximate, how))
 
 
 def trace_for_real(request: Request) -> Traced:
@@ -53,11 +50,11 @@ def trace_for_real(request: Request) -> Traced:
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
-    with untouched(request.module), eager():
-        trainer = attach(request.module)
+    with request.snapshot.untouched(), eager():
+        attach(request.module)
         new = swap_tensors(request.module, parameter, copied)
         batch = map_tensors(request.batch, copied)
-        return run_steps(dataclasses.replace(request, batch=batch), trainer, list(new.values()))
+        return run_step(dataclasses.replace(request, batch=batch), list(new.values()))
 
 
 def _drawn_out(steps: dict[int, Step], samples: int) -> Step:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,13 +23,13 @@ class TrainerStandIn:
     """Answers as the trainer would, keeps what is set on it to itself, and does nothing it is asked to do.
 
     Args:
+        module: whose `configure_optimizers` is asked when its optimizers are first asked for.
         real: the trainer whose settings are read; None when the module has none.
     """
 
-    def __init__(self, real: Any = None) -> None:
+    def __init__(self, module: Any = None, real: Any = None) -> None:
+        self._module = module
         self._real = real
-        self.optimizers: list[Any] = []
-        self.lr_scheduler_configs: list[Any] = []
         self.logger = DummyLogger()
         self.loggers = [self.logger]
         self.callback_metrics: dict[str, Any] = {}
@@ -43,6 +44,9 @@ class TrainerStandIn:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in ("optimizers", "lr_scheduler_configs"):
+            self._configure()
+            return vars(self)[name]
         if self._real is None:
             if name not in _DEFAULTS:
                 raise AttributeError(f"{name} is not known without a Trainer")
@@ -50,13 +54,29 @@ class TrainerStandIn:
         value = getattr(self._real, name)
         return _nothing if callable(value) and getattr(value, "__self__", None) is self._real else value
 
+    def _configure(self) -> None:
+        # Outside the modes: what optimizers allocate when they are made is no part of the step.
+        with compat.without_dispatch_modes(), torch.no_grad():
+            configured = self._module.configure_optimizers()
+        self.optimizers = [OptimizerStandIn(optimizer) for optimizer in optimizers_of(configured)]
+        self.lr_scheduler_configs = [
+            LRSchedulerConfig(cast(Any, SchedulerStandIn(scheduler))) for scheduler in schedulers_of(configured)
+        ]
+
 
 _DEFAULTS: dict[str, Any] = {
     "accumulate_grad_batches": 1,
     "callbacks": [],
+    "check_val_every_n_epoch": 1,
+    "checkpoint_callback": None,
+    "checkpoint_callbacks": [],
     "current_epoch": 0,
     "datamodule": None,
     "default_root_dir": ".",
+    "device_ids": [0],
+    "early_stopping_callback": None,
+    "early_stopping_callbacks": [],
+    "evaluating": False,
     "fast_dev_run": False,
     "global_rank": 0,
     "global_step": 0,
@@ -69,8 +89,13 @@ _DEFAULTS: dict[str, Any] = {
     "log_dir": None,
     "max_epochs": 1,
     "max_steps": -1,
+    "max_time": None,
+    "min_epochs": None,
+    "min_steps": None,
     "num_devices": 1,
     "num_nodes": 1,
+    "num_sanity_val_batches": [0],
+    "num_test_batches": [0],
     "num_val_batches": [0],
     "precision": "32-true",
     "predicting": False,
@@ -79,6 +104,8 @@ _DEFAULTS: dict[str, Any] = {
     "testing": False,
     "train_dataloader": None,
     "training": True,
+    "test_dataloaders": None,
+    "val_check_interval": 1.0,
     "val_dataloaders": None,
     "validating": False,
     "world_size": 1,
@@ -144,30 +171,22 @@ class SchedulerStandIn:
         """Do nothing."""
 
 
-def attach(module: nn.Module) -> TrainerStandIn:
-    """Give every LightningModule in `module` a stand-in trainer and silence what it logs; call under `untouched`."""
+def attach(module: nn.Module) -> None:
+    """Give every LightningModule in `module` a stand-in trainer, optimizers and schedulers, and silence what it logs.
+
+    Call while the module is untouched.
+    """
     modules = [child for child in module.modules() if isinstance(child, LightningModule)]
-    trainer = TrainerStandIn(next((t for t in map(compat.attached_trainer, modules) if t is not None), None))
+    trainer = TrainerStandIn(module, next((t for t in map(compat.attached_trainer, modules) if t is not None), None))
     for child in modules:
         compat.attach_trainer(child, trainer)
         child.__dict__.update(
             dict.fromkeys(("log", "log_dict", "print", "clip_gradients"), _nothing),
             all_gather=trainer.strategy.all_gather,
             manual_backward=lambda loss, *args, **kwargs: loss.backward(*args, **kwargs),
+            optimizers=lambda *_, **__: _one_or_all(trainer.optimizers),
+            lr_schedulers=lambda: _one_or_all([one.scheduler for one in trainer.lr_scheduler_configs]) or None,
         )
-    return trainer
-
-
-def attach_optimizers(module: nn.Module, trainer: TrainerStandIn, configured: Any) -> None:
-    """Let `self.optimizers()` and `self.lr_schedulers()` return stand-ins for what `configure_optimizers` returned."""
-    optimizers, schedulers = optimizers_of(configured), schedulers_of(configured)
-    trainer.optimizers = list(optimizers)
-    handed = [OptimizerStandIn(optimizer) for optimizer in optimizers]
-    stepped = [SchedulerStandIn(scheduler) for scheduler in schedulers]
-    for child in module.modules():
-        if isinstance(child, LightningModule):
-            child.__dict__["optimizers"] = lambda *_, **__: handed[0] if len(handed) == 1 else handed
-            child.__dict__["lr_schedulers"] = lambda: stepped[0] if len(stepped) == 1 else (stepped or None)
 
 
 def optimizers_of(configured: Any) -> list[Optimizer]:
@@ -188,6 +207,10 @@ def schedulers_of(configured: Any) -> list[Any]:
     if isinstance(configured, (list, tuple)):
         return [found for item in configured for found in schedulers_of(item)]
     return [] if configured is None or isinstance(configured, (Optimizer, int, str)) else [configured]
+
+
+def _one_or_all(items: list[Any]) -> Any:
+    return items[0] if len(items) == 1 else items
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -17,7 +17,7 @@ from lightning_largescale import compat
 from lightning_largescale.workload.batch import tensors_in
 from lightning_largescale.workload.blocks import find_blocks
 from lightning_largescale.workload.model import Segment, Step
-from lightning_largescale.workload.stand_in import TrainerStandIn, attach_optimizers
+from lightning_largescale.workload.state import Snapshot
 from lightning_largescale.workload.tracker import Tracker
 
 STAGES = {
@@ -31,14 +31,20 @@ STAGES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is to be traced: the arguments of `Workload.trace`, and whether autograd's saved tensors are watched."""
+    """What is to be traced: the arguments of `Workload.trace`, with one precision.
+
+    Attributes:
+        snapshot: of the module and the batch, put back after each run.
+        watch_saved: whether autograd's saved tensors are watched.
+    """
 
     module: nn.Module
     batch: Any
     step: str
-    precisions: tuple[str, ...]
+    precision: str
     batch_idx: int
     device_type: str
+    snapshot: Snapshot
     watch_saved: bool = True
 
     @property
@@ -51,49 +57,36 @@ class Request:
 class Traced:
     """What a run of the step told; `used` holds names of the parameters that received a gradient."""
 
-    steps: Mapping[str, Step]
+    step: Step
     used: frozenset[str]
     approximate: tuple[str, ...] = ()
 
 
-def run_steps(
-    request: Request,
-    trainer: TrainerStandIn,
-    swapped: list[torch.Tensor],
-    to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None,
+def run_step(
+    request: Request, swapped: list[torch.Tensor], to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Traced:
-    """One step in each precision of the request; call under `untouched`, after `attach` and `swap_tensors`.
+    """One step; call while the module is untouched, after `attach` and `swap_tensors`.
 
     Args:
         request: whose batch is the one to run on.
-        trainer: the stand-in that was attached.
         swapped: the parameters and buffers that the module now holds.
         to_fake: makes a fake of a tensor from outside; None when the step runs on real tensors.
     """
     blocks = find_blocks(request.module)
-    if request.trains and not getattr(request.module, "automatic_optimization", True):
-        attach_optimizers(request.module, trainer, request.module.configure_optimizers())  # type: ignore[operator]
-    steps: dict[str, Step] = {}
-    used: set[int] = set()
     notes: list[str] = []
-    for precision in request.precisions:
-        tracker = Tracker(to_fake=to_fake)
-        tracker.leave_out([*swapped, *tensors_in(request.batch)])
-        try:
-            with _safe_kernels(precision) if to_fake is None else contextlib.nullcontext():
-                steps[precision] = _run(request, tracker, precision, blocks, notes)
-        finally:
-            tracker.put_back()
-        used |= tracker.used
+    tracker = Tracker(to_fake=to_fake)
+    tracker.leave_out([*swapped, *tensors_in(request.batch)])
+    try:
+        with _safe_kernels(request.precision) if to_fake is None else contextlib.nullcontext():
+            step = _run(request, tracker, blocks, notes)
+    finally:
+        tracker.put_back()
     names = {id(parameter): name for name, parameter in request.module.named_parameters()}
-    return Traced(
-        steps=steps,
-        used=frozenset(names[key] for key in used if key in names),
-        approximate=tuple(dict.fromkeys(notes)),
-    )
+    used = frozenset(names[key] for key in tracker.used if key in names)
+    return Traced(step=step, used=used, approximate=tuple(notes))
 
 
-def _run(request: Request, tracker: Tracker, precision: str, blocks: dict[str, nn.Module], notes: list[str]) -> Step:
+def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes: list[str]) -> Step:
     module = request.module
     for parameter in module.parameters():
         parameter.grad = None
@@ -102,7 +95,7 @@ def _run(request: Request, tracker: Tracker, precision: str, blocks: dict[str, n
             module.eval()
             stack.enter_context(torch.no_grad())
         stack.enter_context(tracker.watching(blocks, module.parameters(), saved=request.watch_saved))
-        with _autocast(request.device_type, precision):
+        with _autocast(request.device_type, request.precision):
             result = _call(request)
         output_bytes = tracker.storage_bytes(tensors_in(result))
         if request.trains and getattr(module, "automatic_optimization", True):
@@ -118,7 +111,7 @@ def _run(request: Request, tracker: Tracker, precision: str, blocks: dict[str, n
         notes.append("the step forbids hooks on saved tensors; what each forward left alive counts as saved")
     if tracker.values_read:
         notes.append(f"{request.step} reads numbers off tensors; it was traced as if each were 1.0")
-    return _step(precision, tracker, output_bytes)
+    return _step(request.precision, tracker, output_bytes)
 
 
 def _step(precision: str, tracker: Tracker, output_bytes: int) -> Step:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
 from lightning_largescale.plan import PlanError
-from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors
+from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups
 from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.metrics import forgive_metrics
@@ -22,8 +23,9 @@ from lightning_largescale.workload.model import OptimizerNeeds, Parameter, Workl
 from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
 from lightning_largescale.workload.sample import trace_on_samples
 from lightning_largescale.workload.stand_in import attach, optimizers_of
-from lightning_largescale.workload.state import swap_tensors, untouched
-from lightning_largescale.workload.steps import STAGES, Request, Traced, eager, in_words, run_steps
+from lightning_largescale.workload.state import Snapshot, has_script, swap_tensors
+from lightning_largescale.workload.steps import STAGES, Request, Traced, eager, in_words, run_step
+from lightning_largescale.workload.tracker import CannotTraceError
 
 _PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -33,25 +35,36 @@ def trace_workload(
 ) -> Workload:
     """`Workload.trace`, which says what is taken, given and raised."""
     _check(module, step, precisions)
-    request = Request(
-        module=module, batch=batch, step=step, precisions=precisions, batch_idx=batch_idx, device_type=device_type
-    )
+    snapshot = Snapshot(module, batch)
+    requests = {
+        precision: Request(
+            module=module,
+            batch=batch,
+            step=step,
+            precision=precision,
+            batch_idx=batch_idx,
+            device_type=device_type,
+            snapshot=snapshot,
+        )
+        for precision in precisions
+    }
     with warnings.catch_warnings():
         # What the step warns of, the run itself will say.
         warnings.simplefilter("ignore")
-        traced = _traced(request)
-        optimizers, notes = _optimizers(request, traced.used)
+        traced, left_out = _traced(requests)
+        used = frozenset(name for one in traced.values() for name in one.used)
+        optimizers, notes = _optimizers(next(iter(requests.values())), used)
     return Workload(
         name=type(compat.compiled_module(module)).__name__,
-        parameters=_parameters(module, traced.used),
+        parameters=_parameters(module, used),
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
         optimizers=optimizers,
-        steps=traced.steps,
+        steps={precision: one.step for precision, one in traced.items()},
         batch_samples=batch_samples(batch),
         batch_bytes=batch_bytes(batch),
         blocks=tuple(find_blocks(module)),
         stage=STAGES[step],
-        approximate=(*traced.approximate, *notes),
+        approximate=(*_said(traced), *left_out, *notes, *_of_the_batch(batch)),
     )
 
 
@@ -68,9 +81,29 @@ def _check(module: nn.Module, step: str, precisions: Sequence[str]) -> None:
             )
 
 
-def _traced(request: Request) -> Traced:
-    if request.batch is None:
-        return estimate(request, "there was no batch to trace with")
+def _traced(requests: Mapping[str, Request]) -> tuple[dict[str, Traced], list[str]]:
+    """The step in each precision that it can run in, and a sentence about each that is left out; or all estimated."""
+    traced: dict[str, Traced] = {}
+    failed: dict[str, str] = {}
+    for precision, request in requests.items():
+        if request.batch is None:
+            failed[precision] = "there was no batch to trace with"
+            continue
+        try:
+            traced[precision] = _run(request)
+        except CannotTraceError as error:
+            failed[precision] = str(error)
+    if not traced:
+        return {precision: estimate(requests[precision], why) for precision, why in failed.items()}, []
+    return traced, [f"{precision} is left out, since {why}" for precision, why in failed.items()]
+
+
+def _run(request: Request) -> Traced:
+    """The step on fakes, or else on a sample.
+
+    Raises:
+        CannotTraceError: it runs on neither; says why.
+    """
     try:
         try:
             return _trace_on_fakes(request)
@@ -85,8 +118,26 @@ def _traced(request: Request) -> Traced:
     try:
         traced = trace_on_samples(request)
     except Exception as error:
-        return estimate(request, f"{why}, nor on one sample ({in_words(error)})")
+        raise CannotTraceError(f"{why}, nor on one sample ({in_words(error)})") from error
     return replace(traced, approximate=(f"{why}: {traced.approximate[-1]}", *traced.approximate[:-1]))
+
+
+def _said(traced: Mapping[str, Traced]) -> list[str]:
+    """The notes of all precisions, each once; one that is not true of all says of which."""
+    notes: dict[str, list[str]] = {}
+    for precision, one in traced.items():
+        for note in dict.fromkeys(one.approximate):
+            notes.setdefault(note, []).append(precision)
+    return [
+        note if len(precisions) == len(traced) else f"{' and '.join(precisions)}: {note}"
+        for note, precisions in notes.items()
+    ]
+
+
+def _of_the_batch(batch: Any) -> list[str]:
+    if batch is None or tensors_in(batch) or (isinstance(batch, Sized) and not len(batch)):
+        return []
+    return [f"no tensor was found in the batch, a {type(batch).__name__}, so its samples and bytes are not known"]
 
 
 class _Fakes:
@@ -95,11 +146,11 @@ class _Fakes:
     def __init__(self, device_type: str) -> None:
         self.mode = compat.fake_tensor_mode()
         # A build without CUDA makes no CUDA tensors, nor fakes of them; shapes and bytes are nearly those of the CPU.
-        self._device_type = device_type if device_type != "cuda" or torch.cuda.is_available() else "cpu"
+        self.device_type = device_type if device_type != "cuda" or torch.cuda.is_available() else "cpu"
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         with self.mode:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device_type)
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device_type)
             return made.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
     def parameter(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -108,16 +159,27 @@ class _Fakes:
         return made
 
 
-def _trace_on_fakes(request: Request) -> Traced:
+@contextmanager
+def _holding_fakes(request: Request) -> Iterator[tuple[_Fakes, list[torch.Tensor]]]:
+    """Within, the module holds fakes, which are listed, and is detached from the world; new tensors are fakes too."""
     fakes = _Fakes(request.device_type)
-    with untouched(request.module), eager():
-        trainer = attach(request.module)
+    with request.snapshot.untouched(), eager(), compat.silent_fakes():
+        attach(request.module)
         new = swap_tensors(request.module, fakes.parameter, fakes.tensor)
-        request = replace(request, batch=map_tensors(request.batch, fakes.tensor))
-        passed_over = forgive_metrics(request.module)
         with fakes.mode:
-            traced = run_steps(request, trainer, list(new.values()), fakes.mode.from_tensor)
-    return replace(traced, approximate=(*traced.approximate, *passed_over))
+            yield fakes, list(new.values())
+
+
+def _trace_on_fakes(request: Request) -> Traced:
+    if has_script(request.module):
+        raise CannotTraceError("TorchScript runs parts of it, and may read their addresses")
+    with _holding_fakes(request) as (fakes, swapped):
+        passed_over = forgive_metrics(request.module)
+        batch = map_tensors(request.batch, fakes.tensor)
+        on_fakes = replace(request, batch=batch, device_type=fakes.device_type)
+        traced = run_step(on_fakes, swapped, fakes.mode.from_tensor)
+    instead = [] if fakes.device_type == request.device_type else ["there is no CUDA here: CPU kernels were traced"]
+    return replace(traced, approximate=(*traced.approximate, *passed_over, *instead))
 
 
 def _optimizers(request: Request, used: frozenset[str]) -> tuple[tuple[OptimizerNeeds, ...], tuple[str, ...]]:
@@ -125,19 +187,15 @@ def _optimizers(request: Request, used: frozenset[str]) -> tuple[tuple[Optimizer
     module = request.module
     if not (request.trains and isinstance(module, LightningModule)):
         return (), ()
-    fakes = _Fakes(request.device_type)
-    with untouched(module), eager():
-        attach(module)
-        swap_tensors(module, fakes.parameter, fakes.tensor)
+    notes: list[str] = []
+    with _holding_fakes(request) as (fakes, _):
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         sizes = {name: p.numel() * p.element_size() for name, p in module.named_parameters() if p.requires_grad}
         try:
-            with fakes.mode:
-                optimizers = optimizers_of(module.configure_optimizers())
+            optimizers = optimizers_of(module.configure_optimizers())
         except Exception as error:
             why = f"configure_optimizers could not be asked ({in_words(error)}), so two states a parameter are assumed"
             return (assumed_needs("unknown", sizes),), (why,)
-        notes: list[str] = []
         needs = [
             optimizer_needs(one, names, used, sizes, mode=fakes.mode, device_type=request.device_type, notes=notes)
             for one in optimizers

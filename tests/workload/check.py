@@ -7,11 +7,20 @@ import numpy
 import torch
 
 from lightning_largescale.workload.sample import trace_for_real
+from lightning_largescale.workload.state import Snapshot
 from lightning_largescale.workload.steps import Request
 
 
-def real_step(module, batch, step="training_step", precisions=("32-true",)):
-    request = Request(module=module, batch=batch, step=step, precisions=precisions, batch_idx=0, device_type="cpu")
+def real_step(module, batch, step="training_step", precision="32-true"):
+    request = Request(
+        module=module,
+        batch=batch,
+        step=step,
+        precision=precision,
+        batch_idx=0,
+        device_type="cpu",
+        snapshot=Snapshot(module, batch),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return trace_for_real(request)

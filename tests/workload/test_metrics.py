@@ -4,7 +4,7 @@ from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.workload.metrics import forgive_metrics
-from lightning_largescale.workload.state import untouched
+from lightning_largescale.workload.state import Snapshot
 
 
 def test_a_metric_that_needs_values_is_passed_over_and_said():
@@ -20,7 +20,7 @@ def test_a_metric_that_needs_values_is_passed_over_and_said():
             return self.seen
 
     holder = nn.ModuleDict({"distinct": Distinct(), "mean": torchmetrics.MeanMetric(nan_strategy="ignore")})
-    with untouched(holder):
+    with Snapshot(holder).untouched():
         notes = forgive_metrics(holder)
         with compat.fake_tensor_mode():
             holder["distinct"](torch.zeros(4))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 from workload import families
 from workload.check import assert_same, state_of
 from workload.families import Metered, two_tensors
@@ -40,7 +41,7 @@ def test_without_a_trainer_settings_have_defaults():
 
 def test_with_a_trainer_settings_are_its_own_and_actions_do_nothing(tmp_path):
     real = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=7)
-    trainer = TrainerStandIn(real)
+    trainer = TrainerStandIn(real=real)
     assert trainer.estimated_stepping_batches == 7
     assert trainer.max_epochs == real.max_epochs
     trainer.save_checkpoint("nowhere")
@@ -63,3 +64,33 @@ def test_what_configure_optimizers_may_return():
     ]:
         assert optimizers_of(returned) == optimizers
         assert schedulers_of(returned) == schedulers
+
+
+class Reporting(families.Wrapped):
+    """Asks for optimizers and schedulers although it steps none."""
+
+    asked = 0
+
+    def training_step(self, batch, batch_idx):
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
+        self.log("next", self.lr_schedulers().get_last_lr()[0])
+        self.log("first", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("all", [one.scheduler.get_last_lr() for one in self.trainer.lr_scheduler_configs])
+        assert self.trainer.checkpoint_callback is None
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        type(self).asked += 1
+        optimizer = torch.optim.Adagrad(self.parameters(), lr=0.5)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def test_automatic_optimisation_may_ask_for_its_optimizers():
+    batch = torch.randn(4, 8)
+    work = Workload.trace(Reporting(nn.Linear(8, 8)), batch, precisions=("32-true",))
+    assert work.approximate == ()
+    plain = Workload.trace(families.Wrapped(nn.Linear(8, 8)), batch, precisions=("32-true",))
+    # What the optimizer keeps is no part of the step.
+    assert work.steps == plain.steps
+    # Once in the step, and once for what it needs.
+    assert Reporting.asked == 2

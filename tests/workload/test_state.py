@@ -1,4 +1,6 @@
+import pytest
 import torch
+from torch import nn
 from workload import families
 from workload.check import assert_same, real_step, state_of
 from workload.families import GPT, Metered, Wrapped, tokens, two_tensors
@@ -51,7 +53,7 @@ def test_overwritten_tensors_are_put_back():
     real = real_step(module, batch)
     assert_same(before, state_of(module))
     assert torch.equal(batch, original)
-    assert fake.steps == real.steps
+    assert fake.steps == {"32-true": real.step}
 
 
 def test_state_is_put_back_when_the_step_raises():
@@ -98,3 +100,53 @@ def test_nested_state_is_put_back():
     assert module.outputs == {"train": []}
     assert module.meter.seen == {"losses": []}
     assert float(module.meter.total) == 0
+
+
+def scripted(model):
+    return torch.jit.script(model)
+
+
+def traced(model):
+    return torch.jit.trace(model, torch.zeros(2, 8))
+
+
+# torch.jit says that it will go.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [scripted, traced])
+def test_torchscript_keeps_its_weights(compiled):
+    module = Wrapped(nn.Sequential(compiled(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2)))
+    x = torch.randn(4, 8)
+    before = state_of(module)
+    expected = module.model(x)
+    work = Workload.trace(module, x, precisions=("32-true",))
+    assert_same(before, state_of(module))
+    assert torch.equal(module.model(x), expected)
+    (why,) = work.approximate
+    assert "TorchScript runs parts of it, and may read their addresses" in why
+    assert "a real step was measured" in why
+    assert work.optimizers[0].class_name == "SGD"
+
+
+class Graph:
+    """A batch of a class of the user's own, as graph libraries have."""
+
+    def __init__(self):
+        self.x, self.seen = torch.ones(2, 8), []
+
+
+class Consuming(Wrapped):
+    def training_step(self, batch, batch_idx):
+        batch.x = batch.x * 2
+        batch.seen.append(batch_idx)
+        batch.x.add_(1)
+        return self.model(batch.x).mean()
+
+
+def test_a_batch_of_a_users_class_is_left_as_it_was():
+    batch = Graph()
+    x = batch.x
+    work = Workload.trace(Consuming(nn.Linear(8, 8)), batch, precisions=("32-true",))
+    assert batch.x is x
+    assert torch.equal(x, torch.ones(2, 8))
+    assert batch.seen == []
+    assert work.approximate == ("no tensor was found in the batch, a Graph, so its samples and bytes are not known",)

@@ -24,20 +24,20 @@ def test_fake_step_equals_the_real_one(family, precision):
     traced = Workload.trace(module, batch, precisions=(precision,))
     assert_same(before, state_of(module))
     assert traced.approximate == ()
-    real = real_step(module, batch, precisions=(precision,))
+    real = real_step(module, batch, precision=precision)
     assert_same(before, state_of(module))
     assert {p.name for p in traced.parameters if p.used} == real.used
     if (family, precision) in NEARLY:
-        assert traced.steps[precision].peak_bytes == pytest.approx(real.steps[precision].peak_bytes, rel=1e-3)
+        assert traced.steps[precision].peak_bytes == pytest.approx(real.step.peak_bytes, rel=1e-3)
     else:
-        assert traced.steps[precision] == real.steps[precision]
+        assert traced.steps[precision] == real.step
 
 
 def test_lstm_differs_by_its_kernel_workspace():
     # The CPU kernel keeps a workspace that the fake kernel does not know of.
     module, batch = Wrapped(Recurrent(nn.LSTM)), torch.randn(4, 6, 8)
     fake = Workload.trace(module, batch, precisions=("32-true",)).steps["32-true"]
-    real = real_step(module, batch).steps["32-true"]
+    real = real_step(module, batch).step
     assert [s.block for s in fake.segments] == [s.block for s in real.segments]
     assert 0 < fake.saved_bytes < real.saved_bytes
 
@@ -229,6 +229,46 @@ def test_no_loss_traces_the_forward_only():
 def test_bad_arguments(arguments, message):
     with pytest.raises(PlanError, match=message):
         Workload.trace(nn.Linear(2, 2), torch.randn(1, 2), **arguments)
+
+
+class ThroughNumpy(Wrapped):
+    """Takes its loss through NumPy, which has no bfloat16."""
+
+    def training_step(self, batch, batch_idx):
+        out = self.model(batch)
+        out.detach().numpy()
+        return out.mean()
+
+
+def test_a_precision_that_cannot_run_is_left_out():
+    work = Workload.trace(ThroughNumpy(nn.Linear(8, 8)), torch.randn(4, 8))
+    assert list(work.steps) == ["32-true"]
+    measured, left_out = work.approximate
+    assert measured.endswith("a real step was measured on 1 and 2 of the 4 samples and drawn out to all")
+    assert left_out.startswith("bf16-mixed is left out, since training_step cannot run on fake tensors (")
+    assert left_out.endswith("nor on one sample (TypeError: Got unsupported ScalarType BFloat16)")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_is_traced_by_the_kernels_that_there_are():
+    here, there = (Workload.trace(GPT(), tokens(), device_type=device) for device in ("cpu", "cuda"))
+    assert there.steps == here.steps
+    assert there.approximate == ("there is no CUDA here: CPU kernels were traced",)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return torch.nn.functional.grouped_mm(x, self.table, offs=torch.tensor([2, 4], dtype=torch.int32))
+
+
+def test_what_fails_on_fakes_is_not_logged(caplog, capfd):
+    Workload.trace(Wrapped(Experts()), torch.randn(4, 8), precisions=("32-true",))
+    assert caplog.records == []
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_is_allocated():

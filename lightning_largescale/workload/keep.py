@@ -1,0 +1,215 @@
+"""Remember what modules and objects hold, at any depth, and put it back.
+
+What has changed is put back by the methods of Python's own types: a subclass may forbid its own, or count with them.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from argparse import Namespace
+from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+# Packages whose objects a step does not keep its own state in, and that hold much (a trainer, a tokenizer).
+_FOREIGN = {"torch", "lightning", "lightning_largescale", "numpy", "transformers", "tokenizers", "torchmetrics"}
+# Objects of the standard library that people keep state in.
+_PLAIN = (SimpleNamespace, Namespace, UserDict, UserList)
+# Objects below the attributes that are looked through, nearest first: it takes a tenth of a second, and a step's own
+# books are never so many. What is larger is data, which steps read; of a longer list only the items are kept, not what
+# they hold.
+_MOST_OBJECTS = 100_000
+_LONGEST = 10_000
+# The same for a NumPy array, which has to be copied (bytes).
+_LARGEST_ARRAY = 2**20
+_ATOMS = (str, int, float, complex, bytes, type(None), torch.Tensor, type, ModuleType, Dataset)
+
+
+def keep(modules: Sequence[nn.Module], batch: Any) -> list[Callable[[], None]]:
+    """What puts back `modules`, and all that they and `batch` hold, as they are now; one function for each object."""
+    kept: list[Callable[[], None]] = []
+    seen = {id(module) for module in modules}
+    waiting: deque[Any] = deque()
+    for module in modules:
+        kept.append(_Attributes(module).put_back)
+        waiting.extend(_compound(vars(module).values(), seen))
+    waiting.extend(_compound([batch], seen))
+    # All attributes of modules are looked at, however many there are: they hold the parameters.
+    left = len(waiting) + _MOST_OBJECTS
+    while waiting and left:
+        left -= 1
+        value = waiting.popleft()
+        held = _held_by(value)
+        if held is not None:
+            kept.append(held.put_back)
+        items = _items(value)
+        if len(items) <= _LONGEST:
+            waiting.extend(_compound(items, seen))
+    return kept
+
+
+def random_state() -> tuple[Any, ...]:
+    """Of torch, of its CUDA devices where they are in use, of Python, and of NumPy where it is loaded."""
+    numpy = sys.modules.get("numpy")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state() if numpy else None
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Make the generators what they were when `random_state` returned `state`."""
+    cpu, cuda, python, for_numpy = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python)
+    if for_numpy is not None:
+        sys.modules["numpy"].random.set_state(for_numpy)
+
+
+def _compound(values: Iterable[Any], seen: set[int]) -> list[Any]:
+    """Those of `values` that may hold something and were not seen before."""
+    found: list[Any] = []
+    for value in values:
+        if not isinstance(value, _ATOMS) and id(value) not in seen:
+            seen.add(id(value))
+            found.append(value)
+    return found
+
+
+def _items(value: Any) -> list[Any]:
+    """What `value` holds."""
+    if isinstance(value, dict):
+        return list(dict.values(value))
+    if isinstance(value, (list, tuple, set, deque)):
+        return _content(value)
+    return list(vars(value).values()) if _is_users(value) else []
+
+
+def _held_by(value: Any) -> Any:
+    """What keeps the content of `value`; None where there is nothing to be kept."""
+    if isinstance(value, dict):
+        return _Dict(value)
+    if isinstance(value, (list, set, deque)):
+        return _Collection(value)
+    if _is_users(value):
+        return _Attributes(value)
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, (random.Random, torch.Generator)) or (
+        numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+    ):
+        return _Generator(value)
+    if numpy is not None and type(value) is numpy.ndarray and value.nbytes <= _LARGEST_ARRAY:
+        return _Array(value)
+    return None
+
+
+def _is_users(value: Any) -> bool:
+    """Whether `value` has attributes that a step may keep its state in: a module, or an object of a user's class."""
+    if not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    if isinstance(value, (nn.Module, *_PLAIN)):
+        return True
+    package = type(value).__module__.partition(".")[0]
+    return package not in _FOREIGN and package not in sys.stdlib_module_names
+
+
+def _content(held: Any) -> list[Any]:
+    kind = next(kind for kind in (list, tuple, set, deque) if isinstance(held, kind))
+    return list(kind.__iter__(held))
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether both have the same objects; equality is left out, which tensors do not answer."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+class _Dict:
+    """The items of a dict, in order."""
+
+    def __init__(self, held: dict[Any, Any]) -> None:
+        self._held = held
+        # Python's dict methods do not keep an OrderedDict's order.
+        self._kind: type[dict[Any, Any]] = OrderedDict if isinstance(held, OrderedDict) else dict
+        self._keys, self._values = self._now()
+
+    def put_back(self) -> None:
+        keys, values = self._now()
+        if _same(keys, self._keys) and _same(values, self._values):
+            return
+        self._kind.clear(self._held)
+        for key, value in zip(self._keys, self._values, strict=True):
+            self._kind.__setitem__(self._held, key, value)
+
+    def _now(self) -> tuple[list[Any], list[Any]]:
+        return list(self._kind.keys(self._held)), list(self._kind.values(self._held))
+
+
+class _Attributes:
+    """The attributes of a module or an object."""
+
+    def __init__(self, holder: Any) -> None:
+        self._holder, self._before = holder, dict(vars(holder))
+
+    def put_back(self) -> None:
+        now = vars(self._holder)
+        if not (_same(list(now), list(self._before)) and _same(list(now.values()), list(self._before.values()))):
+            now.clear()
+            now.update(self._before)
+
+
+class _Collection:
+    """The items of a list, a set or a deque."""
+
+    def __init__(self, held: list[Any] | set[Any] | deque[Any]) -> None:
+        self._held, self._before = held, _content(held)
+
+    def put_back(self) -> None:
+        held = self._held
+        if _same(_content(held), self._before):
+            return
+        if isinstance(held, list):
+            list.__setitem__(held, slice(None), self._before)
+        elif isinstance(held, set):
+            set.clear(held)
+            set.update(held, self._before)
+        else:
+            deque.clear(held)
+            deque.extend(held, self._before)
+
+
+class _Array:
+    """The elements of a NumPy array."""
+
+    def __init__(self, held: Any) -> None:
+        self._held, self._before = held, held.copy()
+
+    def put_back(self) -> None:
+        if self._held.flags.writeable:
+            self._held[...] = self._before
+
+
+class _Generator:
+    """The state of a generator of random numbers: Python's, torch's or NumPy's."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+        self._before = self._now()
+
+    def put_back(self) -> None:
+        if isinstance(self._held, random.Random):
+            self._held.setstate(self._before)
+        elif hasattr(self._held, "bit_generator"):
+            self._held.bit_generator.state = self._before
+        else:
+            self._held.set_state(self._before)
+
+    def _now(self) -> Any:
+        if isinstance(self._held, random.Random):
+            return self._held.getstate()
+        return self._held.bit_generator.state if hasattr(self._held, "bit_generator") else self._held.get_state()
