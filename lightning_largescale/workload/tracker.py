@@ -24,6 +24,8 @@ from lightning_largescale.workload.segments import SegmentLog
 _aten = torch.ops.aten
 # Made from a constant that Python holds: the tensor that goes in is the one that comes out, and the step made it.
 _MAKES_ITS_INPUT = frozenset({_aten.lift_fresh.default})
+# Kernels that keep for backward what their fakes leave out.
+_HIDES_ITS_WORKSPACE = frozenset({_aten.mkldnn_rnn_layer.default, _aten._cudnn_rnn.default})
 
 
 class CannotTraceError(RuntimeError):
@@ -79,6 +81,8 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             raise CannotTraceError(f"{func} talks to other processes, which do not take part in a trace")
+        if func in _HIDES_ITS_WORKSPACE and self._to_fake is not None and torch.is_grad_enabled():
+            raise CannotTraceError(f"{func} keeps a workspace for backward, of a size that fakes do not know")
         phase = self.log.phase(self.live)
         if func is _aten._local_scalar_dense.default:
             return self._read_value(func, args[0])
@@ -270,8 +274,20 @@ def _attention_backward_flops(args: Any) -> int:
     return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
 
 
-# torch's registry has the CUDA attention kernels only.
+def _recurrent_flops(args: Any) -> int:
+    """One layer in one direction: at each place in time the input and the state meet a matrix each."""
+    places = args[0].numel() // args[0].shape[-1]
+    return int(2 * places * (args[1].numel() + args[2].numel()))
+
+
+def _recurrent_backward_flops(args: Any) -> int:
+    return 2 * _recurrent_flops(args)
+
+
+# torch's registry has the CUDA attention kernels only, and no recurrent ones.
 _MORE_FLOPS: dict[Any, Callable[[Any], int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    _aten.mkldnn_rnn_layer: _recurrent_flops,
+    _aten.mkldnn_rnn_layer_backward: _recurrent_backward_flops,
 }
