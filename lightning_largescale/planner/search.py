@@ -3,18 +3,20 @@
 The space is small enough to enumerate, so the choice is the best under the model of `memory` and `runtime`.
 
 Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Learning Training", section 4 (strategy
-    finding);
-the cost models it ranks by are those of the two modules.
+    finding); the cost models it ranks by are those of the two modules.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
-from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.planner.memory import MemoryEstimate, peak_memory
 from lightning_largescale.planner.report import Candidate, Estimate, Report, plan_fields
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.units import format_bytes, format_seconds, parse_bytes
@@ -26,6 +28,7 @@ LOSSY = ("bf16-mixed",)
 # sees.
 BUDGET_SHARE = 0.9
 _MORE_DEVICES = (2, 4, 8, 16, 32, 64, 128)
+_Option = TypeVar("_Option")
 
 
 def find_plans(
@@ -91,10 +94,11 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
     """
     world = hardware.world_size
     usable = [name for name in workload.steps if _computes(hardware, name)]
+    shards = [size for size in range(1, world + 1) if world % size == 0]
     checkpointing = ("none", "full") if workload.blocks and workload.stage == "fit" else ("none",)
     for precision in usable:
         for activation_checkpointing in checkpointing:
-            for dp_shard in (size for size in range(1, world + 1) if world % size == 0):
+            for dp_shard in shards:
                 for reshard in (True, False) if dp_shard > 1 else (True,):
                     yield Plan(
                         dp_replicate=world // dp_shard,
@@ -119,16 +123,21 @@ class _Pricing:
     accumulate: int
 
     def estimate(self, workload: Workload, hardware: Hardware, plan: Plan) -> Estimate:
-        memory = peak_memory(
-            workload, plan, hardware, baseline_bytes=self.baseline_bytes, accumulate_grad_batches=self.accumulate
-        )
+        memory = self._memory(workload, hardware, plan)
         time = step_time(workload, plan, hardware, accumulate_grad_batches=self.accumulate)
         return Estimate.of(workload, plan, memory, time, accumulate=self.accumulate)
 
-    def least(self, workload: Workload, hardware: Hardware, precisions: set[str]) -> int:
-        """The smallest peak of any plan of these precisions, bytes."""
+    def any_fits(self, workload: Workload, hardware: Hardware, precisions: set[str], budget_bytes: int) -> bool:
+        """Whether the peak of any plan of these precisions is within the budget."""
         plans = [plan for plan in candidates(workload, hardware) if plan.precision in precisions]
-        return min(self.estimate(workload, hardware, plan).peak_bytes["device"] for plan in plans)
+        # Those that save the most first, so that one that fits is found soon.
+        plans.sort(key=lambda plan: (plan.activation_checkpointing == "none", -plan.dp_shard))
+        return any(self._memory(workload, hardware, plan).peak_bytes <= budget_bytes for plan in plans)
+
+    def _memory(self, workload: Workload, hardware: Hardware, plan: Plan) -> MemoryEstimate:
+        return peak_memory(
+            workload, plan, hardware, baseline_bytes=self.baseline_bytes, accumulate_grad_batches=self.accumulate
+        )
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:
@@ -247,19 +256,31 @@ def _faster(report: Report) -> Iterator[str]:
 def _would_fit(report: Report, price: _Pricing, allowed: set[str], *, fixed: bool) -> Iterator[str]:
     """What would make a plan fit, each tried on its own: numerics, a smaller batch, more devices, more memory."""
     workload, hardware, budget = report.workload, report.hardware, report.budget_bytes
-    for name in sorted(
-        set() if fixed else {name for name in LOSSY if name in workload.steps and _computes(hardware, name)} - allowed
-    ):
-        if price.least(workload, hardware, {name}) <= budget:
+    for name in sorted(set() if fixed else set(LOSSY) - allowed):
+        if _least(report, {name}) <= budget:
             yield f"allow {name!r}"
-    halves = [workload.batch_samples >> power for power in range(1, workload.batch_samples.bit_length())]
-    for samples in halves:
-        if price.least(workload.with_batch(samples), hardware, allowed) <= budget:
-            yield f"take micro-batch {samples}"
-            break
-    for factor in _MORE_DEVICES:
-        more = dataclasses.replace(hardware, nodes=hardware.nodes * factor)
-        if price.least(workload, more, allowed) <= budget:
-            yield f"take {more.world_size} devices"
-            break
-    yield f"give a budget of {format_bytes(price.least(workload, hardware, allowed))}"
+    batches = [workload.batch_samples >> power for power in range(1, workload.batch_samples.bit_length())]
+    for samples in _first(
+        batches, lambda samples: price.any_fits(workload.with_batch(samples), hardware, allowed, budget)
+    ):
+        yield f"take micro-batch {samples}"
+    machines = [dataclasses.replace(hardware, nodes=hardware.nodes * factor) for factor in _MORE_DEVICES]
+    for machine in _first(machines, lambda machine: price.any_fits(workload, machine, allowed, budget)):
+        yield f"take {machine.world_size} devices"
+    least_bytes = _least(report, allowed)
+    if least_bytes < math.inf:
+        yield f"give a budget of {format_bytes(least_bytes)}"
+
+
+def _first(options: list[_Option], fits: Callable[[_Option], bool]) -> list[_Option]:
+    """The first option that fits, none where none does; less of a batch and more devices never need more memory."""
+    # The last first: where it does not fit, which takes the longest to find out, no other does.
+    if not options or not fits(options[-1]):
+        return []
+    return [options[bisect.bisect_left(options, True, hi=len(options) - 1, key=fits)]]
+
+
+def _least(report: Report, precisions: set[str]) -> float:
+    """The smallest peak of any plan of these precisions, bytes; infinite where there is none."""
+    rows = [row for row in report.candidates if row.plan.precision in precisions]
+    return min((row.estimate.peak_bytes["device"] for row in rows if row.estimate), default=math.inf)

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from planner.builders import MIB, hardware, step, workload
 
 from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.planner import search
+from lightning_largescale.planner.memory import peak_memory
 from lightning_largescale.planner.search import candidates, find_plans
 
 BOTH = ("32-true", "bf16-mixed")
@@ -79,6 +81,21 @@ def test_advice_when_nothing_fits_is_true():
     assert find_plans(work.with_batch(samples), hardware(1), memory_budget=1100 * MIB).fits
     (budget,) = [line for line in report.advice if line.startswith("give a budget of")]
     assert report.nothing_fits().endswith(budget + ".")
+
+
+def test_advice_takes_little_more_than_the_search(monkeypatch):
+    priced = []
+    monkeypatch.setattr(search, "peak_memory", lambda *args, **kw: priced.append(1) or peak_memory(*args, **kw))
+    work = workload(precisions=BOTH, batch_samples=1024)
+    assert not find_plans(work, hardware(8), memory_budget=MIB).fits
+    assert len(priced) < 4 * len(list(candidates(work, hardware(8))))
+
+
+def test_advice_where_no_plan_is_allowed():
+    report = find_plans(workload(precisions=("bf16-mixed",)), hardware(1))
+    assert report.advice == ("allow 'bf16-mixed'",)
+    with pytest.raises(PlanError, match="no plan is admissible; see the candidates"):
+        _ = report.best
 
 
 def test_without_a_budget_the_free_memory_counts():
