@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -36,6 +37,8 @@ class Sizes:
         self.workload, self.plan, self.kind = workload, plan, kind
         self.accumulate = accumulate_grad_batches
         self.step: Step = workload.steps[plan.precision]
+        if self._mixed:
+            self.step = without_copies(self.step)
         self._gathered: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
@@ -140,6 +143,36 @@ class Sizes:
 
     def _group(self, block: str | None) -> list[Parameter]:
         return self._groups.get(block, [])
+
+
+def without_copies(step: Step) -> Step:
+    """`step` as it runs where blocks gather their matrices in the type of compute, so that casts make no copies.
+
+    Source: torch.distributed.fsdp.MixedPrecisionPolicy, `param_dtype`.
+    """
+    segments: list[Segment] = []
+    before = 0
+    for segment in step.segments:
+        after = before + segment.saved_copy_bytes
+        segments.append(
+            replace(
+                segment,
+                forward_moved_bytes=segment.forward_moved_bytes - segment.moved_copy_bytes,
+                saved_bytes=segment.saved_bytes - segment.saved_copy_bytes,
+                forward_entry_bytes=max(0, segment.forward_entry_bytes - before),
+                forward_peak_bytes=segment.forward_peak_bytes - segment.forward_copy_bytes,
+                forward_exit_bytes=max(0, segment.forward_exit_bytes - after),
+                backward_entry_bytes=max(0, segment.backward_entry_bytes - after),
+                backward_peak_bytes=segment.backward_peak_bytes - segment.backward_copy_bytes,
+                backward_exit_bytes=max(0, segment.backward_exit_bytes - before),
+                saved_copy_bytes=0,
+                forward_copy_bytes=0,
+                backward_copy_bytes=0,
+                moved_copy_bytes=0,
+            )
+        )
+        before = after
+    return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
 
 
 def recomputed(plan: Plan, segment: Segment) -> bool:

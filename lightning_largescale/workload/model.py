@@ -65,6 +65,11 @@ class Segment:
         backward_entry_bytes: live when the backward enters.
         backward_peak_bytes: live at the worst moment inside.
         backward_exit_bytes: live when the backward leaves.
+        saved_copy_bytes: part of `saved_bytes` that are copies which casts made of the matrices that blocks own; FSDP
+            gathers these in the type of compute and makes no copies.
+        forward_copy_bytes: what such copies, of all segments, add to `forward_peak_bytes`.
+        backward_copy_bytes: what they add to `backward_peak_bytes`.
+        moved_copy_bytes: part of `forward_moved_bytes` that those casts read and write.
     """
 
     block: str | None
@@ -80,6 +85,10 @@ class Segment:
     backward_entry_bytes: int = 0
     backward_peak_bytes: int = 0
     backward_exit_bytes: int = 0
+    saved_copy_bytes: int = 0
+    forward_copy_bytes: int = 0
+    backward_copy_bytes: int = 0
+    moved_copy_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,13 +11,24 @@ from lightning_largescale.workload.model import Segment
 
 @dataclass(slots=True)
 class Phase:
-    """One direction of one segment while it is traced; bytes and FLOPs as in `Segment`."""
+    """One direction of one segment while it is traced; bytes and FLOPs as in `Segment`.
+
+    What is "own" leaves out the copies of parameters that casts made.
+    """
 
     entry: int | None = None
     peak: int = 0
+    own_peak: int = 0
     exit: int = 0
+    own_exit: int = 0
     flops: int = 0
     moved: int = 0
+    moved_copies: int = 0
+
+    def reach(self, live: int, own: int) -> None:
+        """Now so much is live (bytes)."""
+        self.peak = max(self.peak, live)
+        self.own_peak = max(self.own_peak, own)
 
 
 @dataclass(slots=True)
@@ -26,6 +37,7 @@ class OpenSegment:
 
     block: str | None
     saved: int = 0
+    saved_copies: int = 0
     inputs: int = 0
     forward: Phase = field(default_factory=Phase)
     backward: Phase = field(default_factory=Phase)
@@ -68,8 +80,10 @@ class SegmentLog:
             self._index = self._open(None)
         return self.segments[self._index]
 
-    def phase(self, live: int) -> Phase:
-        """The phase that the operation about to run belongs to; `live` is what is live now (bytes)."""
+    def phase(self, live: int, own: int) -> Phase:
+        """The phase that the operation about to run belongs to; `live` is what is live now (bytes), `own` without
+        copies of parameters.
+        """
         node = compat.current_node_sequence()
         if node is None:
             if self.in_backward and self._index is not None:
@@ -83,13 +97,13 @@ class SegmentLog:
             self._own(index)
             phase = self.segments[index].backward
         self._pending = compat.sequence_number()
-        self._activate(phase, live)
+        self._activate(phase, live, own)
         return phase
 
-    def close(self, live: int) -> None:
+    def close(self, live: int, own: int) -> None:
         """The step is over and `live` bytes are left."""
         if self._active is not None:
-            self._active.exit = live
+            self._active.exit, self._active.own_exit = live, own
 
     def assume_saved(self) -> None:
         """Take what each forward left alive as saved, where saved tensors could not be watched."""
@@ -98,13 +112,13 @@ class SegmentLog:
 
     def finished(self) -> tuple[Segment, ...]:
         """All segments; one whose backward ran no operation has what the next one's backward left."""
-        left = 0
+        left = own_left = 0
         rows: list[Segment] = []
         for segment in reversed(self.segments):
             forward, backward = segment.forward, segment.backward
             if backward.entry is None:
-                backward = Phase(entry=left, peak=left, exit=left)
-            left = backward.exit
+                backward = Phase(entry=left, peak=left, own_peak=own_left, exit=left, own_exit=own_left)
+            left, own_left = backward.exit, backward.own_exit
             rows.append(_row(segment, forward, backward))
         return tuple(reversed(rows))
 
@@ -133,14 +147,13 @@ class SegmentLog:
         place = bisect.bisect_right(self._starts, node) - 1
         return self._owners[place] if place >= 0 else fallback
 
-    def _activate(self, phase: Phase, live: int) -> None:
+    def _activate(self, phase: Phase, live: int, own: int) -> None:
         if phase is self._active:
             return
-        if self._active is not None:
-            self._active.exit = live
+        self.close(live, own)
         if phase.entry is None:
             phase.entry = live
-            phase.peak = live
+            phase.reach(live, own)
         self._active = phase
 
 
@@ -159,4 +172,8 @@ def _row(segment: OpenSegment, forward: Phase, backward: Phase) -> Segment:
         backward_entry_bytes=backward.entry or 0,
         backward_peak_bytes=backward.peak,
         backward_exit_bytes=backward.exit,
+        saved_copy_bytes=segment.saved_copies,
+        forward_copy_bytes=forward.peak - forward.own_peak,
+        backward_copy_bytes=backward.peak - backward.own_peak,
+        moved_copy_bytes=forward.moved_copies,
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import tensors_in
-from lightning_largescale.workload.blocks import find_blocks
+from lightning_largescale.workload.blocks import find_blocks, find_groups
 from lightning_largescale.workload.model import Segment, Step
 from lightning_largescale.workload.state import Snapshot
 from lightning_largescale.workload.tracker import Tracker
@@ -76,6 +76,7 @@ def run_step(
     notes: list[str] = []
     tracker = Tracker(to_fake=to_fake)
     tracker.leave_out([*swapped, *tensors_in(request.batch)])
+    tracker.tell_copies_of(_block_matrices(request.module))
     try:
         with _safe_kernels(request.precision) if to_fake is None else contextlib.nullcontext():
             step = _run(request, tracker, blocks, notes)
@@ -112,6 +113,14 @@ def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes
     if tracker.values_read:
         notes.append(f"{request.step} reads numbers off tensors; it was traced as if each were 1.0")
     return _step(request.precision, tracker, output_bytes)
+
+
+def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """What FSDP gathers in the type of compute: matrices that repeated blocks own."""
+    own = [
+        module.get_parameter(name) for block, group in find_groups(module).items() if block for name in group.parameters
+    ]
+    return [parameter for parameter in own if parameter.dim() > 1]
 
 
 def _step(precision: str, tracker: Tracker, output_bytes: int) -> Step:

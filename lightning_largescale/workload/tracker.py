@@ -35,10 +35,11 @@ class CannotTraceError(RuntimeError):
 class _Storage:
     """What is known of one living storage."""
 
-    __slots__ = ("bytes", "entered", "reference", "saved")
+    __slots__ = ("bytes", "copied", "entered", "reference", "saved")
 
     def __init__(self, size: int, reference: weakref.ref[Any]) -> None:
         self.bytes = size
+        self.copied = False
         self.reference = reference
         self.saved = False
         self.entered = False
@@ -56,6 +57,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.log = SegmentLog()
         self.live = 0
+        self.copies = 0
         self.peak = 0
         self.moved = 0
         self.values_read = False
@@ -65,11 +67,16 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         self._to_fake, self._value = to_fake, value
         self._storages: dict[int, _Storage] = {}
         self._outside: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._gathered: set[int] = set()
 
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
         """Never count the storages of `tensors`."""
         for tensor in tensors:
             self._note(tensor, counts=False)
+
+    def tell_copies_of(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Count the copies that casts make of `parameters` also by themselves; they are left out and live on."""
+        self._gathered = {id(parameter.untyped_storage()) for parameter in parameters}
 
     def storage_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
         """Bytes of the storages of `tensors` that count, each once."""
@@ -83,7 +90,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             raise CannotTraceError(f"{func} talks to other processes, which do not take part in a trace")
         if func in _HIDES_ITS_WORKSPACE and self._to_fake is not None and torch.is_grad_enabled():
             raise CannotTraceError(f"{func} keeps a workspace for backward, of a size that fakes do not know")
-        phase = self.log.phase(self.live)
+        phase = self.log.phase(self.live, self.live - self.copies)
         if func is _aten._local_scalar_dense.default:
             return self._read_value(func, args[0])
         if func in _MAKES_ITS_INPUT:
@@ -100,12 +107,16 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         outputs = list(_tensors(out))
         made = sum([self._note(tensor, counts=True) for tensor in outputs])
+        copies = func is _aten._to_copy.default and id(inputs[0].untyped_storage()) in self._gathered
+        if copies:
+            self._mark_copy(outputs[0])
         self.peak = max(self.peak, self.live)
-        phase.peak = max(phase.peak, self.live)
+        phase.reach(self.live, self.live - self.copies)
         if made or _mutated_arguments(func):
             moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
             self.moved += moved
             phase.moved += moved
+            phase.moved_copies += moved if copies else 0
             phase.flops += _flops(func, args, kwargs, out)
         return out
 
@@ -138,7 +149,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         """Close the last segment; what is still live counts as a temporary unless it was saved."""
-        self.log.close(self.live)
+        self.log.close(self.live, self.live - self.copies)
         for storage in self._storages.values():
             self._temporary(storage)
 
@@ -160,9 +171,15 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         self.live += size
         return True
 
+    def _mark_copy(self, tensor: torch.Tensor) -> None:
+        storage = self._storages[id(tensor.untyped_storage())]
+        storage.copied = True
+        self.copies += storage.bytes
+
     def _freed(self, key: int, _: Any) -> None:
         storage = self._storages.pop(key)
         self.live -= storage.bytes
+        self.copies -= storage.bytes if storage.copied else 0
         self._temporary(storage)
 
     def _temporary(self, storage: _Storage) -> None:
@@ -183,7 +200,9 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         storage = self._storages.get(id(tensor.untyped_storage()))
         if storage is not None and storage.bytes and not storage.saved and compat.current_node_sequence() is None:
             storage.saved = True
-            self.log.current().saved += storage.bytes
+            segment = self.log.current()
+            segment.saved += storage.bytes
+            segment.saved_copies += storage.bytes if storage.copied else 0
         # Not the tensor itself: an operation's own output would then keep the node alive that keeps the output.
         return tensor.detach()
 

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planner.builders import MIB, parameter, step, workload
+from workload.families import GPT, tokens
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.sizes import Sizes, local_bytes
+from lightning_largescale.workload import Workload
 
 PLAIN = Plan()
 MODEL = 8 * MIB + 4 * 16 * MIB
@@ -25,6 +27,32 @@ def test_bf16_gathers_half():
     work = workload(precisions=("32-true", "bf16-mixed"))
     full, half = (Sizes(work, Plan(dp_shard=2, precision=name), "cpu") for name in work.steps)
     assert half.gathered("blocks.0") == full.gathered("blocks.0") // 2
+
+
+def test_sharded_bf16_makes_no_copies_of_what_it_gathers():
+    module, batch = GPT(), tokens(samples=1)
+    work = Workload.trace(module, batch, precisions=("bf16-mixed",))
+    for block in module.blocks:
+        for matrix in (p for p in block.parameters() if p.dim() > 1):
+            matrix.data = matrix.data.bfloat16()
+    gathered = Workload.trace(module, batch, precisions=("bf16-mixed",)).steps["bf16-mixed"].segments
+    replicated, sharded = (
+        Sizes(work, Plan(precision="bf16-mixed", **devices), "cpu").step.segments
+        for devices in ({"dp_replicate": 2}, {"dp_shard": 2})
+    )
+    assert replicated == work.steps["bf16-mixed"].segments
+    for ours, theirs in zip(sharded, gathered, strict=True):
+        for name in (
+            "saved_bytes",
+            "forward_moved_bytes",
+            "forward_entry_bytes",
+            "forward_peak_bytes",
+            "forward_exit_bytes",
+            "backward_entry_bytes",
+            "backward_exit_bytes",
+        ):
+            assert getattr(ours, name) == getattr(theirs, name), (ours.block, name)
+        assert ours.backward_peak_bytes >= theirs.backward_peak_bytes
 
 
 def test_frozen_and_unused_parameters_have_no_gradient():

@@ -126,6 +126,20 @@ def test_bfloat16_saves_less():
     assert steps["bf16-mixed"].forward_flops == steps["32-true"].forward_flops
 
 
+def test_copies_of_what_blocks_own_are_told_apart():
+    batch = tokens(samples=1, length=4)
+    work = Workload.trace(GPT(layers=2, length=4), batch)
+    matrices = {p.block: 0 for p in work.parameters}
+    for p in work.parameters:
+        matrices[p.block] += p.numel if len(p.shape) > 1 else 0
+    for segment in work.steps["bf16-mixed"].segments:
+        own = matrices[segment.block] if segment.block else 0
+        # Two bytes an element are written, four were read.
+        assert (segment.saved_copy_bytes, segment.moved_copy_bytes) == (2 * own, 6 * own)
+        assert segment.forward_copy_bytes <= segment.forward_peak_bytes
+    assert all(s.saved_copy_bytes == s.forward_copy_bytes == 0 for s in work.steps["32-true"].segments)
+
+
 @pytest.mark.parametrize(
     ("step", "stage"), [("validation_step", "validate"), ("test_step", "test"), ("predict_step", "predict")]
 )
