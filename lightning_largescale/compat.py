@@ -238,6 +238,22 @@ def mutated_arguments(function: Any) -> tuple[str | int, ...]:
     )
 
 
+def dense_parts(tensor: Any) -> list[Any]:
+    """The dense tensors that hold the data of `tensor`: itself; indices and values of a sparse one; else none.
+
+    Replaced by `Tensor.indices` and `Tensor.values`, were they to accept a sparse tensor that is not coalesced.
+    """
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
 def own_tensors(module: Any) -> tuple[MutableMapping[str, Any], MutableMapping[str, Any]]:
     """The parameters and the buffers that `module` itself holds, by name; writing into these replaces them.
 

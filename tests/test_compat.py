@@ -133,6 +133,17 @@ def test_children_and_tensors_of_modules():
     assert layer.weight is other
 
 
+# Compressed layouts say that they are new.
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_dense_parts():
+    matrix = torch.eye(3)
+    assert compat.dense_parts(matrix)[0] is matrix
+    for layout, shapes in [(torch.sparse_coo, [(2, 3), (3,)]), (torch.sparse_csr, [(4,), (3,), (3,)])]:
+        assert [tuple(part.shape) for part in compat.dense_parts(matrix.to_sparse(layout=layout))] == shapes
+    assert len(compat.dense_parts(matrix.to_sparse_csc())) == 3
+    assert compat.dense_parts(matrix.to_mkldnn()) == []
+
+
 # torch.compile's own import warns of torch.jit.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_module():

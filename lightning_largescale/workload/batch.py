@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from lightning_largescale import compat
+
 
 def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`batch` with `change(tensor)` in place of each tensor; dicts, lists, tuples and dataclasses are rebuilt."""
@@ -33,7 +35,12 @@ def batch_samples(batch: Any) -> int:
 
 def batch_bytes(batch: Any) -> int:
     """Bytes of the tensors of `batch`."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
+    return sum(map(tensor_bytes, tensors_in(batch)))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the elements of `tensor`, of a sparse one those that it has."""
+    return sum(part.numel() * part.element_size() for part in compat.dense_parts(tensor))
 
 
 def first_samples(batch: Any, count: int) -> Any:

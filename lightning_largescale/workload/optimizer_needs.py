@@ -103,9 +103,9 @@ def _asked(
     if not parameters:
         return [], 0, 0, 0
     largest = max(parameters, key=_bytes)
-    _set_gradients(parameters, [largest])
+    _set_gradients(optimizer, parameters, [largest])
     alone, _ = _second_step(optimizer, to_fake)
-    _set_gradients(parameters, parameters)
+    _set_gradients(optimizer, parameters, parameters)
     peak, moved = _second_step(optimizer, to_fake)
     return [_state_bytes(optimizer.state.get(p, {})) for p in parameters], alone, peak, moved
 
@@ -164,8 +164,7 @@ def _small_step(optimizer: Optimizer, group: dict[str, Any], parameters: list[to
     clone.__dict__.pop("step", None)
     clone.state = defaultdict(dict)
     clone.param_groups = [{**group, "params": parameters}]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
+    _set_gradients(clone, parameters, parameters)
     peak, moved = _second_step(clone, None)
     return _state_bytes(clone.state.get(parameters[0], {})), peak, moved
 
@@ -192,11 +191,20 @@ def _features(shape: Sequence[int]) -> list[float]:
     return [1.0, float(numel), numel / shape[-1], numel / shape[-2]]
 
 
-def _set_gradients(parameters: Iterable[torch.Tensor], with_gradient: Iterable[torch.Tensor]) -> None:
+def _set_gradients(
+    optimizer: Optimizer, parameters: Iterable[torch.Tensor], with_gradient: Iterable[torch.Tensor]
+) -> None:
     for parameter in parameters:
         parameter.grad = None
     for parameter in with_gradient:
-        parameter.grad = torch.empty_like(parameter)
+        gradient = torch.ones_like(parameter)
+        # This one takes no others; its states are dense, and a fake knows of no rows.
+        parameter.grad = _no_rows(gradient) if isinstance(optimizer, torch.optim.SparseAdam) else gradient
+
+
+def _no_rows(gradient: torch.Tensor) -> torch.Tensor:
+    place = torch.zeros(1, 0, dtype=torch.long, device=gradient.device)
+    return torch.sparse_coo_tensor(place, gradient[:0], gradient.shape, check_invariants=False)
 
 
 def _prefer_foreach(optimizer: Optimizer) -> None:

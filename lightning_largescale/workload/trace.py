@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
 from lightning_largescale.plan import PlanError
-from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensors_in
+from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensor_bytes, tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups
 from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.metrics import forgive_metrics
@@ -57,7 +57,7 @@ def trace_workload(
     return Workload(
         name=type(compat.compiled_module(module)).__name__,
         parameters=_parameters(module, used),
-        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+        buffer_bytes=sum(map(tensor_bytes, module.buffers())),
         optimizers=optimizers,
         steps={precision: one.step for precision, one in traced.items()},
         batch_samples=batch_samples(batch),

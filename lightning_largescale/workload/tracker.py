@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lightning_largescale import compat
+from lightning_largescale.workload.batch import tensor_bytes
 from lightning_largescale.workload.segments import SegmentLog
 
 _aten = torch.ops.aten
@@ -76,12 +77,12 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
     def tell_copies_of(self, parameters: Iterable[torch.Tensor]) -> None:
         """Count the copies that casts make of `parameters` also by themselves; they are left out and live on."""
-        self._gathered = {id(parameter.untyped_storage()) for parameter in parameters}
+        self._gathered = {key for parameter in parameters for key in _keys(parameter)}
 
     def storage_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
         """Bytes of the storages of `tensors` that count, each once."""
-        found = {id(tensor.untyped_storage()) for tensor in tensors}
-        return sum(self._storages[key].bytes for key in found if key in self._storages)
+        found = {id(known): known for tensor in tensors for known in self._known(tensor)}
+        return sum(storage.bytes for storage in found.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` and count it."""
@@ -107,13 +108,13 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         outputs = list(_tensors(out))
         made = sum([self._note(tensor, counts=True) for tensor in outputs])
-        copies = func is _aten._to_copy.default and id(inputs[0].untyped_storage()) in self._gathered
+        copies = func is _aten._to_copy.default and not self._gathered.isdisjoint(_keys(inputs[0]))
         if copies:
             self._mark_copy(outputs[0])
         self.peak = max(self.peak, self.live)
         phase.reach(self.live, self.live - self.copies)
         if made or _mutated_arguments(func):
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+            moved = sum(map(tensor_bytes, (*inputs, *outputs)))
             self.moved += moved
             phase.moved += moved
             phase.moved_copies += moved if copies else 0
@@ -161,20 +162,26 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         self.overwritten.clear()
 
     def _note(self, tensor: torch.Tensor, *, counts: bool) -> bool:
-        """Follow the storage of `tensor` if it is new, and say whether it was."""
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._storages:
-            return False
-        size = storage.nbytes() if counts else 0
-        self._storages[key] = _Storage(size, weakref.ref(storage, functools.partial(self._freed, key)))
-        self.live += size
-        return True
+        """Follow the storages of `tensor` that are new, and say whether there were any."""
+        new = False
+        for part in compat.dense_parts(tensor):
+            storage = part.untyped_storage()
+            key = id(storage)
+            if key not in self._storages:
+                size = storage.nbytes() if counts else 0
+                self._storages[key] = _Storage(size, weakref.ref(storage, functools.partial(self._freed, key)))
+                self.live += size
+                new = True
+        return new
+
+    def _known(self, tensor: torch.Tensor) -> list[_Storage]:
+        """What is known of the storages of `tensor`."""
+        return [self._storages[key] for key in _keys(tensor) if key in self._storages]
 
     def _mark_copy(self, tensor: torch.Tensor) -> None:
-        storage = self._storages[id(tensor.untyped_storage())]
-        storage.copied = True
-        self.copies += storage.bytes
+        for storage in self._known(tensor):
+            storage.copied = True
+            self.copies += storage.bytes
 
     def _freed(self, key: int, _: Any) -> None:
         storage = self._storages.pop(key)
@@ -190,19 +197,19 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         self.used.add(id(parameter))
         if parameter.grad is None:
             return
-        storage = self._storages.get(id(parameter.grad.untyped_storage()))
-        if storage is not None:
+        for storage in self._known(parameter.grad):
             self._temporary(storage)
             self.live -= storage.bytes
             storage.bytes = 0
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = self._storages.get(id(tensor.untyped_storage()))
-        if storage is not None and storage.bytes and not storage.saved and compat.current_node_sequence() is None:
-            storage.saved = True
-            segment = self.log.current()
-            segment.saved += storage.bytes
-            segment.saved_copies += storage.bytes if storage.copied else 0
+        if compat.current_node_sequence() is None:
+            for storage in self._known(tensor):
+                if storage.bytes and not storage.saved:
+                    storage.saved = True
+                    segment = self.log.current()
+                    segment.saved += storage.bytes
+                    segment.saved_copies += storage.bytes if storage.copied else 0
         # Not the tensor itself: an operation's own output would then keep the node alive that keeps the output.
         return tensor.detach()
 
@@ -211,10 +218,10 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         if compat.current_node_sequence() is not None:
             return
         for tensor in _tensors((args, kwargs)):
-            storage = self._storages.get(id(tensor.untyped_storage()))
-            if storage is not None and not storage.entered:
-                storage.entered = True
-                self.log.current().inputs += storage.bytes
+            for storage in self._known(tensor):
+                if not storage.entered:
+                    storage.entered = True
+                    self.log.current().inputs += storage.bytes
 
     def _leave(self, *_: Any) -> None:
         self.log.leave_block()
@@ -250,7 +257,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         """Copy what an operation is about to overwrite of the tensors that the step did not make, once each."""
         for place in _mutated_arguments(func):
             written = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
-            for tensor in _tensors(written):
+            for tensor in (part for one in _tensors(written) for part in compat.dense_parts(one)):
                 key = id(tensor.untyped_storage())
                 known = self._storages.get(key)
                 if (known is None or known.bytes == 0) and key not in self.overwritten:
@@ -259,6 +266,11 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 
 _mutated_arguments = functools.cache(compat.mutated_arguments)
+
+
+def _keys(tensor: torch.Tensor) -> list[int]:
+    """By which the storages of `tensor` are known."""
+    return [id(part.untyped_storage()) for part in compat.dense_parts(tensor)]
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

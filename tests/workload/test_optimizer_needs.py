@@ -123,3 +123,19 @@ def test_together_on_cuda_temporaries_follow_the_total():
     # The second moments' roots are made for all parameters together.
     assert 0.9 < needs.step_temporary_total < 2.1
     assert work.approximate == ()
+
+
+class Table(Wrapped):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Embedding(100, 8, sparse=True), nn.Linear(8, 4)))
+
+    def configure_optimizers(self):
+        table, rest = self.model
+        return [torch.optim.SparseAdam(list(table.parameters())), torch.optim.SGD(rest.parameters(), lr=0.1)]
+
+
+def test_sparse_gradients():
+    work = Workload.trace(Table(), torch.randint(0, 100, (4, 6)), precisions=("32-true",))
+    assert work.approximate == ()
+    assert work.optimizers[0].state_bytes == {"model.0.weight": 2 * 4 * 100 * 8}
+    assert all(parameter.used for parameter in work.parameters)
