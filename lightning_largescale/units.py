@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from lightning_largescale.plan import PlanError
 
-_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)B?\s*", re.IGNORECASE)
 
 
 def parse_bytes(size: int | float | str, *, name: str = "size") -> int:
     """Bytes of a size given as a number or as text such as `"6GiB"`, `"512 MB"` or `"1.5 GB"`.
 
     Args:
-        size: bytes, or digits with an optional unit: K, M, G, T are powers of 1000, Ki, Mi, Gi, Ti of 1024; a final B
-            is optional.
+        size: bytes, or digits with an optional unit: K, M, G, T, P are powers of 1000, Ki, Mi, Gi, Ti, Pi of 1024; a
+            final B is optional.
         name: the argument named in the error.
 
     Raises:
@@ -35,9 +36,14 @@ def parse_bytes(size: int | float | str, *, name: str = "size") -> int:
     return int(value)
 
 
-def format_bytes(count: float) -> str:
-    """`count` bytes in the largest binary unit that leaves at least 1, three significant digits: `"1.50 GiB"`."""
-    return _scaled(count, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+def format_bytes(count: float, *, up: bool = False) -> str:
+    """`count` bytes in the largest binary unit that leaves at least 1, three significant digits: `"1.50 GiB"`.
+
+    Args:
+        count: bytes.
+        up: never less than `count`, so that who gives what was written gives enough.
+    """
+    return _scaled(count, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), up=up)
 
 
 def format_flops(rate: float) -> str:
@@ -55,12 +61,15 @@ def format_seconds(seconds: float) -> str:
     return "0 s" if seconds == 0 else f"{_three_digits(seconds / 1e-6)} us"
 
 
-def _scaled(value: float, base: float, names: tuple[str, ...]) -> str:
+def _scaled(value: float, base: float, names: tuple[str, ...], *, up: bool = False) -> str:
     sign, value, power = "-" if value < 0 else "", abs(value), 0
     while value >= base and power < len(names) - 1:
         value, power = value / base, power + 1
-    return f"{sign}{int(value) if names[power] == 'B' else _three_digits(value)} {names[power]}"
+    return f"{sign}{int(value) if names[power] == 'B' else _three_digits(value, up=up)} {names[power]}"
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def _three_digits(value: float, *, up: bool = False) -> str:
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    if up:
+        value = math.ceil(value * 10**digits) / 10**digits
+    return f"{value:.{digits}f}"

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_largescale.plan import PlanError
 from lightning_largescale.units import format_bytes, format_flops, format_seconds, parse_bytes
@@ -46,3 +48,10 @@ def test_format():
         "3 min 5 s",
     ]
     assert format_flops(44e9) == "44.0 GFLOP/s"
+
+
+@given(st.integers(1, 2**50))
+def test_rounded_up_is_enough(count):
+    written = format_bytes(count, up=True)
+    assert count <= parse_bytes(written) <= 1.01 * count + 1
+    assert format_bytes(3 * 2**29 + 1, up=True) == "1.51 GiB"

@@ -248,7 +248,7 @@ def _faster(report: Report) -> Iterator[str]:
         gain = f"{best.step_seconds / row.estimate.step_seconds:.2f} times as fast: {plan_fields(row.plan)}"
         short = row.estimate.peak_bytes["device"] - report.budget_bytes
         if status == "too large":
-            yield f"{format_bytes(short)} more memory a rank would be {gain}"
+            yield f"{format_bytes(short, up=True)} more memory a rank would be {gain}"
         elif short <= 0:
             yield f"allow=({row.plan.precision!r},) would be {gain}"
 
@@ -269,7 +269,7 @@ def _would_fit(report: Report, price: _Pricing, allowed: set[str], *, fixed: boo
         yield f"take {machine.world_size} devices"
     least_bytes = _least(report, allowed)
     if least_bytes < math.inf:
-        yield f"give a budget of {format_bytes(least_bytes)}"
+        yield f"give a budget of {format_bytes(least_bytes, up=True)}"
 
 
 def _first(options: list[_Option], fits: Callable[[_Option], bool]) -> list[_Option]:

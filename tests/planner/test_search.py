@@ -81,6 +81,7 @@ def test_advice_when_nothing_fits_is_true():
     assert find_plans(work.with_batch(samples), hardware(1), memory_budget=1100 * MIB).fits
     (budget,) = [line for line in report.advice if line.startswith("give a budget of")]
     assert report.nothing_fits().endswith(budget + ".")
+    assert find_plans(work, hardware(1), memory_budget=budget.removeprefix("give a budget of ")).fits
 
 
 def test_advice_takes_little_more_than_the_search(monkeypatch):
