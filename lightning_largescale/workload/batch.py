@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from lightning_largescale import compat
 
@@ -29,8 +30,21 @@ def tensors_in(batch: Any) -> list[torch.Tensor]:
 
 
 def batch_samples(batch: Any) -> int:
-    """Size of the first dimension of the first tensor that has one; 1 when none has."""
-    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim() and tensor.shape[0]), 1)
+    """Sequences in the first PackedSequence, or else the size of the first dimension of the first tensor that has one.
+
+    1 when there is neither.
+    """
+    sizes: list[int] = []
+
+    def note(found: Any) -> Any:
+        if isinstance(found, PackedSequence):
+            sizes.insert(0, int(found.batch_sizes[0]))
+        elif found.dim() and found.shape[0]:
+            sizes.append(found.shape[0])
+        return found
+
+    apply_to_collection(batch, (torch.Tensor, PackedSequence), note, allow_frozen=True)
+    return next(iter(sizes), 1)
 
 
 def batch_bytes(batch: Any) -> int:
@@ -44,6 +58,12 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def first_samples(batch: Any, count: int) -> Any:
-    """The first `count` samples: tensors whose first dimension is that of the batch are cut."""
+    """The first `count` samples: tensors whose first dimension is that of the batch are cut, and packed sequences."""
     samples = batch_samples(batch)
-    return map_tensors(batch, lambda tensor: tensor[:count] if tensor.dim() and tensor.shape[0] == samples else tensor)
+
+    def cut(found: Any) -> Any:
+        if isinstance(found, PackedSequence):
+            return pack_sequence(unpack_sequence(found)[:count], enforce_sorted=found.sorted_indices is None)
+        return found[:count] if found.dim() and found.shape[0] == samples else found
+
+    return apply_to_collection(batch, (torch.Tensor, PackedSequence), cut, allow_frozen=True)

@@ -1,7 +1,10 @@
 import pytest
 import torch
-from workload.families import Pair, Sample
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
+from workload.families import Pair, Sample, Wrapped
 
+from lightning_largescale.workload import Workload
 from lightning_largescale.workload.batch import batch_bytes, batch_samples, first_samples, tensors_in
 
 
@@ -26,3 +29,18 @@ def test_first_samples_cut_what_has_the_batch_dimension():
     assert isinstance(cut["pair"], Pair)
     sample = first_samples(Sample(torch.zeros(4), torch.zeros(4)), 1)
     assert (sample.x.shape, sample.name) == ((1,), "sample")
+
+
+@pytest.mark.parametrize("lengths", [(6, 5, 4), (4, 6, 5)])
+def test_packed_sequences_are_samples(lengths):
+    packed = pack_sequence([torch.zeros(length, 8) for length in lengths], enforce_sorted=lengths[0] == 6)
+    batch = (torch.zeros(7), packed, torch.zeros(3))
+    assert batch_samples(batch) == 3
+    _, cut, targets = first_samples(batch, 2)
+    assert [len(one) for one in unpack_sequence(cut)] == list(lengths[:2])
+    assert (cut.sorted_indices is None, targets.shape) == (packed.sorted_indices is None, (2,))
+    module = Wrapped(nn.GRU(8, 4), loss=lambda model, batch: model(batch[1])[1].mean())
+    work = Workload.trace(module, batch, precisions=("32-true",))
+    (why,) = work.approximate
+    assert "measured on 1 and 2 of the 3 samples" in why
+    assert work.steps["32-true"].forward_flops > 0
