@@ -67,17 +67,15 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
         "forward": micro * sum(_segment_seconds(s, rates, plan, backward=False) for s in sizes.step.segments),
         "backward": micro * sum(_segment_seconds(s, rates, plan, backward=True) for s in sizes.step.segments),
         "recomputation": micro * recompute_seconds(sizes, rates),
-        "all-gather": micro * all_gathers_seconds(sizes, links),
+        "all-gather": micro * sum(all_gathers_seconds(sizes, links, backward=again) for again in (False, True)),
         "reduce-scatter": reduce_scatters_seconds(sizes, links),
         "all-reduce": all_reduces_seconds(sizes, links),
         "shard copies": copies_seconds(sizes, rates, micro),
         "optimizer step": optimizer_seconds(sizes, rates),
     }
-    compute = terms["forward"] + terms["backward"] + terms["recomputation"]
-    communication = terms["all-gather"] + terms["reduce-scatter"] + terms["all-reduce"]
-    hidden = min(compute, communication - _exposed_ends(sizes, links)) if _OVERLAPS[hardware.kind] else 0.0
+    hidden_seconds = _hidden_seconds(sizes, links, terms) if _OVERLAPS[hardware.kind] else 0.0
     shown = sorted(((name, seconds) for name, seconds in terms.items() if seconds), key=lambda item: -item[1])
-    return TimeEstimate(terms=dict(shown), hidden_seconds=max(0.0, hidden))
+    return TimeEstimate(terms=dict(shown), hidden_seconds=hidden_seconds)
 
 
 def all_gather_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float:
@@ -121,19 +119,17 @@ def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
     return sum(_segment_seconds(segment, rates, sizes.plan, backward=False) for segment in again)
 
 
-def all_gathers_seconds(sizes: Sizes, links: Links) -> float:
-    """Seconds of gathering every group, a micro-batch: once in forward, and again in backward where it was resharded.
+def all_gathers_seconds(sizes: Sizes, links: Links, *, backward: bool) -> float:
+    """Seconds of gathering groups in one micro-batch: all in forward, in backward again those that were resharded.
 
     Source: ZeRO, section 7.2: parameters travel once more under stage 3 than under stage 2.
     """
-    if not sizes.sharded:
+    again = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
+    if not sizes.sharded or (backward and not again):
         return 0.0
-    shard, total = sizes.plan.dp_shard, 0.0
-    twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
-    for block in _groups(sizes):
-        once = all_gather_seconds(sizes.gathered(block) // shard, shard, links.all_gather)
-        total += once * (2 if twice and block is not None else 1)
-    return total
+    # The root stays gathered until its backward is done.
+    gathered = [block for block in _groups(sizes) if block is not None or not backward]
+    return sum(_group_all_gather_seconds(sizes, block, links) for block in gathered)
 
 
 def reduce_scatters_seconds(sizes: Sizes, links: Links) -> float:
@@ -143,11 +139,7 @@ def reduce_scatters_seconds(sizes: Sizes, links: Links) -> float:
     """
     if not sizes.sharded or sizes.workload.stage != "fit":
         return 0.0
-    shard = sizes.plan.dp_shard
-    return sum(
-        reduce_scatter_seconds(sizes.gradient(block, whole=False), shard, links.reduce_scatter)
-        for block in _groups(sizes)
-    )
+    return sum(_group_reduce_scatter_seconds(sizes, block, links) for block in _groups(sizes))
 
 
 def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
@@ -160,7 +152,7 @@ def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
         return 0.0
     if not sizes.sharded:
         return all_reduce_seconds(sizes.gradients, sizes.plan.dp_replicate, links.all_reduce)
-    return sum(_shard_all_reduce_seconds(sizes, block, links) for block in _groups(sizes))
+    return sum(_group_all_reduce_seconds(sizes, block, links) for block in _groups(sizes))
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
@@ -194,20 +186,35 @@ def _segment_seconds(segment: Segment, rates: Rates, plan: Plan, *, backward: bo
     return flops / rate + moved / rates.memory_bandwidth
 
 
-def _shard_all_reduce_seconds(sizes: Sizes, block: str | None, links: Links) -> float:
-    return all_reduce_seconds(sizes.gradient(block, whole=False), sizes.plan.dp_replicate, links.all_reduce)
+def _hidden_seconds(sizes: Sizes, links: Links, terms: Mapping[str, float]) -> float:
+    """Communication under compute: gathers under the pass that they are for, reductions under the last backward.
+
+    The first gather of a forward and the last reduction have no compute to hide under.
+    """
+    micro = sizes.accumulate
+    forward, backward = terms["forward"] / micro, (terms["backward"] + terms["recomputation"]) / micro
+    gathers, again = (all_gathers_seconds(sizes, links, backward=passed) for passed in (False, True))
+    reductions = terms["reduce-scatter"] + terms["all-reduce"]
+    if sizes.sharded:
+        gathers -= _group_all_gather_seconds(sizes, None, links)
+    if sizes.sharded and reductions:
+        reductions -= _group_reduce_scatter_seconds(sizes, None, links) + _group_all_reduce_seconds(sizes, None, links)
+    in_forward = micro * min(forward, max(0.0, gathers))
+    in_backward = (micro - 1) * min(backward, again) + min(backward, again + max(0.0, reductions))
+    return in_forward + in_backward
 
 
-def _exposed_ends(sizes: Sizes, links: Links) -> float:
-    """The first gather and the last reduction have no compute to hide under."""
-    if not sizes.sharded:
-        return 0.0
+def _group_all_gather_seconds(sizes: Sizes, block: str | None, links: Links) -> float:
     shard = sizes.plan.dp_shard
-    first = all_gather_seconds(sizes.gathered(None) // shard, shard, links.all_gather)
-    if sizes.workload.stage != "fit":
-        return first
-    last = reduce_scatter_seconds(sizes.gradient(None, whole=False), shard, links.reduce_scatter)
-    return first + last + _shard_all_reduce_seconds(sizes, None, links)
+    return all_gather_seconds(sizes.gathered(block) // shard, shard, links.all_gather)
+
+
+def _group_reduce_scatter_seconds(sizes: Sizes, block: str | None, links: Links) -> float:
+    return reduce_scatter_seconds(sizes.gradient(block, whole=False), sizes.plan.dp_shard, links.reduce_scatter)
+
+
+def _group_all_reduce_seconds(sizes: Sizes, block: str | None, links: Links) -> float:
+    return all_reduce_seconds(sizes.gradient(block, whole=False), sizes.plan.dp_replicate, links.all_reduce)
 
 
 def _ring_seconds(hop_bytes: int, hops: int, link: Link | None) -> float:

@@ -62,6 +62,29 @@ def test_cuda_hides_communication_and_cpu_does_not():
     assert 0 < cuda.hidden_seconds <= cuda.terms["forward"] + cuda.terms["backward"]
 
 
+def test_reductions_hide_under_the_last_backward_only():
+    slow = Link(latency_seconds=0, bandwidth=1e7)
+    machine = hardware(2, kind="cuda")
+    machine = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, all_reduce=slow))
+    for count in (1, 4):
+        time = step_time(workload(), Plan(dp_replicate=2), machine, accumulate_grad_batches=count)
+        assert time.terms["all-reduce"] > time.terms["backward"]
+        assert time.hidden_seconds == pytest.approx(time.terms["backward"] / count)
+
+
+def test_each_pass_hides_its_own_gathers():
+    slow = Link(latency_seconds=0, bandwidth=1e7)
+    machine = hardware(2, kind="cuda")
+    machine = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, all_gather=slow))
+    two, three = (
+        step_time(workload(), Plan(dp_shard=2, reshard_after_forward=again), machine, accumulate_grad_batches=3)
+        for again in (False, True)
+    )
+    reductions = 4 * (1e-4 + 8 * MIB / 1e9)  # the root's is the last
+    assert two.hidden_seconds == pytest.approx(two.terms["forward"] + reductions)
+    assert three.hidden_seconds == pytest.approx(three.terms["forward"] + three.terms["backward"])
+
+
 def test_slow_bf16_is_slow():
     work = workload(precisions=("32-true", "bf16-mixed"))
     fp32, bf16 = (step_time(work, Plan(precision=name), hardware(1)).step_seconds for name in work.steps)
