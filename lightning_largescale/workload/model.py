@@ -215,7 +215,8 @@ class Workload:
 
         Returns:
             The workload. Where the step cannot run on fakes it is that of a real step on one sample and on two, drawn
-            out to the batch; failing that, an estimate from the parameters. `approximate` says which and why.
+            out to the batch; a precision in which it cannot run at all is left out of `steps` where it can in another;
+            failing all, an estimate from the parameters. `approximate` says which and why.
 
         Raises:
             PlanError: `step` or a precision is not of those above, or a parameter of a lazy module has no shape yet.

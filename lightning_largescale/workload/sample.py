@@ -22,8 +22,13 @@ def trace_on_samples(request: Request) -> Traced:
         CannotTraceError: a parameter has no data, so that there is nothing to run.
         Exception: what the step raises on two samples, or on one where the batch has no more.
     """
-    if any(tensor.is_meta for tensor in (*request.module.parameters(), *request.module.buffers())):
+    held = [*request.module.parameters(), *request.module.buffers()]
+    if any(tensor.is_meta for tensor in held):
         raise CannotTraceError("its parameters have no values yet")
+    # The step runs where the module is now, before it moves to the device that is asked about.
+    device_type = next((tensor.device.type for tensor in held), "cpu")
+    where = "" if device_type == request.device_type else f" with kernels for {device_type}"
+    request = dataclasses.replace(request, device_type=device_type)
     samples = batch_samples(request.batch)
     runs: dict[int, Traced] = {}
     for count in range(1, min(2, samples) + 1):
@@ -36,7 +41,7 @@ def trace_on_samples(request: Request) -> Traced:
     last = runs[max(runs)]
     step = _drawn_out({count: run.step for count, run in runs.items()}, samples)
     measured = " and ".join(map(str, runs))
-    how = f"a real step was measured on {measured} of the {samples} samples and drawn out to all"
+    how = f"a real step was measured on {measured} of the {samples} samples{where} and drawn out to all"
     return dataclasses.replace(last, step=step, approximate=(*last.approximate, how))
 
 

@@ -18,7 +18,7 @@ from lightning_largescale.workload.batch import tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups
 from lightning_largescale.workload.model import Segment, Step
 from lightning_largescale.workload.state import Snapshot
-from lightning_largescale.workload.tracker import Tracker
+from lightning_largescale.workload.tracker import CannotTraceError, Tracker
 
 STAGES = {
     "training_step": "fit",
@@ -198,7 +198,9 @@ def eager() -> Iterator[None]:
 
 
 def in_words(error: Exception) -> str:
-    """Type and first line of an error; those of a fake tensor without data, in plainer words."""
+    """Type and first line of an error; ours, and those of a fake tensor without data, in plainer words."""
+    if isinstance(error, CannotTraceError):
+        return str(error)
     if isinstance(error, compat.data_dependent_errors()):
         return f"it needs the values of tensors: {error}"
     lines = str(error).strip().splitlines() or [""]

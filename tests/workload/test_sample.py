@@ -23,7 +23,16 @@ def test_values_that_decide_fall_back_to_one_sample():
         assert step.forward_flops == real.forward_flops
 
 
-def test_one_sample_that_is_refused_is_followed_bytwo_tensors():
+def test_for_another_device_it_runs_where_the_module_is():
+    module, batch = Wrapped(families.Branching()), torch.randn(16, 8)
+    here, there = (
+        Workload.trace(module, batch, precisions=("bf16-mixed",), device_type=device) for device in ("cpu", "cuda")
+    )
+    assert there.steps == here.steps
+    assert "16 samples with kernels for cpu and drawn out" in there.approximate[0]
+
+
+def test_one_sample_that_is_refused_is_followed_by_two():
     class Normalised(families.Branching):
         def __init__(self):
             super().__init__()
