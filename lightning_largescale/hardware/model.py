@@ -198,13 +198,13 @@ class Hardware:
 
         With a process group up it is a collective: every rank calls it with the same arguments, and every rank gets
         the rates of the slowest. The cache is `$LARGESCALE_CACHE`, else `$XDG_CACHE_HOME/lightning_largescale`, else
-        `~/.cache/lightning_largescale`.
+        `~/.cache/lightning_largescale`. On several nodes collectives are measured over all ranks, not inside a node.
 
         Args:
             seconds: upper bound of the time spent measuring.
             progress: show a bar on rank 0; silent when stderr is no terminal.
-            matmul_sizes: `(m, k, n)` of the matrix products whose rate is wanted, like the workload's; None takes a
-                cube.
+            matmul_sizes: `(m, k, n)` of the matrix products whose rate is wanted, like the workload's, which
+                `planner.products.matmul_sizes` gives; None takes a cube.
 
         Raises:
             PlanError: the hardware was not detected here, or its ranks are not those of the process group.
