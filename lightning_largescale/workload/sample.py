@@ -7,16 +7,22 @@ import dataclasses
 import torch
 from torch import nn
 
-from lightning_largescale.workload.batch import batch_samples, first_samples, map_tensors
+from lightning_largescale.workload.batch import batch_bytes, batch_samples, first_samples, map_tensors
+from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.model import Step, combine_steps
 from lightning_largescale.workload.stand_in import attach
 from lightning_largescale.workload.state import swap_tensors
 from lightning_largescale.workload.steps import Request, Traced, eager, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
 
+# Up to these bytes a whole batch is run where no part of it can be: no machine misses a step of that size.
+_SMALL_BATCH, _SMALL_STEP = 2**20, 2**28
+
 
 def trace_on_samples(request: Request) -> Traced:
     """The step for real on one and on two samples, drawn out to the batch; the last of its notes says so.
+
+    A step that takes neither runs on the whole batch, if that is small.
 
     Raises:
         CannotTraceError: a parameter has no data, so that there is nothing to run.
@@ -30,19 +36,37 @@ def trace_on_samples(request: Request) -> Traced:
     where = "" if device_type == request.device_type else f" with kernels for {device_type}"
     request = dataclasses.replace(request, device_type=device_type)
     samples = batch_samples(request.batch)
-    runs: dict[int, Traced] = {}
-    for count in range(1, min(2, samples) + 1):
-        try:
-            runs[count] = trace_for_real(dataclasses.replace(request, batch=first_samples(request.batch, count)))
-        except Exception:
-            # A single sample is refused by batch normalisation, among others; then two stand for the batch.
-            if count == min(2, samples):
-                raise
+    runs = _runs(request, samples)
     last = runs[max(runs)]
     step = _drawn_out({count: run.step for count, run in runs.items()}, samples)
     measured = " and ".join(map(str, runs))
     how = f"a real step was measured on {measured} of the {samples} samples{where} and drawn out to all"
+    if samples in runs:
+        how = f"a real step was measured on the batch of {samples}{where}"
     return dataclasses.replace(last, step=step, approximate=(*last.approximate, how))
+
+
+def _runs(request: Request, samples: int) -> dict[int, Traced]:
+    """The step on one sample and on two, as far as it takes them, or else on all; by their number."""
+    runs: dict[int, Traced] = {}
+    errors: list[Exception] = []
+    for count in range(1, min(2, samples) + 1):
+        try:
+            runs[count] = trace_for_real(dataclasses.replace(request, batch=first_samples(request.batch, count)))
+        except Exception as error:
+            # A single sample is refused by batch normalisation, among others; then two stand for the batch.
+            errors.append(error)
+    # Targets that are flattened, or sizes that are written into the step, go with the whole batch only.
+    if not runs and samples > 2 and _is_small(request):
+        runs[samples] = trace_for_real(request)
+    if not runs:
+        raise errors[-1]
+    return runs
+
+
+def _is_small(request: Request) -> bool:
+    """Whether the whole batch can be run without a thought to memory: of convolutions the estimate knows too little."""
+    return batch_bytes(request.batch) <= _SMALL_BATCH and estimate(request, "").step.peak_bytes <= _SMALL_STEP
 
 
 def trace_for_real(request: Request) -> Traced:

@@ -44,3 +44,26 @@ def test_one_sample_that_is_refused_is_followed_by_two():
     work = Workload.trace(Wrapped(Normalised()), torch.randn(8, 8), precisions=("32-true",))
     assert "measured on 2 of the 8 samples" in work.approximate[0]
     assert work.steps["32-true"].forward_flops == 2 * 8 * (2 * 8 * 8)
+
+
+class Flattened(nn.Module):
+    """A language model over time first, whose targets come flattened."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.rnn, self.head = nn.Embedding(32, 8), nn.LSTM(8, 16), nn.Linear(16, 32)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.table(x))[0]).flatten(0, 1)
+
+
+def test_a_small_batch_that_cannot_be_cut_is_run_whole():
+    module = Wrapped(Flattened(), loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]))
+    batch = torch.randint(0, 32, (6, 4)), torch.randint(0, 32, (24,))
+    work = Workload.trace(module, batch, precisions=("32-true",))
+    (why,) = work.approximate
+    assert why.endswith("a real step was measured on the batch of 6")
+    assert work.steps["32-true"] == real_step(module, batch).step
+    large = torch.randint(0, 32, (6, 2**15)), torch.randint(0, 32, (6 * 2**15,))
+    (why,) = Workload.trace(module, large, precisions=("32-true",)).approximate
+    assert "estimated from the shapes" in why
