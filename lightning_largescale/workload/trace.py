@@ -147,8 +147,12 @@ class _Fakes:
         self.mode = compat.fake_tensor_mode()
         # A build without CUDA makes no CUDA tensors, nor fakes of them; shapes and bytes are nearly those of the CPU.
         self.device_type = device_type if device_type != "cuda" or torch.cuda.is_available() else "cpu"
+        self.notes = [] if self.device_type == device_type else ["there is no CUDA here: CPU kernels were traced"]
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is not torch.strided:
+            # A sparse fake holds nothing, whatever the tensor holds.
+            self.notes.append("sparse tensors were traced as dense ones, whose operations need more")
         with self.mode:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device_type)
             return made.requires_grad_(tensor.requires_grad and tensor.is_leaf)
@@ -178,8 +182,7 @@ def _trace_on_fakes(request: Request) -> Traced:
         batch = map_tensors(request.batch, fakes.tensor)
         on_fakes = replace(request, batch=batch, device_type=fakes.device_type)
         traced = run_step(on_fakes, swapped, fakes.mode.from_tensor)
-    instead = [] if fakes.device_type == request.device_type else ["there is no CUDA here: CPU kernels were traced"]
-    return replace(traced, approximate=(*traced.approximate, *passed_over, *instead))
+    return replace(traced, approximate=(*traced.approximate, *passed_over, *fakes.notes))
 
 
 def _optimizers(request: Request, used: frozenset[str]) -> tuple[tuple[OptimizerNeeds, ...], tuple[str, ...]]:

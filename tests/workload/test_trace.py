@@ -280,6 +280,25 @@ def test_cuda_is_traced_by_the_kernels_that_there_are():
     assert there.approximate == ("there is no CUDA here: CPU kernels were traced",)
 
 
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("edges", torch.eye(16).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.edges, self.layer(x))
+
+
+def test_sparse_tensors_are_traced_as_dense_ones():
+    module, batch = Wrapped(Graph()), torch.randn(16, 8)
+    work = Workload.trace(module, batch, precisions=("32-true",))
+    assert work.approximate == ("sparse tensors were traced as dense ones, whose operations need more",)
+    assert work.buffer_bytes == 16 * (4 + 2 * 8)
+    step, real = work.steps["32-true"], real_step(module, batch).step
+    assert step.saved_bytes >= real.saved_bytes
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
