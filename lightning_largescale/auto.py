@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from rich.console import Console
@@ -34,6 +34,7 @@ from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.panel import after_fit, setup_panel
+from lightning_largescale.planner.products import matmul_sizes
 from lightning_largescale.planner.search import check_allow
 from lightning_largescale.precision import asked_precision
 from lightning_largescale.sample import random_state_kept, sample_batch
@@ -72,6 +73,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         PlanError: an argument is not accepted; at setup, nothing fits.
     """
 
+    decided_at_setup = ("plan", "report")
+
     def __init__(
         self,
         *,
@@ -108,18 +111,15 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             return self.plan
         kind = self.root_device.type
         shown = _shows_panel(trainer)
-        hardware = Hardware.detect(
-            accelerator=kind,
-            environment=self.cluster_environment,
-            ranks_per_node=self.num_processes,
-            nodes=self.num_nodes,
-        ).calibrate(progress=shown)
-        batch, notes = self._batch(trainer)
         module = self._module()
+        batch, notes = self._batch(trainer)
+        workload = self._told_by_rank_zero(lambda: self._trace(trainer, batch, notes))
+        # The trace came first, so that products are measured at sizes like its own.
+        hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
         # What the model takes now is there for it, and counted again in every plan.
         free_bytes = hardware.memory_free_bytes + _own_bytes(module, kind)
         ranks = self._gathered((free_bytes, _held_beside(module, kind)))
-        self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, batch, notes, ranks))
+        self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
         self._planned_for = (module, trainer.state.fn)
         start_peak(kind)
@@ -167,10 +167,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
         return batch if self.is_global_zero else None, notes
 
-    def _plans(
-        self, trainer: Trainer, hardware: Hardware, batch: Any, notes: tuple[str, ...], ranks: list[tuple[int, int]]
-    ) -> Report:
-        """The report of a search; `ranks` has the free bytes of each rank and those it holds beside the model."""
+    def _trace(self, trainer: Trainer, batch: Any, notes: tuple[str, ...]) -> Workload:
+        """The step that is about to run, traced."""
         module = self._module()
         asked = asked_precision(self.precision_plugin)
         precisions = (asked,) if asked else ("32-true", *self._allow)
@@ -183,27 +181,27 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 # As the step will see it, but on the CPU.
                 batch = compat.before_transfer(module, batch)
                 batch = self.batch_to_device(batch, device=torch.device("cpu"))
-            workload = Workload.trace(module, batch, step=step, precisions=precisions, device_type=hardware.kind)
+            device_type = self.root_device.type
+            workload = Workload.trace(module, batch, step=step, precisions=precisions, device_type=device_type)
         if workload.parameters and trainer.state.fn == TrainerFn.FITTING and not workload.optimizers:
             raise PlanError(f"{workload.name} has no optimizer; return one from configure_optimizers to train it.")
+        return dataclasses.replace(workload, approximate=(*notes, *workload.approximate))
+
+    def _plans(self, trainer: Trainer, hardware: Hardware, workload: Workload, ranks: list[tuple[int, int]]) -> Report:
+        """The report of a search; `ranks` has the free bytes of each rank and those it holds beside the model."""
         return find_plans(
-            dataclasses.replace(workload, approximate=(*notes, *workload.approximate)),
+            workload,
             dataclasses.replace(hardware, memory_free_bytes=min(free for free, _ in ranks)),
             allow=self._allow,
             memory_budget=self._memory_budget,
-            baseline_bytes=max(_held_beside(module, hardware.kind), *(held for _, held in ranks)),
+            baseline_bytes=max(held for _, held in ranks),
             accumulate_grad_batches=trainer.accumulate_grad_batches,
-            precision=asked,
+            precision=asked_precision(self.precision_plugin),
         )
 
-    def _module(self) -> LightningModule:
-        if self.lightning_module is None:
-            raise RuntimeError("the Trainer has not given the strategy its module yet")
-        return self.lightning_module
-
-    def _told_by_rank_zero(self, decide: Callable[[], Report]) -> Report:
+    def _told_by_rank_zero(self, decide: Callable[[], _Value]) -> _Value:
         """What `decide` returns on rank 0, on every rank; its error too, so that no rank waits for one that failed."""
-        outcome: Report | PlanError | None = None
+        outcome: _Value | PlanError = PlanError("rank 0 sent no plan.")
         if self.is_global_zero:
             try:
                 outcome = decide()
@@ -211,8 +209,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 self.broadcast(PlanError(f"rank 0 could not plan ({type(error).__name__}: {error})."))
                 raise
         outcome = self.broadcast(outcome)
-        if not isinstance(outcome, Report):
-            raise outcome or PlanError("rank 0 sent no report.")
+        if isinstance(outcome, PlanError):
+            raise outcome
         return outcome
 
     def _gathered(self, value: _Value) -> list[_Value]:

@@ -53,6 +53,26 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @property
     @override
+    def local_rank(self) -> int:
+        """Of this process on its node. A Trainer with one device is alone, also in a process that others stand beside:
+        a script that trained on several may go on with each by itself.
+        """
+        return super().local_rank if self.is_distributed else 0
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        """Of this process among all."""
+        return super().global_rank if self.is_distributed else 0
+
+    @property
+    @override
+    def world_size(self) -> int:
+        """Number of processes."""
+        return super().world_size if self.is_distributed else 1
+
+    @property
+    @override
     def root_device(self) -> torch.device:
         """The device of this rank."""
         return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
@@ -114,6 +134,13 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         return objects[0]
 
     @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Every rank's `tensor`, stacked; a single process has its own."""
+        return super().all_gather(tensor, group, sync_grads) if self.is_distributed else tensor
+
+    @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """`tensor` reduced over all ranks; what is no tensor is returned as it is."""
-        return compat.reduce_tensor(tensor, group, reduce_op) if isinstance(tensor, Tensor) else tensor
+        if not (self.is_distributed and isinstance(tensor, Tensor)):
+            return tensor
+        return compat.reduce_tensor(tensor, group, reduce_op)

@@ -113,6 +113,21 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             del module.state_dict
 
     @override
+    def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
+        """What else the parent is to know: what the strategy decided in the ranks."""
+        names = getattr(self._strategy, "decided_at_setup", ())
+        decided = {name: getattr(self._strategy, name) for name in names}
+        # As bytes, since Lightning looks for tensors in what it sends, and refuses frozen dataclasses.
+        return {**super().get_extra_results(trainer), "decided": pickle.dumps(decided)}
+
+    @override
+    def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
+        """Let the parent's strategy know it."""
+        super().update_main_process_results(trainer, extra)
+        for name, value in pickle.loads(extra["decided"]).items():
+            setattr(self._strategy, name, value)
+
+    @override
     def _recover_results_in_main_process(self, worker_output: Any, trainer: Trainer) -> None:
         """Load what rank 0 handed over; a model that `configure_model` builds is built here first, to hold it."""
         if worker_output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):

@@ -50,24 +50,30 @@ def configure_launcher(
     Returns:
         None for a single process; where the environment created the processes, a launcher that only tells failures.
 
-    Raises:
-        PlanError: `start_method` is none of these, or this system does not have it.
     """
     environment = strategy.cluster_environment
-    if start_method not in (None, *START_METHODS):
-        accepted = ", ".join(map(repr, START_METHODS))
-        raise PlanError(
-            f"start_method={start_method!r} is no way to start ranks; accepted: {accepted}, or None to choose."
-        )
     processes, nodes = len(strategy.parallel_devices or ()), getattr(strategy, "num_nodes", 1)
     if environment is None or processes * nodes == 1:
         return None
     method = start_method or choose_start_method()
     if method == "popen" or environment.creates_processes_externally:
         return ScriptLauncher(environment, processes, nodes)
-    if method not in mp.get_all_start_methods():
-        raise PlanError(f"start_method={method!r} does not exist on {sys.platform}; use 'popen' or 'spawn'.")
     return ForkLauncher(strategy, "fork" if method == "fork" else "spawn")
+
+
+def check_start_method(start_method: str | None) -> None:
+    """Refuse a way to start ranks that does not exist.
+
+    Raises:
+        PlanError: `start_method` is none of "popen", "fork", "spawn" and None, or this system does not have it.
+    """
+    if start_method not in (None, *START_METHODS):
+        accepted = ", ".join(map(repr, START_METHODS))
+        raise PlanError(
+            f"start_method={start_method!r} is no way to start ranks; accepted: {accepted}, or None to choose."
+        )
+    if start_method not in (None, "popen", *mp.get_all_start_methods()):
+        raise PlanError(f"start_method={start_method!r} does not exist on {sys.platform}; use 'popen' or 'spawn'.")
 
 
 def choose_start_method() -> str:

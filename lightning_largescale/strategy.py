@@ -23,8 +23,9 @@ from lightning_largescale import checkpoint, compat
 from lightning_largescale.connected import ConnectedStrategy
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
-from lightning_largescale.launch import configure_launcher
+from lightning_largescale.launch import check_start_method, configure_launcher
 from lightning_largescale.parallel.gather import (
+    backward_inside,
     check_optimizer,
     no_reduction,
     reshard,
@@ -35,7 +36,7 @@ from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
 from lightning_largescale.parallel.mesh import build_mesh
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
-from lightning_largescale.parallel.replicate import Replica, replicate_module
+from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
 from lightning_largescale.parallel.uneven import UnevenSteps
 from lightning_largescale.plan import Plan, PlanError
@@ -60,6 +61,9 @@ class LargeScaleStrategy(ConnectedStrategy):
         PlanError: the plan is not accepted; at setup, it does not fit the processes, the module, or the Trainer.
     """
 
+    # Attributes that the parent of forked ranks is told.
+    decided_at_setup: tuple[str, ...] = ("plan",)
+
     def __init__(
         self,
         plan: Plan | Mapping[str, Any] | str | Path | Callable[[Hardware], Plan],
@@ -69,8 +73,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        if start_method not in (None, "popen", "fork", "spawn"):
-            raise PlanError(f"start_method={start_method!r} is not accepted; give 'popen', 'fork', 'spawn' or None.")
+        check_start_method(start_method)
         self._planner = plan if callable(plan) else None
         self.plan = Plan() if callable(plan) else _read_plan(plan)
         self._start_method = start_method
@@ -84,7 +87,7 @@ class LargeScaleStrategy(ConnectedStrategy):
     @override
     def _configure_launcher(self) -> None:
         if self._planner is None and self._fixed:
-            self._check_sizes(self.plan, self.num_nodes * self.num_processes)
+            self.plan.check_world_size(self.num_nodes * self.num_processes)
         self._launcher = configure_launcher(self, self._start_method)
 
     @override
@@ -95,19 +98,20 @@ class LargeScaleStrategy(ConnectedStrategy):
             PlanError: the plan does not fit the number of processes, the module, or what was given to the Trainer.
         """
         assert self.accelerator is not None
-        assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        module, fitting = self._module(), trainer.state.fn == TrainerFn.FITTING
         plan = self.plan = self._decide(trainer)
-        self._check_sizes(plan, self.world_size)
+        plan.check_world_size(self.world_size)
         if fitting and not any(True for _ in module.parameters()):
             raise PlanError(
                 f"{type(module).__name__} has no parameters, so there is nothing to train; give it at least one."
             )
         self._use_precision(plan)
-        if fitting and self._layer_sync is not None:
+        if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
-            self._undo.callback(self._layer_sync.revert, module)
+            if plan.dp_shard == 1:
+                # A sharded module keeps its layers: others would not be known to what gathers their parameters.
+                self._undo.callback(self._layer_sync.revert, module)
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)
         if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
@@ -124,30 +128,28 @@ class LargeScaleStrategy(ConnectedStrategy):
         """The plan to carry out; called on every rank once the module is built, before anything is changed."""
         if self._planner is None:
             return self.plan
-        plan = self._planner(
-            Hardware.detect(
-                accelerator=self.root_device.type,
-                environment=self.cluster_environment,
-                ranks_per_node=self.num_processes,
-                nodes=self.num_nodes,
-            )
-        )
+        plan = self._planner(self._hardware())
         # A strategy named by a string says nothing of precision, so the Trainer's holds.
         return dataclasses.replace(plan, precision=asked_precision(self.precision_plugin) or plan.precision)
+
+    def _hardware(self) -> Hardware:
+        """What this rank finds, for the processes of the Trainer."""
+        return Hardware.detect(
+            accelerator=self.root_device.type,
+            environment=self.cluster_environment,
+            ranks_per_node=self.num_processes,
+            nodes=self.num_nodes,
+        )
+
+    def _module(self) -> LightningModule:
+        if self.lightning_module is None:
+            raise RuntimeError("the Trainer has not given the strategy its module yet")
+        return self.lightning_module
 
     @property
     def _fixed(self) -> bool:
         """Whether the plan was given, and is not decided at setup."""
         return type(self)._decide is LargeScaleStrategy._decide
-
-    def _check_sizes(self, plan: Plan, world_size: int) -> None:
-        if plan.world_size != world_size:
-            there = "is 1 process" if world_size == 1 else f"are {world_size} processes"
-            raise PlanError(
-                f"dp_replicate={plan.dp_replicate}, dp_shard={plan.dp_shard} makes {plan.world_size} and there {there};"
-                f" dp_replicate * dp_shard must be devices * num_nodes of the Trainer, {world_size}, for example"
-                f" dp_shard={world_size}."
-            )
 
     def _use_precision(self, plan: Plan) -> None:
         """Put the plan's precision plugin in the place of the Trainer's until teardown."""
@@ -180,13 +182,12 @@ class LargeScaleStrategy(ConnectedStrategy):
         if plan.dp_replicate > 1:
             check_equal_structure(module)
             equal_weights([*module.parameters(), *module.buffers()])
-            self._replica = replicate_module(module, self.root_device) if fitting else None
+            self._replica = Replica(module, self.root_device) if fitting else None
 
     @override
     def model_to_device(self) -> None:
         """Move the whole module to this rank's device."""
-        assert self.lightning_module is not None
-        self.lightning_module.to(self.root_device)
+        self._module().to(self.root_device)
 
     @contextlib.contextmanager
     @override
@@ -204,8 +205,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         """
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         if module.automatic_optimization and not any(optimizer.param_groups for optimizer in self.optimizers):
             raise PlanError(
                 f"{type(module).__name__.removeprefix('FSDP')}.configure_optimizers returned no optimizer;"
@@ -220,10 +220,12 @@ class LargeScaleStrategy(ConnectedStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's, through what reduces its gradients."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         if self._replica is None:
-            return self._step("training_step", *args, **kwargs)
+            result = self._step("training_step", *args, **kwargs)
+            if not module.automatic_optimization:
+                reshard(module)
+            return result
         with self.precision_plugin.forward_context():
             step = partial(module.training_step, *args, **kwargs)
             return self._replica.run(step, reduce_output=module.automatic_optimization)
@@ -244,8 +246,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         return self._step("predict_step", *args, **kwargs)
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         with self.precision_plugin.forward_context():
             result = run_gathered(module, partial(getattr(module, name), *args, **kwargs))
         if self._uneven is not None:
@@ -253,16 +254,17 @@ class LargeScaleStrategy(ConnectedStrategy):
         return result
 
     @override
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        """Where the user runs backward inside the step, let it begin as one that the step's output began."""
-        module = self.lightning_module
-        assert module is not None
-        if module.automatic_optimization:
-            return
-        if self._replica is not None:
-            self._replica.prepare(closure_loss)
-        elif closure_loss.requires_grad:
-            run_gathered(module, lambda: closure_loss)
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning's; where the user runs it inside the step, it begins as one that the step's output began."""
+        module = self._module()
+        inside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not module.automatic_optimization:
+            if self._replica is not None:
+                self._replica.prepare(closure_loss)
+            elif sharded_state(module):
+                inside = backward_inside(module, closure_loss)
+        with inside:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -276,8 +278,7 @@ class LargeScaleStrategy(ConnectedStrategy):
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         """Within, backward does not communicate gradients."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._replica is not None:
             blocked = self._replica.no_reduction()
@@ -317,8 +318,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         self._end_evaluation()
 
     def _start_evaluation(self) -> None:
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         if self.is_distributed:
             # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
             equal_weights(module.buffers())
@@ -341,8 +341,7 @@ class LargeScaleStrategy(ConnectedStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Full tensors, on rank 0 alone where the module is sharded; a collective."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         if sharded_state(module) is None:
             return super().lightning_module_state_dict()
         return checkpoint.full_module_state(module, keep=self.is_global_zero)
@@ -350,15 +349,13 @@ class LargeScaleStrategy(ConnectedStrategy):
     @override
     def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
         """Load full tensors, each rank its part."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module()
         checkpoint.load_module_state(module, checkpoint_["state_dict"], strict=strict)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective."""
-        assert self.lightning_module is not None
-        if sharded_state(self.lightning_module) is None:
+        if sharded_state(self._module()) is None:
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from lightning.pytorch.accelerators import MPSAccelerator, XLAAccelerator
@@ -51,3 +53,21 @@ def talk():
 
 def test_ranks_talk(two):
     assert two.run(talk) == [("from 1", 0.5, 1.0, "word", True, rank, "gloo") for rank in range(2)]
+
+
+def alone():
+    """Two ranks train together, then each by itself."""
+    together = trainer(LargeScaleStrategy(Plan(dp_replicate=2)), devices=2, max_steps=1)
+    together.fit(Language())
+    seed = int(os.environ["RANK"])
+    single = trainer(LargeScaleStrategy(Plan()), max_steps=3 + seed)
+    single.fit(model := Language(seed=seed))
+    strategy = single.strategy
+    return (strategy.global_rank, strategy.world_size, strategy.is_global_zero), len(model.losses), model.losses[0]
+
+
+def test_a_trainer_of_one_device_is_alone_in_a_process_of_many(two):
+    (first, steps, loss), (second, more, other) = two.run(alone)
+    assert first == second == (0, 1, True)
+    assert (steps, more) == (3, 4)
+    assert loss != other

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_largescale.fork import ForkLauncher
-from lightning_largescale.launch import ScriptLauncher, choose_start_method, configure_launcher
+from lightning_largescale.launch import ScriptLauncher, check_start_method, choose_start_method, configure_launcher
 from lightning_largescale.plan import PlanError
 
 TORCHRUN = ("python", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
@@ -92,7 +92,7 @@ def test_an_unknown_start_method():
     with pytest.raises(
         PlanError, match="start_method='forks' is no way to start ranks; accepted: 'popen', 'fork', 'spawn'"
     ):
-        configure_launcher(strategy(), "forks")
+        check_start_method("forks")
 
 
 # Runs that work.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -83,9 +85,10 @@ class Opened(Dataset):
         return 64
 
     def __getitem__(self, index):
-        self.file = self.file or open(self.path, "rb", buffering=0)
-        self.file.seek(index)
-        return torch.tensor(self.file.read(1)[0])
+        if self.file is None:
+            self.file = os.open(self.path, os.O_RDONLY)
+        os.lseek(self.file, index, os.SEEK_SET)
+        return torch.tensor(os.read(self.file, 1)[0])
 
 
 def test_workers_do_not_share_what_the_look_ahead_opened(tmp_path):

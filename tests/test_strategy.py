@@ -162,6 +162,52 @@ def test_configure_model(two):
         assert losses == pytest.approx(build(None, 1), rel=1e-5)
 
 
+class Normalised(Language):
+    """Blocks with running statistics; with `fixed` they are used and not gathered, as in fine-tuning."""
+
+    def __init__(self, *, fixed=False):
+        super().__init__()
+        self.fixed = fixed
+        self.blocks = nn.ModuleList(nn.Sequential(Block(), nn.BatchNorm1d(8)) for _ in range(3))
+
+    def on_train_batch_start(self, batch, index):
+        for part in self.modules():
+            if isinstance(part, nn.BatchNorm1d | nn.SyncBatchNorm):
+                part.train(not self.fixed)
+
+    def on_train_end(self):
+        self.train()
+
+
+def statistics(plan, devices):
+    model = Normalised()
+    trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, max_steps=4).fit(model)
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def test_running_statistics_under_recomputation_are_those_of_a_plain_run():
+    plain = statistics(None, 1)
+    recomputed = statistics(Plan(activation_checkpointing="full"), 1)
+    assert plain["blocks.0.1.num_batches_tracked"] == 4
+    assert all(torch.equal(recomputed[name], buffer) for name, buffer in plain.items())
+
+
+def synchronised(plan, devices):
+    """Losses and what another trainer evaluates after; on CPU synchronised layers can only be evaluated."""
+    model = Normalised(fixed=True)
+    for _ in range(2):
+        strategy = LargeScaleStrategy(plan) if plan else "auto"
+        trainer(strategy, devices=devices, max_steps=2, sync_batchnorm=devices > 1).fit(model)
+    strategy = LargeScaleStrategy(plan) if plan else "auto"
+    trainer(strategy, devices=devices, limit_val_batches=2).validate(model, verbose=False)
+    return model.losses + model.evaluated
+
+
+def test_synchronised_batch_normalisation(two):
+    for losses in two.run(synchronised, Plan(dp_shard=2), 2):
+        assert losses == pytest.approx(synchronised(None, 1), rel=1e-5)
+
+
 def hardware_plan(hardware):
     return Plan(dp_shard=hardware.world_size)
 
@@ -224,9 +270,13 @@ def test_ranks_as_forks_hand_the_trained_weights_back(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     model = Language(tied=True)
     start = copy.deepcopy(model)
-    trainer(LargeScaleStrategy(Plan(dp_shard=2), start_method="fork"), devices=2, max_steps=3).fit(model)
+    # Decided in the ranks, and known here after.
+    strategy = LargeScaleStrategy(hardware_plan, start_method="fork")
+    run = trainer(strategy, devices=2, max_steps=3)
+    run.fit(model)
     trainer(max_steps=3).fit(start)
     assert type(model.head.weight) is nn.Parameter
     assert model.head.weight is model.embedding.weight
+    assert run.strategy.plan == Plan(dp_shard=2)
     for name, parameter in start.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=2e-3)

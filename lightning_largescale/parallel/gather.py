@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -38,6 +39,8 @@ class Sharded:
         owners: the group of each parameter by name, where it is not the root.
         synchronize: whether the next backward reduces gradients.
         gathered: names of the groups that the last step gathered, in its order, but for the root.
+        stepping: a step runs.
+        in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
     """
 
     plan: Plan
@@ -45,6 +48,8 @@ class Sharded:
     owners: dict[str, FSDPModule] = field(default_factory=dict)
     synchronize: bool = True
     gathered: list[str] = field(default_factory=list)
+    stepping: bool = False
+    in_backward: bool = False
 
 
 def start_gathering(module: nn.Module, state: Sharded) -> None:
@@ -65,6 +70,7 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
     for name, group in state.groups.items():
         if name:
             group.register_forward_pre_hook(partial(_note, state, name))  # type: ignore[attr-defined]
+            group.register_forward_hook(partial(_watch_backward, module, state))  # type: ignore[attr-defined]
     for part in _eager_modules(module):
         own = {
             name: (parameter, owners[parameter])
@@ -89,8 +95,30 @@ def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
     if state is None:
         return function()
     state.gathered.clear()
-    result: _Result = getattr(module, _STEP)(function)
+    state.stepping = True
+    try:
+        result: _Result = getattr(module, _STEP)(function)
+    finally:
+        state.stepping = False
     return result
+
+
+@contextmanager
+def backward_inside(module: nn.Module, loss: Tensor) -> Iterator[None]:
+    """Within, a step of the sharded `module` runs the backward of `loss`; after, the root is gathered again.
+
+    What of the step follows may use the parameters that the module itself holds, and no forward would gather them.
+    """
+    state = vars(module)[_STATE]
+    if loss.requires_grad:
+        # What FSDP takes for the root's output starts its backward.
+        getattr(module, _STEP)(lambda: loss)
+    state.in_backward = True
+    try:
+        yield
+    finally:
+        state.in_backward = False
+    state.groups[""].unshard()
 
 
 def gather_along(module: nn.Module) -> None:
@@ -132,6 +160,8 @@ def no_reduction(module: nn.Module) -> Iterator[None]:
 def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
     """Make sure that `optimizer` trains the shards of `module`, and drop gathered copies whenever it has changed them.
 
+    Inside a step the root is gathered again, as after a backward there.
+
     Raises:
         PlanError: it holds parameters as they were before sharding.
     """
@@ -142,11 +172,38 @@ def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
                 f"{type(optimizer).__name__} holds parameters that are not the sharded module's;"
                 " create it in configure_optimizers, from self.parameters()."
             )
-    optimizer.register_step_post_hook(lambda *_: reshard(module))
+    state = vars(module)[_STATE]
+
+    def renew(*_: Any) -> None:
+        module.set_reshard_after_backward(True)  # type: ignore[operator]
+        reshard(module)
+        if state.stepping:
+            state.groups[""].unshard()
+
+    optimizer.register_step_post_hook(renew)
 
 
 def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:
     state.gathered.append(name)
+
+
+def _watch_backward(module: nn.Module, state: Sharded, block: nn.Module, args: Any, output: Any) -> None:
+    """Keep blocks gathered from a backward inside a step (gradient penalties, forces) until the optimizer's step.
+
+    The step's own backward goes through it once more, and autograd holds the gathered storages, which must not be freed
+    in between.
+    """
+
+    def keep(_: Tensor) -> None:
+        if state.stepping and not state.in_backward:
+            module.set_reshard_after_backward(False)  # type: ignore[operator]
+
+    def watch(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            tensor.register_hook(keep)  # type: ignore[no-untyped-call]
+        return tensor
+
+    apply_to_collection(output, Tensor, watch)
 
 
 def _gather(own: dict[str, tuple[nn.Parameter, FSDPModule]], part: nn.Module, args: Any) -> None:

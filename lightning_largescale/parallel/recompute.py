@@ -21,8 +21,8 @@ from lightning_largescale.workload.blocks import find_blocks
 def apply_recompute(module: nn.Module, plan: Plan) -> None:
     """Make every repeated block of `module` recompute its activations, as `plan.activation_checkpointing` says.
 
-    Numbers are those of the plain run bit for bit, dropout and running statistics included. The module is changed in place, its names and
-    state_dict keys are not; doing it twice is doing it once, and `remove_recompute` undoes it.
+    Numbers are those of the plain run bit for bit, dropout and running statistics included. The module is changed in
+    place, its names and state_dict keys are not; doing it twice is doing it once, and `remove_recompute` undoes it.
 
     Raises:
         PlanError: the plan asks for it and `module` has no repeated blocks.

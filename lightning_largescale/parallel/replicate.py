@@ -19,60 +19,72 @@ class Replica:
     """Averages the gradients of a module over all ranks in backward; kept beside the module, which stays as it is.
 
     Parameters that a step does not use keep no gradient, as in a plain run: the module may use others in each step, and
-    on each rank.
+    on each rank. Which are trainable may change between steps, on all ranks alike.
 
     Args:
-        module: on `device`, its values equal on all ranks, with a trainable parameter.
+        module: on `device`, its values equal on all ranks.
         device: of this rank.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        on_cuda = device.type == "cuda"
-        # Buckets are made on a stream of their own so that the default one does not hold their memory.
-        with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
-            self._wrapper = DistributedDataParallel(
-                _Call(module),
-                device_ids=[device.index] if on_cuda else None,
-                find_unused_parameters=True,
-                gradient_as_bucket_view=True,
-                init_sync=False,
-            )
+        self._module, self._device = module, device
+        self._trained: list[nn.Parameter] = []
+        self._wrapper: DistributedDataParallel | None = None
 
     def run(self, step: Callable[[], Any], *, reduce_output: bool) -> Any:
-        """Run `step`, the module's.
+        """Run `step`, the module's: a collective where other parameters are trainable than in the step before.
 
         Args:
             step: a step without arguments.
             reduce_output: the next backward starts from what `step` returns, else at `prepare`.
         """
+        wrapper = self._current()
+        if wrapper is None:
+            return step()
         if reduce_output:
-            return self._wrapper(step)
+            return wrapper(step)
 
         def detached() -> Any:
             result = step()
             # Or the wrapper would expect a backward from the output, and complain when none came.
-            self._wrapper.require_backward_grad_sync = False
+            wrapper.require_backward_grad_sync = False
             return result
 
         try:
-            return self._wrapper(detached)
+            return wrapper(detached)
         finally:
-            self._wrapper.require_backward_grad_sync = True
+            wrapper.require_backward_grad_sync = True
 
     def prepare(self, loss: Tensor) -> None:
         """Make ready for a backward from `loss` inside a step."""
-        prepare_for_backward(self._wrapper, loss)
+        if self._wrapper is not None:
+            prepare_for_backward(self._wrapper, loss)
 
     def no_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Within, backward keeps its gradients unreduced, without communication."""
-        return self._wrapper.no_sync()
+        wrapper = self._current()
+        return contextlib.nullcontext() if wrapper is None else wrapper.no_sync()
+
+    def _current(self) -> DistributedDataParallel | None:
+        """The wrapper of what is trainable now, since torch's knows only what was when it was made."""
+        trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        if [*map(id, trained)] != [*map(id, self._trained)]:
+            self._trained = trained
+            self._wrapper = _wrap(self._module, self._device) if trained else None
+        return self._wrapper
 
 
-def replicate_module(module: nn.Module, device: torch.device) -> Replica | None:
-    """What averages the gradients of `module`; None where nothing is trainable."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        return None
-    return Replica(module, device)
+def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    on_cuda = device.type == "cuda"
+    # Buckets are made on a stream of their own so that the default one does not hold their memory.
+    with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(
+            _Call(module),
+            device_ids=[device.index] if on_cuda else None,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+            init_sync=False,
+        )
 
 
 class _Call(nn.Module):

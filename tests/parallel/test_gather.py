@@ -73,6 +73,45 @@ class Adversarial(LightningModule):
         return torch.optim.Adam(self.generator.parameters(), 1e-2), torch.optim.Adam(self.critic.parameters(), 1e-2)
 
 
+class Tempered(Adversarial):
+    """A parameter of the module itself is used after the first backward of the step, as actor-critics do."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.zeros(shape))
+
+    def training_step(self, batch, index):
+        first, second = self.optimizers()
+        judged = self.adversarial(batch[:, :6] / 32, real=True)
+        first.zero_grad()
+        self.manual_backward(judged)
+        first.step()
+        tempered = (self.temperature.exp() * (batch[:, 0].float().mean() - 3)).mean()
+        second.zero_grad()
+        self.manual_backward(tempered)
+        second.step()
+        again = (self.temperature * judged.detach()).sum()
+        self.losses += [float(self.all_gather(loss.detach()).mean()) for loss in (judged, tempered, again)]
+
+    def configure_optimizers(self):
+        rest = [parameter for name, parameter in self.named_parameters() if name != "temperature"]
+        return torch.optim.SGD(rest, 1e-2), torch.optim.SGD([self.temperature], 1e-2)
+
+
+class Penalised(Language):
+    """The gradient of the blocks' output is part of the loss."""
+
+    def training_step(self, batch, index):
+        x = self.embedding(batch[:, :-1]).detach().requires_grad_()
+        out = x
+        for block in self.blocks:
+            out = block(out)
+        (slope,) = torch.autograd.grad(self.head(out).pow(2).mean(-1).sum(), x, create_graph=True)
+        loss = self.loss(batch) + (10 * slope).pow(2).mean()
+        self.losses.append(float(self.all_gather(loss.detach()).mean()))
+        return loss
+
+
 class Watched(Language):
     """Evaluated by a callback between backward and the optimizer's step, where gathered parameters would go stale."""
 
@@ -83,11 +122,12 @@ class Watched(Language):
 
 
 class Unfreeze(Callback):
-    """Trains the head alone at first, then everything."""
+    """Trains the head alone at first, then everything, and at the end all but the embedding."""
 
     def on_train_batch_start(self, trainer, module, batch, index):
+        step = trainer.global_step
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name == "head.weight" or trainer.global_step >= 3)
+            parameter.requires_grad_(name == "head.weight" or (step >= 3 and (step < 6 or "embedding" not in name)))
 
 
 class Unfrozen(Language):
@@ -95,8 +135,8 @@ class Unfrozen(Language):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def fit(module, plan, devices, callbacks=(), **options):
-    model = module()
+def fit(module, plan, devices, callbacks=(), arguments=(), **options):
+    model = module(*arguments)
     strategy = LargeScaleStrategy(plan) if plan else "auto"
     run = trainer(strategy, devices=devices, callbacks=[callback() for callback in callbacks], **options)
     run.fit(model)
@@ -109,13 +149,29 @@ def test_manual_optimisation_of_two_networks(two, plan):
         assert losses == pytest.approx(fit(Adversarial, None, 1), rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [1, 4])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_parameter_of_the_module_itself_after_a_backward_in_the_step(two, plan, shape):
+    options = {"arguments": [shape], "max_steps": 4}
+    for losses in two.run(fit, Tempered, plan, 2, **options):
+        assert losses == pytest.approx(fit(Tempered, None, 1, **options), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("plan", [*PLANS, Plan(dp_shard=2, activation_checkpointing="full")])
+def test_second_derivatives(two, plan, accumulated):
+    options = {"max_steps": 4, "accumulate_grad_batches": accumulated}
+    for losses in two.run(fit, Penalised, plan, 2, **options):
+        assert losses == pytest.approx(fit(Penalised, None, 1, **options), rel=1e-5)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_forward_between_backward_and_step_leaves_nothing_stale(two, plan):
     for losses in two.run(fit, Watched, plan, 2, max_steps=6):
         assert losses == pytest.approx(fit(Watched, None, 1, max_steps=6), rel=1e-4)
 
 
-@pytest.mark.parametrize("plan", PLANS[:2])
+@pytest.mark.parametrize("plan", PLANS)
 def test_parameters_unfrozen_between_steps_train(two, plan):
     for losses in two.run(fit, Unfrozen, plan, 2, [Unfreeze], max_steps=8):
         assert losses == pytest.approx(fit(Unfrozen, None, 1, [Unfreeze], max_steps=8), rel=1e-5)

@@ -11,7 +11,7 @@ from models import Block, Language, trainer
 from ranks import quiet
 from torch import nn
 
-from lightning_largescale.parallel.replicate import replicate_module
+from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -88,6 +88,8 @@ def test_accumulation_reduces_once_a_step(two):
 
 
 def test_nothing_to_train():
-    module = nn.Linear(2, 2).requires_grad_(False)
-    assert replicate_module(module, torch.device("cpu")) is None
+    replica = Replica(nn.Linear(2, 2).requires_grad_(False), torch.device("cpu"))
+    assert replica.run(lambda: 3, reduce_output=True) == 3
+    with replica.no_reduction():
+        pass
     assert "RANK" not in os.environ
