@@ -5,11 +5,12 @@ What has changed is put back by the methods of Python's own types: a subclass ma
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,10 +22,10 @@ from torch.utils.data import Dataset
 _FOREIGN = {"torch", "lightning", "lightning_largescale", "numpy", "transformers", "tokenizers", "torchmetrics"}
 # Objects of the standard library that people keep state in.
 _PLAIN = (SimpleNamespace, Namespace, UserDict, UserList)
-# Objects below the attributes that are looked through, nearest first: it takes a tenth of a second, and a step's own
-# books are never so many. What is larger is data, which steps read; of a longer list only the items are kept, not what
-# they hold.
-_MOST_OBJECTS = 100_000
+# Objects below the attributes that are looked through, nearest first: a step's own books are never so many, and to look
+# takes a tenth of a second. What is larger is data, which steps read; of a longer list only the items are kept, not
+# what they hold.
+_MOST_OBJECTS = 20_000
 _LONGEST = 10_000
 # The same for a NumPy array, which has to be copied (bytes).
 _LARGEST_ARRAY = 2**20
@@ -49,7 +50,7 @@ def keep(modules: Sequence[nn.Module], batch: Any) -> list[Callable[[], None]]:
         if held is not None:
             kept.append(held.put_back)
         items = _items(value)
-        if len(items) <= _LONGEST:
+        if len(items) <= _LONGEST and len(waiting) < left:
             waiting.extend(_compound(items, seen))
     return kept
 
@@ -124,47 +125,50 @@ def _content(held: Any) -> list[Any]:
     return list(kind.__iter__(held))
 
 
-def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+def _same(one: Collection[Any], other: Collection[Any]) -> bool:
     """Whether both have the same objects; equality is left out, which tensors do not answer."""
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 class _Dict:
     """The items of a dict, in order."""
 
+    __slots__ = ("_held", "_keys", "_kind", "_values")
+
     def __init__(self, held: dict[Any, Any]) -> None:
         self._held = held
         # Python's dict methods do not keep an OrderedDict's order.
-        self._kind: type[dict[Any, Any]] = OrderedDict if isinstance(held, OrderedDict) else dict
-        self._keys, self._values = self._now()
+        self._kind: Any = OrderedDict if isinstance(held, OrderedDict) else dict
+        self._keys, self._values = list(self._kind.keys(held)), list(self._kind.values(held))
 
     def put_back(self) -> None:
-        keys, values = self._now()
-        if _same(keys, self._keys) and _same(values, self._values):
+        kind, held = self._kind, self._held
+        if _same(kind.keys(held), self._keys) and _same(kind.values(held), self._values):
             return
-        self._kind.clear(self._held)
+        kind.clear(held)
         for key, value in zip(self._keys, self._values, strict=True):
-            self._kind.__setitem__(self._held, key, value)
-
-    def _now(self) -> tuple[list[Any], list[Any]]:
-        return list(self._kind.keys(self._held)), list(self._kind.values(self._held))
+            kind.__setitem__(held, key, value)
 
 
 class _Attributes:
     """The attributes of a module or an object."""
+
+    __slots__ = ("_before", "_holder")
 
     def __init__(self, holder: Any) -> None:
         self._holder, self._before = holder, dict(vars(holder))
 
     def put_back(self) -> None:
         now = vars(self._holder)
-        if not (_same(list(now), list(self._before)) and _same(list(now.values()), list(self._before.values()))):
+        if not (_same(now, self._before) and _same(now.values(), self._before.values())):
             now.clear()
             now.update(self._before)
 
 
 class _Collection:
     """The items of a list, a set or a deque."""
+
+    __slots__ = ("_before", "_held")
 
     def __init__(self, held: list[Any] | set[Any] | deque[Any]) -> None:
         self._held, self._before = held, _content(held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,11 +34,16 @@ class Snapshot:
         try:
             yield
         finally:
-            # Each is put back even where another cannot be.
-            with ExitStack() as stack:
-                stack.callback(set_random_state, before)
-                for put_back in self._put_back:
-                    stack.callback(put_back)
+            errors: list[Exception] = []
+            for put_back in self._put_back:
+                # Each is put back even where another cannot be.
+                try:
+                    put_back()
+                except Exception as error:
+                    errors.append(error)
+            set_random_state(before)
+            if errors:
+                raise errors[0]
 
 
 def has_script(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from workload.check import assert_same, real_step, state_of
 from workload.families import GPT, Metered, Wrapped, tokens, two_tensors
 
 from lightning_largescale.workload import Workload
+from lightning_largescale.workload.state import Snapshot
 
 
 def test_books_are_left_as_they_were():
@@ -150,3 +151,33 @@ def test_a_batch_of_a_users_class_is_left_as_it_was():
     assert torch.equal(x, torch.ones(2, 8))
     assert batch.seen == []
     assert work.approximate == ("no tensor was found in the batch, a Graph, so its samples and bytes are not known",)
+
+
+class Unruly:
+    """A key that can be put into a dict once."""
+
+    hashed = 0
+
+    def __hash__(self):
+        Unruly.hashed += 1
+        if Unruly.hashed > 1:
+            raise TypeError("no hash any more")
+        return 1
+
+
+def test_what_cannot_be_put_back_keeps_nothing_else_from_it():
+    module = nn.Module()
+    module.first, module.table, module.last = [], {Unruly(): 1}, []
+    random_state = torch.get_rng_state()
+
+    def step():
+        with Snapshot(module).untouched():
+            torch.rand(1)
+            module.first.append(1)
+            module.last.append(1)
+            module.table.clear()
+
+    with pytest.raises(TypeError, match="no hash any more"):
+        step()
+    assert module.first == module.last == []
+    assert torch.equal(random_state, torch.get_rng_state())
