@@ -5,13 +5,14 @@ What has changed is put back by the methods of Python's own types: a subclass ma
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import random
 import sys
 from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from types import ModuleType, SimpleNamespace
+from types import MemberDescriptorType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _items(value: Any) -> list[Any]:
         return list(dict.values(value))
     if isinstance(value, (list, tuple, set, deque)):
         return _content(value)
-    return list(vars(value).values()) if _is_users(value) else []
+    return [*getattr(value, "__dict__", {}).values(), *_in_slots(value).values()] if _is_users(value) else []
 
 
 def _held_by(value: Any) -> Any:
@@ -112,12 +113,26 @@ def _held_by(value: Any) -> Any:
 
 def _is_users(value: Any) -> bool:
     """Whether `value` has attributes that a step may keep its state in: a module, or an object of a user's class."""
-    if not isinstance(getattr(value, "__dict__", None), dict):
-        return False
     if isinstance(value, (nn.Module, *_PLAIN)):
         return True
     package = type(value).__module__.partition(".")[0]
-    return package not in _FOREIGN and package not in sys.stdlib_module_names
+    if package in _FOREIGN or package in sys.stdlib_module_names:
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(type(value)))
+
+
+def _slots(kind: type) -> list[MemberDescriptorType]:
+    return [member for base in kind.__mro__ for member in vars(base).values() if type(member) is MemberDescriptorType]
+
+
+def _in_slots(holder: Any) -> dict[MemberDescriptorType, Any]:
+    """What the slots of `holder` hold, those without a value left out."""
+    held: dict[MemberDescriptorType, Any] = {}
+    for slot in _slots(type(holder)):
+        # A slot without a value has no other way to say so.
+        with contextlib.suppress(AttributeError):
+            held[slot] = slot.__get__(holder)
+    return held
 
 
 def _content(held: Any) -> list[Any]:
@@ -151,18 +166,26 @@ class _Dict:
 
 
 class _Attributes:
-    """The attributes of a module or an object."""
+    """The attributes of a module or an object, those in slots included."""
 
-    __slots__ = ("_before", "_holder")
+    __slots__ = ("_before", "_holder", "_in_slots")
 
     def __init__(self, holder: Any) -> None:
-        self._holder, self._before = holder, dict(vars(holder))
+        self._holder = holder
+        self._before = dict(getattr(holder, "__dict__", {}))
+        self._in_slots = _in_slots(holder)
 
     def put_back(self) -> None:
-        now = vars(self._holder)
+        now = getattr(self._holder, "__dict__", {})
         if not (_same(now, self._before) and _same(now.values(), self._before.values())):
             now.clear()
             now.update(self._before)
+        now = _in_slots(self._holder)
+        for slot in now.keys() - self._in_slots.keys():
+            slot.__delete__(self._holder)
+        for slot, value in self._in_slots.items():
+            if now.get(slot) is not value:
+                slot.__set__(self._holder, value)
 
 
 class _Collection:

@@ -219,7 +219,8 @@ class Workload:
             failing all, an estimate from the parameters. `approximate` says which and why.
 
         Raises:
-            PlanError: `step` or a precision is not of those above, or a parameter of a lazy module has no shape yet.
+            PlanError: `step` or a precision is not of those above, there is no precision, or a parameter of a lazy
+                module has no shape yet.
         """
         from lightning_largescale.workload.trace import trace_workload
 

@@ -71,6 +71,8 @@ def trace_workload(
 def _check(module: nn.Module, step: str, precisions: Sequence[str]) -> None:
     if step not in STAGES:
         raise PlanError(f"step={step!r} cannot be traced; give one of {', '.join(map(repr, STAGES))}.")
+    if not precisions:
+        raise PlanError(f"precisions is empty; give {' or '.join(map(repr, _PRECISIONS))}, or both.")
     for precision in precisions:
         if precision not in _PRECISIONS:
             raise PlanError(f"precision={precision!r} cannot be traced; give {' or '.join(map(repr, _PRECISIONS))}.")

@@ -82,6 +82,22 @@ def test_objects_and_modules_that_are_no_submodules():
         assert value.total == 0
 
 
+class Slotted:
+    __slots__ = ("empty", "seen", "total")
+
+    def __init__(self):
+        self.total, self.seen = 0, []
+
+
+def test_attributes_in_slots():
+    def change(value):
+        value.total, value.empty = 1, 2
+        value.seen.append(3)
+
+    value = keeping(Slotted(), change)
+    assert (value.total, value.seen, hasattr(value, "empty")) == (0, [], False)
+
+
 def test_generators_and_arrays():
     state = {
         "numpy": numpy.random.default_rng(0),

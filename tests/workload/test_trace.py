@@ -247,6 +247,7 @@ def test_no_loss_traces_the_forward_only():
     ("arguments", "message"),
     [
         ({"step": "fit"}, "step='fit' cannot be traced; give one of 'training_step'"),
+        ({"precisions": ()}, "precisions is empty; give '32-true' or 'bf16-mixed', or both"),
         ({"precisions": ("16-mixed",)}, "precision='16-mixed' cannot be traced; give '32-true' or 'bf16-mixed'"),
     ],
 )
