@@ -31,6 +31,7 @@ from lightning_largescale import compat
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.heap import HeapGuard
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.panel import after_fit, setup_panel
@@ -129,6 +130,13 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             if shown:
                 Console().print(setup_panel(self.report))
         return best
+
+    @override
+    def _heap_care(self, plan: Plan) -> Callable[[], None] | None:
+        """As for the plan; a plain run too, once it would outgrow what was predicted."""
+        care = super()._heap_care(plan)
+        estimate = None if self.report is None else self.report.estimate_of(plan)
+        return HeapGuard(estimate.memory.between_steps_bytes) if care is None and estimate is not None else care
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -80,7 +80,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         self._replica: Replica | None = None
         self._uneven: UnevenSteps | None = None
         self._undo = contextlib.ExitStack()
-        self._trim_heap = HeapTrimmer()
+        self._care_for_heap: Callable[[], None] | None = None
 
     # Setup: the order of techniques
 
@@ -112,6 +112,7 @@ class LargeScaleStrategy(ConnectedStrategy):
             if plan.dp_shard == 1:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
+        self._care_for_heap = self._heap_care(plan) if self.root_device.type == "cpu" else None
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)
         if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
@@ -150,6 +151,10 @@ class LargeScaleStrategy(ConnectedStrategy):
     def _fixed(self) -> bool:
         """Whether the plan was given, and is not decided at setup."""
         return type(self)._decide is LargeScaleStrategy._decide
+
+    def _heap_care(self, plan: Plan) -> Callable[[], None] | None:
+        """What is called after each optimizer step on CPU to keep the heap small; the plain run is left as it is."""
+        return None if plan == Plan() else HeapTrimmer()
 
     def _use_precision(self, plan: Plan) -> None:
         """Put the plan's precision plugin in the place of the Trainer's until teardown."""
@@ -268,10 +273,10 @@ class LargeScaleStrategy(ConnectedStrategy):
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's; a plan that is there to save memory then gives back what the step has freed."""
+        """The module's; then holes in the heap are given back, where the plan has them given back."""
         result = super().optimizer_step(*args, **kwargs)
-        if self.root_device.type == "cpu" and self.plan != Plan():
-            self._trim_heap()
+        if self._care_for_heap is not None:
+            self._care_for_heap()
         return result
 
     @contextlib.contextmanager

@@ -114,6 +114,10 @@ class Report:
             raise RuntimeError("a plan was chosen without a price")
         return estimate
 
+    def estimate_of(self, plan: Plan) -> Estimate | None:
+        """What `plan` is predicted to need; None where it is no candidate, or could not be priced."""
+        return next((row.estimate for row in self.candidates if row.plan == plan), None)
+
     @property
     def runner_up(self) -> Candidate | None:
         """The next best plan that fits, else the nearest that does not; None when there is no other."""

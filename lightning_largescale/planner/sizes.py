@@ -59,8 +59,13 @@ class Sizes:
 
     @cached_property
     def gradients(self) -> int:
-        """All gradients of one optimizer step, as they are kept between backward and the step."""
-        return sum(local_bytes(p, self.plan.dp_shard) for p in self._trained) if self._trains else 0
+        """All gradients of one optimizer step, as they are kept between backward and the step.
+
+        Replicas have buckets for every trainable parameter, used or not.
+        """
+        in_buckets = self.plan.dp_replicate > 1 and not self.sharded
+        kept = [p for p in self.workload.parameters if p.trainable] if in_buckets else self._trained
+        return sum(local_bytes(p, self.plan.dp_shard) for p in kept) if self._trains else 0
 
     @cached_property
     def optimizer_state(self) -> int:

@@ -90,3 +90,15 @@ def test_every_moment_is_a_sum_and_recomputing_never_needs_more_than_one_block_e
     assert (
         peak_memory(work, again, hardware(shard), accumulate_grad_batches=accumulate).peak_bytes <= without.peak_bytes
     )
+
+
+def test_between_steps_less_is_held_by_what_finds_no_hole():
+    estimate = terms()
+    moving = estimate.terms["activations"] + estimate.terms["gradients"]
+    assert estimate.peak_bytes - estimate.between_steps_bytes == int(0.4 * moving)
+
+
+def test_recomputed_blocks_keep_a_copy_of_their_buffers():
+    work = workload(buffer_bytes=MIB)
+    assert terms(work=work).terms["buffers"] == MIB
+    assert terms(Plan(activation_checkpointing="full"), work=work).terms["buffers"] == 2 * MIB

@@ -57,3 +57,10 @@ def test_line_after_fit_signs_its_errors():
     assert "(+10.0%)" in line
     assert "(-50.0%)" in line
     assert "not measured" in after_fit(estimate, None, None)
+
+
+def test_the_estimate_of_each_candidate():
+    report = find_plans(workload(), hardware(2))
+    assert report.estimate_of(report.best) is report.best_estimate
+    assert report.estimate_of(Plan(dp_shard=2)) is not None
+    assert report.estimate_of(Plan(dp_shard=64)) is None

@@ -58,6 +58,8 @@ def test_sharded_bf16_makes_no_copies_of_what_it_gathers():
 def test_frozen_and_unused_parameters_have_no_gradient():
     frozen = (parameter("a", None, trainable=False), parameter("b", None, used=False), parameter("c", None))
     assert Sizes(workload(parameters=frozen), PLAIN, "cpu").gradients == frozen[2].bytes
+    # But the buckets of replicas have a place for it.
+    assert Sizes(workload(parameters=frozen), Plan(dp_replicate=2), "cpu").gradients == 2 * frozen[2].bytes
 
 
 def test_a_block_that_runs_twice_is_gathered_and_reduced_once():
