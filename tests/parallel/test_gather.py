@@ -9,6 +9,7 @@ from models import Language, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
 from lightning_largescale.plan import Plan
@@ -202,3 +203,23 @@ def test_groups_are_the_blocks_and_nothing_stays_gathered(two):
         assert seen == ["", "blocks.0", "blocks.1", "blocks.2"]
         assert left == 0
         assert tied
+
+
+def reductions(plan, accumulated):
+    """How often gradients were reduced in two optimizer steps of so many micro-batches each."""
+    run = trainer(LargeScaleStrategy(plan), devices=plan.world_size, max_steps=2, accumulate_grad_batches=accumulated)
+    with CommDebugMode() as communication:
+        run.fit(Language())
+    return {
+        str(name).rpartition(".")[2]: count
+        for name, count in communication.get_comm_counts().items()
+        if "reduce" in str(name)
+    }
+
+
+@pytest.mark.parametrize("plan", [*PLANS[:2], Plan(dp_replicate=2, dp_shard=2)])
+def test_accumulation_reduces_once_a_step(two, four, plan):
+    ranks = two if plan.world_size == 2 else four
+    once, often = ranks.run(reductions, plan, 1), ranks.run(reductions, plan, 4)
+    assert once == often
+    assert all("reduce_scatter" in "".join(counts) for counts in once)
