@@ -30,6 +30,7 @@ from lightning_largescale.hardware.measure import (
     copy_links,
     default_sizes,
     disk_rates,
+    fresh_memory,
     matmul_rates,
     memory_bandwidth,
 )
@@ -40,7 +41,14 @@ from lightning_largescale.plan import PlanError
 _log = logging.getLogger(__name__)
 
 # What each part may take of the time; the rest is for what happens between them.
-_SHARES = {"matrix products": 0.35, "memory": 0.06, "copies": 0.06, "disk": 0.13, "collectives": 0.3}
+_SHARES = {
+    "matrix products": 0.35,
+    "memory": 0.06,
+    "fresh memory": 0.06,
+    "copies": 0.06,
+    "disk": 0.13,
+    "collectives": 0.3,
+}
 # Scratch tensors take at most this part of what is free, so that measuring does not itself run out of memory.
 _SCRATCH_PART = 16
 
@@ -152,6 +160,8 @@ def _alone(
         "memory": lambda left: {"memory_bandwidth": memory_bandwidth(device, left, most_bytes=most_bytes)},
         "disk": lambda left: _disk(_disk_folder(hardware), left),
     }
+    if device.type == "cpu":
+        parts["fresh memory"] = lambda left: {"fresh_memory": fresh_memory(left, most_bytes=most_bytes)}
     if device.type == "cuda":
         parts["copies"] = lambda left: _copies(device, left, most_bytes)
     if _grouped() and dist.get_world_size() > 1:
@@ -200,7 +210,7 @@ def _disk_folder(hardware: Hardware) -> str:
 def _shared_out(found: Found, hardware: Hardware) -> Found:
     """One rank's part of what a process measured that had the node to itself."""
     ranks = hardware.ranks_per_node
-    shared = ["disk_read", "disk_write"] + (["memory_bandwidth"] if hardware.kind == "cpu" else [])
+    shared = ["disk_read", "disk_write"] + (["memory_bandwidth", "fresh_memory"] if hardware.kind == "cpu" else [])
     found = {name: value / ranks if name in shared else value for name, value in found.items()}
     if hardware.kind == "cpu":
         found["matmul"] = {name: rate / ranks for name, rate in found["matmul"].items()}

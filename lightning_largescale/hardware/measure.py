@@ -32,6 +32,7 @@ _FIRST_FLOPS = 2 * 128**3
 # Small products and large ones are computed by different instructions.
 _PROBED_EDGES = (32, 256)
 _STREAM_BYTES = 128 * 2**20
+_FRESH_BYTES = 32 * 2**20
 _COPY_BYTES = (2**16, 2**20, 2**24, 2**26)
 # What a paged tier would ask for: a few large requests at once.
 _REQUEST_BYTES = 4 * 2**20
@@ -81,6 +82,36 @@ def memory_bandwidth(device: torch.device, seconds: float, *, most_bytes: int) -
     count = max(1, min(_STREAM_BYTES, most_bytes // 2) // 4)
     x, y = torch.ones(count, device=device), torch.ones(count, device=device)
     return 3 * 4 * count / _median_seconds(lambda: x.add_(y), seconds, device)
+
+
+def fresh_memory(seconds: float, *, most_bytes: int) -> float:
+    """Bytes a second at which this process is given memory that it writes for the first time.
+
+    Of newly mapped memory, the time that writing it takes beyond writing it again: page faults, and zeros written by
+    the system.
+
+    Args:
+        seconds: time for it.
+        most_bytes: mapped at once.
+    """
+    size = max(mmap.PAGESIZE, min(_FRESH_BYTES, most_bytes) // mmap.PAGESIZE * mmap.PAGESIZE)
+    deadline = time.perf_counter() + seconds
+    extra: list[float] = []
+    while len(extra) < REPEATS and (not extra or time.perf_counter() < deadline):
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            first, again = _write_seconds(memory), _write_seconds(memory)
+        extra.append(max(first - again, 1e-9))
+    return size / median(extra)
+
+
+def _write_seconds(memory: mmap.mmap) -> float:
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    began = time.perf_counter()
+    tensor.fill_(1)
+    taken = time.perf_counter() - began
+    # Or the mapping could not be closed.
+    del tensor
+    return taken
 
 
 def copy_links(device: torch.device, seconds: float, *, most_bytes: int) -> tuple[Link, Link]:

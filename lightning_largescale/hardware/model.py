@@ -67,6 +67,8 @@ class Rates:
             figures. A dtype that is missing must not be planned with: the device lacks it, or its products end the
             process.
         memory_bandwidth: bytes a second of the device's memory, read and written bytes both counted.
+        fresh_memory: bytes a second at which the system hands out memory that the process writes for the first time;
+            None on CUDA, whose allocator keeps what it has.
         all_gather: link of the all-gather over all ranks of all nodes, nothing else being on the network; None with one
             process. The next two likewise.
         reduce_scatter: link of the reduce-scatter.
@@ -82,6 +84,7 @@ class Rates:
 
     matmul: Mapping[str, float]
     memory_bandwidth: float
+    fresh_memory: float | None = None
     all_gather: Link | None = None
     reduce_scatter: Link | None = None
     all_reduce: Link | None = None
@@ -110,6 +113,7 @@ class Rates:
         rates = cls(
             matmul=matmul,
             memory_bandwidth=reader.positive("memory_bandwidth"),
+            fresh_memory=reader.optional("fresh_memory", reader.positive),
             disk_read=reader.optional("disk_read", reader.positive),
             disk_write=reader.optional("disk_write", reader.positive),
             **{

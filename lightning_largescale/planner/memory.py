@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.sizes import Sizes, recomputed, saving
+from lightning_largescale.planner.sizes import Sizes, maps_tensors, recomputed, saving
 from lightning_largescale.workload import Segment, Workload
 
 # Holes between the tensors of a step, as a share of the bytes that come and go in it (benchmarks/results). On CPU: of
@@ -103,7 +103,7 @@ def allocator_share(plan: Plan, kind: str) -> float:
     """
     if kind == "cuda":
         return _CUDA_SHARE
-    if plan.dp_shard > 1 or plan.activation_checkpointing != "none":
+    if maps_tensors(plan, kind):
         return _MAPPED_SHARE
     return _TRIMMED_SHARE if plan.dp_replicate > 1 else _HEAP_SHARE
 

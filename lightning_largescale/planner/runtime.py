@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from lightning_largescale.hardware import Hardware, Link, Rates
 from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.planner.links import Links, plan_links
-from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.sizes import Sizes, maps_tensors, recomputed
 from lightning_largescale.workload import Segment, Workload
 
 # gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
@@ -71,6 +71,7 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
         "reduce-scatter": reduce_scatters_seconds(sizes, links),
         "all-reduce": all_reduces_seconds(sizes, links),
         "shard copies": copies_seconds(sizes, rates, micro),
+        "page faults": page_fault_seconds(sizes, rates, micro),
         "optimizer step": optimizer_seconds(sizes, rates),
     }
     hidden_seconds = _hidden_seconds(sizes, links, terms) if _OVERLAPS[hardware.kind] else 0.0
@@ -169,6 +170,26 @@ def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
         moved += 2 * sizes.gathered(block) * (2 if twice and block is not None else 1) * micro_batches
         moved += 2 * sizes.gradient(block, whole=True) if sizes.workload.stage == "fit" else 0
     return moved / rates.memory_bandwidth
+
+
+def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
+    """Seconds until the system has handed out what a step maps afresh, under plans that give back what they free.
+
+    Large tensors that operations make, in the trace; a group gathered, which takes the flat buffer and the parameters;
+    its gradients' flat copy. What the optimizer's step makes is left out.
+
+    Source: torch.distributed.fsdp, `foreach_all_gather` and `foreach_reduce`; man page mallopt(3), M_MMAP_THRESHOLD.
+    """
+    if rates.fresh_memory is None or not maps_tensors(sizes.plan, sizes.kind):
+        return 0.0
+    made = sum(segment.forward_large_bytes + segment.backward_large_bytes for segment in sizes.step.segments)
+    made += sum(segment.forward_large_bytes for segment in sizes.step.segments if recomputed(sizes.plan, segment))
+    reduced = 0
+    if sizes.sharded:
+        twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
+        made += sum(2 * sizes.gathered(block) * (2 if twice and block else 1) for block in _groups(sizes))
+        reduced = sum(sizes.gradient(block, whole=True) for block in _groups(sizes))
+    return (made * micro_batches + reduced) / rates.fresh_memory
 
 
 def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:

@@ -180,6 +180,11 @@ def without_copies(step: Step) -> Step:
     return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
 
 
+def maps_tensors(plan: Plan, kind: str) -> bool:
+    """Whether what a step frees goes back to the system at once, to be mapped again by the next that needs it."""
+    return kind == "cpu" and (plan.dp_shard > 1 or plan.activation_checkpointing != "none")
+
+
 def recomputed(plan: Plan, segment: Segment) -> bool:
     """Whether `plan` runs the forward of `segment` again in backward."""
     return plan.activation_checkpointing == "full" and segment.block is not None

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+# Tensors that an allocator may map afresh each time they are made.
+LARGE_BYTES = 2**20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
@@ -57,6 +60,8 @@ class Segment:
         backward_flops: the same in backward.
         forward_moved_bytes: what the operations read and write.
         backward_moved_bytes: the same in backward.
+        forward_large_bytes: of the tensors that operations make, those of `LARGE_BYTES` or more.
+        backward_large_bytes: the same in backward.
         input_bytes: activations entering the block that entered none before: what recomputation keeps; 0 for a rest.
         saved_bytes: first saved for backward here; each storage once, parameters, buffers and the batch left out.
         forward_entry_bytes: live when the forward enters.
@@ -77,6 +82,8 @@ class Segment:
     backward_flops: int = 0
     forward_moved_bytes: int = 0
     backward_moved_bytes: int = 0
+    forward_large_bytes: int = 0
+    backward_large_bytes: int = 0
     input_bytes: int = 0
     saved_bytes: int = 0
     forward_entry_bytes: int = 0

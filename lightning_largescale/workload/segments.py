@@ -23,6 +23,7 @@ class Phase:
     own_exit: int = 0
     flops: int = 0
     moved: int = 0
+    large: int = 0
     moved_copies: int = 0
 
     def reach(self, live: int, own: int) -> None:
@@ -164,6 +165,8 @@ def _row(segment: OpenSegment, forward: Phase, backward: Phase) -> Segment:
         backward_flops=backward.flops,
         forward_moved_bytes=forward.moved,
         backward_moved_bytes=backward.moved,
+        forward_large_bytes=forward.large,
+        backward_large_bytes=backward.large,
         input_bytes=segment.inputs,
         saved_bytes=segment.saved,
         forward_entry_bytes=forward.entry or 0,

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import tensor_bytes
+from lightning_largescale.workload.model import LARGE_BYTES
 from lightning_largescale.workload.segments import SegmentLog
 
 _aten = torch.ops.aten
@@ -107,7 +108,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             self._note(tensor, counts=False)
         out = func(*args, **kwargs)
         outputs = list(_tensors(out))
-        made = sum([self._note(tensor, counts=True) for tensor in outputs])
+        made = [tensor for tensor in outputs if self._note(tensor, counts=True)]
         copies = func is _aten._to_copy.default and not self._gathered.isdisjoint(_keys(inputs[0]))
         if copies:
             self._mark_copy(outputs[0])
@@ -117,6 +118,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             moved = sum(map(tensor_bytes, (*inputs, *outputs)))
             self.moved += moved
             phase.moved += moved
+            phase.large += sum(size for size in map(tensor_bytes, made) if size >= LARGE_BYTES)
             phase.moved_copies += moved if copies else 0
             phase.flops += _flops(func, args, kwargs, out)
         return out

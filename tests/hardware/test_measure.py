@@ -13,6 +13,7 @@ from lightning_largescale.hardware.measure import (
     copy_links,
     disk_rates,
     fit_link,
+    fresh_memory,
     matmul_rates,
     memory_bandwidth,
 )
@@ -44,6 +45,11 @@ def test_the_ladder_ends_at_the_size_and_begins_small(size):
     assert 2 * m * k * n <= 2 * 128**3
     assert all(lower != upper for lower, upper in pairwise(rungs))
     assert all(small <= large for lower, upper in pairwise(rungs) for small, large in zip(lower, upper, strict=True))
+
+
+@pytest.mark.parametrize("most_bytes", [1, 5 * MIB])
+def test_fresh_memory(most_bytes):
+    assert 1e7 < fresh_memory(0.05, most_bytes=most_bytes) < 1e14
 
 
 def test_memory_bandwidth():

@@ -25,7 +25,9 @@ def hardware(**fields):
         "dram_bytes": 4 << 30,
         "dram_available_bytes": 3 << 30,
         "disks": (Disk(path="/tmp", filesystem="ext4", free_bytes=10, refused=None),),
-        "rates": Rates(matmul={"float32": 1e10}, memory_bandwidth=1e10, all_gather=LINK, disk_read=1e9),
+        "rates": Rates(
+            matmul={"float32": 1e10}, memory_bandwidth=1e10, fresh_memory=2e9, all_gather=LINK, disk_read=1e9
+        ),
     }
     return Hardware(**{**known, **fields})
 

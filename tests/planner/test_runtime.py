@@ -94,3 +94,24 @@ def test_slow_bf16_is_slow():
 def test_without_rates():
     with pytest.raises(ValueError, match="no measured rates"):
         step_time(workload(), Plan(), dataclasses.replace(hardware(1), rates=None))
+
+
+def test_page_faults_by_hand():
+    work = workload()
+    step = work.steps["32-true"]
+    large = [dataclasses.replace(s, forward_large_bytes=MIB, backward_large_bytes=2 * MIB) for s in step.segments]
+    work = dataclasses.replace(work, steps={"32-true": dataclasses.replace(step, segments=tuple(large))})
+    machine = hardware(2)
+    machine = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, fresh_memory=1e9))
+
+    def mapped(plan, on=machine):
+        return round(step_time(work, plan, on).terms.get("page faults", 0.0) * 1e9 / MIB)
+
+    made = 3 * len(large)
+    assert mapped(Plan(activation_checkpointing="full")) == made + 4
+    # Every group gathered into two copies, the blocks twice; and the flat copy of all gradients.
+    assert mapped(Plan(dp_shard=2)) == made + 2 * 8 + 2 * 2 * 4 * 16 + 8 + 4 * 16
+    assert mapped(Plan(dp_shard=2, reshard_after_forward=False)) == made + 2 * (8 + 4 * 16) + 8 + 4 * 16
+    assert mapped(Plan()) == mapped(Plan(dp_replicate=2)) == 0
+    assert mapped(Plan(dp_shard=2), dataclasses.replace(machine, kind="cuda")) == 0
+    assert mapped(Plan(dp_shard=2), hardware(2)) == 0

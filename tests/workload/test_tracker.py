@@ -110,3 +110,18 @@ def test_a_step_that_forbids_hooks_is_traced_without():
         "the step forbids hooks on saved tensors; what each forward left alive counts as saved",
     )
     assert work.steps["32-true"].saved_bytes > 0
+
+
+def test_large_tensors_are_told_apart_where_they_are_made():
+    x = torch.ones(KIB, 256, requires_grad=True)
+    tracker = Tracker()
+    with tracker.watching({}, [x]):
+        small = x[:, :255] * 2
+        loss = (x * 2).sum() + small.sum()
+        loss.backward()
+    tracker.finish()
+    (segment,) = tracker.log.finished()
+    # One product has 1 MiB; in backward its gradient, and those that the slice and the sum of both make.
+    assert segment.forward_large_bytes == KIB * KIB
+    assert segment.backward_large_bytes >= 2 * KIB * KIB
+    assert segment.backward_large_bytes % (KIB * KIB) == 0
