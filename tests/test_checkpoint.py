@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import GLOBAL_BATCH, Language, trainer
 from ranks import quiet
 from torch.distributed.tensor import DTensor
@@ -114,6 +116,49 @@ def assert_same_tensors(found, expected):
             assert_same_tensors(one, other)
     else:
         assert found == expected
+
+
+class Twice(Language):
+    """Two optimizers, stepped in turns."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        optimizer = self.optimizers()[index % 2]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self):
+        parts = list(self.blocks.parameters()), list(self.head.parameters())
+        return [torch.optim.AdamW(part, lr=1e-2) for part in parts]
+
+
+def interrupted(plan, devices, folder, resume):
+    """Losses of the first steps of an epoch, kept by a ModelCheckpoint in `folder`, or of those that follow."""
+    model = Twice(seed=int(os.environ.get("RANK", 0)) + (7 if resume else 0))
+    keeps = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1, save_last=True)
+    strategy = LargeScaleStrategy(plan) if plan else "auto"
+    options = {"max_steps": 8 if resume else 4, "callbacks": [keeps], "enable_checkpointing": True}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with|Checkpoint directory|.*not resumable")
+        trainer(strategy, devices=devices, **options).fit(model, ckpt_path=f"{folder}/step=4.ckpt" if resume else None)
+    return model.losses
+
+
+def test_a_model_checkpoint_inside_an_epoch_with_several_optimizers(two, tmp_path):
+    stock, ours = str(tmp_path / "stock"), str(tmp_path / "ours")
+    before = interrupted(None, 1, stock, False)
+    assert two.run(interrupted, Plan(dp_shard=2), 2, ours, False)[0] == pytest.approx(before, rel=1e-5)
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+    after = interrupted(None, 1, stock, True)
+    assert interrupted(None, 1, ours, True) == pytest.approx(after, rel=1e-5)
+    zero2 = Plan(dp_shard=2, reshard_after_forward=False)
+    for folder in (stock, ours):
+        assert two.run(interrupted, zero2, 2, folder, True)[0] == pytest.approx(after, rel=1e-5)
 
 
 def local_state_bytes(path):

@@ -137,6 +137,46 @@ def test_modules_and_torchrun(tmp_path, how):
     assert not ended.orphans
 
 
+# Starts a kernel as a notebook does, and has it run cells.
+NOTEBOOK = """
+import sys
+from jupyter_client.manager import start_new_kernel
+
+def show(message):
+    content = message["content"]
+    print(content.get("text") or content.get("traceback") or "", end="", flush=True)
+
+manager, client = start_new_kernel(kernel_name="python3")
+try:
+    for cell in ("from lightning.pytorch import Trainer", open(sys.argv[1]).read()):
+        reply = client.execute_interactive(cell, timeout=120, output_hook=show)
+        assert reply["content"]["status"] == "ok", reply
+finally:
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+"""
+CELL = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+model = BoringModel()
+before = model.layer.weight.detach().clone()
+quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+trainer = Trainer(strategy="largescale_auto", accelerator="cpu", devices=2, max_steps=2, limit_val_batches=0, **quiet)
+trainer.fit(model)
+trained = bool((model.layer.weight != before).any())
+print("PLAN", trainer.strategy.plan.world_size, trainer.strategy.report.fits, trained)
+"""
+
+
+def test_a_notebook_kernel(tmp_path):
+    (tmp_path / "drive.py").write_text(NOTEBOOK)
+    (tmp_path / "cell.py").write_text(CELL)
+    ended = Run(tmp_path, ["python", "drive.py", "cell.py"]).end(150)
+    assert ended.status == 0, ended
+    # The panel of the ranks, and the parent that knows the plan and has the trained weights.
+    assert "peak memory" in ended.out
+    assert "PLAN 2 True True" in ended.out
+
+
 @pytest.mark.slow
 def test_a_test_session(tmp_path):
     run_it = f"    sys.argv[1:] = []\n    runpy.run_path({str(TRAIN)!r})\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import warnings
 from functools import cache
 
 import pytest
@@ -15,6 +16,7 @@ from ranks import quiet
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -264,6 +266,35 @@ class Untrained(BoringModel):
 def test_nothing_to_train(module, message):
     with pytest.raises(PlanError, match=message):
         trainer(LargeScaleStrategy(Plan()), max_steps=1).fit(module())
+
+
+class Skips(Language):
+    """Leaves a step out, as Lightning allows on one process."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        return None if index == 1 else loss
+
+
+def skip(strategy, devices):
+    model = Skips()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`training_step` returned `None`")
+        try:
+            trainer(strategy, devices=devices, max_steps=4).fit(model)
+        except Exception as error:
+            return str(error)
+    return model.losses
+
+
+@pytest.mark.parametrize("kind", [LargeScaleStrategy, LargeScaleAutoStrategy])
+def test_a_training_step_that_returns_none(two, kind):
+    def strategy(world):
+        return kind(Plan(dp_shard=world)) if kind is LargeScaleStrategy else kind()
+
+    assert skip(strategy(1), 1) == skip("auto", 1)
+    for told in two.run(skip, strategy(2), 2):
+        assert "returning None in distributed training is not supported" in told
 
 
 def test_ranks_as_forks_hand_the_trained_weights_back(monkeypatch):
