@@ -36,7 +36,7 @@ from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.panel import after_fit, setup_panel
 from lightning_largescale.planner.products import matmul_sizes
-from lightning_largescale.planner.search import check_allow
+from lightning_largescale.planner.search import LOSSY, check_allow
 from lightning_largescale.precision import asked_precision
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -179,7 +179,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         """The step that is about to run, traced."""
         module = self._module()
         asked = asked_precision(self.precision_plugin)
-        precisions = (asked,) if asked else ("32-true", *self._allow)
+        # What is not allowed is priced too, for the advice.
+        precisions = (asked,) if asked else ("32-true", *LOSSY)
         step, _ = _STEPS[trainer.state.fn or TrainerFn.FITTING]
         if batch is None and module.example_input_array is not None:
             step, batch = "forward", module.example_input_array

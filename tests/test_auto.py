@@ -202,3 +202,12 @@ def test_words_of_others_are_shown_as_they_are(capsys):
 
     trainer("largescale_auto", max_steps=2, enable_model_summary=True).fit(Odd())
     assert "[/data/x.bin]" in capsys.readouterr().out
+
+
+def test_what_is_not_allowed_is_priced_for_the_advice():
+    run = trainer("largescale_auto", max_steps=1)
+    run.fit(Language())
+    report = run.strategy.report
+    assert report.best.precision == "32-true"
+    statuses = {row.status for row in report.candidates if row.plan.precision == "bf16-mixed"}
+    assert statuses in ({"not allowed"}, {"not possible"})
