@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.accelerators import MPSAccelerator, XLAAccelerator
 from models import Language, trainer
 from ranks import quiet
 
+from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -55,19 +57,20 @@ def test_ranks_talk(two):
     assert two.run(talk) == [("from 1", 0.5, 1.0, "word", True, rank, "gloo") for rank in range(2)]
 
 
-def alone():
+def alone(kind):
     """Two ranks train together, then each by itself."""
     together = trainer(LargeScaleStrategy(Plan(dp_replicate=2)), devices=2, max_steps=1)
     together.fit(Language())
     seed = int(os.environ["RANK"])
-    single = trainer(LargeScaleStrategy(Plan()), max_steps=3 + seed)
+    single = trainer(kind(), max_steps=3 + seed)
     single.fit(model := Language(seed=seed))
     strategy = single.strategy
     return (strategy.global_rank, strategy.world_size, strategy.is_global_zero), len(model.losses), model.losses[0]
 
 
-def test_a_trainer_of_one_device_is_alone_in_a_process_of_many(two):
-    (first, steps, loss), (second, more, other) = two.run(alone)
+@pytest.mark.parametrize("kind", [partial(LargeScaleStrategy, Plan()), LargeScaleAutoStrategy])
+def test_a_trainer_of_one_device_is_alone_in_a_process_of_many(two, kind):
+    (first, steps, loss), (second, more, other) = two.run(alone, kind)
     assert first == second == (0, 1, True)
     assert (steps, more) == (3, 4)
     assert loss != other

@@ -69,10 +69,11 @@ def calibrate(
     """
     sizes = _check(hardware, seconds, matmul_sizes)
     fingerprint = _fingerprint(hardware, seconds, sizes)
-    rates = _from_rank_0(lambda: load_rates(fingerprint))
+    grouped = _grouped(hardware)
+    rates = _from_rank_0(lambda: load_rates(fingerprint), grouped)
     if rates is None:
         rates = _measure(hardware, seconds, sizes, progress=progress)
-        if _rank() == 0:
+        if _rank(grouped) == 0:
             store_rates(fingerprint, rates)
     return dataclasses.replace(hardware, rates=rates)
 
@@ -87,12 +88,12 @@ def _check(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize] | Non
     sizes = default_sizes(hardware.kind) if sizes is None else sizes
     if not isinstance(sizes, Sequence) or not sizes or not all(map(_is_size, sizes)):
         raise PlanError(f"matmul_sizes={sizes!r} is not accepted; give (m, k, n) of whole numbers above 0.")
-    if _grouped() and dist.get_world_size() != hardware.world_size:
+    if _grouped(hardware) and dist.get_world_size() != hardware.world_size:
         raise PlanError(
             f"the hardware has {hardware.world_size} ranks and the process group {dist.get_world_size()};"
             " detect it with the group's environment, ranks_per_node or nodes."
         )
-    if not _grouped() and hardware.nodes > 1:
+    if not _grouped(hardware) and hardware.nodes > 1:
         raise PlanError(
             f"the links between {hardware.nodes} nodes cannot be measured by one process; calibrate on every rank"
             " with a process group up, as in torchrun or a Trainer."
@@ -119,7 +120,7 @@ def _fingerprint(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize]
         "nodes": hardware.nodes,
         "ranks_per_node": hardware.ranks_per_node,
         "interconnect": hardware.interconnect,
-        "backend": dist.get_backend() if _grouped() else None,
+        "backend": dist.get_backend() if _grouped(hardware) else None,
         "disk": _disk_folder(hardware),
         "torch": torch.__version__,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -130,10 +131,12 @@ def _fingerprint(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize]
 
 def _measure(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize], *, progress: bool) -> Rates:
     device = torch.device("cuda", torch.cuda.current_device()) if hardware.kind == "cuda" else torch.device("cpu")
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _bar(progress) as advance:
+    grouped = _grouped(hardware)
+    shown = progress and _rank(grouped) == 0
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _bar(shown) as advance:
         found, error = _alone(hardware, device, seconds, sizes, advance)
-        _all_well(error)
-        if _grouped() and dist.get_world_size() > 1:
+        _all_well(error, grouped)
+        if grouped:
             advance("collectives")
             found.update(collective_links(found.pop("whole"), found.pop("shard"), _SHARES["collectives"] * seconds))
         elif hardware.world_size > 1:
@@ -143,7 +146,7 @@ def _measure(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize], *,
     if device.type == "cuda":
         # Scratch of measuring would otherwise count as the process's memory from here on.
         torch.cuda.empty_cache()
-    return Rates(**_slowest(_from_all(found)))
+    return Rates(**_slowest(_from_all(found, grouped)))
 
 
 def _alone(
@@ -164,13 +167,13 @@ def _alone(
         parts["fresh memory"] = lambda left: {"fresh_memory": fresh_memory(left, most_bytes=most_bytes)}
     if device.type == "cuda":
         parts["copies"] = lambda left: _copies(device, left, most_bytes)
-    if _grouped() and dist.get_world_size() > 1:
+    if _grouped(hardware):
         parts["scratch"] = lambda left: _scratch(device, most_bytes)
     found: Found = {}
     error: Exception | None = None
     for name, part in parts.items():
         advance(name)
-        if _grouped():
+        if _grouped(hardware):
             meet(device)
         try:
             # After a failure this rank only keeps the others company.
@@ -235,47 +238,48 @@ def _slower(values: Sequence[Any]) -> Any:
     return min(values)
 
 
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _grouped(hardware: Hardware) -> bool:
+    """Whether the ranks of `hardware` measure together: hardware of one rank is alone, whatever group there is."""
+    return dist.is_available() and dist.is_initialized() and hardware.world_size > 1
 
 
-def _rank() -> int:
-    return dist.get_rank() if _grouped() else 0
+def _rank(grouped: bool) -> int:
+    return dist.get_rank() if grouped else 0
 
 
-def _from_rank_0(get: Callable[[], Rates | None]) -> Rates | None:
+def _from_rank_0(get: Callable[[], Rates | None], grouped: bool) -> Rates | None:
     """What `get` returns on rank 0, on every rank."""
-    box = [get() if _rank() == 0 else None]
-    if _grouped():
+    box = [get() if _rank(grouped) == 0 else None]
+    if grouped:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def _from_all(value: Any) -> list[Any]:
+def _from_all(value: Any, grouped: bool) -> list[Any]:
     """Every rank's `value`, on every rank."""
-    if not _grouped():
+    if not grouped:
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def _all_well(error: Exception | None) -> None:
+def _all_well(error: Exception | None, grouped: bool) -> None:
     """Raise on every rank where one failed, before any of them waits for it in a collective."""
-    messages = _from_all(None if error is None else f"{type(error).__name__}: {error}")
+    messages = _from_all(None if error is None else f"{type(error).__name__}: {error}", grouped)
     for rank, message in enumerate(messages):
-        if message is not None and (error is None or rank == _rank()):
+        if message is not None and (error is None or rank == _rank(grouped)):
             raise RuntimeError(f"rank {rank} failed while the hardware was measured ({message}).") from error
 
 
 @contextmanager
-def _bar(progress: bool) -> Iterator[Callable[[str], None]]:
+def _bar(shown: bool) -> Iterator[Callable[[str], None]]:
     """A function that names the part begun, shown on rank 0 where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    if not progress or _rank() != 0 or not console.is_terminal:
+    if not shown or not console.is_terminal:
         yield lambda part: None
         return
     columns = (TextColumn("Measuring the hardware:"), BarColumn(), TextColumn("{task.description}"))

@@ -102,7 +102,8 @@ def layout(
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise PlanError(f"{name}={count!r} is not accepted; give a whole number, 1 or more.")
     world = _world_size(environment)
-    if world is None:
+    if world is None or nodes == ranks_per_node == 1:
+        # One process that is planned for alone may stand beside others.
         return nodes or 1, ranks_per_node or devices
     if ranks_per_node is None:
         local = _local_world_size()

@@ -101,8 +101,9 @@ def test_a_rank_that_fails_takes_the_others_out_of_it(cache):
     assert not cache.exists()
 
 
-def two_ranks_as_one():
-    return detected(ranks_per_node=1, nodes=1)
+def each_alone():
+    machine = detected(ranks_per_node=1, nodes=1).calibrate(seconds=0.2, matmul_sizes=SMALL)
+    return machine.world_size, machine.rates.all_reduce
 
 
 def mismatched():
@@ -112,8 +113,10 @@ def mismatched():
 def test_ranks_of_another_group_are_refused():
     for answer in run_ranks(2, mismatched):
         assert "PlanError: the hardware has 3 ranks and the process group 2" in answer
-    for answer in run_ranks(2, two_ranks_as_one):
-        assert "PlanError: nodes=1, ranks_per_node=1 makes 1 and there are 2 processes" in answer
+
+
+def test_one_process_is_measured_alone_also_beside_others():
+    assert run_ranks(2, each_alone) == [(1, None)] * 2
 
 
 @pytest.mark.parametrize(
