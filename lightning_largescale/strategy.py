@@ -75,7 +75,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         check_start_method(start_method)
         self._planner = plan if callable(plan) else None
-        self.plan = Plan() if callable(plan) else _read_plan(plan)
+        self.plan = Plan() if callable(plan) else Plan.of(plan)
         self._start_method = start_method
         self._replica: Replica | None = None
         self._uneven: UnevenSteps | None = None
@@ -389,13 +389,3 @@ class LargeScaleStrategy(ConnectedStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
-
-
-def _read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, Mapping):
-        return Plan.from_dict(plan)
-    if isinstance(plan, str | Path):
-        return Plan.load(plan)
-    raise PlanError(f"plan={plan!r} is no plan; give a Plan, a mapping of its fields, or the path of a plan's JSON.")
