@@ -203,6 +203,23 @@ class Plan:
             )
         return cls(**fields)
 
+    @classmethod
+    def of(cls, given: Plan | Mapping[str, Any] | str | Path) -> Plan:
+        """The plan that a user means: one, a mapping of its fields, or the path of its JSON.
+
+        Raises:
+            PlanError: `given` is none of these, or what `from_dict` or `load` raises.
+        """
+        if isinstance(given, Plan):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_dict(given)
+        if isinstance(given, str | Path):
+            return cls.load(given)
+        raise PlanError(
+            f"plan={given!r} is no plan; give a Plan, a mapping of its fields, or the path of a plan's JSON."
+        )
+
     def save(self, path: str | Path) -> None:
         """Write `to_json` to `path`."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
@@ -236,20 +253,3 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise PlanError(f"{name!r} is given twice in the plan, {fields[name]!r} and {value!r}; give it once.")
         fields[name] = value
     return fields
-
-    @classmethod
-    def of(cls, given: Plan | Mapping[str, Any] | str | Path) -> Plan:
-        """The plan that a user means: one, a mapping of its fields, or the path of its JSON.
-
-        Raises:
-            PlanError: `given` is none of these, or what `from_dict` or `load` raises.
-        """
-        if isinstance(given, Plan):
-            return given
-        if isinstance(given, Mapping):
-            return cls.from_dict(given)
-        if isinstance(given, str | Path):
-            return cls.load(given)
-        raise PlanError(
-            f"plan={given!r} is no plan; give a Plan, a mapping of its fields, or the path of a plan's JSON."
-        )
