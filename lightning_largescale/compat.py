@@ -342,3 +342,13 @@ def before_transfer(module: Any, batch: Any) -> Any:
     Replaced by a public method of the strategy, as `Strategy.batch_to_device` is for the hooks that follow.
     """
     return module._on_before_batch_transfer(batch)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What `tree`, of nested containers, holds that is none, as FSDP2 finds the tensors of a forward's output.
+
+    Replaced by a public name for `torch.utils._pytree.tree_leaves`.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    return list(tree_leaves(tree))

@@ -254,3 +254,7 @@ def test_before_transfer():
     module = Loaded()
     connected(module)
     assert torch.equal(compat.before_transfer(module, torch.zeros(2)), torch.ones(2))
+
+
+def test_leaves_of_any_containers():
+    assert compat.leaves({"a": [1, (2,)], "b": (unknown := Loaded())}) == [1, 2, unknown]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -198,12 +197,9 @@ def _watch_backward(module: nn.Module, state: Sharded, block: nn.Module, args: A
         if state.stepping and not state.in_backward:
             module.set_reshard_after_backward(False)  # type: ignore[operator]
 
-    def watch(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            tensor.register_hook(keep)  # type: ignore[no-untyped-call]
-        return tensor
-
-    apply_to_collection(output, Tensor, watch)
+    for leaf in compat.leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(keep)  # type: ignore[no-untyped-call]
 
 
 def _gather(own: dict[str, tuple[nn.Parameter, FSDPModule]], part: nn.Module, args: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -115,6 +116,36 @@ class Penalised(Language):
         return loss
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """What a block of some models returns."""
+
+    x: torch.Tensor
+
+
+class Wrapped(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return Hidden(self.block(x))
+
+
+class Unusual(Language):
+    """Blocks whose output is an object that nobody may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Wrapped(block) for block in self.blocks)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.position
+        for block in self.blocks:
+            x = block(x).x
+        return self.norm(x)
+
+
 class Watched(Language):
     """Evaluated by a callback between backward and the optimizer's step, where gathered parameters would go stale."""
 
@@ -158,6 +189,12 @@ def test_a_parameter_of_the_module_itself_after_a_backward_in_the_step(two, plan
     options = {"arguments": [shape], "max_steps": 4}
     for losses in two.run(fit, Tempered, plan, 2, **options):
         assert losses == pytest.approx(fit(Tempered, None, 1, **options), rel=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_blocks_that_return_frozen_objects(two, plan):
+    for losses in two.run(fit, Unusual, plan, 2, max_steps=4):
+        assert losses == pytest.approx(fit(Unusual, None, 1, max_steps=4), rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
