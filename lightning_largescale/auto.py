@@ -98,6 +98,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         self.report: Report | None = None
         self._planned_for: tuple[object, TrainerFn | None] = (None, None)
         self._step_starts: deque[float] = deque(maxlen=_TIMED_STEPS)
+        # Of a plain run on the CPU, which nothing else keeps as small as it was predicted.
+        self._guard: HeapGuard | None = None
 
     @override
     def _decide(self, trainer: Trainer) -> Plan:
@@ -115,7 +117,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         module = self._module()
         batch, notes = self._batch(trainer)
         workload = self._told_by_rank_zero(lambda: self._trace(trainer, batch, notes))
-        # The trace came first, so that products are measured at sizes like its own.
+        # The trace came first, so that products are measured at sizes like its own; what it left is no longer needed.
+        release_free_memory()
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
         # What the model takes now is there for it, and counted again in every plan.
         free_bytes = hardware.memory_free_bytes + _own_bytes(module, kind)
@@ -132,15 +135,17 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         return best
 
     @override
-    def _heap_care(self, plan: Plan) -> Callable[[], None] | None:
-        """As for the plan; a plain run too, once it would outgrow what was predicted."""
-        care = super()._heap_care(plan)
-        estimate = None if self.report is None else self.report.estimate_of(plan)
-        return HeapGuard(estimate.memory.between_steps_bytes) if care is None and estimate is not None else care
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        estimate = None if self.report is None else self.report.estimate_of(self.plan)
+        alone = self.root_device.type == "cpu" and self._care_for_heap is None
+        self._guard = HeapGuard(estimate.memory.between_steps_bytes) if alone and estimate is not None else None
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        if self._guard is not None:
+            self._guard()
         self._step_starts.append(time.perf_counter())
 
     @override
@@ -194,7 +199,10 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             workload = Workload.trace(module, batch, step=step, precisions=precisions, device_type=device_type)
         if workload.parameters and trainer.state.fn == TrainerFn.FITTING and not workload.optimizers:
             raise PlanError(f"{workload.name} has no optimizer; return one from configure_optimizers to train it.")
-        return dataclasses.replace(workload, approximate=(*notes, *workload.approximate))
+        # Nobody asked for what is only priced for the advice.
+        unasked = tuple(set(precisions) - {"32-true", asked, *self._allow})
+        told = [note for note in workload.approximate if not note.startswith(unasked)]
+        return dataclasses.replace(workload, approximate=(*notes, *told))
 
     def _plans(self, trainer: Trainer, hardware: Hardware, workload: Workload, ranks: list[tuple[int, int]]) -> Report:
         """The report of a search; `ranks` has the free bytes of each rank and those it holds beside the model."""

@@ -344,6 +344,14 @@ def before_transfer(module: Any, batch: Any) -> Any:
     return module._on_before_batch_transfer(batch)
 
 
+def version(tensor: Any) -> int:
+    """A number that grows with the operations that write into `tensor`.
+
+    Replaced by a public `torch.Tensor.version`; to compare values would make a device wait.
+    """
+    return int(tensor._version)
+
+
 def leaves(tree: Any) -> list[Any]:
     """What `tree`, of nested containers, holds that is none, as FSDP2 finds the tensors of a forward's output.
 

@@ -49,7 +49,6 @@ def configure_launcher(
 
     Returns:
         None for a single process; where the environment created the processes, a launcher that only tells failures.
-
     """
     environment = strategy.cluster_environment
     processes, nodes = len(strategy.parallel_devices or ()), getattr(strategy, "num_nodes", 1)

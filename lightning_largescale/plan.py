@@ -140,7 +140,7 @@ class Plan:
             raise PlanError(
                 f"dp_replicate={self.dp_replicate}, dp_shard={self.dp_shard} makes {self.world_size} and there"
                 f" {'is 1 process' if world == 1 else f'are {world} processes'}; dp_replicate * dp_shard must be"
-                f" devices * num_nodes of the Trainer, {world}, for example {self._sizes_for(world)}."
+                f" their number, {world} (devices * num_nodes of a Trainer), for example {self._sizes_for(world)}."
             )
 
     def _sizes_for(self, world: int) -> str:

@@ -80,7 +80,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         self._replica: Replica | None = None
         self._uneven: UnevenSteps | None = None
         self._undo = contextlib.ExitStack()
-        self._care_for_heap: Callable[[], None] | None = None
+        self._care_for_heap: HeapTrimmer | None = None
 
     # Setup: the order of techniques
 
@@ -112,7 +112,7 @@ class LargeScaleStrategy(ConnectedStrategy):
             if plan.dp_shard == 1:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
-        self._care_for_heap = self._heap_care(plan) if self.root_device.type == "cpu" else None
+        self._care_for_heap = HeapTrimmer() if self.root_device.type == "cpu" and plan != Plan() else None
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)
         if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
@@ -151,10 +151,6 @@ class LargeScaleStrategy(ConnectedStrategy):
     def _fixed(self) -> bool:
         """Whether the plan was given, and is not decided at setup."""
         return type(self)._decide is LargeScaleStrategy._decide
-
-    def _heap_care(self, plan: Plan) -> Callable[[], None] | None:
-        """What is called after each optimizer step on CPU to keep the heap small; the plain run is left as it is."""
-        return None if plan == Plan() else HeapTrimmer()
 
     def _use_precision(self, plan: Plan) -> None:
         """Put the plan's precision plugin in the place of the Trainer's until teardown."""

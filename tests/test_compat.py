@@ -258,3 +258,12 @@ def test_before_transfer():
 
 def test_leaves_of_any_containers():
     assert compat.leaves({"a": [1, (2,)], "b": (unknown := Loaded())}) == [1, 2, unknown]
+
+
+def test_version_counts_writes():
+    tensor = torch.zeros(2)
+    before = compat.version(tensor)
+    _ = tensor + 1
+    assert compat.version(tensor) == before
+    tensor.add_(1)
+    assert compat.version(tensor) > before

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import mmap
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,7 +164,7 @@ def _alone(
         "memory": lambda left: {"memory_bandwidth": memory_bandwidth(device, left, most_bytes=most_bytes)},
         "disk": lambda left: _disk(_disk_folder(hardware), left),
     }
-    if device.type == "cpu":
+    if device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
         parts["fresh memory"] = lambda left: {"fresh_memory": fresh_memory(left, most_bytes=most_bytes)}
     if device.type == "cuda":
         parts["copies"] = lambda left: _copies(device, left, most_bytes)

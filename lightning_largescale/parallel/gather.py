@@ -104,10 +104,7 @@ def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
 
 @contextmanager
 def backward_inside(module: nn.Module, loss: Tensor) -> Iterator[None]:
-    """Within, a step of the sharded `module` runs the backward of `loss`; after, the root is gathered again.
-
-    What of the step follows may use the parameters that the module itself holds, and no forward would gather them.
-    """
+    """Within, a step of the sharded `module` runs the backward of `loss`."""
     state = vars(module)[_STATE]
     if loss.requires_grad:
         # What FSDP takes for the root's output starts its backward.
@@ -117,7 +114,6 @@ def backward_inside(module: nn.Module, loss: Tensor) -> Iterator[None]:
         yield
     finally:
         state.in_backward = False
-    state.groups[""].unshard()
 
 
 def gather_along(module: nn.Module) -> None:
@@ -139,7 +135,10 @@ def gather_along(module: nn.Module) -> None:
 def reshard(module: nn.Module) -> None:
     """Drop gathered parameters of `module`, if it is sharded: after their shards changed, or when no step follows."""
     state = sharded_state(module)
-    for group in state.groups.values() if state else ():
+    if state is None:
+        return
+    module.set_reshard_after_backward(True)  # type: ignore[operator]
+    for group in state.groups.values():
         group.reshard()
 
 
@@ -159,8 +158,6 @@ def no_reduction(module: nn.Module) -> Iterator[None]:
 def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
     """Make sure that `optimizer` trains the shards of `module`, and drop gathered copies whenever it has changed them.
 
-    Inside a step the root is gathered again, as after a backward there.
-
     Raises:
         PlanError: it holds parameters as they were before sharding.
     """
@@ -171,15 +168,7 @@ def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
                 f"{type(optimizer).__name__} holds parameters that are not the sharded module's;"
                 " create it in configure_optimizers, from self.parameters()."
             )
-    state = vars(module)[_STATE]
-
-    def renew(*_: Any) -> None:
-        module.set_reshard_after_backward(True)  # type: ignore[operator]
-        reshard(module)
-        if state.stepping:
-            state.groups[""].unshard()
-
-    optimizer.register_step_post_hook(renew)
+    optimizer.register_step_post_hook(lambda *_: reshard(module))
 
 
 def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:

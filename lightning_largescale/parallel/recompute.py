@@ -5,7 +5,7 @@ Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", secti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_largescale import compat
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_blocks
 
@@ -36,9 +38,10 @@ def apply_recompute(module: nn.Module, plan: Plan) -> None:
             f"activation_checkpointing={plan.activation_checkpointing!r} needs repeated blocks"
             f" and {type(module).__name__} has none; use 'none'."
         )
+    copies: _Copies = WeakTensorKeyDictionary()
     for block in blocks.values():
         # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
-        block.forward = _Recomputed(block, block.forward, own="forward" in vars(block))
+        block.forward = _Recomputed(block, block.forward, copies, own="forward" in vars(block))
 
 
 def remove_recompute(module: nn.Module) -> None:
@@ -52,22 +55,36 @@ def remove_recompute(module: nn.Module) -> None:
                 del block.forward
 
 
+# The copy of a buffer at one of its versions.
+_Copies = MutableMapping[Tensor, tuple[int, Tensor]]
+# Their kernels write into buffers without counting it as a version.
+_WRITES_UNSEEN = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
+
 class _Recomputed:
     """A block's forward under activation checkpointing; `own` says that it replaces one set on the block itself.
 
     What the forward does to buffers (running statistics, codebooks) it does once: it runs again on copies of them as
-    they were. Nothing tells which it writes into, since batch normalisation's kernels do not count as writing.
+    they were. `copies` are shared by all blocks, so that a constant is copied once.
     """
 
-    def __init__(self, block: nn.Module, original: Callable[..., Any], *, own: bool) -> None:
+    def __init__(self, block: nn.Module, original: Callable[..., Any], copies: _Copies, *, own: bool) -> None:
         self.original, self.own = original, own
-        self._block = block
+        self._block, self._copies = block, copies
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         before = {
-            (owner, name): tensor.clone()
+            (owner, name): self._as_it_is(owner, tensor)
             for owner in self._block.modules()
             for name, tensor in owner.named_buffers(recurse=False)
         }
@@ -75,6 +92,15 @@ class _Recomputed:
             return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         contexts = partial(_contexts, before)
         return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    def _as_it_is(self, owner: nn.Module, tensor: Tensor) -> Tensor:
+        if isinstance(owner, _WRITES_UNSEEN):
+            return tensor.clone()
+        version = compat.version(tensor)
+        copied = self._copies.get(tensor)
+        if copied is None or copied[0] != version:
+            copied = self._copies[tensor] = (version, tensor.clone())
+        return copied[1]
 
 
 _Buffers = dict[tuple[nn.Module, str], Tensor]

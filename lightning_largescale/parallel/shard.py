@@ -36,7 +36,8 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
 
     Ranks get slices of rank 0's values. Block by block the parameters move to `device`, are divided, and their full
     copy is freed. Names stay as they are, parameters become DTensors. A parameter without dimensions cannot be divided:
-    it stays whole, its gradient averaged over all ranks.
+    it stays whole, its gradient averaged over all ranks. So do, under manual optimisation, the parameters that the
+    module itself holds.
 
     With precision "bf16-mixed" blocks gather their matrices in bfloat16, what autocast makes of them anyway; vectors
     (norms, biases) and the root's parameters are gathered in float32, so that numbers are those of autocast alone.
@@ -56,6 +57,9 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
         map_from(min(matrices, default=0))
     state = Sharded(plan=plan)
     whole = {parameter for parameter in module.parameters() if parameter.dim() == 0}
+    if not getattr(module, "automatic_optimization", True):
+        # After the first backward of a step they would be shards: no forward gathers what the module itself holds.
+        whole |= {*module.parameters(recurse=False)}
     root_too: set[nn.Parameter] = set()
     freed = 0
     for name, group in find_groups(module).items():

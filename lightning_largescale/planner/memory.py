@@ -138,7 +138,7 @@ def setup_terms(sizes: Sizes) -> dict[str, int]:
     """
     if not sizes.sharded:
         return {"parameters": sizes.full_parameters}
-    largest = max((sizes.gathered(block) for block in sizes._groups), default=0)
+    largest = max((sizes.gathered(block) for block in sizes.groups), default=0)
     if sizes.kind == "cpu":
         return {"parameters": sizes.full_parameters, "gathered parameters": largest // sizes.plan.dp_shard}
     return {"parameters": sizes.parameters, "gathered parameters": largest}
@@ -234,7 +234,7 @@ def _unreduced(sizes: Sizes, block: str | None) -> int:
 
 def _kept_gradients(sizes: Sizes) -> int:
     if sizes.sharded and sizes.accumulate > 1:
-        return sum(p.bytes for p in sizes._trained) if sizes.workload.stage == "fit" else 0
+        return sum(p.bytes for p in sizes.trained) if sizes.workload.stage == "fit" else 0
     return sizes.gradients
 
 

@@ -129,7 +129,7 @@ def all_gathers_seconds(sizes: Sizes, links: Links, *, backward: bool) -> float:
     if not sizes.sharded or (backward and not again):
         return 0.0
     # The root stays gathered until its backward is done.
-    gathered = [block for block in _groups(sizes) if block is not None or not backward]
+    gathered = [block for block in sizes.groups if block is not None or not backward]
     return sum(_group_all_gather_seconds(sizes, block, links) for block in gathered)
 
 
@@ -140,7 +140,7 @@ def reduce_scatters_seconds(sizes: Sizes, links: Links) -> float:
     """
     if not sizes.sharded or sizes.workload.stage != "fit":
         return 0.0
-    return sum(_group_reduce_scatter_seconds(sizes, block, links) for block in _groups(sizes))
+    return sum(_group_reduce_scatter_seconds(sizes, block, links) for block in sizes.groups)
 
 
 def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
@@ -153,7 +153,7 @@ def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
         return 0.0
     if not sizes.sharded:
         return all_reduce_seconds(sizes.gradients, sizes.plan.dp_replicate, links.all_reduce)
-    return sum(_group_all_reduce_seconds(sizes, block, links) for block in _groups(sizes))
+    return sum(_group_all_reduce_seconds(sizes, block, links) for block in sizes.groups)
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
@@ -166,7 +166,7 @@ def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
         return 0.0
     twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
     moved = 0.0
-    for block in _groups(sizes):
+    for block in sizes.groups:
         moved += 2 * sizes.gathered(block) * (2 if twice and block is not None else 1) * micro_batches
         moved += 2 * sizes.gradient(block, whole=True) if sizes.workload.stage == "fit" else 0
     return moved / rates.memory_bandwidth
@@ -187,8 +187,8 @@ def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
     reduced = 0
     if sizes.sharded:
         twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
-        made += sum(2 * sizes.gathered(block) * (2 if twice and block else 1) for block in _groups(sizes))
-        reduced = sum(sizes.gradient(block, whole=True) for block in _groups(sizes))
+        made += sum(2 * sizes.gathered(block) * (2 if twice and block else 1) for block in sizes.groups)
+        reduced = sum(sizes.gradient(block, whole=True) for block in sizes.groups)
     return (made * micro_batches + reduced) / rates.fresh_memory
 
 
@@ -244,7 +244,3 @@ def _ring_seconds(hop_bytes: int, hops: int, link: Link | None) -> float:
     if link is None:
         raise ValueError("the hardware lacks a link that the plan communicates over; calibrate it with all ranks.")
     return hops * (link.latency_seconds + hop_bytes / link.bandwidth)
-
-
-def _groups(sizes: Sizes) -> list[str | None]:
-    return list(dict.fromkeys(parameter.block for parameter in sizes.workload.parameters))

@@ -76,14 +76,15 @@ def find_plans(
     allowed = {precision} if precision else {"32-true", *allow}
     price = _Pricing(baseline_bytes, accumulate_grad_batches)
     rows = [(plan, price.estimate(workload, hardware, plan)) for plan in candidates(workload, hardware)]
+    fixed = precision is not None
     report = Report(
-        candidates=(*_ranked(rows, budget_bytes, allowed), *_impossible(workload, hardware)),
+        candidates=(*_ranked(rows, budget_bytes, allowed, fixed=fixed), *_impossible(workload, hardware)),
         budget_bytes=budget_bytes,
         hardware=hardware,
         workload=workload,
         accumulate_grad_batches=accumulate_grad_batches,
     )
-    advice = _faster(report) if report.fits else _would_fit(report, price, allowed, fixed=precision is not None)
+    advice = _faster(report, fixed=fixed) if report.fits else _would_fit(report, price, allowed, fixed=fixed)
     return dataclasses.replace(report, advice=tuple(advice))
 
 
@@ -166,7 +167,7 @@ def _check_links(workload: Workload, hardware: Hardware) -> None:
         )
 
 
-def _ranked(rows: list[tuple[Plan, Estimate]], budget_bytes: int, allowed: set[str]) -> list[Candidate]:
+def _ranked(rows: list[tuple[Plan, Estimate]], budget_bytes: int, allowed: set[str], *, fixed: bool) -> list[Candidate]:
     """The plans in order: those that fit by time, then those too large by what they lack, then those not allowed."""
     fitting = [row for row in rows if row[0].precision in allowed and row[1].peak_bytes["device"] <= budget_bytes]
     fitting.sort(key=lambda row: (row[1].step_seconds, row[1].peak_bytes["device"]))
@@ -185,7 +186,7 @@ def _ranked(rows: list[tuple[Plan, Estimate]], budget_bytes: int, allowed: set[s
         for plan, estimate in large
     ]
     ranked += [
-        Candidate(plan=plan, estimate=estimate, status="not allowed", reason=_not_allowed(plan, allowed))
+        Candidate(plan=plan, estimate=estimate, status="not allowed", reason=_not_allowed(plan, allowed, fixed=fixed))
         for plan, estimate in refused
     ]
     return ranked
@@ -210,8 +211,8 @@ def _too_large(estimate: Estimate, budget_bytes: int) -> str:
     return f"lacks {format_bytes(short)} at the {estimate.memory.moment}, where {name} take {format_bytes(size)}"
 
 
-def _not_allowed(plan: Plan, allowed: set[str]) -> str:
-    if plan.precision in LOSSY:
+def _not_allowed(plan: Plan, allowed: set[str], *, fixed: bool) -> str:
+    if plan.precision in LOSSY and not fixed:
         return f"{plan.precision} changes numerics and allow does not name it"
     return f"precision {plan.precision} is not {' or '.join(sorted(allowed))}, which was asked for"
 
@@ -234,7 +235,7 @@ def _computes(hardware: Hardware, precision: str) -> bool:
     return hardware.rates is not None and MATMUL_TYPE[precision] in hardware.rates.matmul
 
 
-def _faster(report: Report) -> Iterator[str]:
+def _faster(report: Report, *, fixed: bool) -> Iterator[str]:
     """What a user could give to go faster, from the candidates that are faster and were not taken."""
     best = report.best_estimate
     for status in ("too large", "not allowed"):
@@ -249,7 +250,7 @@ def _faster(report: Report) -> Iterator[str]:
         short = row.estimate.peak_bytes["device"] - report.budget_bytes
         if status == "too large":
             yield f"{format_bytes(short, up=True)} more memory a rank would be {gain}"
-        elif short <= 0:
+        elif short <= 0 and not fixed:
             yield f"allow=({row.plan.precision!r},) would be {gain}"
 
 

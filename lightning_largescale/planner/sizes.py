@@ -64,7 +64,7 @@ class Sizes:
         Replicas have buckets for every trainable parameter, used or not.
         """
         in_buckets = self.plan.dp_replicate > 1 and not self.sharded
-        kept = [p for p in self.workload.parameters if p.trainable] if in_buckets else self._trained
+        kept = [p for p in self.workload.parameters if p.trainable] if in_buckets else self.trained
         return sum(local_bytes(p, self.plan.dp_shard) for p in kept) if self._trains else 0
 
     @cached_property
@@ -80,7 +80,7 @@ class Sizes:
     @cached_property
     def optimizer_temporaries(self) -> int:
         """The most that one optimizer's `step()` allocates for a while."""
-        local = [local_bytes(p, self.plan.dp_shard) for p in self._trained]
+        local = [local_bytes(p, self.plan.dp_shard) for p in self.trained]
         return max(
             (
                 int(needs.step_temporary_largest * max(local, default=0) + needs.step_temporary_total * sum(local))
@@ -134,11 +134,13 @@ class Sizes:
         return self.sharded and self.plan.precision == "bf16-mixed"
 
     @cached_property
-    def _trained(self) -> list[Parameter]:
+    def trained(self) -> list[Parameter]:
+        """Parameters that receive a gradient in a step."""
         return [p for p in self.workload.parameters if p.trainable and p.used]
 
     @cached_property
-    def _groups(self) -> dict[str | None, list[Parameter]]:
+    def groups(self) -> dict[str | None, list[Parameter]]:
+        """Parameters that are gathered together, by block; those of the root group under None."""
         groups: dict[str | None, list[Parameter]] = {}
         for parameter in self.workload.parameters:
             # Under bf16-mixed blocks gather matrices in half the bytes; vectors go with the root, in fp32.
@@ -147,7 +149,7 @@ class Sizes:
         return groups
 
     def _group(self, block: str | None) -> list[Parameter]:
-        return self._groups.get(block, [])
+        return self.groups.get(block, [])
 
 
 def without_copies(step: Step) -> Step:

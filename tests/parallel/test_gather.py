@@ -102,6 +102,21 @@ class Tempered(Adversarial):
         return torch.optim.SGD(rest, 1e-2), torch.optim.SGD([self.temperature], 1e-2)
 
 
+class ByHand(Adversarial):
+    """Clips and clears gradients as plain torch does."""
+
+    def training_step(self, batch, index):
+        first, _ = self.optimizers()
+        loss = self.adversarial(batch[:, :6] / 32, real=True) + self.critic(self.generator(batch[:, :4] / 32)).mean()
+        self.manual_backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 0.05)
+        first.step()
+        self.zero_grad()
+        assert all(parameter.grad is None for parameter in self.parameters())
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.losses += [float(self.all_gather(loss.detach()).mean()), float(whole)]
+
+
 class Penalised(Language):
     """The gradient of the blocks' output is part of the loss."""
 
@@ -189,6 +204,12 @@ def test_a_parameter_of_the_module_itself_after_a_backward_in_the_step(two, plan
     options = {"arguments": [shape], "max_steps": 4}
     for losses in two.run(fit, Tempered, plan, 2, **options):
         assert losses == pytest.approx(fit(Tempered, None, 1, **options), rel=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_clipping_and_clearing_by_hand_inside_a_step(two, plan):
+    for losses in two.run(fit, ByHand, plan, 2, max_steps=4):
+        assert losses == pytest.approx(fit(ByHand, None, 1, max_steps=4), rel=1e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS)

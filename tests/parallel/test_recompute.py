@@ -74,6 +74,17 @@ def test_buffers_change_once_and_are_what_they_were_when_it_runs_again(in_place,
         assert torch.equal(ours.get_buffer(name), buffer), name
 
 
+def test_a_constant_that_blocks_share_is_copied_once():
+    model = Language()
+    mask = torch.ones(64)
+    for block in model.blocks:
+        block.register_buffer("mask", mask)
+    apply_recompute(model, FULL)
+    train(model, steps=2)
+    (copies,) = {id(block.forward._copies): block.forward._copies for block in model.blocks}.values()
+    assert [copy.shape for _, copy in copies.values()] == [mask.shape]
+
+
 @pytest.mark.parametrize(("mode", "times"), [("none", 1), ("full", 1), ("full", 2)])
 def test_backward_computes_each_block_once_more(mode, times):
     model = Language()

@@ -162,3 +162,11 @@ def test_nothing_to_train_and_nothing_measured():
     unmeasured = dataclasses.replace(hardware(1), rates=None, origin="file")
     with pytest.raises(PlanError, match="without measured rates"):
         find_plans(workload(), unmeasured)
+
+
+def test_a_precision_that_was_asked_for_is_not_advised_against():
+    work = workload(precisions=BOTH)
+    report = find_plans(work, hardware(1, bf16=400e9), precision="32-true", allow=("bf16-mixed",))
+    assert report.advice == ()
+    (reason, *_) = [row.reason for row in report.candidates if row.status == "not allowed"]
+    assert reason == "precision bf16-mixed is not 32-true, which was asked for"
