@@ -94,8 +94,8 @@ def test_every_moment_is_a_sum_and_recomputing_never_needs_more_than_one_block_e
 
 def test_between_steps_less_is_held_by_what_finds_no_hole():
     estimate = terms()
-    moving = estimate.terms["activations"] + estimate.terms["gradients"]
-    assert estimate.peak_bytes - estimate.between_steps_bytes == int(0.4 * moving)
+    assert estimate.terms["gradients"] > 0
+    assert estimate.peak_bytes - estimate.between_steps_bytes == int(0.4 * estimate.terms["activations"])
 
 
 def test_recomputed_blocks_keep_a_copy_of_their_buffers():
