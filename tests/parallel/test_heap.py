@@ -26,25 +26,23 @@ def test_holes_are_given_back(run_python):
 
 
 GROWN_BYTES = """
-import torch
+import os, torch
 from lightning_largescale.hardware.usage import held_bytes
 from lightning_largescale.parallel.heap import HeapGuard
 del (first := [torch.ones(4 * 2**20)])[:]
 base = held_bytes("cpu")
 small = [torch.ones(2 * 2**20) for _ in range(16)]
 del small[::2]
-for limit in (2**30, 2**20):
-    HeapGuard(base + limit)()
-    large = [torch.ones(4 * 2**20) for _ in range(8)]
-    del large[::2]
-    print((held_bytes("cpu") - base) >> 20)
-    del large
+HeapGuard(base + int(os.environ["LIMIT_BYTES"]))()
+large = [torch.ones(4 * 2**20) for _ in range(8)]  # larger than the holes that there are
+del large[::2]
+print((held_bytes("cpu") - base) >> 20)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
 def test_a_plain_run_is_left_alone_until_it_outgrows_its_plan(run_python):
-    alone, guarded = map(int, run_python(GROWN_BYTES).split())
+    alone, guarded = (int(run_python(GROWN_BYTES, LIMIT_BYTES=str(limit))) for limit in (2**30, 2**20))
     # Live are eight tensors of 8 MiB and four of 16; as many of either were freed.
     assert alone > 240
     assert 120 <= guarded < 140
