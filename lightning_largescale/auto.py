@@ -138,7 +138,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         estimate = None if self.report is None else self.report.estimate_of(self.plan)
-        alone = self.root_device.type == "cpu" and self._care_for_heap is None
+        alone = self.root_device.type == "cpu" and self._trim_heap is None
         self._guard = HeapGuard(estimate.memory.between_steps_bytes) if alone and estimate is not None else None
 
     @override

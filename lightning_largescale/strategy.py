@@ -80,7 +80,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         self._replica: Replica | None = None
         self._uneven: UnevenSteps | None = None
         self._undo = contextlib.ExitStack()
-        self._care_for_heap: HeapTrimmer | None = None
+        self._trim_heap: HeapTrimmer | None = None
 
     # Setup: the order of techniques
 
@@ -112,7 +112,7 @@ class LargeScaleStrategy(ConnectedStrategy):
             if plan.dp_shard == 1:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
-        self._care_for_heap = HeapTrimmer() if self.root_device.type == "cpu" and plan != Plan() else None
+        self._trim_heap = HeapTrimmer() if self.root_device.type == "cpu" and plan != Plan() else None
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)
         if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
@@ -271,8 +271,8 @@ class LargeScaleStrategy(ConnectedStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's; then holes in the heap are given back, where the plan has them given back."""
         result = super().optimizer_step(*args, **kwargs)
-        if self._care_for_heap is not None:
-            self._care_for_heap()
+        if self._trim_heap is not None:
+            self._trim_heap()
         return result
 
     @contextlib.contextmanager

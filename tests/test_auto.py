@@ -211,3 +211,14 @@ def test_what_is_not_allowed_is_priced_for_the_advice():
     assert report.best.precision == "32-true"
     statuses = {row.status for row in report.candidates if row.plan.precision == "bf16-mixed"}
     assert statuses in ({"not allowed"}, {"not possible"})
+
+
+def guarded(devices):
+    run = trainer("largescale_auto", devices=devices, max_steps=1)
+    run.fit(Language())
+    return run.strategy.plan == Plan(), run.strategy._guard is not None
+
+
+def test_only_a_plain_run_has_its_heap_guarded(two):
+    assert guarded(1) == (True, True)
+    assert two.run(guarded, 2) == [(False, False)] * 2

@@ -49,7 +49,7 @@ class HeapGuard:
         self._above_bytes, self._mapped = above_bytes, False
 
     def __call__(self) -> None:
-        """Look, between two steps."""
+        """Look; to be called between two steps."""
         if not self._mapped and held_bytes("cpu") > self._above_bytes:
             self._mapped = True
             map_from(0)
