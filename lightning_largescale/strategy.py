@@ -6,30 +6,21 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_largescale import checkpoint, compat
-from lightning_largescale.connected import ConnectedStrategy
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
 from lightning_largescale.parallel.gather import (
-    backward_inside,
     check_optimizer,
-    no_reduction,
     reshard,
-    run_gathered,
     sharded_state,
 )
 from lightning_largescale.parallel.heap import map_from
@@ -38,12 +29,12 @@ from lightning_largescale.parallel.mesh import build_mesh
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
-from lightning_largescale.parallel.uneven import UnevenSteps
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import LargeScalePrecision, asked_precision, check_precision
+from lightning_largescale.stepping import SteppingStrategy
 
 
-class LargeScaleStrategy(ConnectedStrategy):
+class LargeScaleStrategy(SteppingStrategy):
     """Trains a LightningModule as a plan says; the module's code, names and state_dict keys stay as they are.
 
     Args:
@@ -77,10 +68,7 @@ class LargeScaleStrategy(ConnectedStrategy):
         self._planner = plan if callable(plan) else None
         self.plan = Plan() if callable(plan) else Plan.of(plan)
         self._start_method = start_method
-        self._replica: Replica | None = None
-        self._uneven: UnevenSteps | None = None
         self._undo = contextlib.ExitStack()
-        self._trim_heap: HeapTrimmer | None = None
 
     # Setup: the order of techniques
 
@@ -141,11 +129,6 @@ class LargeScaleStrategy(ConnectedStrategy):
             ranks_per_node=self.num_processes,
             nodes=self.num_nodes,
         )
-
-    def _module(self) -> LightningModule:
-        if self.lightning_module is None:
-            raise RuntimeError("the Trainer has not given the strategy its module yet")
-        return self.lightning_module
 
     @property
     def _fixed(self) -> bool:
@@ -215,157 +198,6 @@ class LargeScaleStrategy(ConnectedStrategy):
         if sharded_state(module):
             for optimizer in self.optimizers:
                 check_optimizer(optimizer, module)
-
-    # Steps
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, through what reduces its gradients."""
-        module = self._module()
-        if self._replica is None:
-            result = self._step("training_step", *args, **kwargs)
-            if not module.automatic_optimization:
-                reshard(module)
-            return result
-        with self.precision_plugin.forward_context():
-            step = partial(module.training_step, *args, **kwargs)
-            return self._replica.run(step, reduce_output=module.automatic_optimization)
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with its parameters gathered."""
-        return self._step("validation_step", *args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with its parameters gathered."""
-        return self._step("test_step", *args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with its parameters gathered."""
-        return self._step("predict_step", *args, **kwargs)
-
-    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
-        with self.precision_plugin.forward_context():
-            result = run_gathered(module, partial(getattr(module, name), *args, **kwargs))
-        if self._uneven is not None:
-            self._uneven.done()
-        return result
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning's; where the user runs it inside the step, it begins as one that the step's output began."""
-        module = self._module()
-        inside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if not module.automatic_optimization:
-            if self._replica is not None:
-                self._replica.prepare(closure_loss)
-            elif sharded_state(module):
-                inside = backward_inside(module, closure_loss)
-        with inside:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-
-    @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's; then holes in the heap are given back, where the plan has them given back."""
-        result = super().optimizer_step(*args, **kwargs)
-        if self._trim_heap is not None:
-            self._trim_heap()
-        return result
-
-    @contextlib.contextmanager
-    @override
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        """Within, backward does not communicate gradients."""
-        module = self._module()
-        blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self._replica is not None:
-            blocked = self._replica.no_reduction()
-        elif sharded_state(module):
-            blocked = no_reduction(module)
-        with blocked:
-            yield
-
-    @override
-    def on_validation_start(self) -> None:
-        """Learn how many batches each rank has."""
-        self._start_evaluation()
-
-    @override
-    def on_test_start(self) -> None:
-        """Learn how many batches each rank has."""
-        self._start_evaluation()
-
-    @override
-    def on_predict_start(self) -> None:
-        """Learn how many batches each rank has."""
-        self._start_evaluation()
-
-    @override
-    def on_validation_end(self) -> None:
-        """Drop what evaluation gathered."""
-        self._end_evaluation()
-
-    @override
-    def on_test_end(self) -> None:
-        """Drop what evaluation gathered."""
-        self._end_evaluation()
-
-    @override
-    def on_predict_end(self) -> None:
-        """Drop what evaluation gathered."""
-        self._end_evaluation()
-
-    def _start_evaluation(self) -> None:
-        module = self._module()
-        if self.is_distributed:
-            # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
-            equal_weights(module.buffers())
-        if sharded_state(module):
-            self._uneven = UnevenSteps(module, compat.evaluation_batches(module.trainer))
-
-    def _end_evaluation(self) -> None:
-        self._uneven = None
-        if self.lightning_module is not None:
-            reshard(self.lightning_module)
-
-    # Checkpoints
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Always: each rank takes its part of a checkpoint once the module is divided."""
-        return True
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Full tensors, on rank 0 alone where the module is sharded; a collective."""
-        module = self._module()
-        if sharded_state(module) is None:
-            return super().lightning_module_state_dict()
-        return checkpoint.full_module_state(module, keep=self.is_global_zero)
-
-    @override
-    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
-        """Load full tensors, each rank its part."""
-        module = self._module()
-        checkpoint.load_module_state(module, checkpoint_["state_dict"], strict=strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective."""
-        if sharded_state(self._module()) is None:
-            return super().optimizer_state(optimizer)
-        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
-        """Load full tensors, each rank its part."""
-        for optimizer, state in zip(self.optimizers, checkpoint_["optimizer_states"], strict=True):
-            checkpoint.load_optimizer_state(optimizer, state)
 
     @override
     def teardown(self) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     {"units"},
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},
-    {"checkpoint", "connected", "failures", "fork", "hub", "launch", "precision", "sample"},
+    {"checkpoint", "connected", "failures", "stateful", "stepping", "fork", "hub", "launch", "precision", "sample"},
     {"strategy"},
     {"auto"},
     {"registry", "cli"},

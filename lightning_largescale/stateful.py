@@ -1,0 +1,58 @@
+"""StatefulStrategy: what a module that may be divided is to those who read it whole: checkpoints, callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_largescale import checkpoint
+from lightning_largescale.connected import ConnectedStrategy
+from lightning_largescale.parallel.gather import sharded_state
+
+
+class StatefulStrategy(ConnectedStrategy):
+    """Gives and takes full tensors, however the module's own are divided."""
+
+    def _module(self) -> LightningModule:
+        if self.lightning_module is None:
+            raise RuntimeError("the Trainer has not given the strategy its module yet")
+        return self.lightning_module
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Always: each rank takes its part of a checkpoint once the module is divided."""
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Full tensors, on rank 0 alone where the module is sharded; a collective."""
+        module = self._module()
+        if sharded_state(module) is None:
+            return super().lightning_module_state_dict()
+        return checkpoint.full_module_state(module, keep=self.is_global_zero)
+
+    @override
+    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
+        """Load full tensors, each rank its part."""
+        module = self._module()
+        checkpoint.load_module_state(module, checkpoint_["state_dict"], strict=strict)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective."""
+        if sharded_state(self._module()) is None:
+            return super().optimizer_state(optimizer)
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
+        """Load full tensors, each rank its part."""
+        for optimizer, state in zip(self.optimizers, checkpoint_["optimizer_states"], strict=True):
+            checkpoint.load_optimizer_state(optimizer, state)

@@ -1,0 +1,142 @@
+"""SteppingStrategy: the steps of a module that may be divided or replicated, and their backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_largescale import compat
+from lightning_largescale.hardware.usage import HeapTrimmer
+from lightning_largescale.parallel.gather import backward_inside, no_reduction, reshard, run_gathered, sharded_state
+from lightning_largescale.parallel.materialize import equal_weights
+from lightning_largescale.parallel.replicate import Replica
+from lightning_largescale.parallel.uneven import UnevenSteps
+from lightning_largescale.stateful import StatefulStrategy
+
+
+class SteppingStrategy(StatefulStrategy):
+    """Runs the module's steps with its parameters gathered, or its gradients reduced, as the module was set up."""
+
+    # What setup has found the module to need; None where it is not replicated, or the heap is left alone.
+    _replica: Replica | None = None
+    _trim_heap: HeapTrimmer | None = None
+    _uneven: UnevenSteps | None = None
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, through what reduces its gradients."""
+        module = self._module()
+        if self._replica is None:
+            result = self._step("training_step", *args, **kwargs)
+            if not module.automatic_optimization:
+                reshard(module)
+            return result
+        with self.precision_plugin.forward_context():
+            step = partial(module.training_step, *args, **kwargs)
+            return self._replica.run(step, reduce_output=module.automatic_optimization)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with its parameters gathered."""
+        return self._step("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with its parameters gathered."""
+        return self._step("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with its parameters gathered."""
+        return self._step("predict_step", *args, **kwargs)
+
+    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        with self.precision_plugin.forward_context():
+            result = run_gathered(module, partial(getattr(module, name), *args, **kwargs))
+        if self._uneven is not None:
+            self._uneven.done()
+        return result
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning's; where the user runs it inside the step, it begins as one that the step's output began."""
+        module = self._module()
+        inside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not module.automatic_optimization:
+            if self._replica is not None:
+                self._replica.prepare(closure_loss)
+            elif sharded_state(module):
+                inside = backward_inside(module, closure_loss)
+        with inside:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's; then holes in the heap are given back, where the plan has them given back."""
+        result = super().optimizer_step(*args, **kwargs)
+        if self._trim_heap is not None:
+            self._trim_heap()
+        return result
+
+    @contextlib.contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Within, backward does not communicate gradients."""
+        module = self._module()
+        blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._replica is not None:
+            blocked = self._replica.no_reduction()
+        elif sharded_state(module):
+            blocked = no_reduction(module)
+        with blocked:
+            yield
+
+    @override
+    def on_validation_start(self) -> None:
+        """Learn how many batches each rank has."""
+        self._start_evaluation()
+
+    @override
+    def on_test_start(self) -> None:
+        """Learn how many batches each rank has."""
+        self._start_evaluation()
+
+    @override
+    def on_predict_start(self) -> None:
+        """Learn how many batches each rank has."""
+        self._start_evaluation()
+
+    @override
+    def on_validation_end(self) -> None:
+        """Drop what evaluation gathered."""
+        self._end_evaluation()
+
+    @override
+    def on_test_end(self) -> None:
+        """Drop what evaluation gathered."""
+        self._end_evaluation()
+
+    @override
+    def on_predict_end(self) -> None:
+        """Drop what evaluation gathered."""
+        self._end_evaluation()
+
+    def _start_evaluation(self) -> None:
+        module = self._module()
+        if self.is_distributed:
+            # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
+            equal_weights(module.buffers())
+        if sharded_state(module):
+            self._uneven = UnevenSteps(module, compat.evaluation_batches(module.trainer))
+
+    def _end_evaluation(self) -> None:
+        self._uneven = None
+        if self.lightning_module is not None:
+            reshard(self.lightning_module)
