@@ -106,9 +106,12 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         self._step_starts.clear()
         sharded = sharded_state(self._module())
         if sharded is not None and self._planned_for[0] is not self._module():
-            # Another strategy divided it, and it can be neither traced nor divided again.
-            self.report = None
-            return sharded.plan
+            if trainer.state.fn != TrainerFn.FITTING or sharded.plan.world_size != self.world_size:
+                # Another strategy divided it, which serves for evaluation.
+                self.report = None
+                return sharded.plan
+            # What is divided can be neither traced nor planned.
+            self.make_whole()
         if self._keeps_plan(trainer):
             start_peak(self.root_device.type)
             return self.plan

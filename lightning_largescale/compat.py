@@ -336,6 +336,57 @@ def forget_forward(module: Any) -> None:
     state._post_forward_hook_handle.remove()
 
 
+def undo_sharding(module: Any) -> None:
+    """Make `module`, which `fully_shard` was applied to, one that it was not applied to; parameters stay as they are.
+
+    Replaced by a public inverse of `fully_shard`.
+    """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+    for group in state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]:
+        if group is not None:
+            handles += group._module_to_pre_save_state_dict_hook_handle.values()
+            handles += group._module_to_pre_load_state_dict_hook_handle.values()
+    for handle in handles:
+        handle.remove()
+    del _module_state_mapping[module]
+    for key in (STATE_KEY, REGISTRY_KEY):
+        vars(module).pop(key, None)
+    module.__class__ = type(module).__mro__[2]
+    for part in module.modules():
+        for name in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+            vars(part).pop(name, None)
+
+
+@contextmanager
+def without_gathering(module: Any) -> Iterator[None]:
+    """Within, a forward of `module`, which `fully_shard` was applied to, uses the parameters that it finds there.
+
+    Replaced by a public switch of FSDP2 for a block of code, as FSDP1 had `summon_full_params`.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    before = [
+        (state._pre_forward_hook_handle.id, module._forward_pre_hooks, dict(module._forward_pre_hooks)),
+        (state._post_forward_hook_handle.id, module._forward_hooks, dict(module._forward_hooks)),
+    ]
+    for handle, hooks, _ in before:
+        hooks.pop(handle, None)
+    try:
+        yield
+    finally:
+        for _, hooks, ordered in before:
+            added = {key: hook for key, hook in hooks.items() if key not in ordered}
+            hooks.clear()
+            hooks.update(ordered)
+            hooks.update(added)
+
+
 def before_transfer(module: Any, batch: Any) -> Any:
     """`batch` as the module's, or its datamodule's, `on_before_batch_transfer` makes it.
 

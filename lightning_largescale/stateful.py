@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -13,6 +14,7 @@ from typing_extensions import override
 from lightning_largescale import checkpoint
 from lightning_largescale.connected import ConnectedStrategy
 from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.whole import make_whole, whole_parameters
 
 
 class StatefulStrategy(ConnectedStrategy):
@@ -22,6 +24,24 @@ class StatefulStrategy(ConnectedStrategy):
         if self.lightning_module is None:
             raise RuntimeError("the Trainer has not given the strategy its module yet")
         return self.lightning_module
+
+    @contextlib.contextmanager
+    def full_parameters(self) -> Generator[None, None, None]:
+        """Within, the module's parameters are full plain tensors, however they are divided: a collective.
+
+        For code that reads `parameters()` or `state_dict()`, or writes into them: what is written is kept, and is to be
+        the same on all ranks. The whole model must fit beside this rank's shards. In `training_step` they are for
+        reading, and a loss may be computed from them; elsewhere they have no gradients.
+        """
+        with whole_parameters(self._module()):
+            yield
+
+    def make_whole(self) -> None:
+        """Give the module full plain parameters for good, on the CPU and equal on all ranks: a collective.
+
+        After `fit` under a sharded plan, for code that knows nothing of ranks. Optimizers do not train them any more.
+        """
+        make_whole(self._module())
 
     @property
     @override

@@ -13,7 +13,13 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import HeapTrimmer
-from lightning_largescale.parallel.gather import backward_inside, no_reduction, reshard, run_gathered, sharded_state
+from lightning_largescale.parallel.gather import (
+    backward_inside,
+    no_reduction,
+    reshard,
+    run_step,
+    sharded_state,
+)
 from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.uneven import UnevenSteps
@@ -59,7 +65,7 @@ class SteppingStrategy(StatefulStrategy):
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
         with self.precision_plugin.forward_context():
-            result = run_gathered(module, partial(getattr(module, name), *args, **kwargs))
+            result = run_step(module, name, *args, **kwargs)
         if self._uneven is not None:
             self._uneven.done()
         return result

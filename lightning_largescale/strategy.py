@@ -94,6 +94,7 @@ class LargeScaleStrategy(SteppingStrategy):
             raise PlanError(
                 f"{type(module).__name__} has no parameters, so there is nothing to train; give it at least one."
             )
+        self._adapt(module, plan)
         self._use_precision(plan)
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
@@ -145,10 +146,21 @@ class LargeScaleStrategy(SteppingStrategy):
     def _give_back_precision(self, plugin: Precision) -> None:
         self.precision_plugin = plugin
 
+    def _adapt(self, module: LightningModule, plan: Plan) -> None:
+        """Make a module whole that an earlier plan divided, unless `plan` divides it alike."""
+        state = sharded_state(module)
+        if state is None or adapt(module, plan):
+            return
+        ranks = state.plan.world_size
+        if ranks != self.world_size:
+            raise PlanError(
+                f"{type(module).__name__.removeprefix('FSDP')} is divided among {ranks} processes and this Trainer has"
+                f" {self.world_size}; first call `trainer.strategy.make_whole()` of the other Trainer on all ranks."
+            )
+        self.make_whole()
+
     def _shard(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
-        if sharded_state(module):
-            adapt(module, plan)
-        else:
+        if not sharded_state(module):
             check_equal_structure(module)
             mesh = build_mesh(plan, self.root_device.type)
             assert mesh is not None
@@ -160,8 +172,6 @@ class LargeScaleStrategy(SteppingStrategy):
             loop.inference_mode = False
 
     def _place(self, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
-        if sharded_state(module):
-            adapt(module, plan)
         self.model_to_device()
         if plan.dp_replicate > 1:
             check_equal_structure(module)

@@ -267,3 +267,36 @@ def test_version_counts_writes():
     assert compat.version(tensor) == before
     tensor.add_(1)
     assert compat.version(tensor) > before
+
+
+def divided_and_undone():
+    dist.is_initialized() or dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    kept = []
+    module[0].register_forward_hook(lambda *_: kept.append("user"))
+    before = [{key: value for key, value in vars(part).items() if "hooks" not in key} for part in module.modules()]
+    fully_shard(module[0], mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    module(torch.ones(2, 4)).sum().backward()
+    with torch.no_grad(), compat.without_gathering(module[0]):
+        shard = module[0].weight.to_local()
+        assert module[0].weight.shape == (4, 4)
+        with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
+            module[0](torch.ones(2, 4))
+        assert shard.shape == (2, 4)
+    with torch.no_grad():
+        module(torch.ones(2, 4))
+    compat.undo_sharding(module)
+    compat.undo_sharding(module[0])
+    hooks = [len(part._forward_pre_hooks) + len(part._state_dict_pre_hooks) for part in module.modules()]
+    after = [{key: value for key, value in vars(part).items() if "hooks" not in key} for part in module.modules()]
+    return type(module), kept, hooks, [[*part] for part in before] == [[*part] for part in after]
+
+
+def test_undo_sharding_and_without_gathering():
+    for kind, kept, hooks, same in run_ranks(2, divided_and_undone):
+        assert kind is nn.Sequential
+        assert kept == ["user"] * 2
+        assert hooks == [0, 0, 0]
+        assert same

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
 from lightning_largescale.plan import Plan, PlanError
@@ -26,6 +27,8 @@ from lightning_largescale.plan import Plan, PlanError
 _Result = TypeVar("_Result")
 # Where the module keeps what is known of its sharding, and the method that FSDP takes for a forward.
 _STATE, _STEP = "_largescale_sharded", "_largescale_step"
+# How torch complains of shards where it has plain tensors.
+_MIXED = ("torch.Tensor and DTensor", "does not have a sharding strategy registered")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,6 +43,8 @@ class Sharded:
         gathered: names of the groups that the last step gathered, in its order, but for the root.
         stepping: a step runs.
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
+        whole: the module has full parameters in the place of shards, for a block of code.
+        hooks: what was registered with parts of the module.
     """
 
     plan: Plan
@@ -49,6 +54,8 @@ class Sharded:
     gathered: list[str] = field(default_factory=list)
     stepping: bool = False
     in_backward: bool = False
+    whole: bool = False
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def start_gathering(module: nn.Module, state: Sharded) -> None:
@@ -68,8 +75,10 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
     }
     for name, group in state.groups.items():
         if name:
-            group.register_forward_pre_hook(partial(_note, state, name))  # type: ignore[attr-defined]
-            group.register_forward_hook(partial(_watch_backward, module, state))  # type: ignore[attr-defined]
+            state.hooks += [
+                group.register_forward_pre_hook(partial(_note, state, name)),  # type: ignore[attr-defined]
+                group.register_forward_hook(partial(_watch_backward, module, state)),  # type: ignore[attr-defined]
+            ]
     for part in _eager_modules(module):
         own = {
             name: (parameter, owners[parameter])
@@ -77,10 +86,26 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
             if parameter in owners
         }
         if own:
-            part.register_forward_pre_hook(partial(_gather, own))
+            state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
     # The first group to run forward becomes the root for good, so that is the module itself, now.
     run_gathered(module, lambda: None)
     reshard(module)
+
+
+def stop_gathering(module: nn.Module, state: Sharded) -> None:
+    """Undo `start_gathering`."""
+    for hook in state.hooks:
+        hook.remove()
+    state.hooks.clear()
+    del vars(module)[_STATE], vars(module)[_STEP]
+
+
+def set_plan(state: Sharded, plan: Plan) -> None:
+    """Gather from now on as `plan` says, which divides as the one before."""
+    for name, group in state.groups.items():
+        if name:
+            group.set_reshard_after_forward(plan.reshard_after_forward, recurse=False)
+    state.plan = plan
 
 
 def sharded_state(module: nn.Module) -> Sharded | None:
@@ -91,7 +116,7 @@ def sharded_state(module: nn.Module) -> Sharded | None:
 def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
     """Run `function`, a step of `module`, with the root's parameters gathered; what it returns starts the backward."""
     state = sharded_state(module)
-    if state is None:
+    if state is None or state.whole:
         return function()
     state.gathered.clear()
     state.stepping = True
@@ -142,6 +167,30 @@ def reshard(module: nn.Module) -> None:
         group.reshard()
 
 
+def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Run the step `name` of `module` with the root's parameters gathered, as `run_gathered`.
+
+    Raises:
+        PlanError: the step computed with parameters of a block that was not gathered.
+    """
+    try:
+        result = run_gathered(module, partial(getattr(module, name), *args, **kwargs))
+    except RuntimeError as error:
+        if sharded_state(module) is None or not any(words in str(error) for words in _MIXED):
+            raise
+        raise _computed_with_shards(name, str(error)) from error
+    if sharded_state(module) is not None and any(isinstance(leaf, DTensor) for leaf in compat.leaves(result)):
+        raise _computed_with_shards(name, "its result is a DTensor")
+    return result
+
+
+def _computed_with_shards(step: str, why: str) -> PlanError:
+    return PlanError(
+        f"{step} computed with parameters of blocks outside of these, and dp_shard has them divided; compute that in"
+        f" `with self.trainer.strategy.full_parameters():` ({why})."
+    )
+
+
 @contextmanager
 def no_reduction(module: nn.Module) -> Iterator[None]:
     """Within, a backward of the sharded `module` keeps its gradients unreduced, without communication."""
@@ -172,7 +221,8 @@ def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
 
 
 def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:
-    state.gathered.append(name)
+    if state.stepping:
+        state.gathered.append(name)
 
 
 def _watch_backward(module: nn.Module, state: Sharded, block: nn.Module, args: Any, output: Any) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lightning_largescale.hardware.usage import release_free_memory
-from lightning_largescale.parallel.gather import Sharded, sharded_state, start_gathering
+from lightning_largescale.parallel.gather import Sharded, set_plan, sharded_state, start_gathering
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.plan import Plan, PlanError
@@ -80,24 +80,15 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
         release_free_memory()
 
 
-def adapt(module: nn.Module, plan: Plan) -> None:
-    """Let `module`, sharded by an earlier plan, go on under `plan`.
-
-    Raises:
-        PlanError: `plan` divides it otherwise.
-    """
+def adapt(module: nn.Module, plan: Plan) -> bool:
+    """Let `module`, sharded by an earlier plan, go on under `plan`, if `plan` divides it in the same way."""
     state = sharded_state(module)
     assert state is not None
     before = state.plan
     if (before.dp_replicate, before.dp_shard, before.precision) != (plan.dp_replicate, plan.dp_shard, plan.precision):
-        raise PlanError(
-            f"{type(module).__name__.removeprefix('FSDP')} is already divided ({before.describe()}) and the plan asks"
-            f" for {plan.describe()}; build the module anew, and load a checkpoint to go on."
-        )
-    for name, group in state.groups.items():
-        if name:
-            group.set_reshard_after_forward(plan.reshard_after_forward, recurse=False)
-    state.plan = plan
+        return False
+    set_plan(state, plan)
+    return True
 
 
 def _check_dtypes(module: nn.Module) -> None:

@@ -1,0 +1,115 @@
+"""A sharded module made whole: for a block of code, or for good.
+
+Every rank then holds all parameters, so they must fit there.
+
+Source: torch.distributed.tensor, DTensor.full_tensor; FSDP1's `summon_full_params` for the block of code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.gather import reshard, sharded_state, stop_gathering
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Within, `module` has full plain parameters; what the block writes into them is kept: a collective.
+
+    They are copies on the device of the shards. Each rank keeps its own slices of what the block writes into them, so
+    all ranks are to write the same. Inside a step they are for reading: a loss that is computed from them is
+    differentiated as in a plain run, with a reduction of its own.
+
+    Args:
+        module: any; one that is not sharded stays as it is.
+    """
+    state = sharded_state(module)
+    if state is None or state.whole:
+        yield
+        return
+    if not state.stepping:
+        reshard(module)
+    places = _shards(module)
+    shards = dict.fromkeys(shard for _, _, shard in places)
+    full = {shard: _differentiable(shard) if state.stepping else _full(shard, shard.device) for shard in shards}
+    versions = {shard: compat.version(whole) for shard, whole in full.items()}
+    with contextlib.ExitStack() as gathering:
+        for group in state.groups.values():
+            gathering.enter_context(compat.without_gathering(group))
+        state.whole = True
+        _put(places, full)
+        try:
+            yield
+        finally:
+            state.whole = False
+            _put(places, {shard: shard for shard in shards})
+            for shard, whole in full.items():
+                if compat.version(whole) != versions[shard]:
+                    _write(shard, whole)
+
+
+def make_whole(module: nn.Module) -> None:
+    """Undo the sharding of `module`: full plain parameters on the CPU, equal on all ranks, and nothing that gathers.
+
+    A collective. Optimizers of the shards are optimizers of nothing from then on. A module that is not sharded stays
+    as it is.
+    """
+    state = sharded_state(module)
+    if state is None:
+        return
+    reshard(module)
+    shards = _shards(module)
+    for _, group in reversed(state.groups.items()):
+        compat.undo_sharding(group)
+    stop_gathering(module, state)
+    # One after the other, so that a shard is gone before the next full tensor is there.
+    while shards:
+        shard = shards[-1][2]
+        owners = [entry for entry in shards if entry[2] is shard]
+        shards = [entry for entry in shards if entry[2] is not shard]
+        _put(owners, {shard: _full(shard, torch.device("cpu"))})
+
+
+def _shards(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Each place of the module that holds a shard: the part, the name there, the shard; tied ones several times."""
+    places = [
+        (part, name, parameter) for part in module.modules() for name, parameter in compat.own_tensors(part)[0].items()
+    ]
+    return [place for place in places if isinstance(place[2], DTensor)]
+
+
+def _full(shard: nn.Parameter, device: torch.device) -> nn.Parameter:
+    assert isinstance(shard, DTensor)
+    with torch.no_grad():
+        whole: Tensor = shard.full_tensor()
+        # Of a single rank the shard is the whole, which is not to be written into twice.
+        whole = whole.clone() if whole.device == device else whole.to(device)
+    return nn.Parameter(whole, requires_grad=shard.requires_grad)
+
+
+def _differentiable(shard: nn.Parameter) -> Tensor:
+    """The full tensor of `shard`, whose gradient is averaged over the ranks, as those of a step are."""
+    assert isinstance(shard, DTensor)
+    whole: Tensor = shard.full_tensor(grad_placements=[Partial()] * shard.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / shard.device_mesh.size())  # type: ignore[no-untyped-call]
+    return whole
+
+
+def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Parameter, Tensor]) -> None:
+    for part, name, shard in places:
+        compat.own_tensors(part)[0][name] = by[shard]
+
+
+def _write(shard: nn.Parameter, whole: Tensor) -> None:
+    assert isinstance(shard, DTensor)
+    values = distribute_tensor(whole.detach(), shard.device_mesh, shard.placements, src_data_rank=None)
+    with torch.no_grad():
+        shard.copy_(values)
