@@ -316,12 +316,32 @@ def set_rank_zero(rank: int) -> None:
     rank_zero_only.rank = utils_rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
-def evaluation_batches(trainer: Any) -> list[int | float]:
-    """How many batches of each loader this rank has in the evaluation under way; infinite where that is not known.
+def evaluation_is_empty(trainer: Any) -> bool:
+    """Whether the evaluation that is about to begin is known to have no batch, if only by looking for one.
 
     Replaced by a public property of the Trainer for its active loop.
     """
-    return list(trainer._active_loop.max_batches)
+    fetcher = trainer._active_loop._data_fetcher
+    return fetcher.length == 0 or (fetcher.length is None and not getattr(fetcher, "batches", True))
+
+
+def call_when_exhausted(trainer: Any, function: Any) -> None:
+    """Call `function` when the evaluation that is about to begin asks for a batch and there is none.
+
+    Replaced by a hook of Strategy between the last batch of an evaluation and what is computed of all.
+    """
+    fetcher = trainer._active_loop._data_fetcher
+    kind: Any = type(fetcher)
+
+    class Fetcher(kind):  # type: ignore[misc]
+        def __next__(self) -> Any:
+            try:
+                return super().__next__()
+            except StopIteration:
+                function()
+                raise
+
+    fetcher.__class__ = Fetcher
 
 
 def forget_forward(module: Any) -> None:

@@ -22,7 +22,7 @@ from lightning_largescale.parallel.gather import (
 )
 from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.replicate import Replica
-from lightning_largescale.parallel.uneven import UnevenSteps
+from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
 from lightning_largescale.stateful import StatefulStrategy
 
 
@@ -33,6 +33,13 @@ class SteppingStrategy(StatefulStrategy):
     _replica: Replica | None = None
     _trim_heap: HeapTrimmer | None = None
     _uneven: UnevenSteps | None = None
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """The loader; to train from, one that has as many batches on every rank."""
+        if not (self.is_distributed and self._module().trainer.training):
+            return dataloader
+        return equal_batches(dataloader, self.root_device)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,11 +71,10 @@ class SteppingStrategy(StatefulStrategy):
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
-        with self.precision_plugin.forward_context():
-            result = run_step(module, name, *args, **kwargs)
         if self._uneven is not None:
-            self._uneven.done()
-        return result
+            self._uneven.start()
+        with self.precision_plugin.forward_context():
+            return run_step(module, name, *args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -107,12 +113,12 @@ class SteppingStrategy(StatefulStrategy):
     @override
     def on_validation_start(self) -> None:
         """Learn how many batches each rank has."""
-        self._start_evaluation()
+        self._start_logged_evaluation()
 
     @override
     def on_test_start(self) -> None:
         """Learn how many batches each rank has."""
-        self._start_evaluation()
+        self._start_logged_evaluation()
 
     @override
     def on_predict_start(self) -> None:
@@ -134,13 +140,19 @@ class SteppingStrategy(StatefulStrategy):
         """Drop what evaluation gathered."""
         self._end_evaluation()
 
+    def _start_logged_evaluation(self) -> None:
+        if self.is_distributed:
+            check_not_empty(compat.evaluation_is_empty(self._module().trainer), self.root_device)
+        self._start_evaluation()
+
     def _start_evaluation(self) -> None:
         module = self._module()
         if self.is_distributed:
             # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
             equal_weights(module.buffers())
         if sharded_state(module):
-            self._uneven = UnevenSteps(module, compat.evaluation_batches(module.trainer))
+            self._uneven = UnevenSteps(module, self.root_device)
+            compat.call_when_exhausted(module.trainer, self._uneven.end)
 
     def _end_evaluation(self) -> None:
         self._uneven = None

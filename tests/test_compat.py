@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
 
 from lightning_largescale import compat
 
@@ -181,15 +182,24 @@ def test_ranks_and_a_forward_that_gathers_nothing(two):
 
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated", "ignore:.*does not have many workers")
-def test_evaluation_batches():
-    class Counted(BoringModel):
+def test_evaluation_is_empty_and_call_when_exhausted():
+    class Told(BoringModel):
         def on_validation_start(self):
-            self.batches = compat.evaluation_batches(self.trainer)
+            self.told = [compat.evaluation_is_empty(self.trainer)]
+            compat.call_when_exhausted(self.trainer, lambda: self.told.append("exhausted"))
 
-    model = Counted()
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", limit_val_batches=3, **options).validate(model, verbose=False)
-    assert model.batches == [3]
+        def validation_step(self, batch, index):
+            self.told.append(index)
+
+    for batches, loader in ((2, iter([torch.ones(1, 32)] * 2)), (3, DataLoader(torch.ones(4, 32))), (0, iter([]))):
+        model = Told()
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        Trainer(accelerator="cpu", limit_val_batches=3, **options).validate(model, dataloaders=loader, verbose=False)
+        # With a limit nothing is looked for.
+        assert model.told == [False, *range(batches), "exhausted"]
+    model = Told()
+    Trainer(accelerator="cpu", **options).validate(model, dataloaders=iter([]), verbose=False)
+    assert model.told == [True, "exhausted"]
 
 
 class Loaded(LightningModule):

@@ -1,47 +1,141 @@
-"""Evaluation in which ranks have unequal numbers of batches, as Lightning's sampler for prediction deals them.
+"""Ranks that run out of batches at different times.
 
-Each step of a sharded module gathers parameters, which takes all ranks. One that is out of batches gathers along,
-without computing.
+Each step of a sharded module gathers parameters, and each training step reduces gradients, which takes all ranks. In
+evaluation a rank that is out of batches gathers along without computing, so every batch counts once. In training an
+epoch ends on all ranks at the first batch that one of them lacks.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_largescale.parallel.gather import gather_along
+from lightning_largescale.plan import PlanError
+
+_NOTHING = object()
 
 
 class UnevenSteps:
-    """The steps of one evaluation of a sharded module: a collective to make; call `done` after each of this rank's.
+    """The steps of one evaluation of a sharded module: `start` before each of this rank's, `end` after the last.
 
     Args:
         module: sharded.
-        batches: how many this rank has of each loader, one loader after the other; where a rank does not know, ranks
-            must have equal numbers.
+        device: of this rank.
     """
 
-    def __init__(self, module: nn.Module, batches: Sequence[int | float]) -> None:
-        self._module, self._done = module, 0
-        everyone: list[Sequence[int | float]] = [()] * dist.get_world_size()
-        dist.all_gather_object(everyone, list(batches))
-        self._waits: list[tuple[int, int]] = []
-        if all(math.isfinite(count) for counts in everyone for count in counts):
-            end = 0
-            for own, *others in zip(batches, *everyone, strict=True):
-                end += int(own)
-                self._waits.append((end, int(max(others) - own)))
-        self._gather_along()
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._module, self._device = module, device
 
-    def done(self) -> None:
-        """Count one step; after the last of a loader, take part in those that other ranks still have."""
-        self._done += 1
-        self._gather_along()
+    def start(self) -> None:
+        """Tell the others that this rank is about to run a step."""
+        any_rank(True, self._device)
 
-    def _gather_along(self) -> None:
-        while self._waits and self._waits[0][0] == self._done:
-            for _ in range(self._waits.pop(0)[1]):
-                gather_along(self._module)
+    def end(self) -> None:
+        """Take part in the steps that other ranks still have."""
+        while any_rank(False, self._device):
+            gather_along(self._module)
+
+
+def check_not_empty(exhausted: bool, device: torch.device) -> None:
+    """Refuse to evaluate where this rank or another has no batch: it would not log what the others wait for.
+
+    A collective.
+
+    Raises:
+        PlanError: on all ranks, `exhausted` being true on one of them and not on all.
+    """
+    if any_rank(exhausted, device) and any_rank(not exhausted, device):
+        raise PlanError(
+            f"{'this rank' if exhausted else 'another rank'} has no batch to evaluate, so what the others log would"
+            " wait for it; give every rank at least one."
+        )
+
+
+def equal_batches(loader: Any, device: torch.device) -> Any:
+    """`loader`, ended on all ranks at the first batch that one of them lacks: a collective.
+
+    Returns:
+        `loader` itself where all ranks have the same number, else something that iterates, and has its attributes.
+    """
+    own = sized_len(loader)
+    lengths = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    own_length = torch.tensor([-1 if own is None else own], device=device)
+    dist.all_gather([*lengths.unsqueeze(1)], own_length)
+    known = lengths.tolist()
+    if min(known) == max(known) >= 0:
+        return loader
+    if min(known) > 0:
+        rank_zero_warn(
+            f"The ranks have {' and '.join(map(str, sorted(set(known))))} batches to train on, so each epoch ends after"
+            f" {min(known)}; give all ranks the same number to train on all."
+        )
+    kind = (
+        _StatefulEqualBatches if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") else EqualBatches
+    )
+    return kind(loader, None if min(known) < 0 else min(known), device)
+
+
+class EqualBatches:
+    """A loader that has as many batches as those of the other ranks.
+
+    Args:
+        loader: of this rank; its attributes are this one's too.
+        length: how many all ranks have, None where one of them does not know: then they ask before each batch.
+        device: of this rank.
+    """
+
+    def __init__(self, loader: Any, length: int | None, device: torch.device) -> None:
+        vars(self).update(_loader=loader, _length=length, _device=device)
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("the number of batches is not known on all ranks")
+        return int(self._length)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        if self._length is not None:
+            for _ in range(self._length):
+                yield next(batches)
+            return
+        while True:
+            batch = next(batches, _NOTHING)
+            if any_rank(batch is _NOTHING, self._device):
+                break
+            yield batch
+        if any_rank(batch is not _NOTHING, self._device):
+            rank_zero_warn(
+                "A rank has no more batches to train on and another one has, so the epoch ends here on all;"
+                " give all ranks the same number to train on all."
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_loader"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._loader, name, value)
+
+
+class _StatefulEqualBatches(EqualBatches):
+    """The same of a loader that is saved with the loop: what is looked for by name on the class."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._loader.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loader.load_state_dict(state_dict)
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether `value` is true on any rank: a collective."""
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
