@@ -431,3 +431,18 @@ def leaves(tree: Any) -> list[Any]:
     from torch.utils._pytree import tree_leaves
 
     return list(tree_leaves(tree))
+
+
+def hook_nearest(optimizer: Any, before: Any, after: Any) -> Any:
+    """Call `before` as the last before a step of `optimizer` and `after` as the first after it; what removes both.
+
+    Replaced by a `prepend` argument of `Optimizer.register_step_post_hook`.
+    """
+    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    optimizer._optimizer_step_post_hooks.move_to_end(handles[1].id, last=False)
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -14,11 +14,14 @@ from typing_extensions import override
 from lightning_largescale import checkpoint
 from lightning_largescale.connected import ConnectedStrategy
 from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.whole import make_whole, whole_parameters
 
 
 class StatefulStrategy(ConnectedStrategy):
     """Gives and takes full tensors, however the module's own are divided."""
+
+    _adapted: Sequence[AdaptedOptimizer] = ()
 
     def _module(self) -> LightningModule:
         if self.lightning_module is None:
@@ -65,10 +68,17 @@ class StatefulStrategy(ConnectedStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective."""
+        """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective.
+
+        Raises:
+            PlanError: shards cut what the optimizer keeps in blocks.
+        """
         if sharded_state(self._module()) is None:
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        for adapted in self._adapted:
+            if adapted.optimizer is inner:
+                adapted.check_state()
         return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)
 
     @override
@@ -76,3 +86,5 @@ class StatefulStrategy(ConnectedStrategy):
         """Load full tensors, each rank its part."""
         for optimizer, state in zip(self.optimizers, checkpoint_["optimizer_states"], strict=True):
             checkpoint.load_optimizer_state(optimizer, state)
+        for adapted in self._adapted:
+            adapted.divide_state()

@@ -20,6 +20,7 @@ from lightning_largescale.parallel.gather import (
     run_step,
     sharded_state,
 )
+from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
@@ -33,6 +34,7 @@ class SteppingStrategy(StatefulStrategy):
     _replica: Replica | None = None
     _trim_heap: HeapTrimmer | None = None
     _uneven: UnevenSteps | None = None
+    _known: KnownParameters | None = None
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -43,8 +45,14 @@ class SteppingStrategy(StatefulStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, through what reduces its gradients."""
+        """The module's, through what reduces its gradients.
+
+        Raises:
+            PlanError: the module has other parameters to train than when it was set up.
+        """
         module = self._module()
+        if self._known is not None:
+            self._known.check()
         if self._replica is None:
             result = self._step("training_step", *args, **kwargs)
             if not module.automatic_optimization:

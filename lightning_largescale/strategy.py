@@ -18,14 +18,12 @@ from typing_extensions import override
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
-from lightning_largescale.parallel.gather import (
-    check_optimizer,
-    reshard,
-    sharded_state,
-)
+from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import map_from
+from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
 from lightning_largescale.parallel.mesh import build_mesh
+from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
@@ -111,6 +109,7 @@ class LargeScaleStrategy(SteppingStrategy):
         else:
             self._place(module, plan, fitting=fitting)
         if fitting:
+            self._known = KnownParameters(module, plan) if plan.world_size > 1 else None
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -195,7 +194,7 @@ class LargeScaleStrategy(SteppingStrategy):
         """Create the optimizers over the parameters as they are now.
 
         Raises:
-            PlanError: there is none to create, or one holds parameters as they were before.
+            PlanError: there is none to create, one holds other parameters than the module's, or cannot step on shards.
         """
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
@@ -205,15 +204,17 @@ class LargeScaleStrategy(SteppingStrategy):
                 f"{type(module).__name__.removeprefix('FSDP')}.configure_optimizers returned no optimizer;"
                 " return one to train."
             )
-        if sharded_state(module):
-            for optimizer in self.optimizers:
-                check_optimizer(optimizer, module)
+        known = self._known
+        self._adapted = [] if known is None else [AdaptedOptimizer(optimizer, known) for optimizer in self.optimizers]
+        for adapted in self._adapted:
+            self._undo.callback(adapted.undo)
 
     @override
     def teardown(self) -> None:
         """Leave the module as it was, but for its weights; what is sharded stays sharded, on its device."""
         self._uneven = None
         self._replica = None
+        self._known = None
         self._undo.close()
         module = self.lightning_module
         if self.root_device.type != "cpu" and (module is None or sharded_state(module) is None):

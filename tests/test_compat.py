@@ -310,3 +310,17 @@ def test_undo_sharding_and_without_gathering():
         assert kept == ["user"] * 2
         assert hooks == [0, 0, 0]
         assert same
+
+
+def test_hooks_nearest_to_a_step():
+    parameter = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("user's before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("user's after"))
+    remove = compat.hook_nearest(optimizer, lambda *_: seen.append("before"), lambda *_: seen.append("after"))
+    optimizer.step()
+    assert seen == ["user's before", "before", "after", "user's after"]
+    remove()
+    optimizer.step()
+    assert seen[4:] == ["user's before", "user's after"]

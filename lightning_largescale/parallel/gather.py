@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
@@ -202,22 +201,6 @@ def no_reduction(module: nn.Module) -> Iterator[None]:
     finally:
         state.synchronize = True
         module.set_requires_gradient_sync(True)  # type: ignore[operator]
-
-
-def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
-    """Make sure that `optimizer` trains the shards of `module`, and drop gathered copies whenever it has changed them.
-
-    Raises:
-        PlanError: it holds parameters as they were before sharding.
-    """
-    current = {*module.parameters()}
-    for group in optimizer.param_groups:
-        if any(parameter not in current and not isinstance(parameter, DTensor) for parameter in group["params"]):
-            raise PlanError(
-                f"{type(optimizer).__name__} holds parameters that are not the sharded module's;"
-                " create it in configure_optimizers, from self.parameters()."
-            )
-    optimizer.register_step_post_hook(lambda *_: reshard(module))
 
 
 def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:

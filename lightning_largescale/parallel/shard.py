@@ -74,7 +74,10 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
         fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
     state.groups[""] = cast(FSDPModule, module)
     for scalar in whole:
-        scalar.register_post_accumulate_grad_hook(partial(_average, state))  # type: ignore[no-untyped-call]
+        trained = scalar.requires_grad
+        # It may be frozen for now, and torch takes hooks of what is trained.
+        scalar.requires_grad_().register_post_accumulate_grad_hook(partial(_average, state))  # type: ignore[no-untyped-call]
+        scalar.requires_grad_(trained)
     start_gathering(module, state)
     if device.type == "cpu":
         release_free_memory()

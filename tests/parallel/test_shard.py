@@ -151,7 +151,7 @@ def fit_bad(kind):
         ("lazy", "parameter 'other.weight' is of a lazy module"),
         ("dtypes", "Bad has trainable parameters of bfloat16 and float32, and dp_shard needs one dtype in each block"),
         ("ranks", "Bad has other parameters or buffers on rank 1 than on rank 0; build the same module on every rank"),
-        ("early", "SGD holds parameters that are not the sharded module's; create it in configure_optimizers"),
+        ("early", "SGD holds a parameter of shape .* that is not of .* as it was sharded"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_on_all_ranks(two, kind, message):

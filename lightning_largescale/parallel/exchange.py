@@ -1,0 +1,97 @@
+"""An optimizer's parameters and state replaced for the time of a step.
+
+The user's optimizer stays, and so do its groups, which schedulers hold: only the tensors in them are others in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Exchange:
+    """Gives an optimizer other tensors for its parameters, their gradients and their state, and takes them back.
+
+    Args:
+        optimizer: between `begin` and `end` it may step, without evaluating the loss.
+        part: what to step on for a parameter, its gradient, or a tensor of its state: sharing storage, or the same.
+        to_whole: the reverse for a tensor of the state: of which parameter, under which key, and the tensor.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        part: Callable[[Tensor], Tensor],
+        to_whole: Callable[[Tensor, str, Tensor], Tensor],
+    ) -> None:
+        self._optimizer = optimizer
+        self._part, self._to_whole = part, to_whole
+        self._given: list[list[Tensor]] = []
+        self._parts: dict[Tensor, nn.Parameter] = {}
+
+    def begin(self) -> None:
+        """Replace them."""
+        for group in self._optimizer.param_groups:
+            self._given.append(group["params"])
+            group["params"] = [self._part_of(parameter) for parameter in group["params"]]
+        for parameter, part in self._parts.items():
+            self._move(parameter, part, lambda _, tensor: self._part(tensor))
+
+    def end(self) -> None:
+        """Put them back, with what the step has made of them; nothing where none are replaced."""
+        for group, given in zip(self._optimizer.param_groups, self._given, strict=False):
+            group["params"] = given
+        for parameter, part in self._parts.items():
+            target = self._part(parameter.detach())
+            if target.data_ptr() != part.data_ptr():
+                # Some write a new tensor into `parameter.data`.
+                target.copy_(part.detach())
+            self._move(part, parameter, partial(self._to_whole, parameter))
+        self._given, self._parts = [], {}
+
+    def _part_of(self, parameter: Tensor) -> Tensor:
+        value = parameter.detach()
+        local = self._part(value)
+        if local is value:
+            return parameter
+        part = self._parts[parameter] = nn.Parameter(local, requires_grad=parameter.requires_grad)
+        if parameter.grad is not None:
+            part.grad = self._part(parameter.grad)
+        return part
+
+    def _move(self, source: Tensor, target: Tensor, convert: Callable[[str, Tensor], Tensor]) -> None:
+        state = self._optimizer.state
+        if source in state:
+            values = state[target] = state.pop(source)
+            for key in values:
+                values[key] = apply_to_collection(values[key], Tensor, partial(convert, key))
+
+
+def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `step` whose closure, if there is one, has been evaluated and only tells its result.
+
+    The closure runs forward and backward, which are the module's own and know nothing of what a step is given.
+
+    Args:
+        args: as a hook of the step gets them, the optimizer first.
+        kwargs: as a hook gets them.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        return args, dict(kwargs)
+    with torch.enable_grad():
+        result = closure()
+
+    def told() -> Any:
+        return result
+
+    if len(args) > 1:
+        return (args[0], told, *args[2:]), dict(kwargs)
+    return args, {**kwargs, "closure": told}

@@ -1,0 +1,70 @@
+"""The parameters that a plan was carried out on, and those that came later.
+
+Parameters that appear in mid-run are neither divided nor averaged: ranks would go on with different values.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_largescale.parallel.gather import reshard, sharded_state
+from lightning_largescale.plan import Plan, PlanError
+
+
+class KnownParameters:
+    """Parameters of a module as it was set up.
+
+    Args:
+        module: sharded, or replicated.
+        plan: more than one rank.
+
+    Attributes:
+        module: as given.
+        plan: as given.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self.module, self.plan = module, plan
+        self._names = {name for name, _ in module.named_parameters()}
+        # The parameters are kept alive, so that nothing else gets their ids.
+        self._parameters: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
+
+    def check(self) -> None:
+        """Make sure that the module has no others to train; call it between steps.
+
+        Raises:
+            PlanError: it has grown, or some were replaced.
+        """
+        if all(id(parameter) in self._parameters for parameter in self.module.parameters()):
+            return
+        # Gathered, they are other objects.
+        reshard(self.module)
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) in self._parameters:
+                continue
+            if parameter.requires_grad or name in self._names:
+                raise self._error(f"parameter {name!r} is not")
+            self._parameters[id(parameter)] = parameter
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Make sure that `optimizer` has no others.
+
+        Raises:
+            PlanError: it holds parameters as they were before, or that came after.
+        """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in self._parameters:
+                    raise self._error(
+                        f"{type(optimizer).__name__} holds a parameter of shape {tuple(parameter.shape)} that is not",
+                        "and the optimizer in configure_optimizers",
+                    )
+
+    def _error(self, found: str, also: str = "frozen until it is needed") -> PlanError:
+        state = "replicated" if sharded_state(self.module) is None else "sharded"
+        name = type(self.module).__name__.removeprefix("FSDP")
+        return PlanError(
+            f"{found} of {name} as it was {state}, so ranks cannot train it together; make it in __init__ or"
+            f" configure_model, {also}."
+        )

@@ -1,0 +1,300 @@
+"""How an optimizer can step on a sharded module: asked of the optimizer itself, on small tensors.
+
+Most optimizers treat the elements of a parameter one by one: a step on each rank's part is then a step on the whole.
+Others mix elements (factored moments, trust ratios, orthogonalisation): they must be able to step on DTensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_largescale.parallel.exchange import Exchange, closure_first
+
+# Rows and columns, small enough for milliseconds: of what is treated as small, and of what is treated as large also in
+# half, as 8-bit states are from 4096 elements on.
+_SIDES = ((16, 8), (256, 128))
+_STEPS = 3
+# Of the change that the steps make: rounding is below it, even in bfloat16 as Muon's, and a mix of elements far above.
+_TOLERANCE = 1e-2
+# Whatever the user's, which may be zero at first, or drown the change in rounding.
+_LEARNING_RATE = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How an optimizer can step on a sharded module.
+
+    Attributes:
+        local: on the plain tensors of this rank's shards; else on the parameters as they are.
+        refusal: why it can do neither; None where it can.
+        whole_keys: state that is the same for a part of a parameter as for the whole, such as a count of steps.
+        block_sizes: state of blocks of elements, such as the scales of 8-bit codes, and how many to a block; 0 where
+            that cannot be told.
+    """
+
+    local: bool = False
+    refusal: str | None = None
+    whole_keys: frozenset[str] = frozenset()
+    block_sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """What stands for parameters of one kind in one group: a small tensor, and noise for its gradient in each step."""
+
+    like: Tensor
+    start: Tensor
+    noise: list[Tensor]
+    state: Mapping[str, Any]
+
+
+_Groups = list[tuple[dict[str, Any], list[_Sample]]]
+_Layout = Callable[[_Sample, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """The samples' parameters and their state after the steps; whether the loss was wanted at other parameters."""
+
+    values: list[Tensor]
+    states: list[dict[str, Any]]
+    evaluates_again: bool
+
+
+def ask(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> Answer:
+    """How `optimizer` can step on parameters of which some are DTensors: a collective, with one answer on all ranks.
+
+    The optimizer, its parameters and their gradients stay as they are.
+
+    Args:
+        optimizer: with the same groups on all ranks.
+        initial: the state that parameters had before the first step.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(isinstance(parameter, DTensor) for parameter in parameters) or _known_to_step(optimizer, parameters):
+        return Answer()
+    device = parameters[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answer = _tried(optimizer, _samples(optimizer, initial))
+    # Rounding could let ranks differ, and they must not.
+    worst = torch.tensor(2 if answer.refusal else int(answer.local), device=device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    if int(worst) != (2 if answer.refusal else int(answer.local)):
+        return Answer(refusal="ranks found different ways for it to step")
+    return answer
+
+
+def count_shards(parameter: Tensor) -> int:
+    """How many parts `parameter` is divided into."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    return math.prod(mesh.size(axis) for axis, placement in enumerate(parameter.placements) if placement.is_shard())
+
+
+def _known_to_step(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
+    """Whether a trial would only cost time."""
+    meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in parameters}
+    options = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
+    if len(meshes) > 1 or any(isinstance(value, Tensor) for value in options):
+        return False
+    kind = type(optimizer)
+    return kind in (Adam, AdamW) or (kind is SGD and not any(group["fused"] for group in optimizer.param_groups))
+
+
+def _tried(optimizer: Optimizer, groups: _Groups) -> Answer:
+    samples = [sample for _, members in groups for sample in members]
+    try:
+        whole = _steps(optimizer, groups, lambda _, tensor: tensor)
+    except Exception as error:
+        return Answer(refusal=f"small tensors to try it on are not accepted ({_in_words(error)})")
+    if whole.evaluates_again:
+        return Answer(refusal="it evaluates the loss again within its step, and forward and backward run once a step")
+    if all(torch.equal(value, sample.start) for value, sample in zip(whole.values, samples, strict=True)):
+        return Answer(refusal="it changed nothing when it was tried on small tensors")
+    try:
+        divided = _steps(optimizer, groups, _divide).values
+        if _same(samples, whole.values, [_full(value) for value in divided]):
+            return Answer()
+        failure = "its steps on DTensors are not those on whole parameters"
+    except Exception as error:
+        failure = f"it does not step on DTensors ({_in_words(error)})"
+    try:
+        first, second = (_steps(optimizer, groups, partial(_half, part), apart=True) for part in range(2))
+    except Exception as error:
+        return Answer(refusal=f"{failure}, nor on parts of parameters ({_in_words(error)})")
+    if not _same(samples, whole.values, _joined(samples, first.values, second.values)):
+        return Answer(refusal=f"{failure}, and its step on a parameter is not that on its parts")
+    whole_keys, block_sizes = _sorted_keys(samples, whole, first, second)
+    return Answer(local=True, whole_keys=whole_keys, block_sizes=block_sizes)
+
+
+def _samples(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> _Groups:
+    """Groups with each set of options once, and in them each kind of parameter once."""
+    groups: dict[str, tuple[dict[str, Any], dict[Any, _Sample]]] = {}
+    shards = max(count_shards(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key != "params"}
+        key = repr({name: value for name, value in options.items() if name not in ("lr", "initial_lr")})
+        if options.get("lr") is not None:
+            options["lr"] = _LEARNING_RATE
+        _, samples = groups.setdefault(key, (options, {}))
+        for parameter in group["params"]:
+            for sides in _SIDES if parameter.dim() else _SIDES[:1]:
+                kind = (sides, parameter.dim(), parameter.dtype, isinstance(parameter, DTensor))
+                if kind not in samples:
+                    samples[kind] = _sample(parameter, sides, shards, len(samples), initial.get(parameter, {}))
+    return [(options, list(samples.values())) for options, samples in groups.values()]
+
+
+def _sample(like: Tensor, sides: tuple[int, int], shards: int, seed: int, state: Mapping[str, Any]) -> _Sample:
+    # As many rows as divide among the ranks, and in half.
+    rows, columns = 2 * shards * math.ceil(sides[0] / (2 * shards)), sides[1]
+    shape = {0: (), 1: (rows * columns,)}.get(like.dim(), (rows, columns, *[2] * (like.dim() - 2)))
+    generator = torch.Generator().manual_seed(seed)
+    # Rows of very different sizes, or their means would be alike in all parts.
+    scale = torch.logspace(-2, 1, shape[0] if shape else 1).view(-1, *[1] * (len(shape) - 1)).expand(shape or 1)
+    scales = [scale, *[scale.flip(0)] * _STEPS]
+    start, *noise = (torch.randn(shape, generator=generator) * one.view(shape) for one in scales)
+    start, *noise = (tensor.to(like.device, like.dtype) for tensor in (start, *noise))
+    return _Sample(like=like, start=start, noise=noise, state=state)
+
+
+def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: bool = False) -> _Outcome:
+    """Let a copy of `optimizer` step on the samples as `layout` gives them; with `apart` as
+    a sharded module has it step on parts: after the closure, on tensors that are new in every step.
+    """
+    parameters: dict[Tensor, _Sample] = {}
+    param_groups = []
+    for options, samples in groups:
+        members: dict[Tensor, _Sample] = {
+            nn.Parameter(layout(sample, sample.start.clone())): sample for sample in samples
+        }
+        parameters.update(members)
+        param_groups.append({**options, "params": list(members)})
+    clone = _like(optimizer, param_groups)
+    for parameter, sample in parameters.items():
+        if sample.state:
+            clone.state[parameter] = {key: _small(value, sample, parameter) for key, value in sample.state.items()}
+    evaluated: list[bool] = []
+    for step in range(_STEPS):
+        before = {parameter: parameter.detach().clone() for parameter in parameters}
+
+        def closure(step: int = step, before: dict[Tensor, Tensor] = before) -> Tensor:
+            evaluated.append(all(isinstance(old, DTensor) or torch.equal(old, new) for new, old in before.items()))
+            for parameter, sample in parameters.items():
+                # What depends on the parameter tells whether it is evaluated where the step began.
+                parameter.grad = layout(sample, sample.noise[step]) + 0.1 * parameter.detach()
+            return torch.ones((), requires_grad=True)
+
+        if not apart:
+            clone.step(closure=closure)  # type: ignore[arg-type]  # one without arguments
+            continue
+        _, kwargs = closure_first((), {"closure": closure})
+        exchange = Exchange(clone, part=lambda tensor: tensor.view_as(tensor), to_whole=lambda *given: given[-1])
+        exchange.begin()
+        clone.step(**kwargs)
+        exchange.end()
+    return _Outcome(
+        values=[parameter.detach() for parameter in parameters],
+        states=[clone.state.get(parameter, {}) for parameter in parameters],
+        evaluates_again=len(evaluated) > _STEPS or not all(evaluated),
+    )
+
+
+def _like(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer that steps as `optimizer` does, over other parameters, without its state and hooks.
+
+    What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
+    """
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    clone = copy.copy(optimizer)
+    clone.state, clone.param_groups = defaultdict(dict), param_groups
+    for name, value in vars(optimizer).items():
+        # A scheduler wraps the method of the object that it was given.
+        if name == "step" or name in vars(clone):
+            continue
+        if isinstance(value, Optimizer):
+            value = _like(value, param_groups)
+        elif isinstance(value, list) and any(id(item) in own for item in value):
+            value = [parameter for group in param_groups for parameter in group["params"]]
+        setattr(clone, name, value)
+    return clone
+
+
+def _small(value: Any, sample: _Sample, parameter: Tensor) -> Any:
+    """State from before the first step, as the sample would have it."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros_like(parameter, requires_grad=False) if value.shape == sample.like.shape else value.clone()
+
+
+def _divide(sample: _Sample, tensor: Tensor) -> Tensor:
+    if not isinstance(sample.like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, sample.like.device_mesh, sample.like.placements, src_data_rank=None)
+
+
+def _half(part: int, sample: _Sample, tensor: Tensor) -> Tensor:
+    return tensor.chunk(2)[part].clone() if isinstance(sample.like, DTensor) else tensor
+
+
+def _joined(samples: list[_Sample], first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    return [
+        torch.cat([one, other]) if isinstance(sample.like, DTensor) else one
+        for sample, one, other in zip(samples, first, second, strict=True)
+    ]
+
+
+def _same(samples: list[_Sample], expected: list[Tensor], found: list[Tensor]) -> bool:
+    """Whether two ways to step have made the same change, but for rounding."""
+    for sample, one, other in zip(samples, expected, found, strict=True):
+        change = (one - sample.start).norm()
+        if not bool((other - one).norm() <= _TOLERANCE * change):
+            return False
+    return True
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sorted_keys(samples: list[_Sample], whole: _Outcome, *parts: _Outcome) -> tuple[frozenset[str], dict[str, int]]:
+    """Keys of the state that parts have as the whole has; and of what is neither that nor of a part's shape."""
+    equal: set[str] = set()
+    blocks: dict[str, int] = {}
+    for index, sample in enumerate(samples):
+        for key, value in whole.states[index].items():
+            if (
+                not isinstance(sample.like, DTensor)
+                or not isinstance(value, Tensor)
+                or value.shape == sample.start.shape
+            ):
+                continue
+            pieces = [part.states[index][key] for part in parts]
+            if all(piece.shape == value.shape and torch.equal(piece, value) for piece in pieces):
+                equal.add(key)
+            else:
+                size, rest = divmod(sample.start.numel(), value.numel())
+                blocks[key] = 0 if rest else size
+    return frozenset(equal - blocks.keys()), blocks
+
+
+def _in_words(error: Exception) -> str:
+    """The kind of an error and the first sentence of its message."""
+    first = (str(error).splitlines() or [""])[0].split(". ")[0]
+    return f"{type(error).__name__}: {first.removesuffix('.')}"
