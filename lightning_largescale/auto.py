@@ -28,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.apart import ApartError, can_run_apart, run_apart
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.parallel.gather import sharded_state
@@ -118,8 +119,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         kind = self.root_device.type
         shown = _shows_panel(trainer)
         module = self._module()
-        batch, notes = self._batch(trainer)
-        workload = self._told_by_rank_zero(lambda: self._trace(trainer, batch, notes))
+        workload = self._traced(trainer)
         # The trace came first, so that products are measured at sizes like its own; what it left is no longer needed.
         release_free_memory()
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
@@ -171,20 +171,35 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             return False
         return planned_for == TrainerFn.FITTING or trainer.state.fn != TrainerFn.FITTING or self.plan.dp_shard > 1
 
-    def _batch(self, trainer: Trainer) -> tuple[Any, tuple[str, ...]]:
-        """A batch to trace with, as the loader gives it, and what is to be said about it; None on ranks but 0."""
+    def _traced(self, trainer: Trainer) -> Workload:
+        """The step that is about to run, traced by rank 0; where that is possible in a fork, which leaves no trace."""
+        if not can_run_apart():
+            batch, notes = self._batch(trainer, peek=self.is_global_zero)
+            return self._told_by_rank_zero(lambda: self._trace(trainer, batch, notes))
+
+        def apart() -> Workload:
+            try:
+                return run_apart(lambda: self._trace(trainer, *self._batch(trainer)))
+            except ApartError as error:
+                # What ended a fork would end this process: the step is only estimated.
+                return self._trace(trainer, None, (f"the step could not be traced apart ({error})",))
+
+        return self._told_by_rank_zero(apart)
+
+    def _batch(self, trainer: Trainer, *, peek: bool = True) -> tuple[Any, tuple[str, ...]]:
+        """A batch to trace with, as the loader gives it, and what is to be said about it; None without `peek`."""
         batch = self._sample_batch
         notes: tuple[str, ...] = ()
         if batch is None:
             try:
-                batch = sample_batch(trainer, peek=self.is_global_zero)
+                batch = sample_batch(trainer, peek=peek)
             except Exception as error:
                 # Some loaders can only be made once the run is under way; then the run itself tells what is wrong.
                 notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
-        return batch if self.is_global_zero else None, notes
+        return batch if peek else None, notes
 
     def _trace(self, trainer: Trainer, batch: Any, notes: tuple[str, ...]) -> Workload:
-        """The step that is about to run, traced."""
+        """The step that is about to run, traced; estimated from the parameters where there is no batch."""
         module = self._module()
         asked = asked_precision(self.precision_plugin)
         # What is not allowed is priced too, for the advice.
@@ -200,8 +215,6 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 batch = self.batch_to_device(batch, device=torch.device("cpu"))
             device_type = self.root_device.type
             workload = Workload.trace(module, batch, step=step, precisions=precisions, device_type=device_type)
-        if workload.parameters and trainer.state.fn == TrainerFn.FITTING and not workload.optimizers:
-            raise PlanError(f"{workload.name} has no optimizer; return one from configure_optimizers to train it.")
         # Nobody asked for what is only priced for the advice.
         unasked = tuple(set(precisions) - {"32-true", asked, *self._allow})
         told = [note for note in workload.approximate if not note.startswith(unasked)]

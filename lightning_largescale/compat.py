@@ -82,6 +82,26 @@ def share_threads(num_processes: int) -> None:
     _set_num_threads_if_needed(num_processes=num_processes)
 
 
+def fake_process_group() -> None:
+    """Put a group of as many ranks in the place of this process's groups, whose collectives return at once.
+
+    For a fork, which has the connections of the process that it came from and may not use them. Replaced by a public
+    way to leave a process group without a word to the others.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # Kept, since the end of a group would be told to the others.
+    _left.append(distributed_c10d._world)
+    distributed_c10d._world = distributed_c10d._World()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+
+
+_left: list[Any] = []
+
+
 def abort_process_groups() -> None:
     """Close all nccl communicators of this process without waiting for the collectives under way.
 

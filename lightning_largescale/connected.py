@@ -100,7 +100,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment which of how many ranks this process is."""
-        if self.cluster_environment is not None:
+        if self.cluster_environment is not None and self.is_distributed:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         compat.set_rank_zero(self.global_rank)

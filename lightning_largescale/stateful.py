@@ -84,7 +84,7 @@ class StatefulStrategy(ConnectedStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
         """Load full tensors, each rank its part."""
-        for optimizer, state in zip(self.optimizers, checkpoint_["optimizer_states"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint_["optimizer_states"], strict=False):
             checkpoint.load_optimizer_state(optimizer, state)
         for adapted in self._adapted:
             adapted.divide_state()

@@ -194,18 +194,15 @@ class LargeScaleStrategy(SteppingStrategy):
         """Create the optimizers over the parameters as they are now.
 
         Raises:
-            PlanError: there is none to create, one holds other parameters than the module's, or cannot step on shards.
+            PlanError: one holds other parameters than the module's, or cannot step on shards.
         """
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         module = self._module()
-        if module.automatic_optimization and not any(optimizer.param_groups for optimizer in self.optimizers):
-            raise PlanError(
-                f"{type(module).__name__.removeprefix('FSDP')}.configure_optimizers returned no optimizer;"
-                " return one to train."
-            )
         known = self._known
-        self._adapted = [] if known is None else [AdaptedOptimizer(optimizer, known) for optimizer in self.optimizers]
+        # Where a module has no optimizer Lightning's stands in, which has nothing to step.
+        optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
+        self._adapted = [] if known is None else [AdaptedOptimizer(optimizer, known) for optimizer in optimizers]
         for adapted in self._adapted:
             self._undo.callback(adapted.undo)
 

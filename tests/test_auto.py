@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from contextlib import redirect_stdout
 
 import pytest
@@ -142,14 +144,71 @@ class Unstepped(Language):
         return None
 
 
-@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None")
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [(Bare(), "Bare has no parameters"), (Unstepped(), "Unstepped has no optimizer; return one from configure_optim")],
-)
-def test_nothing_to_train(module, message):
-    with pytest.raises(PlanError, match=message):
-        trainer("largescale_auto").fit(module)
+def test_nothing_to_train():
+    with pytest.raises(PlanError, match="Bare has no parameters"):
+        trainer("largescale_auto").fit(Bare())
+
+
+def fit_unstepped(devices):
+    model = Unstepped()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    run = trainer("largescale_auto", devices=devices, max_epochs=1, limit_train_batches=2)
+    with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
+        run.fit(model)
+    return len(model.losses), all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_module_without_optimizers_runs_as_lightning_runs_it():
+    assert fit_unstepped(1) == (2, True)
+
+
+class Noticing(Language):
+    """Code that would notice a step that the run has not asked for."""
+
+    asked, opened, steps = 0, 0, 0
+
+    def train_dataloader(self):
+        self.opened += 1
+        self.stream = iter(self.loader())
+        return self.stream
+
+    def training_step(self, batch, index):
+        self.steps += 1
+        torch.manual_seed(7)
+        return super().training_step(batch, index)
+
+    def configure_optimizers(self):
+        self.asked += 1
+        return super().configure_optimizers()
+
+
+def notice(devices):
+    model = Noticing()
+    trainer("largescale_auto", devices=devices, max_steps=3).fit(model)
+    return model.steps, model.opened, model.asked, len(list(model.stream)) in (16, 17), model.losses
+
+
+def test_planning_leaves_no_trace(two):
+    plain = notice(1)
+    assert plain[:4] == (3, 1, 1, True)
+    for found in two.run(notice, 2):
+        assert found[:4] == (3, 1, 1, True)
+        assert found[4] == pytest.approx(plain[4], rel=1e-5)
+
+
+class Crashing(Language):
+    def training_step(self, batch, index):
+        if batch.__class__ is not torch.Tensor:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().training_step(batch, index)
+
+
+def test_a_trace_that_crashes_is_an_estimate():
+    model = Crashing()
+    run = trainer("largescale_auto", max_steps=3)
+    run.fit(model)
+    assert len(model.losses) == 3
+    assert "could not be traced apart (was killed by signal 11" in run.strategy.report.workload.approximate[0]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +247,8 @@ def test_a_module_that_another_strategy_sharded_keeps_its_plan(two):
 
 
 def test_words_of_others_are_shown_as_they_are(capsys):
+    parent = os.getpid()
+
     class Odd(Language):
         def training_step(self, batch, index):
             if batch.sum().item() < 0:
@@ -195,8 +256,7 @@ def test_words_of_others_are_shown_as_they_are(capsys):
             return super().training_step(batch, index)
 
         def train_dataloader(self):
-            if not hasattr(self, "again"):
-                self.again = True
+            if os.getpid() != parent:
                 raise FileNotFoundError("[/data/x.bin] [bold]")
             return self.loader()
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_largescale import compat
+from lightning_largescale.apart import run_apart
 
 
 def gather_and_scatter():
@@ -324,3 +325,18 @@ def test_hooks_nearest_to_a_step():
     remove()
     optimizer.step()
     assert seen[4:] == ["user's before", "user's after"]
+
+
+def fake_in_a_fork():
+    def alone():
+        compat.fake_process_group()
+        dist.barrier()
+        return dist.get_rank(), dist.get_backend()
+
+    answer = run_apart(alone)
+    dist.barrier()
+    return answer
+
+
+def test_fake_process_group():
+    assert run_ranks(2, fake_in_a_fork) == [(0, "fake"), (1, "fake")]
