@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lightning_largescale import compat
 from lightning_largescale.plan import PlanError
@@ -197,7 +198,7 @@ def _optimizers(request: Request, used: frozenset[str]) -> tuple[tuple[Optimizer
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         sizes = {name: p.numel() * p.element_size() for name, p in module.named_parameters() if p.requires_grad}
         try:
-            optimizers = optimizers_of(module.configure_optimizers())
+            optimizers = _configured(module)
         except Exception as error:
             why = f"configure_optimizers could not be asked ({in_words(error)}), so two states a parameter are assumed"
             return (assumed_needs("unknown", sizes),), (why,)
@@ -206,6 +207,15 @@ def _optimizers(request: Request, used: frozenset[str]) -> tuple[tuple[Optimizer
             for one in optimizers
         ]
     return tuple(needs), tuple(notes)
+
+
+def _configured(module: LightningModule) -> list[Optimizer]:
+    try:
+        return optimizers_of(module.configure_optimizers())
+    except compat.data_dependent_errors():
+        # Tables that an optimizer computes with as it is made, such as those of 8-bit codes, can be real.
+        with compat.without_dispatch_modes():
+            return optimizers_of(module.configure_optimizers())
 
 
 def _parameters(module: nn.Module, used: frozenset[str]) -> tuple[Parameter, ...]:

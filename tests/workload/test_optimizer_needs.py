@@ -139,3 +139,25 @@ def test_sparse_gradients():
     assert work.approximate == ()
     assert work.optimizers[0].state_bytes == {"model.0.weight": 2 * 4 * 100 * 8}
     assert all(parameter.used for parameter in work.parameters)
+
+
+def test_bytes_of_eight_bit_states_whose_tables_are_made_with_the_optimizer():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    needs, work = needs_of(bitsandbytes.optim.AdamW8bit)
+    # Matrices have two codes and two scales a block of 256 for an element, and tables; what is small has two floats.
+    assert needs.state_bytes["model.up.weight"] == pytest.approx(2 * WIDTH * WIDE * (1 + 4 / 256) + 2048, rel=0.01)
+    assert needs.state_bytes["model.norm.weight"] == 2 * 4 * WIDTH
+    assert all("small parameters were asked instead" in note for note in work.approximate)
+
+
+class Measured(torch.optim.SGD):
+    """Reads a number as it is made."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr * float(torch.linspace(0, 1, 3)[1]), momentum=0.9)
+
+
+def test_numbers_that_an_optimizer_reads_as_it_is_made():
+    needs, work = needs_of(Measured)
+    assert work.approximate == ()
+    assert needs.state_bytes == real_state_bytes(sgd_momentum)
