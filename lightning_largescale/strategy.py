@@ -198,7 +198,6 @@ class LargeScaleStrategy(SteppingStrategy):
         """
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
-        module = self._module()
         known = self._known
         # Where a module has no optimizer Lightning's stands in, which has nothing to step.
         optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
