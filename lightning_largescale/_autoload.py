@@ -18,11 +18,13 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# The module that holds each Trainer's registry, and the function of registry.py that fills it. The packages are two,
-# with a registry each; the second one's names say which import to use.
+# The module that holds a registry, its name there, and the function of registry.py that fills it. The packages are two,
+# and each has a Trainer and a Fabric; ours is for the first's Trainer, and the others' registries say so.
 _REGISTRIES = {
-    "lightning.pytorch.strategies": "register_strategies",
-    "pytorch_lightning.strategies": "register_refusals",
+    "lightning.pytorch.strategies": ("StrategyRegistry", "register_strategies"),
+    "pytorch_lightning.strategies": ("StrategyRegistry", "refuse_other_package"),
+    "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "refuse_fabric"),
+    "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "refuse_fabric"),
 }
 
 _installed = False
@@ -61,9 +63,8 @@ def _install() -> None:
     if _installed:
         return
     _installed = True
-    for name in _REGISTRIES:
-        module = sys.modules.get(name)
-        if hasattr(module, "StrategyRegistry"):
+    for name, (registry, _) in _REGISTRIES.items():
+        if hasattr(sys.modules.get(name), registry):
             _fill(name)
         else:
             sys.meta_path.insert(0, _Finder(name))
@@ -71,9 +72,10 @@ def _install() -> None:
 
 def _fill(name: str) -> None:
     """Hand the registry in the imported module `name` to registry.py."""
+    registry, fill = _REGISTRIES[name]
     try:
         ours = importlib.import_module("lightning_largescale.registry")
-        getattr(ours, _REGISTRIES[name])(sys.modules[name].StrategyRegistry)
+        getattr(ours, fill)(getattr(sys.modules[name], registry))
     except Exception as error:  # whatever it is, importing Lightning must not fail because of us
         logging.getLogger(__name__).warning("the largescale strategies are not registered: %r", error)
 

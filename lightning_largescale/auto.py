@@ -39,6 +39,7 @@ from lightning_largescale.planner.panel import after_fit, setup_panel
 from lightning_largescale.planner.products import matmul_sizes
 from lightning_largescale.planner.search import LOSSY, check_allow
 from lightning_largescale.precision import asked_precision
+from lightning_largescale.record import record_plan
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.units import parse_bytes
@@ -136,6 +137,10 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             if shown:
                 Console().print(setup_panel(self.report))
         return best
+
+    @override
+    def _record(self, trainer: Trainer) -> None:
+        record_plan(trainer, self.plan, report=None if self.report is None else self.report.to_json())
 
     @override
     def on_train_start(self) -> None:

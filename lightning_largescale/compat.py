@@ -325,15 +325,17 @@ def reduce_tensor(tensor: Any, group: Any, reduce_op: Any) -> Any:
     return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
 
-def set_rank_zero(rank: int) -> None:
-    """Let `rank_zero_only` and what is built on it know the rank of this process.
+def set_rank_zero(rank: int) -> int:
+    """Let `rank_zero_only` and what is built on it know the rank of this process; the one that it knew before.
 
     Replaced by a public setter in Lightning.
     """
     from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
     from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 
+    before = int(rank_zero_only.rank)  # type: ignore[attr-defined]
     rank_zero_only.rank = utils_rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    return before
 
 
 def evaluation_is_empty(trainer: Any) -> bool:
@@ -466,3 +468,11 @@ def hook_nearest(optimizer: Any, before: Any, after: Any) -> Any:
             handle.remove()
 
     return remove
+
+
+def logs_hparams(owner: Any) -> bool:
+    """Whether a module or datamodule has hyper-parameters that Lightning logs: those of `save_hyperparameters()`.
+
+    Replaced by a public property of HyperparametersMixin.
+    """
+    return bool(owner._log_hyperparams)

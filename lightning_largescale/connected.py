@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         self.num_nodes = 1
         self._process_group_backend = process_group_backend
         self._timeout = timeout
+        # What teardown takes back.
+        self._undo = contextlib.ExitStack()
 
     @property
     @override
@@ -99,8 +102,13 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         return self._process_group_backend
 
     def set_world_ranks(self) -> None:
-        """Tell the cluster environment which of how many ranks this process is."""
-        if self.cluster_environment is not None and self.is_distributed:
+        """Tell the cluster environment which of how many ranks this process is.
+
+        A single process tells nobody: it may be one of the ranks of another Trainer, whose fit is under way.
+        """
+        if not self.is_distributed:
+            return
+        if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         compat.set_rank_zero(self.global_rank)
@@ -116,6 +124,8 @@ class ConnectedStrategy(ParallelStrategy, ABC):
                 self.cluster_environment, self._process_group_backend, self.root_device, self._timeout
             )
             watch_peers(self)
+        else:
+            self._undo.callback(compat.set_rank_zero, compat.set_rank_zero(0))
 
     @override
     def barrier(self, name: str | None = None) -> None:

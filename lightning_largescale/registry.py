@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,16 +44,38 @@ def register_strategies(registry: Any) -> None:
     registry.available_strategies = lambda: _Names(registry)
 
 
-def register_refusals(registry: Any) -> None:
+def refuse_other_package(registry: Any) -> None:
     """Have the `StrategyRegistry` of `pytorch_lightning.strategies` answer our names and objects: which import to use.
 
     Args:
         registry: the registry, changed in place.
     """
+    _answer(
+        registry,
+        "is for the Trainer of the package lightning and this one is pytorch_lightning's;"
+        " use `from lightning.pytorch import Trainer`.",
+    )
+
+
+def refuse_fabric(registry: Any) -> None:
+    """Have Fabric's `STRATEGY_REGISTRY` answer our names and objects: the Trainer is supported, Fabric is not yet.
+
+    Args:
+        registry: the registry, changed in place.
+    """
+    _answer(
+        registry,
+        "is for the Trainer and Fabric is not supported yet;"
+        " train a LightningModule by `from lightning.pytorch import Trainer`.",
+    )
+
+
+def _answer(registry: Any, reason: str) -> None:
+    """Let `registry` answer our names and objects with a PlanError that ends in `reason`."""
     for name, (_, description) in _strategies().items():
-        registry.register(name, partial(_refuse_package, repr(name)), description=description, override=True)
+        registry.register(name, partial(_refuse_use, repr(name), reason), description=description, override=True)
     # An object is looked for among the names before it is refused for its class, in a sentence that would not say why.
-    registry.available_strategies = lambda: _NamesOfOtherPackage(registry)
+    registry.available_strategies = lambda: _NamesThatRefuse(registry, reason)
 
 
 class _Names(list[str]):
@@ -65,12 +87,16 @@ class _Names(list[str]):
         return isinstance(name, str) and bool(difflib.get_close_matches(name, _strategies()))
 
 
-class _NamesOfOtherPackage(list[str]):
-    """The names registered with pytorch_lightning; to ask it for an object of ours is the user's mistake."""
+class _NamesThatRefuse(list[str]):
+    """Names registered where our objects cannot be used; to look for one of them is the user's mistake."""
+
+    def __init__(self, names: Iterable[str], reason: str) -> None:
+        super().__init__(names)
+        self._reason = reason
 
     def __contains__(self, name: object) -> bool:
         if any(cls.__module__.startswith("lightning_largescale.") for cls in type(name).__mro__):
-            _refuse_package(f"{type(name).__name__}(...)")
+            _refuse_use(f"{type(name).__name__}(...)", self._reason)
         return super().__contains__(name)
 
 
@@ -102,8 +128,5 @@ def _refuse(name: str) -> LargeScaleStrategy:
     )
 
 
-def _refuse_package(strategy: str) -> LargeScaleStrategy:
-    raise PlanError(
-        f"strategy={strategy} is for the Trainer of the package lightning and this one is pytorch_lightning's;"
-        " use `from lightning.pytorch import Trainer`."
-    )
+def _refuse_use(strategy: str, reason: str) -> LargeScaleStrategy:
+    raise PlanError(f"strategy={strategy} {reason}")

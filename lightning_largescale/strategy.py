@@ -29,6 +29,7 @@ from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import LargeScalePrecision, asked_precision, check_precision
+from lightning_largescale.record import record_plan
 from lightning_largescale.stepping import SteppingStrategy
 
 
@@ -66,7 +67,6 @@ class LargeScaleStrategy(SteppingStrategy):
         self._planner = plan if callable(plan) else None
         self.plan = Plan() if callable(plan) else Plan.of(plan)
         self._start_method = start_method
-        self._undo = contextlib.ExitStack()
 
     # Setup: the order of techniques
 
@@ -111,7 +111,12 @@ class LargeScaleStrategy(SteppingStrategy):
         if fitting:
             self._known = KnownParameters(module, plan) if plan.world_size > 1 else None
             self.setup_optimizers(trainer)
+            self._record(trainer)
         self.setup_precision_plugin()
+
+    def _record(self, trainer: Trainer) -> None:
+        """Leave the plan with the trainer's loggers."""
+        record_plan(trainer, self.plan)
 
     def _decide(self, trainer: Trainer) -> Plan:
         """The plan to carry out; called on every rank once the module is built, before anything is changed."""

@@ -340,3 +340,11 @@ def fake_in_a_fork():
 
 def test_fake_process_group():
     assert run_ranks(2, fake_in_a_fork) == [(0, "fake"), (1, "fake")]
+
+
+def test_logs_hparams():
+    module = BoringModel()
+    module.save_hyperparameters({"width": 3}, logger=False)
+    assert not compat.logs_hparams(module)
+    module.save_hyperparameters({"width": 3})
+    assert compat.logs_hparams(module)

@@ -1,6 +1,7 @@
 """Launching: which way ranks start, and what a user sees of runs that work, fail and are interrupted."""
 
 import os
+import signal
 import sys
 from importlib.machinery import ModuleSpec
 
@@ -256,6 +257,19 @@ def test_a_rank_fails_while_the_other_is_busy(tmp_path, fault, rank, other):
     assert ("boom" if fault == "raise" else "memory is the usual cause") in ended.err
 
 
+# Hooks that a rank is in while the other is in a collective, at an end of its own, or gone.
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["popen", "torchrun"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "where", ["on_after_backward", "optimizer_step", "on_train_epoch_end", "on_fit_end", "teardown"]
+)
+def test_a_hook_of_one_rank_raises(tmp_path, start, rank, where):
+    prefix = TORCHRUN if start == "torchrun" else ("python",)
+    ended = fail(tmp_path, "--fault", "raise", "--rank", str(rank), "--where", where, prefix=prefix)
+    check_first_failure(ended, follower=1 - rank)
+
+
 @pytest.mark.slow
 def test_spawned_ranks_fail_alike(tmp_path):
     guarded = TRAIN.read_text().replace("for _ in range", "for _ in () if __name__ != '__main__' else range")
@@ -307,4 +321,21 @@ def test_ctrl_c_while_a_rank_waits_in_a_collective(tmp_path, everyone, rank, sta
 def test_ctrl_c_under_torchrun(tmp_path, everyone):
     ended = interrupt(tmp_path, "--rank", "1", everyone=everyone, prefix=TORCHRUN)
     assert ended.status != 0
+    assert not ended.orphans
+
+
+# SIGTERM, of which Lightning tells every rank and which ends training after the step, by `SystemExit` without a code.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everyone", [True, False])
+@pytest.mark.parametrize(("start", "status"), [("popen", 0), ("fork", -signal.SIGTERM), ("torchrun", 1)])
+def test_sigterm(tmp_path, start, status, everyone):
+    prefix, arguments = (TORCHRUN, ()) if start == "torchrun" else (("python",), ("--start-method", start))
+    run = train(tmp_path, "--fault", "endless", "--rank", "2", *arguments, prefix=prefix)
+    run.wait_for("FAULT", 6)
+    run.interrupt(everyone=everyone, by=signal.SIGTERM)
+    # torchrun gives its workers 30 s.
+    ended = run.end(45)
+    assert ended.status == status, ended
     assert not ended.orphans

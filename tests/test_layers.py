@@ -29,6 +29,7 @@ LAYERS = [
         "hub",
         "launch",
         "precision",
+        "record",
         "sample",
     },
     {"strategy"},

@@ -38,9 +38,10 @@ class Run:
         folder: where the output goes.
         command: what to run; "python" stands for this interpreter.
         stdin: text for standard input.
+        variables: of the environment, as a cluster sets them.
     """
 
-    def __init__(self, folder: Path, command: list[str], stdin: str = "") -> None:
+    def __init__(self, folder: Path, command: list[str], stdin: str = "", **variables: str) -> None:
         self._marker = uuid.uuid4().hex
         self._out, self._err = folder / f"{self._marker}.out", folder / f"{self._marker}.err"
         environment = {name: value for name, value in os.environ.items() if name not in _INHERITED}
@@ -48,6 +49,7 @@ class Run:
         environment |= {
             "RUN_MARKER": self._marker,
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+            **variables,
         }
         (folder / "stdin").write_text(stdin)
         with self._out.open("w") as out, self._err.open("w") as err, (folder / "stdin").open() as stdin_file:
@@ -65,9 +67,9 @@ class Run:
                 raise AssertionError(f"no {mark}: {self.kill()}")
             time.sleep(0.05)
 
-    def interrupt(self, *, everyone: bool) -> None:
+    def interrupt(self, *, everyone: bool, by: signal.Signals = signal.SIGINT) -> None:
         """Send what Ctrl-C sends: to every process of the run, as a terminal does, or to the first alone."""
-        (os.killpg if everyone else os.kill)(self._process.pid, signal.SIGINT)
+        (os.killpg if everyone else os.kill)(self._process.pid, by)
 
     def end(self, seconds: float = END_SECONDS) -> Ended:
         """Wait for the end of all its processes; what is left after `seconds` is killed and named among the orphans."""

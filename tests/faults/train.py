@@ -21,8 +21,9 @@ from lightning_largescale.strategy import LargeScaleStrategy
 warnings.simplefilter("ignore")
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--fault", choices=["none", "raise", "kill", "wait"], default="none")
-parser.add_argument("--where", choices=["init", "prepare_data", "setup", "step", "loader"], default="step")
+parser.add_argument("--fault", choices=["none", "raise", "kill", "wait", "endless"], default="none")
+HOOKS = ("configure_optimizers", "on_after_backward", "optimizer_step", "on_train_epoch_end", "on_fit_end", "teardown")
+parser.add_argument("--where", choices=["init", "prepare_data", "setup", "step", "loader", *HOOKS], default="step")
 parser.add_argument("--rank", type=int, default=1, help="the rank that fails; 2 is both")
 parser.add_argument("--other", choices=["collective", "compute", "loader"], default="collective")
 parser.add_argument("--start-method", default=None)
@@ -40,6 +41,8 @@ def fault(where: str) -> None:
     if args.fault == "none" or where != args.where or args.rank not in (rank(), 2):
         return
     print("FAULT", flush=True)
+    if args.fault == "endless":
+        return
     if args.fault == "raise":
         raise ValueError("boom")
     if args.fault == "kill":
@@ -94,7 +97,20 @@ class Model(LightningModule):
         return DataLoader(Rows(), batch_size=2, num_workers=1 if args.other == "loader" else 0)
 
     def configure_optimizers(self):
+        fault("configure_optimizers")
         return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+def faulty(name):
+    def hook(self, *given, **named):
+        fault(name)
+        return getattr(super(Model, self), name)(*given, **named)
+
+    return hook
+
+
+for hook in set(HOOKS) - {"configure_optimizers"}:
+    setattr(Model, hook, faulty(hook))
 
 
 def fit() -> None:
@@ -102,7 +118,8 @@ def fit() -> None:
     strategy = LargeScaleStrategy({"dp_shard": 2}, start_method=args.start_method)
     # Rows in order on both ranks, so that the one that a loader stops at comes after the fault.
     order = {"use_distributed_sampler": False}
-    trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, max_epochs=1, **order, **quiet)
+    epochs = -1 if args.fault == "endless" else 1
+    trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, max_epochs=epochs, **order, **quiet)
     model = Model()
     try:
         trainer.fit(model)

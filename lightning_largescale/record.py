@@ -1,0 +1,72 @@
+"""What a run keeps of its plan: hyper-parameters of every logger, and JSON beside the run's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_largescale import compat
+from lightning_largescale.plan import Plan
+
+# The name under which loggers have the plan's fields; they flatten it to "largescale/dp_shard" and the like.
+KEY = "largescale"
+
+
+def record_plan(trainer: Trainer, plan: Plan, *, report: str | None = None) -> None:
+    """Tell every logger the plan as hyper-parameters, and write it and the report where the run's files are.
+
+    Called at setup, before Lightning logs the user's own hyper-parameters. They are sent along here, since TensorBoard
+    shows what it is given first, and other loggers keep what they are given last. `largescale_plan.json` and
+    `largescale_report.json` are written to the first logger's directory, where one has a `log_dir`.
+
+    Args:
+        trainer: about to fit; one without loggers, or in a fast development run, records nothing.
+        plan: the plan in force.
+        report: JSON of all candidates, where the plan was searched for.
+    """
+    if not trainer.is_global_zero or not trainer.loggers:
+        return
+    if trainer.enable_autolog_hparams:
+        own = _own_hparams(trainer)
+        hparams = {KEY: dataclasses.asdict(plan), **own}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and not own:
+                # It would log its "hp_metric" too, which a user without hyper-parameters does not expect.
+                logger.log_hyperparams(hparams, metrics={})
+            else:
+                logger.log_hyperparams(hparams)
+    folder = _run_folder(trainer)
+    if folder is not None:
+        _write(folder, "largescale_plan.json", plan.to_json())
+        if report is not None:
+            _write(folder, "largescale_report.json", report)
+
+
+def _own_hparams(trainer: Trainer) -> dict[str, Any]:
+    """The hyper-parameters that Lightning is about to log; where two contradict one another, it will say so."""
+    hparams: dict[str, Any] = {}
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+    for owner in (trainer.lightning_module, datamodule):
+        if owner is not None and compat.logs_hparams(owner):
+            hparams.update(owner.hparams_initial)
+    # What LightningCLI keeps there for itself.
+    hparams.pop("_class_path", None)
+    return hparams
+
+
+def _run_folder(trainer: Trainer) -> str | None:
+    folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    return next((os.fspath(folder) for folder in folders if isinstance(folder, str | Path)), None)
+
+
+def _write(folder: str, name: str, text: str) -> None:
+    files = get_filesystem(folder)
+    files.makedirs(folder, exist_ok=True)
+    with files.open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        file.write(text)
