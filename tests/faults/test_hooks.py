@@ -138,12 +138,12 @@ def test_the_rank_that_failed_first_is_raised(forks, tmp_path, where, rank):
 
 
 def test_the_next_fit_works_after_forks_that_failed(forks, tmp_path):
-    for plan in (Plan(dp_shard=2), Plan(dp_replicate=2)):
+    for name, plan in (("sharded", Plan(dp_shard=2)), ("replicated", Plan(dp_replicate=2))):
         with pytest.raises(ProcessRaisedException, match="boom in training_step"):
-            run(Fails("training_step", 1), tmp_path, plan, "fork")
+            run(Fails("training_step", 1), tmp_path / name, plan, "fork")
         model = BoringModel()
         before = model.layer.weight.detach().clone()
-        run(model, tmp_path, plan, "fork")
+        run(model, tmp_path / name, plan, "fork")
         assert not torch.equal(model.layer.weight, before)
 
 
