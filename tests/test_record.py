@@ -108,7 +108,7 @@ def test_hyper_parameters_that_are_not_to_be_logged(tmp_path):
     assert (tmp_path / "lightning_logs" / "version_0" / "largescale_plan.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*barebones")
+@pytest.mark.filterwarnings("ignore:.*barebones", "ignore:Starting from v1.9.0")
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"logger": False}, {"barebones": True}])
 def test_runs_without_loggers_leave_no_files(tmp_path, options):
     given = {"accelerator": "cpu", "max_steps": 1, "limit_val_batches": 0, "default_root_dir": tmp_path, **options}
