@@ -61,6 +61,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
 
     The plan is decided when the trainer sets the strategy up: the hardware is detected and measured (cached), one step
     is traced on fake tensors, and every admissible plan is priced. Rank 0 decides and tells the others.
+    BatchSizeFinder and Tuner search under that plan, which was made for the batch size the module had before.
 
     Args:
         memory_budget: bytes, or text such as "6GiB", that one rank may hold in all on its device: on CPU the process's
@@ -148,6 +149,12 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         estimate = None if self.report is None else self.report.estimate_of(self.plan)
         alone = self.root_device.type == "cpu" and self._trim_heap is None
         self._guard = HeapGuard(estimate.memory.between_steps_bytes) if alone and estimate is not None else None
+
+    @override
+    def on_search_end(self) -> None:
+        # What the trials took and lasted is not the run's.
+        self._step_starts.clear()
+        start_peak(self.root_device.type)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

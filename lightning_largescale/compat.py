@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_unflatten
 
@@ -17,6 +20,9 @@ from torch.utils._pytree import tree_unflatten
 # class cannot derive from what a function returns and keep its types. Replaced by public launcher classes.
 MultiProcessingLauncher = _MultiProcessingLauncher
 SubprocessScriptLauncher = _SubprocessScriptLauncher
+
+# How Lightning's Tuner ends a run once it has found what it searched for. Replaced by a public name for it.
+TunerExit = _TunerExitException
 
 # Base class of what sees every operation below autograd, in `__torch_dispatch__`. Replaced by a public name for it.
 DispatchMode = TorchDispatchMode
@@ -476,3 +482,81 @@ def logs_hparams(owner: Any) -> bool:
     Replaced by a public property of HyperparametersMixin.
     """
     return bool(owner._log_hyperparams)
+
+
+def asked_by_batch_size_finder() -> bool:
+    """Whether the property that calls this is asked, through the Trainer, by one of Lightning's two refusals to search.
+
+    Replaced by a way for a strategy to say that the batch size finder works with it; what these two ask instead is
+    whether loaders are to be divided among ranks, and nobody else may get another answer.
+    """
+    from lightning.pytorch.callbacks import BatchSizeFinder
+    from lightning.pytorch.tuner.tuning import _check_scale_batch_size_configuration
+
+    frame = inspect.currentframe()
+    for _ in range(3):
+        frame = frame and frame.f_back
+    return frame is not None and frame.f_code in (
+        BatchSizeFinder.setup.__code__,
+        _check_scale_batch_size_configuration.__code__,
+    )
+
+
+def set_dataset_length(loop: Any, length: Callable[[Callable[[], int]], int]) -> None:
+    """Let the batch size finder take the data of `loop`, whose loaders are made, to be `length(own)` samples long.
+
+    Replaced by a finder that asks all ranks.
+    """
+    loader = loop._combined_loader
+    if loader is not None and "_dataset_length" not in vars(loader):
+        loader._dataset_length = partial(length, loader._dataset_length)
+
+
+def searched_attribute(finder: Any, module: Any) -> str | None:
+    """The attribute of `module`, or of its hparams or datamodule, that a finder of Lightning sets; None for none.
+
+    Replaced by public names in BatchSizeFinder and LearningRateFinder.
+    """
+    from lightning.pytorch.callbacks import BatchSizeFinder
+    from lightning.pytorch.tuner.lr_finder import _determine_lr_attr_name
+
+    if isinstance(finder, BatchSizeFinder):
+        return finder._batch_arg_name
+    return _determine_lr_attr_name(module, finder._attr_name) if finder._update_attr else None
+
+
+def forget_sharded_step(module: Any) -> None:
+    """Let FSDP2 forget the step of `module`, the root, that was under way: gradients not yet reduced are dropped.
+
+    Replaced by `FSDPModule.reset_iter_state` alone, were it to drop gradients of gathered parameters; torch 2.11 has
+    no such method.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    states = root._state_ctx.all_states
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    for group in groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+        return
+    root._device_handle.synchronize()
+    idle = type(root._training_state).IDLE
+    for group in groups:
+        if group._all_gather_result is not None and group._all_gather_result.all_gather_work is not None:
+            group._all_gather_result.all_gather_work.wait()
+        group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+        group._reshard_after_forward_event = group._partial_reduce_output = None
+        group._post_forward_indices.clear()
+        group._training_state = idle
+        group._to_sharded()
+    for state in states:
+        state._training_state = idle
+    root._comm_ctx.all_gather_state = root._comm_ctx.reduce_scatter_state = None
+    root._comm_ctx.post_forward_order.clear()
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False

@@ -60,19 +60,19 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """Of this process on its node. A Trainer with one device is alone, also in a process that others stand beside:
         a script that trained on several may go on with each by itself.
         """
-        return super().local_rank if self.is_distributed else 0
+        return super().local_rank if self.has_peers else 0
 
     @property
     @override
     def global_rank(self) -> int:
         """Of this process among all."""
-        return super().global_rank if self.is_distributed else 0
+        return super().global_rank if self.has_peers else 0
 
     @property
     @override
     def world_size(self) -> int:
         """Number of processes."""
-        return super().world_size if self.is_distributed else 1
+        return super().world_size if self.has_peers else 1
 
     @property
     @override
@@ -87,7 +87,12 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether loaders are to be divided among ranks."""
+        """Whether loaders are to be divided among ranks; Lightning asks it also before it lets batch sizes be tried."""
+        return self.has_peers and not compat.asked_by_batch_size_finder()
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there are other ranks."""
         return self.num_processes * self.num_nodes > 1
 
     @property
@@ -119,7 +124,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
-        if self.is_distributed:
+        if self.has_peers:
             self._process_group_backend = compat.init_process_group(
                 self.cluster_environment, self._process_group_backend, self.root_device, self._timeout
             )
@@ -130,14 +135,14 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @override
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here."""
-        if self.is_distributed and dist.is_initialized():
+        if self.has_peers and dist.is_initialized():
             ids = [self.root_device.index] if dist.get_backend() == "nccl" else None
             dist.barrier(device_ids=ids)
 
     @override
     def broadcast(self, obj: _Value, src: int = 0) -> _Value:
         """What rank `src` gives as `obj`, on every rank."""
-        if not (self.is_distributed and dist.is_initialized()):
+        if not (self.has_peers and dist.is_initialized()):
             return obj
         objects = [obj]
         dist.broadcast_object_list(objects, src)
@@ -146,11 +151,11 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Every rank's `tensor`, stacked; a single process has its own."""
-        return super().all_gather(tensor, group, sync_grads) if self.is_distributed else tensor
+        return super().all_gather(tensor, group, sync_grads) if self.has_peers else tensor
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """`tensor` reduced over all ranks; what is no tensor is returned as it is."""
-        if not (self.is_distributed and isinstance(tensor, Tensor)):
+        if not (self.has_peers and isinstance(tensor, Tensor)):
             return tensor
         return compat.reduce_tensor(tensor, group, reduce_op)

@@ -182,6 +182,9 @@ def reported(failures: PeerFailures) -> Iterator[None]:
         failures.start()
         try:
             yield
+        except compat.TunerExit:
+            failures.finish()
+            raise
         except BaseException as error:
             failures.report(error)
             raise

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ from lightning_largescale import compat
 from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, reported, told_in_one_line
 from lightning_largescale.hub import describe_exit
 from lightning_largescale.plan import PlanError
+from lightning_largescale.tuning import found, give_found
 
 
 class ForkLauncher(compat.MultiProcessingLauncher):
     """Starts every rank as a fork (or spawn) of this process, which waits and gets the trained weights back."""
 
     failures: PeerFailures | None = None
+    # A Tuner searched, and nothing was trained.
+    _only_tuned = False
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
@@ -75,12 +79,14 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         output = queue.get()
         if trainer is None:
             return output
-        self._already_fit |= trainer.state.fn == TrainerFn.FITTING
         self._recover_results_in_main_process(output, trainer)
+        self._already_fit |= trainer.state.fn == TrainerFn.FITTING and not self._only_tuned
         return output.trainer_results
 
     @override
-    def _wrapping_function(self, process_idx: int, trainer: Trainer | None, *args: Any) -> None:
+    def _wrapping_function(
+        self, process_idx: int, trainer: Trainer | None, function: Callable[..., Any], *args: Any
+    ) -> None:
         """Be local rank `process_idx`: what Lightning does, and what others need to know if it fails."""
         if self._start_method == "fork":
             # GNU OpenMP's threads do not survive a fork but its record of them does: where the parent has computed with
@@ -90,7 +96,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         self.failures = PeerFailures(parent=os.getppid())
         try:
             with reported(self.failures):
-                super()._wrapping_function(process_idx, trainer, *args)
+                super()._wrapping_function(process_idx, trainer, partial(self._until_tuned, function), *args)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except BaseException as error:
@@ -98,6 +104,14 @@ class ForkLauncher(compat.MultiProcessingLauncher):
                 raise
             # Without an error file the parent knows that this rank was not the first to fail.
             sys.exit(1)
+
+    def _until_tuned(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `function` returns; None where a Tuner ends it, so that the parent gets what was found."""
+        try:
+            return function(*args, **kwargs)
+        except compat.TunerExit:
+            self._only_tuned = True
+            return None
 
     @override
     def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
@@ -114,18 +128,23 @@ class ForkLauncher(compat.MultiProcessingLauncher):
 
     @override
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
-        """What else the parent is to know: what the strategy decided in the ranks."""
+        """What else the parent is to know: what the strategy decided in the ranks, and what finders found."""
         names = getattr(self._strategy, "decided_at_setup", ())
         decided = {name: getattr(self._strategy, name) for name in names}
         # As bytes, since Lightning looks for tensors in what it sends, and refuses frozen dataclasses.
-        return {**super().get_extra_results(trainer), "decided": pickle.dumps(decided)}
+        return {
+            **super().get_extra_results(trainer),
+            "decided": pickle.dumps((decided, found(trainer), self._only_tuned)),
+        }
 
     @override
     def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
-        """Let the parent's strategy know it."""
+        """Let the parent's strategy, finders and module know it."""
         super().update_main_process_results(trainer, extra)
-        for name, value in pickle.loads(extra["decided"]).items():
+        decided, values, self._only_tuned = pickle.loads(extra["decided"])
+        for name, value in decided.items():
             setattr(self._strategy, name, value)
+        give_found(trainer, values)
 
     @override
     def _recover_results_in_main_process(self, worker_output: Any, trainer: Trainer) -> None:

@@ -229,6 +229,8 @@ class ScriptLauncher(compat.SubprocessScriptLauncher):
         try:
             with reported(self.failures):
                 return function(*args, **kwargs)
+        except compat.TunerExit:
+            raise
         except BaseException:
             _children.handled()
             raise

@@ -52,6 +52,15 @@ class StatefulStrategy(ConnectedStrategy):
         """Always: each rank takes its part of a checkpoint once the module is divided."""
         return True
 
+    # While a batch size is searched for.
+    searching = False
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; in a search it is rank 0's, since each rank has made up a path of its own."""
+        path = self.broadcast(checkpoint_path) if self.searching else checkpoint_path
+        return super().load_checkpoint(path, weights_only)
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Full tensors, on rank 0 alone where the module is sharded; a collective."""

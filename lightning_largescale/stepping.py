@@ -15,6 +15,7 @@ from lightning_largescale import compat
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.parallel.gather import (
     backward_inside,
+    forget_step,
     no_reduction,
     reshard,
     run_step,
@@ -105,6 +106,19 @@ class SteppingStrategy(StatefulStrategy):
             self._trim_heap()
         return result
 
+    def forget_step(self) -> None:
+        """Make good what a step, ended halfway on all ranks, left behind; its gradients are dropped."""
+        module = self._module()
+        self._uneven = None
+        if self._replica is not None:
+            self._replica.forget_step()
+        elif sharded_state(module):
+            forget_step(module)
+        module.zero_grad()
+
+    def on_search_end(self) -> None:
+        """Called when a batch size has been searched for."""
+
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -149,13 +163,13 @@ class SteppingStrategy(StatefulStrategy):
         self._end_evaluation()
 
     def _start_logged_evaluation(self) -> None:
-        if self.is_distributed:
+        if self.has_peers:
             check_not_empty(compat.evaluation_is_empty(self._module().trainer), self.root_device)
         self._start_evaluation()
 
     def _start_evaluation(self) -> None:
         module = self._module()
-        if self.is_distributed:
+        if self.has_peers:
             # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
             equal_weights(module.buffers())
         if sharded_state(module):

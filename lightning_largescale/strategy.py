@@ -31,6 +31,7 @@ from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import LargeScalePrecision, asked_precision, check_precision
 from lightning_largescale.record import record_plan
 from lightning_largescale.stepping import SteppingStrategy
+from lightning_largescale.tuning import finders_search_together
 
 
 class LargeScaleStrategy(SteppingStrategy):
@@ -108,6 +109,8 @@ class LargeScaleStrategy(SteppingStrategy):
             self._shard(trainer, module, plan)
         else:
             self._place(module, plan, fitting=fitting)
+        if self.has_peers:
+            self._undo.enter_context(finders_search_together(self, trainer))
         if fitting:
             self._known = KnownParameters(module, plan) if plan.world_size > 1 else None
             self.setup_optimizers(trainer)

@@ -9,8 +9,11 @@ import torch.distributed as dist
 from hardware.ranks import run_ranks
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.tuner import tuning
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -348,3 +351,73 @@ def test_logs_hparams():
     assert not compat.logs_hparams(module)
     module.save_hyperparameters({"width": 3})
     assert compat.logs_hparams(module)
+
+
+def refusals(strategy):
+    """What Lightning's Tuner and BatchSizeFinder say to a run on two processes with no loader and no batch size."""
+    run = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
+    assert run._accelerator_connector.is_distributed
+    said = ["", ""]
+    for index, check in enumerate((tuning._check_scale_batch_size_configuration, BatchSizeFinder().setup)):
+        try:
+            check(*(run, BoringModel(), "fit")[: 1 + 2 * index])
+        except (ValueError, MisconfigurationException) as error:
+            said[index] = str(error)
+    return said
+
+
+def test_only_the_batch_size_finder_is_told_of_a_single_process():
+    assert all("not supported with distributed" in said for said in refusals("ddp"))
+    assert not any("distributed" in said for said in refusals("largescale_fsdp"))
+    assert not compat.asked_by_batch_size_finder()
+
+
+def test_dataset_length():
+    loop = connected(Loaded()).fit_loop
+    loop._combined_loader = CombinedLoader([[1, 2, 3]])
+    for _ in range(2):
+        compat.set_dataset_length(loop, lambda own: 5)
+    assert loop._combined_loader._dataset_length() == 5
+
+
+def test_searched_attribute():
+    module = Loaded()
+    module.batch_size = module.learning_rate = 1
+    assert compat.searched_attribute(BatchSizeFinder(), module) == "batch_size"
+    assert compat.searched_attribute(LearningRateFinder(), module) == "learning_rate"
+    assert compat.searched_attribute(LearningRateFinder(update_attr=False), module) is None
+
+
+def test_the_tuner_ends_a_run_by_an_exception():
+    assert issubclass(compat.TunerExit, Exception)
+
+
+def fail(*_):
+    raise ZeroDivisionError
+
+
+def half_a_step():
+    """Whether a step after one that ended in the midst of its backward has the gradients of the one before."""
+    torch.manual_seed(0)
+    environment = TorchElasticEnvironment()
+    compat.init_process_group(environment, None, torch.device("cpu"), timedelta(seconds=60))
+    root = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    for part in (*root, root):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+
+    def gradients():
+        root.zero_grad()
+        root(torch.ones(2, 4)).sum().backward()
+        return [parameter.grad.full_tensor() for parameter in root.parameters()]
+
+    before = gradients()
+    handle = root[1].register_full_backward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        gradients()
+    handle.remove()
+    compat.forget_sharded_step(root)
+    return all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
+
+
+def test_forget_sharded_step(two):
+    assert two.run(half_a_step) == [True, True]

@@ -19,6 +19,7 @@ LAYERS = [
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},
     {
+        "agree",
         "apart",
         "checkpoint",
         "connected",
@@ -31,6 +32,7 @@ LAYERS = [
         "precision",
         "record",
         "sample",
+        "tuning",
     },
     {"strategy"},
     {"auto"},

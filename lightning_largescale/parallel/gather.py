@@ -190,6 +190,12 @@ def _computed_with_shards(step: str, why: str) -> PlanError:
     )
 
 
+def forget_step(module: nn.Module) -> None:
+    """Make the sharded `module` ready for a step after one that ended halfway; its gradients may be lost."""
+    compat.forget_sharded_step(module)
+    reshard(module)
+
+
 @contextmanager
 def no_reduction(module: nn.Module) -> Iterator[None]:
     """Within, a backward of the sharded `module` keeps its gradients unreduced, without communication."""

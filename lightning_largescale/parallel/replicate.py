@@ -6,6 +6,7 @@ Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data P
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,12 @@ class Replica:
         """Make ready for a backward from `loss` inside a step."""
         if self._wrapper is not None:
             prepare_for_backward(self._wrapper, loss)
+
+    def forget_step(self) -> None:
+        """Make ready for a step after one that ended halfway; the next step is a collective."""
+        self._trained, self._wrapper = [], None
+        # Until the old wrapper is gone its hooks would join in the next backward.
+        gc.collect()
 
     def no_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Within, backward keeps its gradients unreduced, without communication."""
