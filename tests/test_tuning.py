@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import resource
+import warnings
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,8 @@ def test_out_of_memory_in_validation(two):
 class Alike(Sized):
     """Every rank has the same samples, so that the losses of one are those of all."""
 
+    configure_optimizers = Language.configure_optimizers
+
     def __init__(self):
         super().__init__(batch_size=4, limit=6)
 
@@ -251,10 +254,11 @@ class Uneven(Sized):
 def uneven(kind):
     model = Uneven(kind)
     run = trainer(LargeScaleStrategy(PLANS["ZeRO-3"]), devices=2)
-    return Tuner(run).scale_batch_size(model, steps_per_trial=4, max_trials=6), model.batch_size
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ranks have .* batches to train on")
+        return Tuner(run).scale_batch_size(model, steps_per_trial=4, max_trials=6), model.batch_size
 
 
-@pytest.mark.filterwarnings("ignore:Total length of")
 @pytest.mark.parametrize(("kind", "expected"), [(Tokens, 16), (Count, 64)])
 def test_ranks_with_unequal_data_end_at_the_same_size(two, kind, expected):
     assert two.run(uneven, kind) == [(expected, expected)] * 2
@@ -282,14 +286,14 @@ def test_another_error_ends_all_ranks():
 
 
 class Large(Sized):
-    """A step takes about 4 MiB a sample, most of it for what backward needs."""
+    """A step takes about 28 MiB a sample."""
 
     def loss(self, batch):
         return super().loss(batch) + self.large(batch)
 
     def large(self, batch):
         weight = self.head.weight.sum() * 1e-9
-        return (torch.ones(len(batch), 2**18) * weight).exp().sin().mean()
+        return (torch.ones(len(batch), 2**20) * weight).exp().sin().mean()
 
 
 def under_a_limit(plan, devices, short):
@@ -302,10 +306,10 @@ def under_a_limit(plan, devices, short):
     if rank == short:
         lines = Path("/proc/self/status").read_text().splitlines()
         used = 1024 * int(next(line for line in lines if line.startswith("VmData")).split()[1])
-        resource.setrlimit(resource.RLIMIT_DATA, (used + 90 * 2**20, before[1]))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 310 * 2**20, before[1]))
     run = trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, max_steps=2)
     try:
-        found = Tuner(run).scale_batch_size(model, steps_per_trial=2, max_val=1024)
+        found = Tuner(run).scale_batch_size(model, steps_per_trial=2, max_val=64)
         run.fit(model)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
@@ -318,7 +322,7 @@ def under_a_limit(plan, devices, short):
 def test_memory_that_is_really_short(plan):
     with ranks(1) as alone:
         expected = alone.run(under_a_limit, None, 1, 0)[0]
-    assert 4 <= expected[0] < 64
+    assert expected[0] == 8
     with ranks(2) as own:
         assert own.run(under_a_limit, PLANS[plan], 2, 1) == [expected] * 2
 
