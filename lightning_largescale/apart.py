@@ -103,5 +103,6 @@ def _answer(function: Callable[[], Any]) -> bytes:
         return pickle.dumps((function(), None))
     except PlanError as error:
         return pickle.dumps((None, error))
-    except Exception as error:
+    except BaseException as error:
+        # Test runners raise what is no Exception; and whatever it is, this is the end of the fork.
         return pickle.dumps((None, ApartError(f"{type(error).__name__}: {error}")))

@@ -44,6 +44,7 @@ from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
+from lightning_largescale.workload.trace import trace_workload
 
 _Value = TypeVar("_Value")
 _STEPS = {
@@ -115,6 +116,10 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 return sharded.plan
             # What is divided can be neither traced nor planned.
             self.make_whole()
+        if not any(True for _ in self._module().parameters()):
+            # Nothing to place, reduce or keep small.
+            self.report = None
+            return Plan(dp_replicate=self.world_size)
         if self._keeps_plan(trainer):
             start_peak(self.root_device.type)
             return self.plan
@@ -193,8 +198,9 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             try:
                 return run_apart(lambda: self._trace(trainer, *self._batch(trainer)))
             except ApartError as error:
-                # What ended a fork would end this process: the step is only estimated.
-                return self._trace(trainer, None, (f"the step could not be traced apart ({error})",))
+                # What ended a fork would end this process, so nothing of the module's is called.
+                note = f"the step could not be traced apart ({error})"
+                return self._trace(trainer, None, (note,), ask=False)
 
         return self._told_by_rank_zero(apart)
 
@@ -210,14 +216,14 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
         return batch if peek else None, notes
 
-    def _trace(self, trainer: Trainer, batch: Any, notes: tuple[str, ...]) -> Workload:
+    def _trace(self, trainer: Trainer, batch: Any, notes: tuple[str, ...], *, ask: bool = True) -> Workload:
         """The step that is about to run, traced; estimated from the parameters where there is no batch."""
         module = self._module()
         asked = asked_precision(self.precision_plugin)
         # What is not allowed is priced too, for the advice.
         precisions = (asked,) if asked else ("32-true", *LOSSY)
         step, _ = _STEPS[trainer.state.fn or TrainerFn.FITTING]
-        if batch is None and module.example_input_array is not None:
+        if ask and batch is None and module.example_input_array is not None:
             step, batch = "forward", module.example_input_array
             notes = (*notes, "forward was traced on example_input_array")
         with _running(trainer), random_state_kept():
@@ -226,7 +232,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 batch = compat.before_transfer(module, batch)
                 batch = self.batch_to_device(batch, device=torch.device("cpu"))
             device_type = self.root_device.type
-            workload = Workload.trace(module, batch, step=step, precisions=precisions, device_type=device_type)
+            workload = trace_workload(module, batch, step=step, precisions=precisions, device_type=device_type, ask=ask)
         # Nobody asked for what is only priced for the advice.
         unasked = tuple(set(precisions) - {"32-true", asked, *self._allow})
         told = [note for note in workload.approximate if not note.startswith(unasked)]

@@ -70,6 +70,12 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @property
     @override
+    def node_rank(self) -> int:
+        """Of this process's node; only asked of the environment where there are other processes."""
+        return super().node_rank if self.is_distributed else 0
+
+    @property
+    @override
     def world_size(self) -> int:
         """Number of processes."""
         return super().world_size if self.has_peers else 1

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.parallel.gather import (
-    backward_inside,
+    begin_backward,
+    end_backward,
     forget_step,
     no_reduction,
     reshard,
@@ -86,17 +86,20 @@ class SteppingStrategy(StatefulStrategy):
             return run_step(module, name, *args, **kwargs)
 
     @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning's; where the user runs it inside the step, it begins as one that the step's output began."""
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Let a backward that the user runs inside the step begin as one that the step's output began."""
         module = self._module()
-        inside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if not module.automatic_optimization:
-            if self._replica is not None:
-                self._replica.prepare(closure_loss)
-            elif sharded_state(module):
-                inside = backward_inside(module, closure_loss)
-        with inside:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        if module.automatic_optimization:
+            return
+        if self._replica is not None:
+            self._replica.prepare(closure_loss)
+        elif sharded_state(module):
+            begin_backward(module, closure_loss)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """The end of what `pre_backward` began."""
+        end_backward(self._module())
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:

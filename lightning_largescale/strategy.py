@@ -89,10 +89,6 @@ class LargeScaleStrategy(SteppingStrategy):
         module, fitting = self._module(), trainer.state.fn == TrainerFn.FITTING
         plan = self.plan = self._decide(trainer)
         plan.check_world_size(self.world_size)
-        if fitting and not any(True for _ in module.parameters()):
-            raise PlanError(
-                f"{type(module).__name__} has no parameters, so there is nothing to train; give it at least one."
-            )
         self._adapt(module, plan)
         self._use_precision(plan)
         if fitting and self._layer_sync is not None and sharded_state(module) is None:

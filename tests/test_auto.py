@@ -139,14 +139,30 @@ class Bare(LightningModule):
         return None
 
 
+class BareEvaluated(Bare):
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.log("sum", loss, on_epoch=True)
+        return loss.requires_grad_()
+
+    def validation_step(self, batch, index):
+        self.training_step(batch, index)
+
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+
 class Unstepped(Language):
     def configure_optimizers(self):
         return None
 
 
-def test_nothing_to_train():
-    with pytest.raises(PlanError, match="Bare has no parameters"):
-        trainer("largescale_auto").fit(Bare())
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None")
+def test_a_module_without_parameters_runs_as_lightning_runs_it():
+    run = trainer("largescale_auto", max_epochs=1)
+    run.validate(BareEvaluated(), verbose=False)
+    run.fit(BareEvaluated())
+    assert run.callback_metrics["sum"] == pytest.approx(1.5)
 
 
 def fit_unstepped(devices):

@@ -256,16 +256,24 @@ class Untrained(BoringModel):
 
 
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (Empty, "Empty has no parameters, so there is nothing to train; give it at least one"),
-        (Untrained, "Untrained.configure_optimizers returned no optimizer; return one to train"),
-    ],
-)
-def test_nothing_to_train(module, message):
-    with pytest.raises(PlanError, match=message):
-        trainer(LargeScaleStrategy(Plan()), max_steps=1).fit(module())
+@pytest.mark.parametrize("module", [Empty, Untrained])
+def test_nothing_to_train_is_left_to_lightning(module):
+    model = module()
+    if module is Empty:
+        model.training_step = lambda batch, index: torch.zeros((), requires_grad=True)
+        model.configure_optimizers = lambda: None
+    run = trainer(LargeScaleStrategy(Plan()), max_epochs=1, limit_train_batches=3)
+    run.fit(model)
+    assert run.fit_loop.epoch_loop.total_batch_idx == 2
+
+
+def fit_empty():
+    trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=1).fit(Empty())
+
+
+def test_nothing_to_divide(two):
+    with pytest.raises(PlanError, match="Empty has no parameters to divide; give it at least one, or use dp_replicate"):
+        two.run(fit_empty)
 
 
 class Skips(Language):

@@ -118,7 +118,7 @@ def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
     if state is None or state.whole:
         return function()
     state.gathered.clear()
-    state.stepping = True
+    state.stepping, state.in_backward = True, False
     try:
         result: _Result = getattr(module, _STEP)(function)
     finally:
@@ -126,17 +126,18 @@ def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
     return result
 
 
-@contextmanager
-def backward_inside(module: nn.Module, loss: Tensor) -> Iterator[None]:
-    """Within, a step of the sharded `module` runs the backward of `loss`."""
-    state = vars(module)[_STATE]
+def begin_backward(module: nn.Module, loss: Tensor) -> None:
+    """Announce that a step of the sharded `module` runs the backward of `loss`."""
     if loss.requires_grad:
         # What FSDP takes for the root's output starts its backward.
         getattr(module, _STEP)(lambda: loss)
-    state.in_backward = True
-    try:
-        yield
-    finally:
+    vars(module)[_STATE].in_backward = True
+
+
+def end_backward(module: nn.Module) -> None:
+    """Announce that the backward is over; if it failed, the next step does."""
+    state = sharded_state(module)
+    if state is not None:
         state.in_backward = False
 
 

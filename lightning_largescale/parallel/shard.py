@@ -49,9 +49,9 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
         device: of this rank.
 
     Raises:
-        PlanError: trainable parameters in several dtypes within one group.
+        PlanError: no parameters, or trainable ones in several dtypes within one group.
     """
-    _check_dtypes(module)
+    _check_parameters(module)
     if device.type == "cpu":
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
@@ -94,7 +94,11 @@ def adapt(module: nn.Module, plan: Plan) -> bool:
     return True
 
 
-def _check_dtypes(module: nn.Module) -> None:
+def _check_parameters(module: nn.Module) -> None:
+    if not any(True for _ in module.parameters()):
+        raise PlanError(
+            f"{type(module).__name__} has no parameters to divide; give it at least one, or use dp_replicate."
+        )
     for name, group in find_groups(module).items():
         own = [module.get_parameter(parameter) for parameter in group.parameters]
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.requires_grad}

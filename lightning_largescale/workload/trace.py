@@ -32,9 +32,18 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def trace_workload(
-    module: nn.Module, batch: Any, *, step: str, precisions: tuple[str, ...], batch_idx: int, device_type: str
+    module: nn.Module,
+    batch: Any,
+    *,
+    step: str,
+    precisions: tuple[str, ...],
+    device_type: str,
+    batch_idx: int = 0,
+    ask: bool = True,
 ) -> Workload:
-    """`Workload.trace`, which says what is taken, given and raised."""
+    """`Workload.trace`, which says what is taken, given and raised; without a batch and `ask` it calls nothing of
+    the module's, and two states a parameter are assumed.
+    """
     _check(module, step, precisions)
     snapshot = Snapshot(module, batch)
     requests = {
@@ -54,7 +63,7 @@ def trace_workload(
         warnings.simplefilter("ignore")
         traced, left_out = _traced(requests)
         used = frozenset(name for one in traced.values() for name in one.used)
-        optimizers, notes = _optimizers(next(iter(requests.values())), used)
+        optimizers, notes = _optimizers(next(iter(requests.values())), used, ask=ask)
     return Workload(
         name=type(compat.compiled_module(module)).__name__,
         parameters=_parameters(module, used),
@@ -188,15 +197,19 @@ def _trace_on_fakes(request: Request) -> Traced:
     return replace(traced, approximate=(*traced.approximate, *passed_over, *fakes.notes))
 
 
-def _optimizers(request: Request, used: frozenset[str]) -> tuple[tuple[OptimizerNeeds, ...], tuple[str, ...]]:
+def _optimizers(
+    request: Request, used: frozenset[str], *, ask: bool
+) -> tuple[tuple[OptimizerNeeds, ...], tuple[str, ...]]:
     """What the optimizers of the module need, and what is to be said about it."""
     module = request.module
     if not (request.trains and isinstance(module, LightningModule)):
         return (), ()
     notes: list[str] = []
+    sizes = {name: p.numel() * p.element_size() for name, p in module.named_parameters() if p.requires_grad}
+    if not ask:
+        return (assumed_needs("unknown", sizes),), ("two states a parameter are assumed",)
     with _holding_fakes(request) as (fakes, _):
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        sizes = {name: p.numel() * p.element_size() for name, p in module.named_parameters() if p.requires_grad}
         try:
             optimizers = _configured(module)
         except Exception as error:
