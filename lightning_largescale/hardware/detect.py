@@ -101,9 +101,9 @@ def layout(
     for name, count in (("ranks_per_node", ranks_per_node), ("nodes", nodes)):
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise PlanError(f"{name}={count!r} is not accepted; give a whole number, 1 or more.")
-    world = _world_size(environment)
-    if world is None or nodes == ranks_per_node == 1:
-        # One process that is planned for alone may stand beside others.
+    # One process that is planned for alone may stand beside others, in an environment that cannot answer.
+    world = None if nodes == ranks_per_node == 1 else _world_size(environment)
+    if world is None:
         return nodes or 1, ranks_per_node or devices
     if ranks_per_node is None:
         local = _local_world_size()
