@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from rich.console import Console
 from torch import nn
@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.apart import ApartError, can_run_apart, run_apart
+from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.parallel.gather import sharded_state
@@ -306,5 +307,4 @@ def _running(trainer: Trainer) -> Iterator[None]:
 
 def _shows_panel(trainer: Trainer) -> bool:
     """Whether the user wants to be told: `enable_model_summary=False` and `barebones` say no."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
-    return any(isinstance(callback, ModelSummary) for callback in callbacks)
+    return any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))

@@ -6,13 +6,16 @@ by parameter index. Full tensors are assembled one at a time, and kept on rank 0
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from lightning_largescale.parallel.copies import divided_like
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
@@ -38,16 +41,6 @@ def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
     return full if keep else {}
 
 
-def load_module_state(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """`module.load_state_dict` of full tensors, each rank taking its slices without communication.
-
-    Raises:
-        RuntimeError: keys or shapes do not match, as torch says it.
-    """
-    targets = module.state_dict()
-    module.load_state_dict({name: _like(value, targets.get(name)) for name, value in state.items()}, strict=strict)
-
-
 def full_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
     """`optimizer.state_dict()` with full plain tensors on the CPU: a collective; empty without `keep`."""
     state = optimizer.state_dict()
@@ -65,25 +58,42 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     by_index = dict(zip(indices, parameters, strict=False))
 
     divided = {
-        index: apply_to_collection(values, Tensor, _like, by_index.get(index))
+        index: apply_to_collection(values, Tensor, divided_like, by_index.get(index))
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": divided})
+
+
+def whole_everywhere(value: Any, *, keep: bool) -> Any:
+    """`value` with full plain tensors on the CPU for the divided ones in its containers, or None where not `keep`.
+
+    A collective, for which the ranks' containers must have them in the same order. What holds none stays the same
+    object; containers that do are copied.
+    """
+    if isinstance(value, DTensor):
+        return _whole(value, keep=keep)
+    if not isinstance(value, dict | list | tuple):
+        return value
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    changed = {key: new for key in keys if (new := whole_everywhere(value[key], keep=keep)) is not value[key]}
+    if not changed:
+        return value
+    if isinstance(value, tuple):
+        items = [changed.get(index, item) for index, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    copied = copy.copy(value)
+    for key, new in changed.items():
+        copied[key] = new
+    return copied
 
 
 def _whole(value: Any, *, keep: bool) -> Any:
     """The full value on the CPU where it is wanted; a collective for a DTensor, which all ranks enter."""
     if not isinstance(value, Tensor):
         return value
-    whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    whole: Tensor = value
+    if isinstance(value, DTensor):
+        # An average may be kept in DRAM, which not every collective reads.
+        on_device: Any = value.to(value.device_mesh.device_type)
+        whole = on_device.full_tensor()
     return whole.detach().cpu() if keep else None
-
-
-def _like(value: Any, target: Any) -> Any:
-    """`value` divided as `target` is, where both are the same tensor but for that."""
-    if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
-        return value
-    if value.shape != target.shape:
-        return value
-    local = value.to(target.device)
-    return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)

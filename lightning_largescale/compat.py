@@ -372,6 +372,14 @@ def call_when_exhausted(trainer: Any, function: Any) -> None:
     fetcher.__class__ = Fetcher
 
 
+def skips_backward(trainer: Any) -> bool:
+    """Whether no backward follows the training step under way, as where averaged weights gather their statistics.
+
+    Replaced by a public property of the fit loop.
+    """
+    return bool(trainer.fit_loop._skip_backward)
+
+
 def forget_forward(module: Any) -> None:
     """Let FSDP2 not take the `forward` of `module`, which `fully_shard` was applied to, for its forward any more.
 
@@ -433,6 +441,16 @@ def without_gathering(module: Any) -> Iterator[None]:
             hooks.clear()
             hooks.update(ordered)
             hooks.update(added)
+
+
+def sharding_attributes() -> set[str]:
+    """Names of what `fully_shard` puts among a module's attributes.
+
+    Replaced by a public way to take the sharding off a module or its copy.
+    """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    return {STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 
 
 def before_transfer(module: Any, batch: Any) -> Any:

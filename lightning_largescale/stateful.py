@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -70,12 +71,6 @@ class StatefulStrategy(ConnectedStrategy):
         return checkpoint.full_module_state(module, keep=self.is_global_zero)
 
     @override
-    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
-        """Load full tensors, each rank its part."""
-        module = self._module()
-        checkpoint.load_module_state(module, checkpoint_["state_dict"], strict=strict)
-
-    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective.
 
@@ -97,3 +92,10 @@ class StatefulStrategy(ConnectedStrategy):
             checkpoint.load_optimizer_state(optimizer, state)
         for adapted in self._adapted:
             adapted.divide_state()
+
+    @override
+    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint of full tensors, those that callbacks and hooks put in included; a collective."""
+        if sharded_state(self._module()) is not None:
+            checkpoint_ = checkpoint.whole_everywhere(checkpoint_, keep=self.is_global_zero)
+        super().save_checkpoint(checkpoint_, filepath, storage_options)

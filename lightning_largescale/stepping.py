@@ -11,7 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.hardware.usage import HeapTrimmer
+from lightning_largescale.parallel.copies import equal_copies, find_copies
 from lightning_largescale.parallel.gather import (
     begin_backward,
     end_backward,
@@ -56,7 +58,7 @@ class SteppingStrategy(StatefulStrategy):
             self._known.check()
         if self._replica is None:
             result = self._step("training_step", *args, **kwargs)
-            if not module.automatic_optimization:
+            if not module.automatic_optimization or compat.skips_backward(module.trainer):
                 reshard(module)
             return result
         with self.precision_plugin.forward_context():
@@ -175,9 +177,17 @@ class SteppingStrategy(StatefulStrategy):
         if self.has_peers:
             # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
             equal_weights(module.buffers())
+            copies = find_copies(callbacks_of(module.trainer), module)
+            equal_copies(copies, self.root_device, buffers_only=True)
         if sharded_state(module):
             self._uneven = UnevenSteps(module, self.root_device)
-            compat.call_when_exhausted(module.trainer, self._uneven.end)
+            compat.call_when_exhausted(module.trainer, self._end_steps)
+
+    def _end_steps(self) -> None:
+        """Drop what evaluation gathered before callbacks come that read or change the shards."""
+        if self._uneven is not None:
+            self._uneven.end()
+            reshard(self._module())
 
     def _end_evaluation(self) -> None:
         self._uneven = None

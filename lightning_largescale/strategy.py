@@ -15,9 +15,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_largescale.callbacks import callbacks_of, check_callbacks
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
+from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.known import KnownParameters
@@ -89,6 +91,7 @@ class LargeScaleStrategy(SteppingStrategy):
         module, fitting = self._module(), trainer.state.fn == TrainerFn.FITTING
         plan = self.plan = self._decide(trainer)
         plan.check_world_size(self.world_size)
+        check_callbacks(callbacks_of(trainer), plan)
         self._adapt(module, plan)
         self._use_precision(plan)
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
@@ -104,7 +107,7 @@ class LargeScaleStrategy(SteppingStrategy):
         if plan.dp_shard > 1:
             self._shard(trainer, module, plan)
         else:
-            self._place(module, plan, fitting=fitting)
+            self._place(trainer, module, plan, fitting=fitting)
         if self.has_peers:
             self._undo.enter_context(finders_search_together(self, trainer))
         if fitting:
@@ -168,17 +171,21 @@ class LargeScaleStrategy(SteppingStrategy):
             mesh = build_mesh(plan, self.root_device.type)
             assert mesh is not None
             shard_module(module, plan, mesh, self.root_device)
+        callbacks = callbacks_of(trainer)
+        shard_copies(find_copies(callbacks, module), module)
+        average_shards(callbacks)
         # Parameters that are gathered in inference mode cannot be used in training after it.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             self._undo.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
 
-    def _place(self, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
+    def _place(self, trainer: Trainer, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
         self.model_to_device()
         if plan.dp_replicate > 1:
             check_equal_structure(module)
             equal_weights([*module.parameters(), *module.buffers()])
+            equal_copies(find_copies(callbacks_of(trainer), module), self.root_device)
             self._replica = Replica(module, self.root_device) if fitting else None
 
     @override

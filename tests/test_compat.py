@@ -185,6 +185,24 @@ def test_ranks_and_a_forward_that_gathers_nothing(two):
     assert two.run(connect) == [("gloo", 0.5, "shown", True), ("gloo", 0.5, None, True)]
 
 
+def test_sharding_attributes():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        layer = nn.Linear(2, 2)
+        before = {*vars(layer)}
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert {*vars(layer)} - before == compat.sharding_attributes()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_skips_backward():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert not compat.skips_backward(trainer)
+    trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward = True
+    assert compat.skips_backward(trainer)
+
+
 @pytest.mark.filterwarnings("ignore:.* is deprecated", "ignore:.*does not have many workers")
 def test_evaluation_is_empty_and_call_when_exhausted():
     class Told(BoringModel):

@@ -21,6 +21,7 @@ LAYERS = [
     {
         "agree",
         "apart",
+        "callbacks",
         "checkpoint",
         "connected",
         "failures",

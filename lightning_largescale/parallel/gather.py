@@ -112,6 +112,11 @@ def sharded_state(module: nn.Module) -> Sharded | None:
     return vars(module).get(_STATE)
 
 
+def gathering_attributes() -> tuple[str, ...]:
+    """Names of what `start_gathering` puts among a module's attributes."""
+    return _STATE, _STEP
+
+
 def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
     """Run `function`, a step of `module`, with the root's parameters gathered; what it returns starts the backward."""
     state = sharded_state(module)

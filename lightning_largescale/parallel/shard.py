@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.gather import Sharded, set_plan, sharded_state, start_gathering
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import equal_weights
@@ -79,6 +80,7 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
         scalar.requires_grad_().register_post_accumulate_grad_hook(partial(_average, state))  # type: ignore[no-untyped-call]
         scalar.requires_grad_(trained)
     start_gathering(module, state)
+    enable_copies(module)
     if device.type == "cpu":
         release_free_memory()
 

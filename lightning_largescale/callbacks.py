@@ -1,0 +1,30 @@
+"""What a plan means to Lightning's callbacks: which cannot work on shards, and which keep copies of the module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelPruning
+
+from lightning_largescale.plan import Plan, PlanError
+
+
+def callbacks_of(trainer: Trainer) -> Sequence[Callback]:
+    """The callbacks of `trainer`, those that the module configures included."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+    return callbacks
+
+
+def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:
+    """Refuse callbacks that cannot work under `plan`.
+
+    Raises:
+        PlanError: one replaces parameters, and the plan divides them.
+    """
+    for callback in callbacks:
+        if isinstance(callback, ModelPruning) and plan.dp_shard > 1:
+            raise PlanError(
+                f"{type(callback).__name__} replaces parameters by masked ones and dp_shard={plan.dp_shard} divides"
+                " them among ranks; replicate with dp_replicate, or prune after training."
+            )

@@ -1,0 +1,199 @@
+"""Copies of a sharded module, such as the averages of its weights that callbacks keep: divided as the module is.
+
+A copy has the module's own class, each rank's shards as parameters, and nothing that gathers them: what works element
+by element (averaging, swapping, copying) needs no more. Full tensors are loaded into it as into the module, each rank
+taking its part.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
+from lightning_largescale.parallel.materialize import equal_weights
+
+# Stands in a copy for what is not copied, until it is taken out.
+_LEFT_OUT = object()
+
+
+def find_copies(holders: Iterable[object], module: nn.Module) -> Iterator[nn.Module]:
+    """Modules that `holders` have as an attribute, or inside an AveragedModel, with the parameters of `module`.
+
+    Args:
+        holders: objects such as callbacks.
+        module: whole or sharded; neither it nor a part of it is a copy.
+    """
+    shapes, own = _shapes(module), {*module.modules()}
+    for holder in holders:
+        for value in vars(holder).values():
+            inner = value.module if isinstance(value, AveragedModel) else value
+            if isinstance(inner, nn.Module) and inner not in own and _shapes(inner) == shapes:
+                yield inner
+
+
+def equal_copies(copies: Iterable[nn.Module], device: torch.device, *, buffers_only: bool = False) -> None:
+    """Give every rank rank 0's values of what `copies` hold whole: a collective.
+
+    Args:
+        copies: as many on every rank, on any device, each made from what the rank had drawn.
+        device: of this rank.
+        buffers_only: leave parameters alone.
+    """
+    for one in copies:
+        for tensor in (*(() if buffers_only else one.parameters()), *one.buffers()):
+            _equal(tensor, device)
+
+
+def shard_copies(copies: Iterable[nn.Module], module: nn.Module) -> None:
+    """Divide whole `copies` of `module`, which is sharded, as it is: a collective.
+
+    Ranks get slices of rank 0's values, on the device where the copy was. What is divided already is left alone.
+    """
+    targets = dict(module.named_parameters(remove_duplicate=False))
+    for one in copies:
+        divided: dict[nn.Parameter, nn.Parameter] = {}
+        for prefix, part in one.named_modules(remove_duplicate=False):
+            own, _ = compat.own_tensors(part)
+            for name, parameter in [(name, kept) for name, kept in own.items() if kept is not None]:
+                target = targets[f"{prefix}.{name}" if prefix else name]
+                if parameter not in divided:
+                    divided[parameter] = _slice(parameter, target)
+                own[name] = divided[parameter]
+        take_full_tensors(one)
+
+
+def average_shards(holders: Iterable[object]) -> None:
+    """Let AveragedModels that `holders` have as an attribute average what is sharded beside what is whole.
+
+    torch averages lists of tensors in one operation, which does not take both.
+    """
+    for holder in holders:
+        for value in vars(holder).values():
+            if isinstance(value, AveragedModel) and value.avg_fn is None:
+                value.multi_avg_fn = _on_shards(value.multi_avg_fn or get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+
+
+def enable_copies(module: nn.Module) -> None:
+    """Let `copy.deepcopy` make copies of `module`, just sharded, and `load_state_dict` take full tensors."""
+    state = sharded_state(module)
+    assert state is not None
+    for group in state.groups.values():
+        assert isinstance(group, nn.Module)
+        # Python looks a copier up on the object, and finds this one before the refusal that is FSDP's.
+        vars(group)["__deepcopy__"] = partial(_deepcopy, module, group)
+    take_full_tensors(module)
+
+
+def take_full_tensors(module: nn.Module) -> None:
+    """Let `module.load_state_dict` take full tensors for parameters that are divided, without communication."""
+    module.register_load_state_dict_pre_hook(_divide)  # type: ignore[no-untyped-call]
+
+
+def divided_like(value: Any, target: Any) -> Any:
+    """`value` divided as `target` is, without communication, where both are the same tensor but for that."""
+    if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != target.shape:
+        return value
+    local = value.to(target.device)
+    return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
+
+
+def _equal(tensor: Tensor, device: torch.device) -> None:
+    if isinstance(tensor, DTensor):
+        return
+    data = tensor.detach().to(device)
+    equal_weights([data])
+    tensor.detach().copy_(data)
+
+
+def _slice(parameter: nn.Parameter, target: nn.Parameter) -> nn.Parameter:
+    if isinstance(parameter, DTensor):
+        return parameter
+    _equal(parameter, target.device)
+    # Or the whole would stay in memory behind the slice.
+    shard = divided_like(parameter.detach(), target).to(parameter.device).clone()
+    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+
+
+def _on_shards(average: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(average)
+    def on_shards(averaged: Iterable[Tensor], current: Iterable[Tensor], number: Tensor | int) -> Any:
+        return average([_local(tensor) for tensor in averaged], [_local(tensor) for tensor in current], number)
+
+    return on_shards
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    reshard(module)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if prefix + name in state:
+            state[prefix + name] = divided_like(state[prefix + name], parameter)
+
+
+def _deepcopy(root: nn.Module, module: nn.Module, memo: dict[int, Any]) -> Any:
+    """A copy of `module`, a part of the sharded `root` or itself, as `copy.deepcopy` asks for it."""
+    plain = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    made: Any = plain.__new__(plain)
+    memo[id(module)] = made
+    outermost = id(_LEFT_OUT) not in memo
+    if outermost:
+        memo[id(_LEFT_OUT)] = _LEFT_OUT
+        reshard(root)
+        _remember_shards(module, memo)
+    # What the class says is to be copied: a LightningModule leaves its Trainer out. Python 3.10 has no such method.
+    state = getattr(module, "__getstate__", lambda: vars(module))()
+    left_out = {"__deepcopy__", *gathering_attributes(), *compat.sharding_attributes()}
+    made.__setstate__({key: copy.deepcopy(value, memo) for key, value in state.items() if key not in left_out})
+    if outermost:
+        del memo[id(_LEFT_OUT)]
+        _remove_left_out(made)
+    if module is root:
+        take_full_tensors(made)
+    return made
+
+
+def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let a copier find in its memo, which says what objects become, shards of its own, and no hooks that gather."""
+    for part in module.modules():
+        memo |= {id(hook): _LEFT_OUT for hooks in _hooks(part) for hook in hooks.values() if _gathers(hook)}
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            shard = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            memo.setdefault(id(parameter), shard)
+
+
+def _remove_left_out(made: nn.Module) -> None:
+    for part in made.modules():
+        for hooks in _hooks(part):
+            for key in [key for key, hook in hooks.items() if hook is _LEFT_OUT]:
+                del hooks[key]
+
+
+def _hooks(part: nn.Module) -> list[dict[int, Any]]:
+    return [value for name, value in vars(part).items() if name.endswith("_hooks") and isinstance(value, dict)]
+
+
+def _gathers(hook: Any) -> bool:
+    """Whether FSDP or this package has registered `hook`."""
+    function = hook.hook if hasattr(hook, "hook") else hook
+    function = function.func if isinstance(function, partial) else function
+    return str(getattr(function, "__module__", "")).startswith(("torch.distributed.", "lightning_largescale."))

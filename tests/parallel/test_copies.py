@@ -1,0 +1,146 @@
+"""Copies of a sharded module: shards of their own, no gathering, and full tensors taken as they come."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from models import Language, trainer
+from ranks import quiet
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lightning_largescale.parallel.copies import average_shards, find_copies
+from lightning_largescale.plan import Plan
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+ZERO3 = Plan(dp_shard=2)
+ZERO2 = Plan(dp_shard=2, reshard_after_forward=False)
+
+
+def whole(module):
+    return {name: getattr(value, "full_tensor", value.clone)() for name, value in module.state_dict().items()}
+
+
+def fitted(plan, **options):
+    model = Language(seed=int(os.environ["RANK"]), **options)
+    run = trainer(LargeScaleStrategy(plan), devices=2, max_steps=2, limit_val_batches=2)
+    run.fit(model)
+    return model, run
+
+
+def assert_equal(found, expected):
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+class Greeter(nn.Identity):
+    def greet(self, *_):
+        self.greeted = True
+
+
+def greet(*_):
+    """A hook of the user."""
+
+
+def copied(plan):
+    model, _ = fitted(plan, tied=True)
+    model.greeter = Greeter()
+    model.norm.register_forward_pre_hook(greet)
+    model.blocks[0].register_forward_hook(model.greeter.greet)
+    made = copy.deepcopy(model)
+    assert type(made) is Language
+    assert type(made.blocks[0]) is type(copy.deepcopy(model.blocks[0])) is type(Language().blocks[0])
+    assert made.head.weight is made.embedding.weight
+    assert all(isinstance(parameter, DTensor) for parameter in made.parameters())
+    assert_equal(whole(made), whole(model))
+    hooks = [
+        hook for part in made.modules() for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    ]
+    assert hooks == [made.greeter.greet, greet]
+    made.head.weight.data.zero_()
+    assert bool(whole(model)["head.weight"].any())
+    again = copy.deepcopy(made)
+    assert_equal(whole(again), whole(made))
+    losses = len(model.losses)
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2).fit(model)
+    return len(model.losses) - losses
+
+
+@pytest.mark.parametrize("plan", [ZERO3, ZERO2], ids=["ZeRO-3", "ZeRO-2"])
+def test_a_sharded_module_can_be_copied(two, plan):
+    assert two.run(copied, plan) == [2, 2]
+
+
+def loaded(plan):
+    full = Language(seed=5, tied=True).state_dict()
+    model, run = fitted(plan, tied=True)
+    made = AveragedModel(model)
+    for target in (model, made.module):
+        target.load_state_dict(full)
+        assert_equal(whole(target), full)
+    made.load_state_dict({"n_averaged": torch.tensor(3), **{f"module.{name}": 2 * full[name] for name in full}})
+    assert_equal(whole(made.module), {name: 2 * full[name] for name in full})
+    with pytest.raises(RuntimeError, match="size mismatch for position"):
+        model.load_state_dict({**full, "position": torch.ones(1)})
+    # What is loaded is what is computed with.
+    run.validate(model, verbose=False)
+    return model.evaluated[-2:]
+
+
+@pytest.mark.parametrize("plan", [ZERO3, ZERO2], ids=["ZeRO-3", "ZeRO-2"])
+def test_full_tensors_are_loaded_into_module_and_copies(two, plan):
+    model = Language(seed=5, tied=True)
+    trainer(limit_val_batches=2).validate(model, verbose=False)
+    for evaluated in two.run(loaded, plan):
+        assert evaluated == pytest.approx(model.evaluated, rel=1e-5)
+
+
+class Holder:
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def test_copies_are_found_by_their_parameters():
+    module = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    same, average = copy.deepcopy(module), AveragedModel(module)
+    holders = [
+        Holder(same=same, other=nn.Linear(2, 3), module=module, part=module[0]),
+        Holder(number=3, average=average, nothing=None),
+    ]
+    assert list(find_copies(holders, module)) == [same, average.module]
+
+
+def averaged(multi_avg_fn):
+    """An average of what is sharded beside what is not, in one operation on lists."""
+    model, _ = fitted(ZERO3)
+    model.register_buffer("seen", torch.ones(3))
+    average = AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True)
+    average_shards([Holder(average=average)])
+    first = whole(model)
+    for factor in (1.0, 3.0):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.mul_(factor)
+        average.update_parameters(model)
+    found = whole(average.module)
+    return {name: (found[name] / first[name]).nanmean().item() for name in found}
+
+
+@pytest.mark.parametrize(("multi_avg_fn", "expected"), [(None, 2.0), (get_ema_multi_avg_fn(0.25), 2.5)])
+def test_averages_in_one_operation(two, multi_avg_fn, expected):
+    (ratios, _) = two.run(averaged, None if multi_avg_fn is None else Ema())
+    assert ratios == pytest.approx(dict.fromkeys(ratios, expected))
+
+
+class Ema:
+    """What torch makes, and can be sent to the ranks."""
+
+    def __call__(self, *args):
+        return get_ema_multi_avg_fn(0.25)(*args)
