@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelPruning
+from torch import nn
 
+from lightning_largescale import compat
+from lightning_largescale.parallel.copies import find_copies
 from lightning_largescale.plan import Plan, PlanError
 
 
@@ -14,6 +17,14 @@ def callbacks_of(trainer: Trainer) -> Sequence[Callback]:
     """The callbacks of `trainer`, those that the module configures included."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
     return callbacks
+
+
+def copies_of(module: nn.Module, callbacks: Sequence[Callback]) -> Iterator[nn.Module]:
+    """What `callbacks` have copied of `module`: all of it, or layers that pruning goes back to."""
+    yield from find_copies(callbacks, module)
+    for callback in callbacks:
+        if isinstance(callback, ModelPruning):
+            yield from compat.pruning_originals(callback)
 
 
 def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:

@@ -372,6 +372,14 @@ def call_when_exhausted(trainer: Any, function: Any) -> None:
     fetcher.__class__ = Fetcher
 
 
+def pruning_originals(pruning: Any) -> list[Any]:
+    """Copies of layers, as they were at first, that a ModelPruning callback goes back to.
+
+    Replaced by a public property of the callback.
+    """
+    return [layer["data"] for layer in (pruning._original_layers or {}).values()]
+
+
 def skips_backward(trainer: Any) -> bool:
     """Whether no backward follows the training step under way, as where averaged weights gather their statistics.
 

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_largescale.callbacks import callbacks_of, check_callbacks
+from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
@@ -185,7 +185,7 @@ class LargeScaleStrategy(SteppingStrategy):
         if plan.dp_replicate > 1:
             check_equal_structure(module)
             equal_weights([*module.parameters(), *module.buffers()])
-            equal_copies(find_copies(callbacks_of(trainer), module), self.root_device)
+            equal_copies(copies_of(module, callbacks_of(trainer)), self.root_device)
             self._replica = Replica(module, self.root_device) if fitting else None
 
     @override

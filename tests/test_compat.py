@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hardware.ranks import run_ranks
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.tuner import tuning
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -194,6 +194,16 @@ def test_sharding_attributes():
         assert {*vars(layer)} - before == compat.sharding_attributes()
     finally:
         dist.destroy_process_group()
+
+
+def test_pruning_originals():
+    layer = nn.Linear(2, 2)
+    pruning = ModelPruning("l1_unstructured", [(layer, "weight")])
+    assert compat.pruning_originals(pruning) == []
+    pruning.setup(None, nn.Sequential(layer), "fit")
+    (original,) = compat.pruning_originals(pruning)
+    assert original is not layer
+    assert torch.equal(original.weight, layer.weight)
 
 
 def test_skips_backward():
