@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
@@ -37,7 +38,7 @@ def find_copies(holders: Iterable[object], module: nn.Module) -> Iterator[nn.Mod
     for holder in holders:
         for value in vars(holder).values():
             inner = value.module if isinstance(value, AveragedModel) else value
-            if isinstance(inner, nn.Module) and inner not in own and _shapes(inner) == shapes:
+            if isinstance(inner, nn.Module) and inner not in own and shapes and _shapes(inner) == shapes:
                 yield inner
 
 
@@ -61,15 +62,15 @@ def shard_copies(copies: Iterable[nn.Module], module: nn.Module) -> None:
     """
     targets = dict(module.named_parameters(remove_duplicate=False))
     for one in copies:
-        divided: dict[nn.Parameter, nn.Parameter] = {}
-        for prefix, part in one.named_modules(remove_duplicate=False):
-            own, _ = compat.own_tensors(part)
-            for name, parameter in [(name, kept) for name, kept in own.items() if kept is not None]:
-                target = targets[f"{prefix}.{name}" if prefix else name]
-                if parameter not in divided:
-                    divided[parameter] = _slice(parameter, target)
-                own[name] = divided[parameter]
-        take_full_tensors(one)
+        if not any(isinstance(parameter, DTensor) for parameter in one.parameters()):
+            _replace(one, lambda name, parameter: _slice(parameter, targets[name]))
+            take_full_tensors(one)
+
+
+def whole_copies(copies: Iterable[nn.Module]) -> None:
+    """Give divided `copies` full plain parameters, where they are: a collective."""
+    for one in copies:
+        _replace(one, lambda _, parameter: _whole(parameter))
 
 
 def average_shards(holders: Iterable[object]) -> None:
@@ -91,12 +92,21 @@ def enable_copies(module: nn.Module) -> None:
         assert isinstance(group, nn.Module)
         # Python looks a copier up on the object, and finds this one before the refusal that is FSDP's.
         vars(group)["__deepcopy__"] = partial(_deepcopy, module, group)
-    take_full_tensors(module)
+    state.hooks.append(take_full_tensors(module))
 
 
-def take_full_tensors(module: nn.Module) -> None:
+def disable_copies(module: nn.Module) -> None:
+    """Undo `enable_copies`, but for its hook, which goes with those that gather."""
+    state = sharded_state(module)
+    assert state is not None
+    for group in state.groups.values():
+        del vars(group)["__deepcopy__"]
+
+
+def take_full_tensors(module: nn.Module) -> RemovableHandle:
     """Let `module.load_state_dict` take full tensors for parameters that are divided, without communication."""
-    module.register_load_state_dict_pre_hook(_divide)  # type: ignore[no-untyped-call]
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(_divide)  # type: ignore[no-untyped-call]
+    return handle
 
 
 def divided_like(value: Any, target: Any) -> Any:
@@ -121,13 +131,30 @@ def _equal(tensor: Tensor, device: torch.device) -> None:
     tensor.detach().copy_(data)
 
 
+def _replace(module: nn.Module, by: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Put what `by` makes of a name and a parameter in its place, once of those that are tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        own, _ = compat.own_tensors(part)
+        for name, parameter in [(name, kept) for name, kept in own.items() if kept is not None]:
+            if parameter not in made:
+                made[parameter] = by(f"{prefix}.{name}" if prefix else name, parameter)
+            own[name] = made[parameter]
+
+
 def _slice(parameter: nn.Parameter, target: nn.Parameter) -> nn.Parameter:
-    if isinstance(parameter, DTensor):
-        return parameter
     _equal(parameter, target.device)
     # Or the whole would stay in memory behind the slice.
     shard = divided_like(parameter.detach(), target).to(parameter.device).clone()
     return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+
+
+def _whole(parameter: nn.Parameter) -> nn.Parameter:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    on_device: Any = parameter.detach().to(parameter.device_mesh.device_type)
+    whole = on_device.full_tensor().to(parameter.device).clone()
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 def _on_shards(average: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,6 +213,8 @@ def _remove_left_out(made: nn.Module) -> None:
         for hooks in _hooks(part):
             for key in [key for key, hook in hooks.items() if hook is _LEFT_OUT]:
                 del hooks[key]
+        for name in compat.sharding_attributes():
+            vars(part).pop(name, None)
 
 
 def _hooks(part: nn.Module) -> list[dict[int, Any]]:

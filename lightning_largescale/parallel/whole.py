@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.copies import disable_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state, stop_gathering
 
 
@@ -66,6 +67,7 @@ def make_whole(module: nn.Module) -> None:
         return
     reshard(module)
     shards = _shards(module)
+    disable_copies(module)
     for _, group in reversed(state.groups.items()):
         compat.undo_sharding(group)
     stop_gathering(module, state)

@@ -67,16 +67,16 @@ def average_of(callback):
     return getattr(made, "module", made)
 
 
-def train(plan, devices, kind, folder, *, resume=None, model=Steady, fits=1, epochs=EPOCHS):
+def train(plan, devices, kind, folder, *, resume=None, model=Steady, then=(), epochs=EPOCHS):
     """Losses, evaluations, final weights and the rank's bytes of the average; checkpoints in `folder`."""
     module = model(seed=int(os.environ.get("RANK", 0)) + (7 if resume else 0), buffers=True)
     callback = KINDS[kind]()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
-        for _ in range(fits):
+        for given in (plan, *then):
             keeps = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
             run = trainer(
-                strategy_of(plan) or "auto",
+                strategy_of(given) or "auto",
                 devices=devices,
                 max_steps=-1,
                 max_epochs=epochs,
