@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,7 +39,7 @@ from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.panel import after_fit, setup_panel
 from lightning_largescale.planner.products import matmul_sizes
 from lightning_largescale.planner.search import LOSSY, check_allow
-from lightning_largescale.precision import asked_precision
+from lightning_largescale.precision import asked_precision, convert_module, is_own
 from lightning_largescale.record import record_plan
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -74,6 +74,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         start_method: as for `LargeScaleStrategy`.
         process_group_backend: as for `LargeScaleStrategy`.
         timeout: as for `LargeScaleStrategy`.
+        compile: as for `LargeScaleStrategy`; step times are predicted without it.
 
     Raises:
         PlanError: an argument is not accepted; at setup, nothing fits.
@@ -91,9 +92,14 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         start_method: Literal["popen", "fork", "spawn"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         super().__init__(
-            Plan(), start_method=start_method, process_group_backend=process_group_backend, timeout=timeout
+            Plan(),
+            start_method=start_method,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            compile=compile,
         )
         self._memory_budget = None if memory_budget is None else parse_bytes(memory_budget, name="memory_budget")
         check_allow(allow)
@@ -127,6 +133,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         kind = self.root_device.type
         shown = _shows_panel(trainer)
         module = self._module()
+        # What will run is what is traced.
+        convert_module(self.precision_plugin, module)
         workload = self._traced(trainer)
         # The trace came first, so that products are measured at sizes like its own; what it left is no longer needed.
         release_free_memory()
@@ -227,9 +235,11 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         if ask and batch is None and module.example_input_array is not None:
             step, batch = "forward", module.example_input_array
             notes = (*notes, "forward was traced on example_input_array")
-        with _running(trainer), random_state_kept():
+        own = self.precision_plugin.forward_context() if is_own(self.precision_plugin) else contextlib.nullcontext()
+        with _running(trainer), random_state_kept(), own:
             if batch is not None and step != "forward":
                 # As the step will see it, but on the CPU.
+                batch = self.precision_plugin.convert_input(batch)
                 batch = compat.before_transfer(module, batch)
                 batch = self.batch_to_device(batch, device=torch.device("cpu"))
             device_type = self.root_device.type

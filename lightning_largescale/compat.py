@@ -586,3 +586,17 @@ def forget_sharded_step(module: Any) -> None:
     root._comm_ctx.post_forward_order.clear()
     root._state_ctx.iter_forward_root = None
     root._state_ctx.post_backward_final_callback_queued = False
+
+
+def foreach_kind(function: Any) -> str | None:
+    """What a function of torch does to the list of tensors that it takes first: "norms" of each, "unscale" them as a
+    GradScaler does, or change them "in place"; None for every other function.
+
+    Replaced by public names of `torch._foreach_norm` and the like, which torch.nn.utils and torch.amp call.
+    """
+    name = getattr(function, "__name__", "")
+    if name == "_amp_foreach_non_finite_check_and_unscale_":
+        return "unscale"
+    if name == "_foreach_norm":
+        return "norms"
+    return "in place" if name.startswith("_foreach_") and name.endswith("_") else None

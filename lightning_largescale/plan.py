@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 
-# The type whose measured rate a precision computes at; hardware without that rate cannot carry it out.
-MATMUL_TYPE = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+# The type of the matrix products of each precision; hardware that cannot compute them cannot carry it out.
+MATMUL_TYPE = {
+    "32-true": "float32",
+    "bf16-mixed": "bfloat16",
+    "16-mixed": "float16",
+    "bf16-true": "bfloat16",
+    "16-true": "float16",
+    "64-true": "float64",
+}
 
 _ACCEPTED: dict[str, tuple[str, ...]] = {
-    "precision": ("32-true", "bf16-mixed"),
+    "precision": tuple(MATMUL_TYPE),
     "activation_checkpointing": ("none", "full"),
 }
 
@@ -64,7 +71,8 @@ class Plan:
         dp_shard: devices that a model's parameters, gradients and optimizer state are divided among.
         reshard_after_forward: gathered parameters are dropped after a block's forward and gathered again in backward
             (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
-        precision: Lightning's name of the arithmetic: "32-true" or "bf16-mixed".
+        precision: Lightning's name of the arithmetic: "32-true"; "bf16-mixed" or "16-mixed", matrix products in half
+            the bytes and weights in float32; "bf16-true", "16-true" or "64-true", weights and all in that type.
         activation_checkpointing: "none", or "full": every repeated block keeps its input and runs its forward again in
             backward.
 
@@ -93,7 +101,7 @@ class Plan:
         for name, accepted in _ACCEPTED.items():
             value = getattr(self, name)
             if value not in accepted:
-                raise PlanError(f"{name}={value!r} is not accepted; give {' or '.join(map(repr, accepted))}.")
+                raise PlanError(f"{name}={value!r} is not accepted; give {_either(accepted)}.")
 
     @property
     def world_size(self) -> int:
@@ -115,7 +123,7 @@ class Plan:
     def _check_hardware(self, hardware: Hardware) -> None:
         self.check_world_size(hardware.world_size)
         matmul_type = MATMUL_TYPE[self.precision]
-        if hardware.rates is not None and matmul_type not in hardware.rates.matmul:
+        if hardware.rates is not None and hardware.rates.matmul_rate(matmul_type) is None:
             raise PlanError(
                 f"precision={self.precision!r} needs matrix products in {matmul_type}, which {hardware.name} cannot"
                 " compute; use '32-true'."
@@ -243,6 +251,12 @@ class Plan:
             return cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+
+
+def _either(values: tuple[str, ...]) -> str:
+    """`"'a', 'b' or 'c'"`."""
+    *others, last = map(repr, values)
+    return f"{', '.join(others)} or {last}"
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,58 +1,34 @@
-"""LargeScalePrecision: the Lightning Precision plugin that a Plan implies."""
+"""Precision: the Lightning plugin that carries out the arithmetic of a plan, the user's where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import (
+    BitsandbytesPrecision,
+    DeepSpeedPrecision,
+    DoublePrecision,
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+    XLAPrecision,
+)
+from torch import nn
 from torch.optim import Optimizer
-from typing_extensions import override
 
+from lightning_largescale.arithmetic import CAST_TYPE, lightning_plugin
 from lightning_largescale.parallel.clip import clip_gradients_by_norm, clip_gradients_by_value
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
 
-# Lightning's plugins that a plan's precision stands for. Another one, or a subclass, does something of its own.
-_ACCEPTED = {Precision: "32-true", MixedPrecision: "bf16-mixed"}
-
-
-class LargeScalePrecision(Precision):
-    """The arithmetic of a plan, and clipping of gradients that are spread over ranks.
-
-    Args:
-        precision: "32-true", or "bf16-mixed": matrix products in bfloat16 under `torch.autocast`, weights in float32.
-        device_type: "cpu" or "cuda".
-
-    Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.1; Kalamkar et al. 2019, "A Study of
-        BFLOAT16 for Deep Learning Training" (no loss scaling).
-    """
-
-    def __init__(self, precision: str, device_type: str) -> None:
-        self.precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed" if precision == "bf16-mixed" else "32-true"
-        self._device_type = device_type
-
-    @override
-    @contextmanager
-    def forward_context(self) -> Generator[None, None, None]:
-        """Autocast to bfloat16 where the plan is mixed."""
-        if self.precision == "32-true":
-            yield
-            return
-        # Without the cache, as Lightning's plugin: it would keep casts of parameters that sharding frees.
-        with torch.autocast(self._device_type, dtype=torch.bfloat16, cache_enabled=False):
-            yield
-
-    @override
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clip by the norm of the gradients on all ranks together."""
-        clip_gradients_by_norm(self.main_params(optimizer), float(clip_val))
-
-    @override
-    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clip every element of the gradients."""
-        clip_gradients_by_value(self.main_params(optimizer), float(clip_val))
+# Lightning's plugins that do what their precision says, no more.
+_STANDARD = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
+# Lightning's plugins that replace layers, or belong to other strategies.
+_REFUSED = (BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision, XLAPrecision)
 
 
 def asked_precision(plugin: Precision) -> str | None:
@@ -61,15 +37,14 @@ def asked_precision(plugin: Precision) -> str | None:
     Raises:
         PlanError: `plugin` is one that no plan stands for.
     """
-    if isinstance(plugin, LargeScalePrecision):
-        return plugin.precision
     precision = str(plugin.precision)
-    if _ACCEPTED.get(type(plugin)) != precision:
+    if isinstance(plugin, _REFUSED) or precision not in MATMUL_TYPE:
         raise PlanError(
-            f"the Trainer's precision plugin is {type(plugin).__name__} ({precision!r}) and a plan trains in '32-true'"
-            " or 'bf16-mixed'; give one of these as Trainer(precision=...), and no plugin."
+            f"the Trainer's precision plugin is {type(plugin).__name__} ({precision!r}), and a plan trains in"
+            f" {', '.join(map(repr, MATMUL_TYPE))}; give one of these as Trainer(precision=...), or a plugin of your"
+            " own whose precision is one of them."
         )
-    return None if precision == Plan().precision else precision
+    return None if type(plugin) is Precision else precision
 
 
 def check_precision(asked: str | None, plan: Plan) -> None:
@@ -83,3 +58,61 @@ def check_precision(asked: str | None, plan: Plan) -> None:
             f"Trainer(precision={asked!r}) contradicts the plan's precision={plan.precision!r};"
             " give both the same, or the plan's alone."
         )
+
+
+def plugin_for(plan: Plan, given: Precision, device_type: str) -> Precision:
+    """The plugin that carries out the precision of `plan`: the Trainer's, `given`, unless that is its default.
+
+    Raises:
+        PlanError: what was given to the Trainer contradicts the plan, or is a plugin that no plan stands for.
+    """
+    asked = asked_precision(given)
+    check_precision(asked, plan)
+    if asked is not None or plan.precision == str(given.precision):
+        return given
+    return lightning_plugin(plan.precision, device_type)
+
+
+def is_own(plugin: Precision) -> bool:
+    """Whether `plugin` is of a class of the user's, which may do something else than its precision says."""
+    return type(plugin) not in _STANDARD
+
+
+def cast_type(plugin: Precision) -> torch.dtype | None:
+    """The type that every matrix is cast to under `plugin`; None where none is, or that is not known."""
+    return None if is_own(plugin) else CAST_TYPE.get(str(plugin.precision))
+
+
+def convert_module(plugin: Precision, module: nn.Module) -> None:
+    """Make the parameters of `module` what `plugin` makes of them, in place.
+
+    Raises:
+        PlanError: the plugin makes another module of it.
+    """
+    if plugin.convert_module(module) is not module:
+        raise PlanError(
+            f"{type(plugin).__name__}.convert_module returned another module than it was given;"
+            " change that one in place and return it."
+        )
+
+
+def clip_over_ranks(plugin: Precision) -> Callable[[], None]:
+    """Make `plugin` clip gradients that are spread over ranks, where it clips as Lightning does; what undoes it."""
+    ours: dict[str, Callable[..., Any]] = {
+        "clip_grad_by_norm": partial(_clip, plugin, clip_gradients_by_norm),
+        "clip_grad_by_value": partial(_clip, plugin, clip_gradients_by_value),
+    }
+    taken = [name for name in ours if getattr(type(plugin), name) is getattr(Precision, name)]
+    for name in taken:
+        # On the object, so that its class, state and identity stay the user's.
+        setattr(plugin, name, ours[name])
+
+    def undo() -> None:
+        for name in taken:
+            delattr(plugin, name)
+
+    return undo
+
+
+def _clip(plugin: Precision, clip: Callable[..., Any], optimizer: Optimizer, clip_val: int | float) -> None:
+    clip(plugin.main_params(optimizer), float(clip_val))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,17 @@ from lightning_largescale.parallel.gather import (
 )
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import equal_weights
+from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
 from lightning_largescale.stateful import StatefulStrategy
+
+_CONTEXTS = {
+    "training_step": "train_step_context",
+    "validation_step": "val_step_context",
+    "test_step": "test_step_context",
+    "predict_step": "predict_step_context",
+}
 
 
 class SteppingStrategy(StatefulStrategy):
@@ -57,11 +65,14 @@ class SteppingStrategy(StatefulStrategy):
         if self._known is not None:
             self._known.check()
         if self._replica is None:
-            result = self._step("training_step", *args, **kwargs)
+            # A step that has its backward inside reads gradients there.
+            reads = not module.automatic_optimization and sharded_state(module) is not None
+            with WholeNumbers() if reads else contextlib.nullcontext():
+                result = self._step("training_step", *args, **kwargs)
             if not module.automatic_optimization or compat.skips_backward(module.trainer):
                 reshard(module)
             return result
-        with self.precision_plugin.forward_context():
+        with self.precision_plugin.train_step_context():
             step = partial(module.training_step, *args, **kwargs)
             return self._replica.run(step, reduce_output=module.automatic_optimization)
 
@@ -84,7 +95,8 @@ class SteppingStrategy(StatefulStrategy):
         module = self._module()
         if self._uneven is not None:
             self._uneven.start()
-        with self.precision_plugin.forward_context():
+        context = getattr(self.precision_plugin, _CONTEXTS[name])
+        with context():
             return run_step(module, name, *args, **kwargs)
 
     @override
@@ -104,9 +116,20 @@ class SteppingStrategy(StatefulStrategy):
         end_backward(self._module())
 
     @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's; then holes in the heap are given back, where the plan has them given back."""
-        result = super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's, hooks and clipping before it finding numbers whole; then holes in the heap are given back,
+        where the plan has them given back.
+        """
+        with contextlib.ExitStack() as after_backward:
+
+            def run() -> Any:
+                after_backward.close()
+                result = closure()
+                after_backward.enter_context(WholeNumbers())
+                return result
+
+            sharded = sharded_state(self._module()) is not None
+            result = super().optimizer_step(optimizer, run if sharded else closure, *args, **kwargs)
         if self._trim_heap is not None:
             self._trim_heap()
         return result

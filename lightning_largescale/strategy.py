@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
@@ -19,6 +20,7 @@ from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
+from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies, whole_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import map_from
@@ -30,7 +32,7 @@ from lightning_largescale.parallel.recompute import apply_recompute, remove_reco
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
 from lightning_largescale.plan import Plan, PlanError
-from lightning_largescale.precision import LargeScalePrecision, asked_precision, check_precision
+from lightning_largescale.precision import asked_precision, cast_type, clip_over_ranks, convert_module, plugin_for
 from lightning_largescale.record import record_plan
 from lightning_largescale.stepping import SteppingStrategy
 from lightning_largescale.tuning import finders_search_together
@@ -46,6 +48,7 @@ class LargeScaleStrategy(SteppingStrategy):
             "spawn" start them from this process; None chooses.
         process_group_backend: torch.distributed's name; None takes the device's default.
         timeout: how long a collective may wait for the other ranks.
+        compile: every repeated block is compiled by torch.compile, with these arguments where they are given.
 
     Attributes:
         plan: the Plan in force; `Plan()` until a function has been asked.
@@ -64,9 +67,12 @@ class LargeScaleStrategy(SteppingStrategy):
         start_method: Literal["popen", "fork", "spawn"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         check_start_method(start_method)
+        check_compile(compile)
+        self._compile = compile
         self._planner = plan if callable(plan) else None
         self.plan = Plan() if callable(plan) else Plan.of(plan)
         self._start_method = start_method
@@ -80,8 +86,18 @@ class LargeScaleStrategy(SteppingStrategy):
         self._launcher = configure_launcher(self, self._start_method)
 
     @override
+    def setup_environment(self) -> None:
+        """Connect the ranks; a plan that was given has its precision from here on: `configure_model` builds in it."""
+        super().setup_environment()
+        # Refused before it converts anything, if it is to be refused.
+        asked_precision(self.precision_plugin)
+        if self._planner is None and self._fixed:
+            self._use_precision(self.plan)
+
+    @override
     def setup(self, trainer: Trainer) -> None:
-        """Decide the plan and apply it to the module: precision, recomputation, sharding or replication, optimizers.
+        """Decide the plan and apply it to the module: precision, recomputation, compilation, sharding or replication,
+        optimizers.
 
         Raises:
             PlanError: the plan does not fit the number of processes, the module, or what was given to the Trainer.
@@ -94,6 +110,10 @@ class LargeScaleStrategy(SteppingStrategy):
         check_callbacks(callbacks_of(trainer), plan)
         self._adapt(trainer, module, plan)
         self._use_precision(plan)
+        if sharded_state(module) is None:
+            convert_module(self.precision_plugin, module)
+        if plan.dp_shard > 1:
+            self._undo.callback(clip_over_ranks(self.precision_plugin))
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
             if plan.dp_shard == 1:
@@ -102,6 +122,9 @@ class LargeScaleStrategy(SteppingStrategy):
         self._trim_heap = HeapTrimmer() if self.root_device.type == "cpu" and plan != Plan() else None
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)
+        if self._compile is not False:
+            options = {} if self._compile is True else self._compile
+            self._undo.callback(compile_blocks(module, options))
         if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
             map_from(0)
         if plan.dp_shard > 1:
@@ -145,9 +168,10 @@ class LargeScaleStrategy(SteppingStrategy):
     def _use_precision(self, plan: Plan) -> None:
         """Put the plan's precision plugin in the place of the Trainer's until teardown."""
         given = self.precision_plugin
-        check_precision(asked_precision(given), plan)
-        self.precision_plugin = LargeScalePrecision(plan.precision, self.root_device.type)
-        self._undo.callback(self._give_back_precision, given)
+        plugin = plugin_for(plan, given, self.root_device.type)
+        if plugin is not given:
+            self.precision_plugin = plugin
+            self._undo.callback(self._give_back_precision, given)
 
     def _give_back_precision(self, plugin: Precision) -> None:
         self.precision_plugin = plugin
@@ -171,7 +195,7 @@ class LargeScaleStrategy(SteppingStrategy):
             check_equal_structure(module)
             mesh = build_mesh(plan, self.root_device.type)
             assert mesh is not None
-            shard_module(module, plan, mesh, self.root_device)
+            shard_module(module, plan, mesh, self.root_device, gather_type=cast_type(self.precision_plugin))
         callbacks = callbacks_of(trainer)
         shard_copies(find_copies(callbacks, module), module)
         average_shards(callbacks)
@@ -236,3 +260,8 @@ class LargeScaleStrategy(SteppingStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+
+# The Trainer takes torch.compile(module) only with strategies that are this one, DDPStrategy or FSDPStrategy, and asks
+# for this one nowhere else.
+SingleDeviceStrategy.register(LargeScaleStrategy)

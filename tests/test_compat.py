@@ -449,3 +449,10 @@ def half_a_step():
 
 def test_forget_sharded_step(two):
     assert two.run(half_a_step) == [True, True]
+
+
+def test_foreach_kind():
+    kinds = {torch._foreach_norm: "norms", torch._foreach_mul_: "in place", torch._foreach_mul: None, torch.stack: None}
+    assert {function: compat.foreach_kind(function) for function in kinds} == kinds
+    assert compat.foreach_kind(torch._amp_foreach_non_finite_check_and_unscale_) == "unscale"
+    assert compat.foreach_kind(object()) is None

@@ -15,7 +15,7 @@ PACKAGE = Path(lightning_largescale.__file__).parent
 # A module or folder may import what stands in a line above its own. compat and units may be imported by all.
 LAYERS = [
     {"compat", "plan"},
-    {"units"},
+    {"arithmetic", "units"},
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},
     {

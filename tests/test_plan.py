@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import PLAN_VERSION, Plan, PlanError
+from lightning_largescale.plan import MATMUL_TYPE, PLAN_VERSION, Plan, PlanError
 
 PLANS = st.builds(
     Plan,
     dp_replicate=st.integers(1, 2**20),
     dp_shard=st.integers(1, 2**20),
     reshard_after_forward=st.booleans(),
-    precision=st.sampled_from(["32-true", "bf16-mixed"]),
+    precision=st.sampled_from([*MATMUL_TYPE]),
     activation_checkpointing=st.sampled_from(["none", "full"]),
 )
 
@@ -67,8 +67,8 @@ BAD = [
     ({"dp_replicate": True}, "dp_replicate=True is not accepted"),
     ({"dp_replicate": 1.0}, "dp_replicate=1.0 is not accepted"),
     ({"reshard_after_forward": 1}, "reshard_after_forward=1 is not accepted; give True or False"),
-    ({"precision": "fp8"}, "precision='fp8' is not accepted; give '32-true' or 'bf16-mixed'"),
-    ({"precision": ["32-true"]}, "is not accepted; give '32-true' or 'bf16-mixed'"),
+    ({"precision": "fp8"}, "precision='fp8' is not accepted; give '32-true', 'bf16-mixed', '16-mixed', "),
+    ({"precision": ["32-true"]}, "is not accepted; give '32-true', "),
     ({"activation_checkpointing": None}, "activation_checkpointing=None is not accepted; give 'none' or 'full'"),
 ]
 

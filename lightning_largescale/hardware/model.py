@@ -95,6 +95,15 @@ class Rates:
     disk_read: float | None = None
     disk_write: float | None = None
 
+    def matmul_rate(self, dtype: str) -> float | None:
+        """FLOP/s of matrix products in `dtype`; None where the device cannot compute them.
+
+        What every device computes and not every one was measured at is set from float32's rate: float16 computes as
+        fast, float64 at half of it, twice the bytes passing through as many vector units.
+        """
+        guesses = {"float16": self.matmul["float32"], "float64": self.matmul["float32"] / 2}
+        return self.matmul.get(dtype, guesses.get(dtype))
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain types that JSON can hold; `from_dict` reads them back to equal rates."""
         return {**asdict(self), "matmul": dict(self.matmul)}

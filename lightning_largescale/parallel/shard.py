@@ -32,7 +32,9 @@ from lightning_largescale.workload.blocks import Group, find_groups
 _RELEASE_BYTES = 256 * 2**20
 
 
-def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
+def shard_module(
+    module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.device, *, gather_type: torch.dtype | None = None
+) -> None:
     """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
 
     Ranks get slices of rank 0's values. Block by block the parameters move to `device`, are divided, and their full
@@ -40,7 +42,7 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
     it stays whole, its gradient averaged over all ranks. So do, under manual optimisation, the parameters that the
     module itself holds.
 
-    With precision "bf16-mixed" blocks gather their matrices in bfloat16, what autocast makes of them anyway; vectors
+    Under mixed precision blocks gather their matrices in `gather_type`, what autocast makes of them anyway; vectors
     (norms, biases) and the root's parameters are gathered in float32, so that numbers are those of autocast alone.
 
     Args:
@@ -48,6 +50,7 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
         plan: has `dp_shard` above 1.
         mesh: as `build_mesh` makes it.
         device: of this rank.
+        gather_type: of the matrices of blocks; None for that they are stored in.
 
     Raises:
         PlanError: no parameters, or trainable ones in several dtypes within one group.
@@ -65,7 +68,17 @@ def shard_module(module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.
     freed = 0
     for name, group in find_groups(module).items():
         if name:
-            freed += _shard_block(module, name, group, state, whole=whole, root_too=root_too, mesh=mesh, device=device)
+            freed += _shard_block(
+                module,
+                name,
+                group,
+                state,
+                whole=whole,
+                root_too=root_too,
+                mesh=mesh,
+                device=device,
+                gather_type=gather_type,
+            )
         if freed >= _RELEASE_BYTES and device.type == "cpu":
             freed = 0
             release_free_memory()
@@ -121,6 +134,7 @@ def _shard_block(
     root_too: set[nn.Parameter],
     mesh: DeviceMesh,
     device: torch.device,
+    gather_type: torch.dtype | None,
 ) -> int:
     """Divide one block, but for parameters in `whole` and what is added to `root_too`; the bytes of its full copy."""
     block = group.modules[0]
@@ -128,7 +142,7 @@ def _shard_block(
     equal_weights(itertools.chain(block.parameters(), block.buffers()))
     own = {parameter: module.get_parameter(parameter) for parameter in group.parameters}
     left = {module.get_parameter(parameter) for parameter in group.shared}
-    if _gathers_bfloat16(state.plan):
+    if gather_type is not None:
         left |= {parameter for parameter in own.values() if parameter.dim() < 2}
     left -= whole
     root_too |= left
@@ -139,7 +153,7 @@ def _shard_block(
         block,
         mesh=mesh,
         reshard_after_forward=state.plan.reshard_after_forward,
-        mp_policy=_policy(state.plan),
+        mp_policy=_policy(gather_type),
         ignored_params=left | whole,
     )
     state.groups[name] = cast(FSDPModule, block)
@@ -147,15 +161,10 @@ def _shard_block(
     return sum(parameter.nbytes for parameter in divided.values())
 
 
-def _gathers_bfloat16(plan: Plan) -> bool:
-    """Whether blocks gather in another dtype than they are stored in."""
-    return plan.precision == "bf16-mixed"
-
-
-def _policy(plan: Plan) -> MixedPrecisionPolicy:
-    if not _gathers_bfloat16(plan):
+def _policy(gather_type: torch.dtype | None) -> MixedPrecisionPolicy:
+    if gather_type is None:
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=gather_type, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 @contextmanager

@@ -201,7 +201,9 @@ def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
 
 
 def _segment_seconds(segment: Segment, rates: Rates, plan: Plan, *, backward: bool) -> float:
-    rate = rates.matmul[MATMUL_TYPE[plan.precision]]
+    rate = rates.matmul_rate(MATMUL_TYPE[plan.precision])
+    if rate is None:
+        raise ValueError(f"the hardware has no rate of matrix products for {plan.precision}.")
     flops = segment.backward_flops if backward else segment.forward_flops
     moved = segment.backward_moved_bytes if backward else segment.forward_moved_bytes
     return flops / rate + moved / rates.memory_bandwidth

@@ -232,7 +232,7 @@ def _impossible(workload: Workload, hardware: Hardware) -> Iterator[Candidate]:
 
 
 def _computes(hardware: Hardware, precision: str) -> bool:
-    return hardware.rates is not None and MATMUL_TYPE[precision] in hardware.rates.matmul
+    return hardware.rates is not None and hardware.rates.matmul_rate(MATMUL_TYPE[precision]) is not None
 
 
 def _faster(report: Report, *, fixed: bool) -> Iterator[str]:

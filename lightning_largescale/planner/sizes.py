@@ -131,7 +131,7 @@ class Sizes:
 
     @cached_property
     def _mixed(self) -> bool:
-        return self.sharded and self.plan.precision == "bf16-mixed"
+        return self.sharded and self.plan.precision in ("bf16-mixed", "16-mixed")
 
     @cached_property
     def trained(self) -> list[Parameter]:
@@ -143,7 +143,7 @@ class Sizes:
         """Parameters that are gathered together, by block; those of the root group under None."""
         groups: dict[str | None, list[Parameter]] = {}
         for parameter in self.workload.parameters:
-            # Under bf16-mixed blocks gather matrices in half the bytes; vectors go with the root, in fp32.
+            # Under mixed precision blocks gather matrices in half the bytes; vectors go with the root, in fp32.
             block = parameter.block if len(parameter.shape) > 1 or not self._mixed else None
             groups.setdefault(block, []).append(parameter)
         return groups

@@ -9,7 +9,7 @@ from lightning_largescale.workload.blocks import find_blocks, find_groups
 from lightning_largescale.workload.model import Segment, Step
 from lightning_largescale.workload.steps import Request, Traced
 
-_ITEM_BYTES = {"32-true": 4, "bf16-mixed": 2}
+_ITEM_BYTES = {"32-true": 4, "bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "16-true": 2, "64-true": 8}
 # Of a matrix's output, beside its input: itself, and what an activation function or normalisation after it keeps.
 _KEPT_OF_OUTPUT = 2
 

@@ -103,7 +103,7 @@ class Step:
     """One traced step in one precision.
 
     Attributes:
-        precision: Lightning's name of it: "32-true" or "bf16-mixed".
+        precision: Lightning's name of it, as a Plan has it.
         segments: in executed order.
         largest_temporary_bytes: largest single storage that an operation made and that was not saved for backward.
         loss_peak_bytes: live bytes at the worst moment of what follows the last block (logits, loss), either direction.
@@ -216,7 +216,8 @@ class Workload:
             module: a LightningModule, or any module: then its forward, the loss being the sum of its floating outputs.
             batch: what the step receives, on the CPU; any nesting of tensors. None: only the parameters are looked at.
             step: "training_step", "validation_step", "test_step", "predict_step", or "forward": forward and backward.
-            precisions: to trace, Lightning's names: "32-true", "bf16-mixed".
+            precisions: to trace, Lightning's names, as a Plan has them; "bf16-true", "16-true" and "64-true" take a
+                module that has been converted.
             batch_idx: given to the step.
             device_type: whose kernels and optimizer defaults count: "cpu" or "cuda".
 
@@ -226,8 +227,8 @@ class Workload:
             failing all, an estimate from the parameters. `approximate` says which and why.
 
         Raises:
-            PlanError: `step` or a precision is not of those above, there is no precision, or a parameter of a lazy
-                module has no shape yet.
+            PlanError: `step` or a precision is not of those above, there is no precision, the module is not
+                converted to it, or a parameter of a lazy module has no shape yet.
         """
         from lightning_largescale.workload.trace import trace_workload
 

@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_largescale import compat
+from lightning_largescale.arithmetic import lightning_plugin
+from lightning_largescale.plan import MATMUL_TYPE
 from lightning_largescale.workload.batch import tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups
 from lightning_largescale.workload.model import Segment, Step
@@ -96,7 +98,7 @@ def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes
             module.eval()
             stack.enter_context(torch.no_grad())
         stack.enter_context(tracker.watching(blocks, module.parameters(), saved=request.watch_saved))
-        with _autocast(request.device_type, request.precision):
+        with lightning_plugin(request.precision, request.device_type).forward_context():
             result = _call(request)
         output_bytes = tracker.storage_bytes(tensors_in(result))
         if request.trains and getattr(module, "automatic_optimization", True):
@@ -174,15 +176,9 @@ def _loss(result: Any, module: nn.Module) -> torch.Tensor | None:
     return torch.stack([tensor.sum().float() for tensor in floating]).sum()
 
 
-def _autocast(device_type: str, precision: str) -> Any:
-    if precision == "bf16-mixed":
-        return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)
-    return contextlib.nullcontext()
-
-
 def _safe_kernels(precision: str) -> Any:
     """On some virtual machines oneDNN's bfloat16 kernels use instructions that end the process; torch's own do not."""
-    if precision == "bf16-mixed":
+    if MATMUL_TYPE[precision] == "bfloat16":
         return torch.backends.mkldnn.flags(enabled=False)
     return contextlib.nullcontext()
 

@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
-from lightning_largescale.plan import PlanError
+from lightning_largescale.arithmetic import STORED_TYPE, lightning_plugin
+from lightning_largescale.plan import MATMUL_TYPE, PlanError
 from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensor_bytes, tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups
 from lightning_largescale.workload.estimate import estimate
@@ -27,8 +28,6 @@ from lightning_largescale.workload.stand_in import attach, optimizers_of
 from lightning_largescale.workload.state import Snapshot, has_script, swap_tensors
 from lightning_largescale.workload.steps import STAGES, Request, Traced, eager, in_words, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
-
-_PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def trace_workload(
@@ -49,7 +48,7 @@ def trace_workload(
     requests = {
         precision: Request(
             module=module,
-            batch=batch,
+            batch=lightning_plugin(precision, device_type).convert_input(batch),
             step=step,
             precision=precision,
             batch_idx=batch_idx,
@@ -81,11 +80,18 @@ def trace_workload(
 def _check(module: nn.Module, step: str, precisions: Sequence[str]) -> None:
     if step not in STAGES:
         raise PlanError(f"step={step!r} cannot be traced; give one of {', '.join(map(repr, STAGES))}.")
+    accepted = ", ".join(map(repr, MATMUL_TYPE))
     if not precisions:
-        raise PlanError(f"precisions is empty; give {' or '.join(map(repr, _PRECISIONS))}, or both.")
+        raise PlanError(f"precisions is empty; give one or more of {accepted}.")
     for precision in precisions:
-        if precision not in _PRECISIONS:
-            raise PlanError(f"precision={precision!r} cannot be traced; give {' or '.join(map(repr, _PRECISIONS))}.")
+        if precision not in MATMUL_TYPE:
+            raise PlanError(f"precision={precision!r} cannot be traced; give one of {accepted}.")
+        stored = STORED_TYPE.get(precision)
+        if stored is not None and stored not in {parameter.dtype for parameter in module.parameters()}:
+            raise PlanError(
+                f"precision={precision!r} is traced on a module of {MATMUL_TYPE[precision]} parameters and"
+                f" {type(module).__name__} has none; convert it first, with module.to({stored})."
+            )
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
             raise PlanError(

@@ -8,6 +8,7 @@ from torch import nn
 from workload.check import assert_same, real_step, state_of
 from workload.families import FAMILIES, GPT, Pair, Reader, Recurrent, Sample, Wrapped, tokens, two_tensors
 
+from lightning_largescale.arithmetic import lightning_plugin
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload import Workload
 
@@ -247,13 +248,35 @@ def test_no_loss_traces_the_forward_only():
     ("arguments", "message"),
     [
         ({"step": "fit"}, "step='fit' cannot be traced; give one of 'training_step'"),
-        ({"precisions": ()}, "precisions is empty; give '32-true' or 'bf16-mixed', or both"),
-        ({"precisions": ("16-mixed",)}, "precision='16-mixed' cannot be traced; give '32-true' or 'bf16-mixed'"),
+        ({"precisions": ()}, "precisions is empty; give one or more of '32-true', 'bf16-mixed', "),
+        ({"precisions": ("fp8",)}, "precision='fp8' cannot be traced; give one of '32-true', 'bf16-mixed', "),
+        (
+            {"precisions": ("64-true",)},
+            r"'64-true' is traced on a module of float64 parameters and Linear has none; convert it first, with",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(PlanError, match=message):
         Workload.trace(nn.Linear(2, 2), torch.randn(1, 2), **arguments)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("bf16-true", 0.5), ("16-true", 0.5), ("64-true", 2)])
+def test_a_true_precision_is_traced_as_the_module_is_stored(precision, share):
+    class Floats(Wrapped):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    batch, whole = torch.randn(4, 8), Floats(nn.Linear(8, 8, bias=False))
+    full = Workload.trace(whole, batch, precisions=("32-true",))
+    converted = lightning_plugin(precision, "cpu").convert_module(whole)
+    work = Workload.trace(converted, batch, precisions=(precision,))
+    assert work.approximate == ()
+    assert work.parameter_bytes == full.parameter_bytes * share
+    assert work.steps[precision].largest_temporary_bytes == full.steps["32-true"].largest_temporary_bytes * share
+    states = [sum(one.optimizers[0].state_bytes.values()) for one in (full, work)]
+    # Beside the moments Adam counts its steps, in four bytes.
+    assert states[1] - states[0] == (share - 1) * 2 * full.parameter_bytes
 
 
 class ThroughNumpy(Wrapped):

@@ -1,0 +1,126 @@
+"""torch.compile by the strategy, by the user of parts, and by the user of the whole: the numbers of the eager run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Language, trainer
+from ranks import quiet
+from torch import nn
+
+from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.parallel.compile import compile_blocks
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+EAGER = {"backend": "aot_eager"}
+PLANS = [
+    Plan(dp_replicate=2),
+    Plan(dp_shard=2, activation_checkpointing="full"),
+    Plan(dp_shard=2, reshard_after_forward=False),
+]
+
+
+class Silent(Language):
+    """Logs nothing within its step, where torch.compile of the whole fails to trace Lightning's `log`."""
+
+    def training_step(self, batch, index):
+        return self.loss(batch)
+
+    def on_train_batch_end(self, outputs, batch, index):
+        self.losses.append(float(self.all_gather(outputs["loss"]).mean()))
+
+
+def parts(model):
+    model.blocks[0] = torch.compile(model.blocks[0], **EAGER)
+    model.head.compile(**EAGER)
+    return model
+
+
+GIVEN = {"parts": parts, "whole": lambda model: torch.compile(model, **EAGER), "eager": lambda model: model}
+
+
+def fit(plan, devices, given="eager", compile=False, **options):
+    torch.compiler.reset()
+    model = Silent(**options)
+    names = [*model.state_dict()]
+    run = trainer(LargeScaleStrategy(plan, compile=compile) if plan else "auto", devices=devices, max_steps=4)
+    run.fit(GIVEN[given](model))
+    if given == "eager":
+        assert [*model.state_dict()] == names
+        assert not any("forward" in vars(module) for module in model.modules())
+    return model.losses
+
+
+@pytest.mark.parametrize("given", ["parts", "whole"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_the_user_compiled(two, given, plan):
+    expected = fit(None, 1)
+    for losses in two.run(fit, plan, 2, given):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_blocks_that_the_strategy_compiles(two, plan):
+    expected = fit(None, 1)
+    for losses in two.run(fit, plan, 2, compile=EAGER):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_one_process_trains_as_uncompiled(checkpointing):
+    plan = Plan(activation_checkpointing=checkpointing)
+    assert fit(plan, 1, compile=EAGER, dropout=0.1) == pytest.approx(fit(plan, 1, dropout=0.1), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [Plan(), *PLANS])
+def test_inductor(two, plan):
+    expected = fit(None, 1)
+    for losses in two.run(fit, plan, 2, compile=True) if plan.world_size == 2 else [fit(plan, 1, compile=True)]:
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_another_plan_after_it():
+    torch.compiler.reset()
+    model = Silent()
+    for strategy in (
+        LargeScaleStrategy(Plan(activation_checkpointing="full"), compile=EAGER),
+        LargeScaleStrategy(Plan()),
+        LargeScaleAutoStrategy(compile=EAGER),
+    ):
+        trainer(strategy, max_steps=2).fit(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+    plain = Silent()
+    for _ in range(3):
+        trainer(max_steps=2).fit(plain)
+    assert model.losses == pytest.approx(plain.losses, rel=1e-6)
+
+
+def test_one_graph_serves_all_blocks():
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = Language()
+    undo = compile_blocks(model, {"backend": backend, "fullgraph": True})
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+    compiled = model(tokens)
+    assert len(graphs) == 1
+    undo()
+    torch.testing.assert_close(model(tokens), compiled, rtol=0, atol=0)
+
+
+def test_nothing_to_compile():
+    with pytest.raises(PlanError, match=r"compile needs repeated blocks and Linear has none; leave it out, and give"):
+        compile_blocks(nn.Linear(2, 2), {})
+
+
+def test_what_compile_takes():
+    with pytest.raises(PlanError, match="compile='inductor' is not accepted; give True, False, or the arguments of"):
+        LargeScaleStrategy(Plan(), compile="inductor")

@@ -1,0 +1,117 @@
+"""Norms, clipping and logging of divided gradients by torch's and Lightning's own functions, as in a plain run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import grad_norm
+from models import Language, trainer
+from ranks import quiet
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+# What a user clips by; each gives the norm it has found, if any.
+CLIPS = {
+    "norm": lambda module, optimizer: module.clip_gradients(optimizer, 0.1, "norm"),
+    "value": lambda module, optimizer: module.clip_gradients(optimizer, 1e-3, "value"),
+    "torch norm": lambda module, _: clip_grad_norm_(module.parameters(), 0.1, error_if_nonfinite=True),
+    "torch maximum": lambda module, _: clip_grad_norm_(module.parameters(), 0.1, norm_type=float("inf")),
+    "torch one by one": lambda module, _: clip_grad_norm_(module.parameters(), 0.1, foreach=False),
+    "torch value": lambda module, _: clip_grad_value_(module.parameters(), 1e-3),
+}
+
+
+class Clipped(Language):
+    """Clips by itself, in either kind of optimisation, some parameters being divided and some not.
+
+    Args:
+        clip: name of the way.
+        manual: kind of optimisation.
+        infinite_on: the rank whose second loss is infinite.
+    """
+
+    def __init__(self, clip="norm", *, manual=False, infinite_on=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.automatic_optimization = not manual
+        self.clip, self.infinite_on = clip, infinite_on
+        self.norms = []
+
+    def forward(self, tokens):
+        return super().forward(tokens) * self.scale
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        if index == 1 and self.global_rank == self.infinite_on:
+            loss = loss * float("inf")
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        return None
+
+    def on_before_optimizer_step(self, optimizer):
+        norms = grad_norm(self, norm_type=2)
+        self.log_dict(norms)
+        self.norms.append({name: float(norm) for name, norm in norms.items()})
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        norm = CLIPS[self.clip](self, optimizer)
+        if norm is not None:
+            assert type(norm) is torch.Tensor
+            self.norms.append({"clipped by": float(norm)})
+
+
+def fit(plan, devices, *args, scaled=False, **kwargs):
+    model = Clipped(*args, **kwargs)
+    options = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if scaled else {}
+    run = trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, max_steps=3, **options)
+    run.fit(model)
+    logged = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("grad")}
+    return model.losses, model.norms, logged, getattr(run.scaler, "get_scale", lambda: None)()
+
+
+def cases():
+    """A choice for every day: every way, each kind of optimisation."""
+    for number, clip in enumerate(CLIPS):
+        yield pytest.param(clip, number % 2 == 0)
+        yield pytest.param(clip, number % 2 == 1, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("clip", "manual"), list(cases()))
+def test_clips_and_logs_as_a_plain_run(two, clip, manual):
+    losses, norms, logged, _ = fit(None, 1, clip, manual=manual)
+    assert len(logged) > 10
+    for reshard in [True, False] if clip == "torch norm" else [True]:
+        for found in two.run(fit, Plan(dp_shard=2, reshard_after_forward=reshard), 2, clip, manual=manual):
+            assert found[0] == pytest.approx(losses, rel=1e-6)
+            assert found[2] == pytest.approx(logged, rel=1e-4)
+            for ours, expected in zip(found[1], norms, strict=True):
+                assert ours == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gradients_that_are_not_finite_on_one_rank_are_so_for_all(two, rank):
+    with pytest.raises(
+        RuntimeError, match=r"The total norm of order 2.0 for gradients from `parameters` is non-finite"
+    ):
+        two.run(fit, Plan(dp_shard=2), 2, "torch norm", infinite_on=rank)
+
+
+def test_a_scaler_skips_a_step_that_is_not_finite_on_one_rank(two):
+    losses, _, _, scale = fit(Plan(precision="16-mixed"), 1, infinite_on=0, scaled=True)
+    for rank in (0, 1):
+        for plan in (Plan(precision="16-mixed", dp_shard=2), Plan(precision="16-mixed", dp_replicate=2)):
+            for found in two.run(fit, plan, 2, infinite_on=rank, scaled=True):
+                # What both ranks' second batch was is not what one process had: the step is skipped all the same.
+                assert found[0][:1] + found[0][2:] == pytest.approx(losses[:1] + losses[2:], rel=1e-3)
+                assert found[3] == scale == 2.0**15
