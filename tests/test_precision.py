@@ -125,7 +125,7 @@ def test_configure_model_builds_in_the_plans_precision():
 
 def auto(devices, precision):
     model = Noted()
-    run = trainer(LargeScaleAutoStrategy(), devices=devices, max_steps=2, **options(precision))
+    run = trainer(LargeScaleAutoStrategy(), devices=devices, max_steps=2, gradient_clip_val=0.5, **options(precision))
     run.fit(model)
     return run.strategy.plan, run.strategy.report.workload, model.losses
 
