@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_largescale import compat
