@@ -32,7 +32,7 @@ ADVICE = (
     "Grad strides do not match bucket view strides",
 )
 STRATEGIES = ["largescale_fsdp", "largescale_auto", "replicated"]
-pytestmark = quiet
+pytestmark = [*quiet, *(pytest.mark.filterwarnings(f"ignore:{advice}") for advice in ADVICE)]
 
 # What each project's number must be, better than chance by far, and how near the plain run's where the steps are the
 # same: None where each process draws its own noise, or shuffles by Lightning's sampler.
@@ -54,6 +54,14 @@ PROJECTS = {
     "unet": (lambda overlap: overlap > 0.6, None),
     "vae": (lambda elbo: elbo > -30, None),
 }
+
+
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_a_rank():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def script(project: str) -> ModuleType:
