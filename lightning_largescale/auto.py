@@ -136,12 +136,12 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         # What will run is what is traced.
         convert_module(self.precision_plugin, module)
         workload = self._traced(trainer)
-        # The trace came first, so that products are measured at sizes like its own; what it left is no longer needed.
-        release_free_memory()
+        held = _held_beside(module, kind)
+        # The trace came first, so that products are measured at sizes like its own.
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
         # What the model takes now is there for it, and counted again in every plan.
         free_bytes = hardware.memory_free_bytes + _own_bytes(module, kind)
-        ranks = self._gathered((free_bytes, _held_beside(module, kind)))
+        ranks = self._gathered((free_bytes, held))
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
         self._planned_for = (module, trainer.state.fn)

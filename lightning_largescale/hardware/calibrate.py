@@ -37,6 +37,7 @@ from lightning_largescale.hardware.measure import (
 )
 from lightning_largescale.hardware.memory import machine_memory
 from lightning_largescale.hardware.model import Hardware, Link, Rates
+from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.plan import PlanError
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ def calibrate(
     rates = _from_rank_0(lambda: load_rates(fingerprint), grouped)
     if rates is None:
         rates = _measure(hardware, seconds, sizes, progress=progress)
+        # What measuring left in the heap is not to count as the process's own.
+        release_free_memory()
         if _rank(grouped) == 0:
             store_rates(fingerprint, rates)
     return dataclasses.replace(hardware, rates=rates)
