@@ -1,4 +1,4 @@
-"""Private names of torch and Lightning stand in compat.py only, one function each, each used and each tested.
+"""Private names of torch and Lightning stand in compat only, one function each, each used and each tested.
 
 Private is what starts with one underscore: a module or name that is imported, and an attribute that no file of the
 package defines, other than on self: what a base class leaves to its subclasses.
@@ -15,7 +15,8 @@ import pytest
 import lightning_largescale
 
 PACKAGE = Path(lightning_largescale.__file__).parent
-FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "compat.py"}
+COMPAT = PACKAGE / "compat"
+FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != COMPAT}
 FOREIGN = {"torch", "lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
 # Fields that the standard library documents under such a name.
 DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit"}
@@ -67,9 +68,9 @@ def test_only_in_compat(path):
 
 
 def compat_names() -> list[str]:
-    """Public functions, classes and names that compat.py offers."""
+    """Public functions, classes and names that compat offers."""
     names: list[str] = []
-    for node in ast.parse((PACKAGE / "compat.py").read_text()).body:
+    for node in [node for path in COMPAT.glob("of_*.py") for node in ast.parse(path.read_text()).body]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.append(node.name)
         elif isinstance(node, ast.Assign):

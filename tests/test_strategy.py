@@ -260,7 +260,7 @@ class Untrained(BoringModel):
 def test_nothing_to_train_is_left_to_lightning(module):
     model = module()
     if module is Empty:
-        model.training_step = lambda batch, index: torch.zeros((), requires_grad=True)
+        model.training_step = lambda batch, batch_idx: torch.zeros((), requires_grad=True)
         model.configure_optimizers = lambda: None
     run = trainer(LargeScaleStrategy(Plan()), max_epochs=1, limit_train_batches=3)
     run.fit(model)

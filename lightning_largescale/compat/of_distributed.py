@@ -1,0 +1,170 @@
+"""Private APIs of torch.distributed: process groups and FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def fake_process_group() -> None:
+    """Put a group of as many ranks in the place of this process's groups, whose collectives return at once.
+
+    For a fork, which has the connections of the process that it came from and may not use them. Replaced by a public
+    way to leave a process group without a word to the others.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # Kept, since the end of a group would be told to the others.
+    _left.append(distributed_c10d._world)
+    distributed_c10d._world = distributed_c10d._World()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+
+
+_left: list[Any] = []
+
+
+def abort_process_groups() -> None:
+    """Close all nccl communicators of this process without waiting for the collectives under way.
+
+    Replaced by a public `torch.distributed.abort_process_group`; the public `destroy_process_group` waits.
+    """
+    from torch.distributed.distributed_c10d import _abort_process_group
+
+    _abort_process_group()
+
+
+def all_gather_tensor(output: Any, tensor: Any) -> None:
+    """Gather every rank's `tensor` into `output`, one after the other, over the default process group.
+
+    Replaced by `torch.distributed.all_gather_single` alone once the oldest supported torch has it; torch 2.13 warns of
+    the name that torch 2.11 has.
+    """
+    import torch.distributed as dist
+
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, tensor)
+
+
+def reduce_scatter_tensor(output: Any, tensor: Any) -> None:
+    """Sum `tensor` over the ranks of the default process group, each keeping its part in `output`.
+
+    Replaced by `torch.distributed.reduce_scatter_single` alone, as `all_gather_tensor`.
+    """
+    import torch.distributed as dist
+
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    scatter(output, tensor)
+
+
+def forget_forward(module: Any) -> None:
+    """Let FSDP2 not take the `forward` of `module`, which `fully_shard` was applied to, for its forward any more.
+
+    Replaced by a public way to name the methods that count; `register_fsdp_forward_method` only adds one.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+
+
+def undo_sharding(module: Any) -> None:
+    """Make `module`, which `fully_shard` was applied to, one that it was not applied to; parameters stay as they are.
+
+    Replaced by a public inverse of `fully_shard`.
+    """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+    for group in state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]:
+        if group is not None:
+            handles += group._module_to_pre_save_state_dict_hook_handle.values()
+            handles += group._module_to_pre_load_state_dict_hook_handle.values()
+    for handle in handles:
+        handle.remove()
+    del _module_state_mapping[module]
+    for key in (STATE_KEY, REGISTRY_KEY):
+        vars(module).pop(key, None)
+    module.__class__ = type(module).__mro__[2]
+    for part in module.modules():
+        for name in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+            vars(part).pop(name, None)
+
+
+@contextmanager
+def without_gathering(module: Any) -> Iterator[None]:
+    """Within, a forward of `module`, which `fully_shard` was applied to, uses the parameters that it finds there.
+
+    Replaced by a public switch of FSDP2 for a block of code, as FSDP1 had `summon_full_params`.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    before = [
+        (state._pre_forward_hook_handle.id, module._forward_pre_hooks, dict(module._forward_pre_hooks)),
+        (state._post_forward_hook_handle.id, module._forward_hooks, dict(module._forward_hooks)),
+    ]
+    for handle, hooks, _ in before:
+        hooks.pop(handle, None)
+    try:
+        yield
+    finally:
+        for _, hooks, ordered in before:
+            added = {key: hook for key, hook in hooks.items() if key not in ordered}
+            hooks.clear()
+            hooks.update(ordered)
+            hooks.update(added)
+
+
+def sharding_attributes() -> set[str]:
+    """Names of what `fully_shard` puts among a module's attributes.
+
+    Replaced by a public way to take the sharding off a module or its copy.
+    """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    return {STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
+
+
+def forget_sharded_step(module: Any) -> None:
+    """Let FSDP2 forget the step of `module`, the root, that was under way: gradients not yet reduced are dropped.
+
+    Replaced by `FSDPModule.reset_iter_state` alone, were it to drop gradients of gathered parameters; torch 2.11 has
+    no such method.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    root = fully_shard.state(module)  # type: ignore[attr-defined]
+    states = root._state_ctx.all_states
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    for group in groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+        return
+    root._device_handle.synchronize()
+    idle = type(root._training_state).IDLE
+    for group in groups:
+        if group._all_gather_result is not None and group._all_gather_result.all_gather_work is not None:
+            group._all_gather_result.all_gather_work.wait()
+        group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+        group._reshard_after_forward_event = group._partial_reduce_output = None
+        group._post_forward_indices.clear()
+        group._training_state = idle
+        group._to_sharded()
+    for state in states:
+        state._training_state = idle
+    root._comm_ctx.all_gather_state = root._comm_ctx.reduce_scatter_state = None
+    root._comm_ctx.post_forward_order.clear()
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False

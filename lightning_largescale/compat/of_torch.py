@@ -1,0 +1,188 @@
+"""Private APIs of torch, but for torch.distributed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Base class of what sees every operation below autograd, in `__torch_dispatch__`. Replaced by a public name for it.
+DispatchMode = TorchDispatchMode
+
+
+def compiled_module(module: Any) -> Any:
+    """The module inside what `torch.compile(module)` returned; `module` itself when it is none such.
+
+    Replaced by a public way from an OptimizedModule to the module it wraps.
+    """
+    from torch import nn
+
+    inner = dict(all_children(module)).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def all_children(module: Any) -> list[tuple[str, Any]]:
+    """The children of `module` by name, one object as often as it stands there.
+
+    Replaced by `named_children(remove_duplicate=False)`.
+    """
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def fake_tensor_mode() -> Any:
+    """A mode under which operations compute shapes and types only; tensors from outside may enter it.
+
+    Replaced by a public FakeTensorMode; imported here since the import takes a second.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def silent_fakes() -> Iterator[None]:
+    """Within, an operation that fails on fakes only raises; torch would log where in its own code it did.
+
+    Replaced by a public name for that logger.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether `tensor` has a shape and no data.
+
+    Replaced by a public `torch.is_fake`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def data_dependent_errors() -> tuple[type[Exception], ...]:
+    """What a fake tensor raises where an operation needs data: a value, or a shape that follows from values.
+
+    Replaced by public names of these exceptions.
+    """
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    return DataDependentOutputException, DynamicOutputShapeException
+
+
+def without_dispatch_modes() -> Any:
+    """A context in which no dispatch mode is active, so that operations on plain tensors give plain tensors.
+
+    Replaced by a public context; used where a value is read from a tensor that was made outside the modes.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def sequence_number() -> int:
+    """The number that the next autograd node made on this thread gets.
+
+    Replaced by a public way to tell which forward code made a node.
+    """
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def current_node_sequence() -> int | None:
+    """The number of the autograd node that is running on this thread; None outside backward.
+
+    Replaced by a public `torch.autograd.graph.current_node()` whose order can be asked.
+    """
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
+
+
+def mutated_arguments(function: Any) -> tuple[str | int, ...]:
+    """Positions, or names of those by keyword only, of the arguments that an operator writes into.
+
+    Replaced by a public `OpOverload.schema`.
+    """
+    arguments = function._schema.arguments
+    return tuple(
+        argument.name if argument.kwarg_only else position
+        for position, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def dense_parts(tensor: Any) -> list[Any]:
+    """The dense tensors that hold the data of `tensor`: itself; indices and values of a sparse one; else none.
+
+    Replaced by `Tensor.indices` and `Tensor.values`, were they to accept a sparse tensor that is not coalesced.
+    """
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+def own_tensors(module: Any) -> tuple[MutableMapping[str, Any], MutableMapping[str, Any]]:
+    """The parameters and the buffers that `module` itself holds, by name; writing into these replaces them.
+
+    Replaced by `setattr`, were it to accept any tensor as a parameter and leave subclasses' own `__setattr__` alone.
+    """
+    return module._parameters, module._buffers
+
+
+def version(tensor: Any) -> int:
+    """A number that grows with the operations that write into `tensor`.
+
+    Replaced by a public `torch.Tensor.version`; to compare values would make a device wait.
+    """
+    return int(tensor._version)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What `tree`, of nested containers, holds that is none, as FSDP2 finds the tensors of a forward's output.
+
+    Replaced by a public name for `torch.utils._pytree.tree_leaves`.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    return list(tree_leaves(tree))
+
+
+def hook_nearest(optimizer: Any, before: Any, after: Any) -> Any:
+    """Call `before` as the last before a step of `optimizer` and `after` as the first after it; what removes both.
+
+    Replaced by a `prepend` argument of `Optimizer.register_step_post_hook`.
+    """
+    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    optimizer._optimizer_step_post_hooks.move_to_end(handles[1].id, last=False)
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def foreach_kind(function: Any) -> str | None:
+    """What a function of torch does to the list of tensors that it takes first: "norms" of each, "unscale" them as a
+    GradScaler does, or change them "in place"; None for every other function.
+
+    Replaced by public names of `torch._foreach_norm` and the like, which torch.nn.utils and torch.amp call.
+    """
+    name = getattr(function, "__name__", "")
+    if name == "_amp_foreach_non_finite_check_and_unscale_":
+        return "unscale"
+    if name == "_foreach_norm":
+        return "norms"
+    return "in place" if name.startswith("_foreach_") and name.endswith("_") else None
