@@ -128,9 +128,9 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     def setup_environment(self) -> None:
         """Connect the ranks; a single process connects to nothing."""
         super().setup_environment()
-        reset_seed()
         self.set_world_ranks()
         if self.has_peers:
+            reset_seed()
             self._process_group_backend = compat.init_process_group(
                 self.cluster_environment, self._process_group_backend, self.root_device, self._timeout
             )

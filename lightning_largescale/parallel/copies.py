@@ -1,8 +1,8 @@
 """Copies of a sharded module, such as the averages of its weights that callbacks keep: divided as the module is.
 
-A copy has the module's own class, each rank's shards as parameters, and nothing that gathers them: what works element
-by element (averaging, swapping, copying) needs no more. Full tensors are loaded into it as into the module, each rank
-taking its part.
+A copy has the module's own class and each rank's shards as parameters, which is all that averaging and swapping need.
+Its forward, as of a teacher, gathers all of them for as long as it takes. Full tensors are loaded into it as into the
+module, each rank taking its part.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def shard_copies(copies: Iterable[nn.Module], module: nn.Module) -> None:
         if not any(isinstance(parameter, DTensor) for parameter in one.parameters()):
             _replace(one, lambda name, parameter: _slice(parameter, targets[name]))
             take_full_tensors(one)
+            _Gathering(one)
 
 
 def whole_copies(copies: Iterable[nn.Module]) -> None:
@@ -142,6 +143,30 @@ def _replace(module: nn.Module, by: Callable[[str, nn.Parameter], nn.Parameter])
             own[name] = made[parameter]
 
 
+class _Gathering:
+    """Full parameters for a copy while its forward runs: a collective."""
+
+    def __init__(self, one: nn.Module) -> None:
+        self._shards: list[dict[nn.Parameter, nn.Parameter]] = []
+        one.register_forward_pre_hook(self._before)
+        one.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, one: nn.Module, args: Any) -> None:
+        shards: dict[nn.Parameter, nn.Parameter] = {}
+
+        def gather(_: str, shard: nn.Parameter) -> nn.Parameter:
+            whole = _whole(shard)
+            shards[whole] = shard
+            return whole
+
+        _replace(one, gather)
+        self._shards.append(shards)
+
+    def _after(self, one: nn.Module, args: Any, output: Any) -> None:
+        shards = self._shards.pop()
+        _replace(one, lambda _, whole: shards.get(whole, whole))
+
+
 def _slice(parameter: nn.Parameter, target: nn.Parameter) -> nn.Parameter:
     _equal(parameter, target.device)
     # Or the whole would stay in memory behind the slice.
@@ -195,6 +220,7 @@ def _deepcopy(root: nn.Module, module: nn.Module, memo: dict[int, Any]) -> Any:
         _remove_left_out(made)
     if module is root:
         take_full_tensors(made)
+        _Gathering(made)
     return made
 
 

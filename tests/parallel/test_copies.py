@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from models import Language, trainer
 from ranks import quiet
 from torch import nn
@@ -61,7 +62,10 @@ def copied(plan):
     assert all(isinstance(parameter, DTensor) for parameter in made.parameters())
     assert_equal(whole(made), whole(model))
     hooks = [
-        hook for part in made.modules() for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+        hook
+        for part in made.modules()
+        if part is not made
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
     ]
     assert hooks == [made.greeter.greet, greet]
     made.head.weight.data.zero_()
@@ -144,3 +148,31 @@ class Ema:
 
     def __call__(self, *args):
         return get_ema_multi_avg_fn(0.25)(*args)
+
+
+class Teacher(Callback):
+    """Keeps the module as it was and learns from what it says, as a callback that distils does."""
+
+    def setup(self, trainer, module, stage):
+        self.teacher = copy.deepcopy(module).requires_grad_(False)
+        self.said: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        with torch.no_grad():
+            self.said.append(self.teacher(torch.arange(8)[None] % 32))
+
+
+def teach(plan, devices):
+    model, teacher = Language(tied=True), Teacher()
+    for _ in range(2):
+        strategy = LargeScaleStrategy(plan) if plan else "auto"
+        trainer(strategy, devices=devices, max_steps=2, callbacks=[teacher]).fit(model)
+    if plan:
+        assert all(isinstance(parameter, DTensor) for parameter in teacher.teacher.parameters())
+    return teacher.said
+
+
+@pytest.mark.parametrize("plan", [ZERO2, ZERO3])
+def test_a_copy_computes(two, plan):
+    for said in two.run(teach, plan, 2):
+        torch.testing.assert_close(said, teach(None, 1), rtol=1e-4, atol=1e-5)
