@@ -47,12 +47,6 @@ class StatefulStrategy(ConnectedStrategy):
         """
         make_whole(self._module())
 
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Always: each rank takes its part of a checkpoint once the module is divided."""
-        return True
-
     # While a batch size is searched for.
     searching = False
 

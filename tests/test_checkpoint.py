@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from models import GLOBAL_BATCH, Language, trainer
 from ranks import quiet
 from torch.distributed.tensor import DTensor
@@ -201,3 +201,33 @@ def test_missing_keys_are_told_unless_loading_is_not_strict(two, tmp_path):
     run.save_checkpoint(path)
     assert all("blocks.2.norm.weight" in told for told in two.run(load_wrong, path, True))
     assert two.run(load_wrong, path, False) == ["", ""]
+
+
+class Unfreezing(BaseFinetuning):
+    """Trains one more block in each epoch, its parameters added to the optimizer."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.blocks[1:])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if 0 < epoch < len(module.blocks):
+            self.unfreeze_and_add_param_group(module.blocks[epoch], optimizer)
+
+
+def unfreeze_and_resume(plan, devices, path):
+    losses = []
+    for epochs, checkpoint in ((2, None), (3, path)):
+        model = Language(samples=24)
+        strategy = LargeScaleStrategy(plan) if plan else "auto"
+        run = trainer(strategy, devices=devices, max_steps=-1, max_epochs=epochs, callbacks=[Unfreezing()])
+        run.fit(model, ckpt_path=checkpoint)
+        run.save_checkpoint(path)
+        losses += model.losses
+    return losses
+
+
+@pytest.mark.parametrize("plan", [Plan(dp_shard=2), Plan(dp_replicate=2)])
+def test_callbacks_have_their_state_before_fit_starts(two, tmp_path, plan):
+    plain = unfreeze_and_resume(None, 1, tmp_path / "plain.ckpt")
+    for losses in two.run(unfreeze_and_resume, plan, 2, tmp_path / "ours.ckpt"):
+        assert losses == pytest.approx(plain, rel=1e-5)
