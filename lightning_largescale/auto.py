@@ -39,7 +39,7 @@ from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.panel import after_fit, setup_panel
 from lightning_largescale.planner.products import matmul_sizes
 from lightning_largescale.planner.search import LOSSY, check_allow
-from lightning_largescale.precision import asked_precision, convert_module, is_own
+from lightning_largescale.precision import asked_precision, is_own
 from lightning_largescale.record import record_plan
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -126,7 +126,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         if not any(True for _ in self._module().parameters()):
             # Nothing to place, reduce or keep small.
             self.report = None
-            return Plan(dp_replicate=self.world_size)
+            precision = asked_precision(self.precision_plugin) or Plan().precision
+            return Plan(dp_replicate=self.world_size, precision=precision)
         if self._keeps_plan(trainer):
             start_peak(self.root_device.type)
             return self.plan
@@ -134,7 +135,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         shown = _shows_panel(trainer)
         module = self._module()
         # What will run is what is traced.
-        convert_module(self.precision_plugin, module)
+        self._convert(module)
         workload = self._traced(trainer)
         held = _held_beside(module, kind)
         # The trace came first, so that products are measured at sizes like its own.

@@ -76,6 +76,7 @@ class LargeScaleStrategy(SteppingStrategy):
         self._planner = plan if callable(plan) else None
         self.plan = Plan() if callable(plan) else Plan.of(plan)
         self._start_method = start_method
+        self._converted_by: Precision | None = None
 
     # Setup: the order of techniques
 
@@ -110,8 +111,7 @@ class LargeScaleStrategy(SteppingStrategy):
         check_callbacks(callbacks_of(trainer), plan)
         self._adapt(trainer, module, plan)
         self._use_precision(plan)
-        if sharded_state(module) is None:
-            convert_module(self.precision_plugin, module)
+        self._convert(module)
         if plan.dp_shard > 1:
             self._undo.callback(clip_over_ranks(self.precision_plugin))
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
@@ -142,6 +142,12 @@ class LargeScaleStrategy(SteppingStrategy):
     def _record(self, trainer: Trainer) -> None:
         """Leave the plan with the trainer's loggers."""
         record_plan(trainer, self.plan)
+
+    def _convert(self, module: LightningModule) -> None:
+        """Make the module's parameters what the precision plugin in use makes of them, once."""
+        if sharded_state(module) is None and self._converted_by is not self.precision_plugin:
+            convert_module(self.precision_plugin, module)
+            self._converted_by = self.precision_plugin
 
     def _decide(self, trainer: Trainer) -> Plan:
         """The plan to carry out; called on every rank once the module is built, before anything is changed."""
@@ -247,6 +253,8 @@ class LargeScaleStrategy(SteppingStrategy):
         self._uneven = None
         self._replica = None
         self._known = None
+        self._converted_by = None
+        self.precision_plugin.teardown()
         self._undo.close()
         module = self.lightning_module
         if self.root_device.type != "cpu" and (module is None or sharded_state(module) is None):
@@ -257,7 +265,6 @@ class LargeScaleStrategy(SteppingStrategy):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import (
     BitsandbytesPrecision,
     DoublePrecision,
@@ -257,3 +258,23 @@ def test_contradiction(asked):
     message = rf"Trainer\(precision='{asked}'\) contradicts the plan's precision='32-true'; give both the same"
     with pytest.raises(PlanError, match=message):
         run.fit(Language())
+
+
+@pytest.mark.parametrize("strategy", [LargeScaleAutoStrategy, lambda: LargeScaleStrategy(Plan())], ids=["auto", "own"])
+def test_a_plugin_converts_once_a_fit(strategy):
+    plugin, model = Own(), Language().double()
+    for fit in (1, 2):
+        trainer(strategy(), max_steps=1, plugins=[plugin]).fit(model)
+        assert plugin.called.count("convert_module") == fit
+
+
+class Bare(LightningModule):
+    def validation_step(self, batch, index):
+        self.log("sum", batch.sum())
+
+
+def test_a_module_without_parameters_has_the_precision_that_was_asked_for():
+    run = trainer(LargeScaleAutoStrategy(), precision="bf16-mixed", limit_val_batches=1)
+    run.validate(Bare(), torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=2), verbose=False)
+    assert run.strategy.plan.precision == "bf16-mixed"
+    assert run.callback_metrics["sum"] == 4

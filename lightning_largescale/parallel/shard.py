@@ -90,7 +90,9 @@ def shard_module(
     for scalar in whole:
         trained = scalar.requires_grad
         # It may be frozen for now, and torch takes hooks of what is trained.
-        scalar.requires_grad_().register_post_accumulate_grad_hook(partial(_average, state))  # type: ignore[no-untyped-call]
+        average = partial(_average, state)
+        handle = scalar.requires_grad_().register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
+        state.hooks.append(handle)
         scalar.requires_grad_(trained)
     start_gathering(module, state)
     enable_copies(module)

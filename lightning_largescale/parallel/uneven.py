@@ -102,8 +102,14 @@ class EqualBatches:
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self._loader)
         if self._length is not None:
-            for _ in range(self._length):
-                yield next(batches)
+            for number in range(self._length):
+                batch = next(batches, _NOTHING)
+                if batch is _NOTHING:
+                    raise RuntimeError(
+                        f"{type(self._loader).__name__} promised {len(self._loader)} batches and has {number};"
+                        " its `__len__` must give what it iterates."
+                    )
+                yield batch
             return
         while True:
             batch = next(batches, _NOTHING)
@@ -117,6 +123,9 @@ class EqualBatches:
             )
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            # Asked by copiers, before there is one.
+            raise AttributeError(name)
         return getattr(vars(self)["_loader"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:

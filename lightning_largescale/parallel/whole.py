@@ -40,7 +40,6 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
     places = _shards(module)
     shards = dict.fromkeys(shard for _, _, shard in places)
     full = {shard: _differentiable(shard) if state.stepping else _full(shard, shard.device) for shard in shards}
-    versions = {shard: compat.version(whole) for shard, whole in full.items()}
     with contextlib.ExitStack() as gathering:
         for group in state.groups.values():
             gathering.enter_context(compat.without_gathering(group))
@@ -51,9 +50,9 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         finally:
             state.whole = False
             _put(places, {shard: shard for shard in shards})
-            for shard, whole in full.items():
-                if compat.version(whole) != versions[shard]:
-                    _write(shard, whole)
+            # Whether they were written into cannot be told: through `.data` no version counts.
+            for shard, whole in full.items() if not state.stepping else ():
+                _write(shard, whole)
 
 
 def make_whole(module: nn.Module) -> None:

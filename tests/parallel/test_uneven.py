@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -204,3 +205,33 @@ def test_the_state_of_an_uneven_loader_is_saved(two, tmp_path):
     assert second < 8
     for trained in two.run(save_and_resume, PLANS[0], 2, tmp_path):
         assert trained == [first, second]
+
+
+class Boasting(list):
+    """Promises more batches than it has."""
+
+    def __len__(self):
+        return super().__len__() + 1 + torch.distributed.get_rank()
+
+
+def fit_boasting():
+    batches = Boasting(DataLoader(Tokens(4), batch_size=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ranks have")
+        trainer(LargeScaleStrategy(PLANS[2]), devices=2, max_epochs=1, max_steps=-1).fit(Language(), Plain(batches))
+
+
+class Plain:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_a_loader_that_promises_more_than_it_has(two):
+    with pytest.raises(RuntimeError, match=r"Plain promised 3 batches and has 2; its `__len__` must give"):
+        two.run(fit_boasting)
