@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -53,7 +52,7 @@ def test_how_it_ends():
     with pytest.raises(ApartError, match=r"was killed by signal 9 \(SIGKILL\)"):
         run_apart(lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ApartError, match="ended with exit status 1"):
-        run_apart(lambda: sys.exit(0))
+        run_apart(lambda: os._exit(1))
     with pytest.raises(ApartError, match="said nothing for 1 s"):
         run_apart(lambda: time.sleep(60), timeout=1)
     with pytest.raises(ChildProcessError):

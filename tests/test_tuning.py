@@ -223,8 +223,15 @@ def evaluated(plan, devices, stage, short):
     return found, model.batch_size
 
 
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-@pytest.mark.parametrize("plan", ["replicate", "ZeRO-3"])
+@pytest.mark.parametrize(
+    ("plan", "stage"),
+    [
+        ("replicate", "predict"),
+        ("ZeRO-3", "validate"),
+        *(pytest.param("replicate", stage, marks=pytest.mark.slow) for stage in ("validate", "test")),
+        *(pytest.param("ZeRO-3", stage, marks=pytest.mark.slow) for stage in ("predict", "test")),
+    ],
+)
 def test_evaluation(two, plan, stage):
     expected = evaluated(None, 1, stage, 0)
     assert two.run(evaluated, PLANS[plan], 2, stage, 1) == [expected] * 2

@@ -57,7 +57,16 @@ PROJECTS = {
 }
 
 # Simpler than, or built as, another one.
-ALIKE = {"autoencoder", "image_models", "text_classifier", "vae"}
+ALIKE = {
+    "autoencoder",
+    "contrastive",
+    "image_models",
+    "mean_teacher",
+    "multitask",
+    "reinforce",
+    "text_classifier",
+    "vae",
+}
 
 
 @pytest.fixture(autouse=True)
