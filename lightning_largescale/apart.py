@@ -33,8 +33,17 @@ class ApartError(RuntimeError):
 
 
 def can_run_apart() -> bool:
-    """Whether a fork can do what this process can: not where CUDA is in use, which a fork cannot share."""
-    return hasattr(os, "fork") and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    """Whether a fork can do what this process can.
+
+    Not where CUDA is in use, which a fork cannot share; nor, in builds of torch for CUDA, once this process has run a
+    backward, whose threads a fork does not have. The latter is tried.
+    """
+    if not hasattr(os, "fork") or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        return run_apart(_differentiates)
+    except ApartError:
+        return False
 
 
 def run_apart(function: Callable[[], _Result], *, timeout: float = _TIMEOUT_SECONDS) -> _Result:
@@ -76,6 +85,11 @@ def run_apart(function: Callable[[], _Result], *, timeout: float = _TIMEOUT_SECO
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]
+
+
+def _differentiates() -> bool:
+    torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
+    return True
 
 
 def _serve(function: Callable[[], Any], writer: Any) -> NoReturn:

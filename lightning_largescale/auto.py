@@ -200,7 +200,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
 
     def _traced(self, trainer: Trainer) -> Workload:
         """The step that is about to run, traced by rank 0; where that is possible in a fork, which leaves no trace."""
-        if not can_run_apart():
+        if not self._told_by_rank_zero(can_run_apart):
             batch, notes = self._batch(trainer, peek=self.is_global_zero)
             return self._told_by_rank_zero(lambda: self._trace(trainer, batch, notes))
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from hardware.ranks import run_ranks
 
-from lightning_largescale.apart import ApartError, run_apart
+from lightning_largescale.apart import ApartError, can_run_apart, run_apart
 from lightning_largescale.plan import PlanError
 
 seen: list[str] = []
@@ -57,6 +57,12 @@ def test_how_it_ends():
         run_apart(lambda: time.sleep(60), timeout=1)
     with pytest.raises(ChildProcessError):
         os.wait()
+
+
+def test_whether_it_can_is_tried():
+    torch.ones(2, requires_grad=True).sum().backward()
+    # A build without CUDA differentiates in a fork of a process that has differentiated.
+    assert can_run_apart() or torch.version.cuda is not None
 
 
 def collectives_apart():
