@@ -139,6 +139,8 @@ class SteppingStrategy(StatefulStrategy):
         """Make good what a step, ended halfway on all ranks, left behind; its gradients are dropped."""
         module = self._module()
         self._uneven = None
+        for adapted in self._adapted:
+            adapted.forget_step()
         if self._replica is not None:
             self._replica.forget_step()
         elif sharded_state(module):

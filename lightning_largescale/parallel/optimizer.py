@@ -57,6 +57,11 @@ class AdaptedOptimizer:
         self._exchange.end()
         self._remove_hooks()
 
+    def forget_step(self) -> None:
+        """Let the optimizer hold the parameters again after a step that raised, after which torch calls no hook."""
+        self._depth = 0
+        self._exchange.end()
+
     def check_state(self) -> None:
         """Make sure that the state can be put together of the ranks' parts, for a checkpoint.
 

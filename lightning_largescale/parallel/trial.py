@@ -90,12 +90,7 @@ def ask(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> An
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         answer = _tried(optimizer, _samples(optimizer, initial))
-    # Rounding could let ranks differ, and they must not.
-    worst = torch.tensor(2 if answer.refusal else int(answer.local), device=device)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    if int(worst) != (2 if answer.refusal else int(answer.local)):
-        return Answer(refusal="ranks found different ways for it to step")
-    return answer
+    return _agreed(answer)
 
 
 def count_shards(parameter: Tensor) -> int:
@@ -104,6 +99,18 @@ def count_shards(parameter: Tensor) -> int:
         return 1
     mesh = parameter.device_mesh
     return math.prod(mesh.size(axis) for axis, placement in enumerate(parameter.placements) if placement.is_shard())
+
+
+def _agreed(answer: Answer) -> Answer:
+    """One answer of those that ranks have, which rounding could let differ: a collective."""
+    answers = [answer] * dist.get_world_size()
+    dist.all_gather_object(answers, answer)
+    for other in answers:
+        if other.refusal is not None:
+            return other
+    if any(other != answers[0] for other in answers):
+        return Answer(refusal="ranks found different ways for it to step")
+    return answers[0]
 
 
 def _known_to_step(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
@@ -186,7 +193,7 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
         }
         parameters.update(members)
         param_groups.append({**options, "params": list(members)})
-    clone = _like(optimizer, param_groups)
+    clone = _clone(optimizer, param_groups)
     for parameter, sample in parameters.items():
         if sample.state:
             clone.state[parameter] = {key: _small(value, sample, parameter) for key, value in sample.state.items()}
@@ -216,7 +223,7 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
     )
 
 
-def _like(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
+def _clone(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
     """An optimizer that steps as `optimizer` does, over other parameters, without its state and hooks.
 
     What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
@@ -229,7 +236,7 @@ def _like(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer
         if name == "step" or name in vars(clone):
             continue
         if isinstance(value, Optimizer):
-            value = _like(value, param_groups)
+            value = _clone(value, param_groups)
         elif isinstance(value, list) and any(id(item) in own for item in value):
             value = [parameter for group in param_groups for parameter in group["params"]]
         setattr(clone, name, value)

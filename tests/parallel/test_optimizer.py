@@ -50,6 +50,26 @@ class Replacing(Elementwise):
         parameter.data = torch.as_tensor(array)
 
 
+class Failing(Elementwise):
+    """With a momentum; a step raises halfway when told to."""
+
+    failing = False
+
+    def update(self, parameter, state, lr):
+        if self.failing and parameter is self.param_groups[0]["params"][1]:
+            raise MemoryError
+        mean = state.setdefault("mean", torch.zeros_like(parameter))
+        parameter.sub_(mean.mul_(0.9).add_(parameter.grad), alpha=lr)
+
+
+class FailingInParts(Failing):
+    """The same, where DTensors have no storage to look at."""
+
+    def update(self, parameter, state, lr):
+        parameter.numpy()
+        super().update(parameter, state, lr)
+
+
 class Based(torch.optim.SGD):
     """A step that is its base class's and a bit more."""
 
@@ -69,6 +89,14 @@ class TrustNumber(Elementwise):
 
     def update(self, parameter, state, lr):
         parameter.sub_(parameter.grad, alpha=lr * float(parameter.norm()) / max(float(parameter.grad.norm()), 1e-6))
+
+
+class RanksDiffer(Elementwise):
+    """Steps on plain tensors as it does on DTensors, but on one rank."""
+
+    def update(self, parameter, state, lr):
+        differs = os.environ.get("RANK") == "1" and not isinstance(parameter, DTensor)
+        parameter.sub_(parameter.grad, alpha=2 * lr if differs else lr)
 
 
 class Sharpness(Elementwise):
@@ -155,6 +183,7 @@ IN_PARTS = {
 REFUSED = {
     "Adafactor": (of(torch.optim.Adafactor), "its step on a parameter is not that on its parts"),
     "trust number": (of(TrustNumber), "its steps on DTensors are not those on whole parameters"),
+    "ranks differ": (of(RanksDiffer), "ranks found different ways for it to step"),
     "LBFGS": (of(torch.optim.LBFGS), "it evaluates the loss again within its step"),
     "sharpness": (of(Sharpness), "it evaluates the loss again within its step"),
     "SparseAdam": (of(torch.optim.SparseAdam), "SparseAdam does not support dense gradients"),
@@ -236,12 +265,52 @@ def refusal(name, plan):
     return None
 
 
-@pytest.mark.parametrize("name", ["trust number", "LBFGS", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+QUICKLY = ["trust number", "ranks differ", "LBFGS"]
+
+
+@pytest.mark.parametrize("name", [*QUICKLY, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_refused_before_the_first_step(two, name):
     for told in two.run(refusal, name, Plan(dp_shard=2)):
         assert "cannot train a sharded module" in told
         assert REFUSED[name][1] in told
         assert told.endswith("replicate with Plan(dp_replicate=2), or choose another optimizer.")
+
+
+class Forgets(Trained):
+    """Goes on after a step that failed, the second."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.optimizer.failing = batch_idx == 1
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        except MemoryError:
+            forget = getattr(self.trainer.strategy, "forget_step", self.zero_grad)
+            forget()
+            self.check(optimizer)
+            self.failed = True
+
+    def check(self, optimizer):
+        """Between steps the optimizer holds the module's parameters."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        assert held == {id(parameter) for parameter in self.parameters()}
+        assert held >= {id(parameter) for parameter in optimizer.state}
+
+
+def forgotten(kind, plan, devices):
+    model = Forgets(of(kind))
+    run = trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, max_steps=4)
+    run.fit(model)
+    assert model.failed
+    adapted = getattr(run.strategy, "_adapted", ())
+    return model.losses, [one._depth for one in adapted]
+
+
+@pytest.mark.parametrize("kind", [Failing, FailingInParts])
+def test_a_step_that_failed_is_forgotten(two, kind):
+    expected, _ = forgotten(kind, None, 1)
+    for losses, depths in two.run(forgotten, kind, Plan(dp_shard=2), 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert depths == [0]
 
 
 class SaveLast(Callback):
