@@ -2,14 +2,14 @@
 
 A copy has the module's own class and each rank's shards as parameters, which is all that averaging and swapping need.
 Its forward, as of a teacher, gathers all of them for as long as it takes. Full tensors are loaded into it as into the
-module, each rank taking its part.
+module, each rank taking its part. A copy of a part of the module, such as its encoder, is as one of the whole.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.materialize import equal_weights
 
+# Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.
+_BATCH_BYTES = 16 * 2**20
 # Stands in a copy for what is not copied, until it is taken out.
 _LEFT_OUT = object()
 
@@ -50,9 +52,14 @@ def equal_copies(copies: Iterable[nn.Module], device: torch.device, *, buffers_o
         device: of this rank.
         buffers_only: leave parameters alone.
     """
+    batch: list[Tensor] = []
     for one in copies:
         for tensor in (*(() if buffers_only else one.parameters()), *one.buffers()):
-            _equal(tensor, device)
+            batch.append(tensor)
+            if sum(waiting.nbytes for waiting in batch) >= _BATCH_BYTES:
+                _equal(batch, device)
+                batch.clear()
+    _equal(batch, device)
 
 
 def shard_copies(copies: Iterable[nn.Module], module: nn.Module) -> None:
@@ -64,14 +71,14 @@ def shard_copies(copies: Iterable[nn.Module], module: nn.Module) -> None:
     for one in copies:
         if not any(isinstance(parameter, DTensor) for parameter in one.parameters()):
             _replace(one, lambda name, parameter: _slice(parameter, targets[name]))
-            take_full_tensors(one)
-            _Gathering(one)
+            _equip(one)
 
 
 def whole_copies(copies: Iterable[nn.Module]) -> None:
     """Give divided `copies` full plain parameters, where they are: a collective."""
     for one in copies:
         _replace(one, lambda _, parameter: _whole(parameter))
+        _remove_hooks(one, _gathers)
 
 
 def average_shards(holders: Iterable[object]) -> None:
@@ -82,26 +89,25 @@ def average_shards(holders: Iterable[object]) -> None:
     for holder in holders:
         for value in vars(holder).values():
             if isinstance(value, AveragedModel) and value.avg_fn is None:
-                value.multi_avg_fn = _on_shards(value.multi_avg_fn or get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+                average = value.multi_avg_fn or get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+                value.multi_avg_fn = average if isinstance(average, _OnShards) else _OnShards(average)
 
 
 def enable_copies(module: nn.Module) -> None:
-    """Let `copy.deepcopy` make copies of `module`, just sharded, and `load_state_dict` take full tensors."""
+    """Let `copy.deepcopy` copy `module`, just sharded, and parts of it, and `load_state_dict` take full tensors."""
     state = sharded_state(module)
     assert state is not None
-    for group in state.groups.values():
-        assert isinstance(group, nn.Module)
+    for part in module.modules():
         # Python looks a copier up on the object, and finds this one before the refusal that is FSDP's.
-        vars(group)["__deepcopy__"] = partial(_deepcopy, module, group)
+        vars(part)["__deepcopy__"] = partial(_deepcopy, module, part)
     state.hooks.append(take_full_tensors(module))
 
 
 def disable_copies(module: nn.Module) -> None:
     """Undo `enable_copies`, but for its hook, which goes with those that gather."""
-    state = sharded_state(module)
-    assert state is not None
-    for group in state.groups.values():
-        del vars(group)["__deepcopy__"]
+    for part in module.modules():
+        # The module may have parts by now that it had not when it was sharded.
+        vars(part).pop("__deepcopy__", None)
 
 
 def take_full_tensors(module: nn.Module) -> RemovableHandle:
@@ -124,12 +130,12 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
-def _equal(tensor: Tensor, device: torch.device) -> None:
-    if isinstance(tensor, DTensor):
-        return
-    data = tensor.detach().to(device)
-    equal_weights([data])
-    tensor.detach().copy_(data)
+def _equal(tensors: Iterable[Tensor], device: torch.device) -> None:
+    plain = [tensor.detach() for tensor in tensors if not isinstance(tensor, DTensor)]
+    on_device = [tensor.to(device) for tensor in plain]
+    equal_weights(on_device)
+    for tensor, equal in zip(plain, on_device, strict=True):
+        tensor.copy_(equal)
 
 
 def _replace(module: nn.Module, by: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
@@ -141,6 +147,23 @@ def _replace(module: nn.Module, by: Callable[[str, nn.Parameter], nn.Parameter])
             if parameter not in made:
                 made[parameter] = by(f"{prefix}.{name}" if prefix else name, parameter)
             own[name] = made[parameter]
+
+
+def _equip(one: nn.Module) -> None:
+    """Let `one`, a divided copy, compute and take full tensors."""
+    _remove_hooks(one, _gathers)
+    take_full_tensors(one)
+    for part in _outermost_callable(one):
+        _Gathering(part)
+
+
+def _outermost_callable(module: nn.Module) -> Iterator[nn.Module]:
+    """`module`, or what is called of a mere list or dict of modules."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
+        for child in module.children():
+            yield from _outermost_callable(child)
+    else:
+        yield module
 
 
 class _Gathering:
@@ -168,7 +191,7 @@ class _Gathering:
 
 
 def _slice(parameter: nn.Parameter, target: nn.Parameter) -> nn.Parameter:
-    _equal(parameter, target.device)
+    _equal([parameter], target.device)
     # Or the whole would stay in memory behind the slice.
     shard = divided_like(parameter.detach(), target).to(parameter.device).clone()
     return nn.Parameter(shard, requires_grad=parameter.requires_grad)
@@ -182,12 +205,14 @@ def _whole(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
-def _on_shards(average: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(average)
-    def on_shards(averaged: Iterable[Tensor], current: Iterable[Tensor], number: Tensor | int) -> Any:
-        return average([_local(tensor) for tensor in averaged], [_local(tensor) for tensor in current], number)
+class _OnShards:
+    """An average of lists of tensors, taken of each rank's shards."""
 
-    return on_shards
+    def __init__(self, average: Callable[..., Any]) -> None:
+        self._average = average
+
+    def __call__(self, averaged: Iterable[Tensor], current: Iterable[Tensor], number: Tensor | int) -> Any:
+        return self._average([_local(tensor) for tensor in averaged], [_local(tensor) for tensor in current], number)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -203,25 +228,42 @@ def _divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 def _deepcopy(root: nn.Module, module: nn.Module, memo: dict[int, Any]) -> Any:
     """A copy of `module`, a part of the sharded `root` or itself, as `copy.deepcopy` asks for it."""
-    plain = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    copied = _copied_group if isinstance(module, FSDPModule) else _copied_part
+    if id(_LEFT_OUT) in memo:
+        return copied(module, memo)
+    memo[id(_LEFT_OUT)] = _LEFT_OUT
+    reshard(root)
+    _remember_shards(module, memo)
+    made = copied(module, memo)
+    del memo[id(_LEFT_OUT)]
+    _remove_hooks(made, lambda hook: hook is _LEFT_OUT)
+    for part in made.modules():
+        for name in compat.sharding_attributes():
+            vars(part).pop(name, None)
+    _equip(made)
+    return made
+
+
+def _copied_group(group: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of `group`, of the class that it had before it was sharded."""
+    plain = next(kind for kind in type(group).__mro__ if not issubclass(kind, FSDPModule))
     made: Any = plain.__new__(plain)
-    memo[id(module)] = made
-    outermost = id(_LEFT_OUT) not in memo
-    if outermost:
-        memo[id(_LEFT_OUT)] = _LEFT_OUT
-        reshard(root)
-        _remember_shards(module, memo)
+    memo[id(group)] = made
     # What the class says is to be copied: a LightningModule leaves its Trainer out. Python 3.10 has no such method.
-    state = getattr(module, "__getstate__", lambda: vars(module))()
+    state = getattr(group, "__getstate__", lambda: vars(group))()
     left_out = {"__deepcopy__", *gathering_attributes(), *compat.sharding_attributes()}
     made.__setstate__({key: copy.deepcopy(value, memo) for key, value in state.items() if key not in left_out})
-    if outermost:
-        del memo[id(_LEFT_OUT)]
-        _remove_left_out(made)
-    if module is root:
-        take_full_tensors(made)
-        _Gathering(made)
-    return made
+    copied: nn.Module = made
+    return copied
+
+
+def _copied_part(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of `part`, no group, made as its class says."""
+    copier = vars(part).pop("__deepcopy__")
+    try:
+        return copy.deepcopy(part, memo)
+    finally:
+        vars(part)["__deepcopy__"] = copier
 
 
 def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
@@ -234,13 +276,13 @@ def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
             memo.setdefault(id(parameter), shard)
 
 
-def _remove_left_out(made: nn.Module) -> None:
-    for part in made.modules():
+def _remove_hooks(module: nn.Module, which: Callable[[Any], bool]) -> None:
+    for part in module.modules():
+        keys = [key for hooks in _hooks(part) for key, hook in hooks.items() if which(hook)]
+        # Under a hook's key, which no other hook has, stand also the options that it was registered with.
         for hooks in _hooks(part):
-            for key in [key for key, hook in hooks.items() if hook is _LEFT_OUT]:
-                del hooks[key]
-        for name in compat.sharding_attributes():
-            vars(part).pop(name, None)
+            for key in keys:
+                hooks.pop(key, None)
 
 
 def _hooks(part: nn.Module) -> list[dict[int, Any]]:

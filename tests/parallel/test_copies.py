@@ -12,9 +12,10 @@ from models import Language, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_largescale.parallel.copies import average_shards, find_copies
+from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -176,3 +177,94 @@ def teach(plan, devices):
 def test_a_copy_computes(two, plan):
     for said in two.run(teach, plan, 2):
         torch.testing.assert_close(said, teach(None, 1), rtol=1e-4, atol=1e-5)
+
+
+def parts_copied():
+    """What copies of parts compute, with the weights of the module and with full tensors loaded into them."""
+    model, run = fitted(ZERO3, tied=True)
+    tokens, x = torch.arange(8)[None], torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+    calls = {
+        "embedding": lambda part: part(tokens),
+        "head": lambda part: part(x),
+        "norm": lambda part: part(x),
+        "blocks": lambda part: part[1](part[0](x)),
+        "blocks.0": lambda part: part(x),
+        "blocks.0.up": lambda part: part(x),
+    }
+    copies = {name: copy.deepcopy(model.get_submodule(name)) for name in calls}
+    pair = copy.deepcopy([model.embedding, model.head])
+    assert pair[0].weight is pair[1].weight
+    full = Language(seed=5, tied=True)
+    for name, call in calls.items():
+        part, made = model.get_submodule(name), copies[name]
+        assert all(isinstance(parameter, DTensor) for parameter in made.parameters())
+        assert_equal(whole(made), whole(part))
+        with torch.no_grad(), run.strategy.full_parameters():
+            expected = call(part)
+        with torch.no_grad():
+            torch.testing.assert_close(call(made), expected)
+            made.load_state_dict(full.get_submodule(name).state_dict())
+            torch.testing.assert_close(call(copy.deepcopy(made)), call(full.get_submodule(name)))
+        assert all(isinstance(parameter, DTensor) for parameter in made.parameters())
+    # Only the copies have been written into, and they outlive the sharding, of which nothing is left.
+    run.strategy.make_whole()
+    assert not any("__deepcopy__" in vars(part) for part in model.modules())
+    torch.testing.assert_close(copies["head"](x), full.head(x))
+    return float(model.head(x).detach().sum())
+
+
+def test_parts_can_be_copied_and_compute(two):
+    first, second = two.run(parts_copied)
+    assert first == second
+
+
+class Averages(Teacher):
+    def setup(self, trainer, module, stage):
+        if not hasattr(self, "average"):
+            super().setup(trainer, module, stage)
+            self.average = AveragedModel(module)
+
+
+def hooks_of(module):
+    return [
+        len(vars(module)[f"_{kind}"]) for kind in ("forward_pre_hooks", "forward_hooks", "load_state_dict_pre_hooks")
+    ]
+
+
+def setups(plans):
+    """What a copy and an average carry once the module has been trained by each of `plans` in turn."""
+    model, averages = Language(tied=True), Averages()
+    found = []
+    for plan in plans:
+        trainer(LargeScaleStrategy(plan), devices=2, max_steps=1, callbacks=[averages]).fit(model)
+        average = averages.average.multi_avg_fn
+        found.append((hooks_of(averages.teacher), hooks_of(averages.average.module), type(average._average).__name__))
+    return found
+
+
+def test_what_copies_are_given_is_given_once_and_taken_back(two):
+    sharded, replicated = ([1, 1, 1], [1, 1, 1], "function"), ([0, 0, 0], [0, 0, 0], "function")
+    for found in two.run(setups, [ZERO3, ZERO3, Plan(dp_replicate=2), ZERO2]):
+        assert found == [sharded, sharded, replicated, sharded]
+
+
+def equalled():
+    rank = int(os.environ["RANK"])
+    copies = [nn.BatchNorm1d(4), nn.BatchNorm1d(3)]
+    for one in copies:
+        for tensor in (*one.parameters(), *one.buffers()):
+            tensor.detach().fill_(rank + 1)
+    found = []
+    for buffers_only in (True, False):
+        with CommDebugMode() as communication:
+            equal_copies(copies, torch.device("cpu"), buffers_only=buffers_only)
+        values = [[float(tensor.mean()) for tensor in one.state_dict().values() if tensor.dim()] for one in copies]
+        found.append((communication.get_total_counts(), values))
+    return found
+
+
+def test_copies_are_made_equal_in_few_broadcasts(two):
+    first, second = two.run(equalled)
+    # One of numbers, one of counters.
+    assert first == [(2, [[1.0] * 4] * 2)] * 2
+    assert second == [(2, [[2.0, 2.0, 1.0, 1.0]] * 2), (2, [[1.0] * 4] * 2)]
