@@ -180,9 +180,10 @@ def foreach_kind(function: Any) -> str | None:
 
     Replaced by public names of `torch._foreach_norm` and the like, which torch.nn.utils and torch.amp call.
     """
-    name = getattr(function, "__name__", "")
-    if name == "_amp_foreach_non_finite_check_and_unscale_":
-        return "unscale"
-    if name == "_foreach_norm":
-        return "norms"
-    return "in place" if name.startswith("_foreach_") and name.endswith("_") else None
+    return _FOREACH_KINDS.get(function)
+
+
+# Made once: every function of a step is looked up.
+_FOREACH_KINDS = {
+    getattr(torch, name): "in place" for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")
+} | {torch._foreach_norm: "norms", torch._amp_foreach_non_finite_check_and_unscale_: "unscale"}

@@ -5,6 +5,7 @@ Source: torch.compile, "Regional compilation"; torchtitan, `parallelize_llama`: 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,16 +39,17 @@ def compile_blocks(module: nn.Module, options: Mapping[str, Any]) -> Callable[[]
     Raises:
         PlanError: `module` has no repeated blocks.
     """
-    blocks = [block for block in find_blocks(module).values() if compat.compiled_module(block) is block]
-    if not blocks:
+    repeated = find_blocks(module).values()
+    if not repeated:
         raise PlanError(
             f"compile needs repeated blocks and {type(module).__name__} has none; leave it out, and give the Trainer"
             " torch.compile(module)."
         )
+    blocks = [block for block in repeated if compat.compiled_module(block) is block]
     before = [(block, vars(block).get("forward")) for block in blocks]
     for block in blocks:
         # The bound method is replaced, not the module: hooks stay outside, where they break no graph.
-        block.forward = torch.compile(block.forward, **options)
+        block.forward = _Compiled(block.forward, options)
 
     def undo() -> None:
         for block, own in before:
@@ -56,3 +58,17 @@ def compile_blocks(module: nn.Module, options: Mapping[str, Any]) -> Callable[[]
                 block.forward = own
 
     return undo
+
+
+class _Compiled:
+    """A block's forward, compiled; a copy of the block gets its own, where a function would compute as the block."""
+
+    def __init__(self, original: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self._original, self._options = original, options
+        self._compiled = torch.compile(original, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
+        return _Compiled(copy.deepcopy(self._original, memo), self._options)

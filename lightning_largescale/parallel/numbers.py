@@ -20,7 +20,8 @@ from lightning_largescale import compat
 class WholeNumbers(TorchFunctionMode):
     """Within, a number that torch makes of a DTensor is a plain tensor, equal on all ranks; making it is a collective.
 
-    Functions that take several gradients take those divided and those whole together.
+    Functions that take several gradients take those divided and those whole together. What torch.compile traces is
+    computed as without.
     """
 
     def __torch_function__(
@@ -28,6 +29,9 @@ class WholeNumbers(TorchFunctionMode):
     ) -> Any:
         """Call `func`, with what it cannot take taken apart."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            # A graph would break at every function that is looked up; blocks compute with gathered, plain tensors.
+            return func(*args, **kwargs)
         kind = compat.foreach_kind(func)
         if kind is not None and any(isinstance(tensor, DTensor) for tensor in args[0]):
             return _CALLS[kind](func, *args, **kwargs)

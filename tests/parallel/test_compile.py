@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import Language, trainer
@@ -10,6 +12,7 @@ from torch import nn
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.parallel.compile import compile_blocks
+from lightning_largescale.parallel.recompute import apply_recompute
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -31,6 +34,22 @@ class Silent(Language):
 
     def on_train_batch_end(self, outputs, batch, index):
         self.losses.append(float(self.all_gather(outputs["loss"]).mean()))
+
+
+class Manual(Language):
+    """Has its backward inside of its step, and clips there."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, 0.1, "norm")
+        optimizer.step()
 
 
 def parts(model):
@@ -114,6 +133,58 @@ def test_one_graph_serves_all_blocks():
     assert len(graphs) == 1
     undo()
     torch.testing.assert_close(model(tokens), compiled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_copy_computes_with_its_own_weights(checkpointing):
+    torch.compiler.reset()
+    model, tokens = Language(), torch.zeros(2, 8, dtype=torch.long)
+    apply_recompute(model, Plan(activation_checkpointing=checkpointing))
+    compile_blocks(model, EAGER)
+    before = model(tokens)
+    copied, plain = copy.deepcopy(model), Language()
+    for one in (copied, plain):
+        with torch.no_grad():
+            for parameter in one.parameters():
+                parameter.mul_(2)
+        one(tokens).square().sum().backward()
+    torch.testing.assert_close(copied(tokens), plain(tokens))
+    for ours, expected in zip(copied.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=0)
+
+
+def manual_graphs(plan):
+    """The number of graphs in a manual optimisation, which break nowhere; its losses."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = Manual()
+    strategy = LargeScaleStrategy(plan, compile={"backend": backend, "fullgraph": True})
+    trainer(strategy, devices=plan.world_size, max_steps=4).fit(model)
+    return len(graphs), model.losses
+
+
+def test_one_graph_where_a_step_has_its_backward_inside(two):
+    plain = Manual()
+    trainer(max_steps=4).fit(plain)
+    for graphs, losses in two.run(manual_graphs, Plan(dp_shard=2)):
+        assert graphs == 1
+        assert losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_blocks_that_are_all_compiled_are_left():
+    model = Language()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, **EAGER)
+    undo = compile_blocks(model, EAGER)
+    assert not any("forward" in vars(block._orig_mod) for block in model.blocks)
+    undo()
 
 
 def test_nothing_to_compile():
