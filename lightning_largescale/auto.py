@@ -9,11 +9,11 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -176,7 +176,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         super().on_train_batch_start(batch, batch_idx)
         if self._guard is not None:
             self._guard()
-        self._step_starts.append(time.perf_counter())
+        self._step_starts.append(perf_counter())
 
     @override
     def on_train_end(self) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import time
 from contextlib import redirect_stdout
 
 import pytest
@@ -298,3 +299,12 @@ def guarded(devices):
 def test_only_a_plain_run_has_its_heap_guarded(two):
     assert guarded(1) == (True, True)
     assert two.run(guarded, 2) == [(False, False)] * 2
+
+
+def test_a_clock_that_a_test_has_replaced_is_not_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(time, "perf_counter", lambda: asked.append(1) or 0.0)
+    trainer("largescale_auto", max_steps=2).fit(Language())
+    ours, asked[:] = len(asked), []
+    trainer(max_steps=2).fit(Language())
+    assert ours == len(asked)

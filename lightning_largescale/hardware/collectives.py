@@ -8,10 +8,10 @@ that is fitted); nccl-tests, doc/PERFORMANCE.md.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -76,11 +76,11 @@ def _points(
     whole: torch.Tensor, shard: torch.Tensor, call: Callable[..., Any], sizes: list[int], seconds: float
 ) -> list[tuple[int, float]]:
     """`(bytes a hop, seconds of the call)` by size, growing while there is time."""
-    deadline = time.perf_counter() + seconds
+    deadline = perf_counter() + seconds
     points: list[tuple[int, float]] = []
     for size in sizes:
         expected = points[-1][1] * size / points[-1][0] if points else 0.0
-        if not agree(int(time.perf_counter() + 3 * expected < deadline), whole.device):
+        if not agree(int(perf_counter() + 3 * expected < deadline), whole.device):
             break
         count = size // shard.element_size()
         points.append((size, _seconds(whole[: count * dist.get_world_size()], shard[:count], call, deadline)))
@@ -97,7 +97,7 @@ def _seconds(whole: torch.Tensor, shard: torch.Tensor, call: Callable[..., Any],
     run()
     meet(device)
     times = [timed(run, device)]
-    left = max(0.0, deadline - time.perf_counter()) / 2
+    left = max(0.0, deadline - perf_counter()) / 2
     for _ in range(agree(max(0, min(REPEATS - 1, int(left / times[0]))), device)):
         meet(device)
         times.append(timed(run, device))

@@ -9,10 +9,10 @@ Source: torch.distributed.ProcessGroupGloo; the CUDA Programming Guide, "Peer-to
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def _between_threads(ranks: int, seconds: float) -> dict[str, Link]:
     gloo: Any = dist  # its stubs lack what is used of gloo here
     store, together, errors = gloo.HashStore(), threading.Barrier(ranks), list[Exception]()
     points: dict[str, list[tuple[int, float]]] = {"all_gather": [], "reduce_scatter": [], "all_reduce": []}
-    deadline = time.perf_counter() + seconds
+    deadline = perf_counter() + seconds
 
     def rank(index: int) -> None:
         try:
@@ -84,7 +84,7 @@ def _between_threads(ranks: int, seconds: float) -> dict[str, Link]:
                     if index == 0:
                         points[name].append((size, taken / hops))
                 # One thread breaks off for all, while the others wait for it.
-                if index == 0 and time.perf_counter() > deadline:
+                if index == 0 and perf_counter() > deadline:
                     points["over"] = []
                 together.wait(_TIMEOUT_SECONDS)
                 if "over" in points:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from statistics import median
+from time import perf_counter
 
 import torch
 
@@ -95,9 +95,9 @@ def fresh_memory(seconds: float, *, most_bytes: int) -> float:
         most_bytes: mapped at once.
     """
     size = max(mmap.PAGESIZE, min(_FRESH_BYTES, most_bytes) // mmap.PAGESIZE * mmap.PAGESIZE)
-    deadline = time.perf_counter() + seconds
+    deadline = perf_counter() + seconds
     extra: list[float] = []
-    while len(extra) < REPEATS and (not extra or time.perf_counter() < deadline):
+    while len(extra) < REPEATS and (not extra or perf_counter() < deadline):
         with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
             first, again = _write_seconds(memory), _write_seconds(memory)
         extra.append(max(first - again, 1e-9))
@@ -106,9 +106,9 @@ def fresh_memory(seconds: float, *, most_bytes: int) -> float:
 
 def _write_seconds(memory: mmap.mmap) -> float:
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    began = time.perf_counter()
+    began = perf_counter()
     tensor.fill_(1)
-    taken = time.perf_counter() - began
+    taken = perf_counter() - began
     # Or the mapping could not be closed.
     del tensor
     return taken
@@ -144,7 +144,7 @@ def disk_rates(folder: str, seconds: float) -> tuple[float, float]:
     Raises:
         OSError: the folder takes no O_DIRECT, is not writable, or is full.
     """
-    deadline = time.perf_counter() + seconds
+    deadline = perf_counter() + seconds
     with (
         direct_file(folder) as descriptor,
         ThreadPoolExecutor(_REQUEST_THREADS) as pool,
@@ -194,10 +194,10 @@ def fit_link(points: Sequence[tuple[int, float]]) -> Link:
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds until what `run` starts on `device` is done."""
     synchronize(device)
-    start = time.perf_counter()
+    start = perf_counter()
     run()
     synchronize(device)
-    return max(time.perf_counter() - start, 1e-9)
+    return max(perf_counter() - start, 1e-9)
 
 
 def synchronize(device: torch.device) -> None:
@@ -208,10 +208,10 @@ def synchronize(device: torch.device) -> None:
 
 def _times(run: Callable[[], object], seconds: float, device: torch.device) -> list[float]:
     """Seconds of up to `REPEATS` runs within `seconds`, of one at least, after one that sets things up."""
-    deadline = time.perf_counter() + seconds
+    deadline = perf_counter() + seconds
     run()
     times = [timed(run, device)]
-    while len(times) < REPEATS and time.perf_counter() + times[-1] < deadline:
+    while len(times) < REPEATS and perf_counter() + times[-1] < deadline:
         times.append(timed(run, device))
     return times
 
@@ -222,7 +222,7 @@ def _median_seconds(run: Callable[[], object], seconds: float, device: torch.dev
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: MatmulSize, seconds: float, most_bytes: int) -> float:
     """FLOP/s at the largest rung of the ladder that leaves time for a few repeats."""
-    deadline = time.perf_counter() + seconds
+    deadline = perf_counter() + seconds
     # The user's random numbers stay where they are.
     generator = torch.Generator(device).manual_seed(0)
     rate, best, growth = 0.0, 0.0, 8.0
@@ -230,12 +230,12 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: MatmulSize, sec
         too_large = (m * k + k * n + m * n) * dtype.itemsize > most_bytes
         # Eight times the FLOPs take eight times as long, or less where a small product is mostly overhead: the last
         # step tells. The first run of a shape sets things up, and two more are the least worth having.
-        too_slow = time.perf_counter() + 3 * growth * best > deadline
+        too_slow = perf_counter() + 3 * growth * best > deadline
         if rate and (too_large or too_slow):
             break
         a = torch.randn(m, k, dtype=dtype, device=device, generator=generator)
         b = torch.randn(k, n, dtype=dtype, device=device, generator=generator)
-        left = max(0.0, deadline - time.perf_counter())
+        left = max(0.0, deadline - perf_counter())
         times = _times(partial(torch.mm, a, b), left if (m, k, n) == size else left / 8, device)
         reached = 2 * m * k * n / median(times)
         # Short of the size wanted, the best that was seen is the nearest to it.
@@ -263,7 +263,7 @@ def _disk_rates(
     descriptor: int, buffers: list[memoryview], pool: ThreadPoolExecutor, deadline: float
 ) -> tuple[float, float]:
     def run(request: Callable[..., int], requests: int) -> float:
-        start = time.perf_counter()
+        start = perf_counter()
         spread = pool.map(
             lambda thread: [
                 _whole(request(descriptor, [buffers[thread]], index * _REQUEST_BYTES))
@@ -272,10 +272,10 @@ def _disk_rates(
             range(_REQUEST_THREADS),
         )
         written = sum(map(sum, spread))
-        return written / (time.perf_counter() - start)
+        return written / (perf_counter() - start)
 
     requests = _REQUEST_THREADS
-    started = time.perf_counter()
+    started = perf_counter()
     first = run(os.pwritev, requests)
     # Writing it anew, then a few passes each way, should fit the time that is left.
     while requests < 16 * _REQUEST_THREADS and 8 * requests * _REQUEST_BYTES / first < deadline - started:
@@ -285,7 +285,7 @@ def _disk_rates(
     reads, writes = [run(os.preadv, requests)], [run(os.pwritev, requests)]
     while (
         len(reads) < REPEATS
-        and time.perf_counter() + requests * _REQUEST_BYTES * (1 / reads[-1] + 1 / writes[-1]) < deadline
+        and perf_counter() + requests * _REQUEST_BYTES * (1 / reads[-1] + 1 / writes[-1]) < deadline
     ):
         reads.append(run(os.preadv, requests))
         writes.append(run(os.pwritev, requests))

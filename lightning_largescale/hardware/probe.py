@@ -13,9 +13,9 @@ import os
 import resource
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
+from time import perf_counter, sleep
 
 import torch
 
@@ -42,16 +42,16 @@ def survives(run: Callable[[], object], *, seconds: float = 2.0) -> bool:
         return False
     if child == 0:
         _be_the_child(run)
-    deadline = time.perf_counter() + seconds
+    deadline = perf_counter() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status) == 0
-        if time.perf_counter() > deadline:
+        if perf_counter() > deadline:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False
-        time.sleep(_POLL_SECONDS)
+        sleep(_POLL_SECONDS)
 
 
 def _be_the_child(run: Callable[[], object]) -> None:

@@ -11,8 +11,8 @@ import contextlib
 import ctypes
 import gc
 import mmap
-import time
 from pathlib import Path
+from time import monotonic
 
 import psutil
 import torch
@@ -77,10 +77,10 @@ class HeapTrimmer:
 
     def __call__(self) -> None:
         """Trim, unless that would be too soon."""
-        began = time.monotonic()
+        began = monotonic()
         if began >= self._due:
             _trim()
-            ended = time.monotonic()
+            ended = monotonic()
             self._due = ended + (ended - began) / self._share
 
 
