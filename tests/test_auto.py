@@ -303,6 +303,7 @@ def test_only_a_plain_run_has_its_heap_guarded(two):
 
 def test_a_clock_that_a_test_has_replaced_is_not_asked(monkeypatch):
     asked = []
+    trainer("largescale_auto", max_steps=2).fit(Language())
     monkeypatch.setattr(time, "perf_counter", lambda: asked.append(1) or 0.0)
     trainer("largescale_auto", max_steps=2).fit(Language())
     ours, asked[:] = len(asked), []
