@@ -186,7 +186,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         measured = self._gathered((peak_bytes(self.root_device.type), self._median_step_seconds()))
         if self.is_global_zero and _shows_panel(self._module().trainer):
             peaks = [peak for peak, _ in measured if peak is not None]
-            print(after_fit(self.report.best_estimate, max(peaks, default=None), measured[0][1]), flush=True)
+            said = after_fit(self.report.best_estimate, max(peaks, default=None), measured[0][1])
+            Console().print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _keeps_plan(self, trainer: Trainer) -> bool:
         """Whether the plan in force serves: the same module, and it was planned for training or is only evaluated now.
