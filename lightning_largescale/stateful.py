@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_largescale import checkpoint
+from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.connected import ConnectedStrategy
+from lightning_largescale.parallel.copies import find_copies, whole_copies
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.whole import make_whole, whole_parameters
@@ -44,8 +46,11 @@ class StatefulStrategy(ConnectedStrategy):
         """Give the module full plain parameters for good, on the CPU and equal on all ranks: a collective.
 
         After `fit` under a sharded plan, for code that knows nothing of ranks. Optimizers do not train them any more.
+        Copies of the module that callbacks keep become whole with it.
         """
-        make_whole(self._module())
+        module = self._module()
+        make_whole(module)
+        whole_copies(find_copies(callbacks_of(module.trainer), module))
 
     # While a batch size is searched for.
     searching = False

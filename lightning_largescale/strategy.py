@@ -21,7 +21,7 @@ from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
-from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies, whole_copies
+from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.known import KnownParameters
@@ -109,7 +109,7 @@ class LargeScaleStrategy(SteppingStrategy):
         plan = self.plan = self._decide(trainer)
         plan.check_world_size(self.world_size)
         check_callbacks(callbacks_of(trainer), plan)
-        self._adapt(trainer, module, plan)
+        self._adapt(module, plan)
         self._use_precision(plan)
         self._convert(module)
         if plan.dp_shard > 1:
@@ -182,7 +182,7 @@ class LargeScaleStrategy(SteppingStrategy):
     def _give_back_precision(self, plugin: Precision) -> None:
         self.precision_plugin = plugin
 
-    def _adapt(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
+    def _adapt(self, module: LightningModule, plan: Plan) -> None:
         """Make a module whole that an earlier plan divided, unless `plan` divides it alike."""
         state = sharded_state(module)
         if state is None or adapt(module, plan):
@@ -194,7 +194,6 @@ class LargeScaleStrategy(SteppingStrategy):
                 f" {self.world_size}; first call `trainer.strategy.make_whole()` of the other Trainer on all ranks."
             )
         self.make_whole()
-        whole_copies(find_copies(callbacks_of(trainer), module))
 
     def _shard(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
         if not sharded_state(module):

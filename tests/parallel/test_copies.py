@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -268,3 +269,21 @@ def test_copies_are_made_equal_in_few_broadcasts(two):
     # One of numbers, one of counters.
     assert first == [(2, [[1.0] * 4] * 2)] * 2
     assert second == [(2, [[2.0, 2.0, 1.0, 1.0]] * 2), (2, [[1.0] * 4] * 2)]
+
+
+def whole_with_its_copies(strategy):
+    model, teacher = Language(tied=True), Teacher()
+    for plan in (LargeScaleStrategy(ZERO3), strategy()):
+        trainer(plan, devices=2, max_steps=2, callbacks=[teacher]).fit(model)
+    model.trainer.strategy.make_whole()
+    return [isinstance(parameter, DTensor) for parameter in (*model.parameters(), *teacher.teacher.parameters())]
+
+
+def zero_2():
+    return LargeScaleStrategy(ZERO2)
+
+
+@pytest.mark.parametrize("strategy", [LargeScaleAutoStrategy, zero_2])
+def test_copies_become_whole_with_the_module(two, strategy):
+    for divided in two.run(whole_with_its_copies, strategy):
+        assert not any(divided)
