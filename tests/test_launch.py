@@ -145,7 +145,8 @@ from jupyter_client.manager import start_new_kernel
 
 def show(message):
     content = message["content"]
-    print(content.get("text") or content.get("traceback") or "", end="", flush=True)
+    shown = content.get("data", {}).get("text/plain")  # what rich shows in a notebook
+    print(content.get("text") or shown or content.get("traceback") or "", end="", flush=True)
 
 manager, client = start_new_kernel(kernel_name="python3")
 try:
