@@ -44,22 +44,30 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _all_ranks(_own_cache: None) -> Iterator[dict[int, Ranks]]:
+    """Ranks for all tests, started before any test: what is forked from a process that has differentiated cannot do so
+    itself where torch is built for CUDA.
+    """
+    if "ranks" not in sys.modules:  # no test of this session has imported it
+        yield {}
+        return
+    from ranks import ranks
+
+    with ranks(2) as two, ranks(4) as four:
+        yield {2: two, 4: four}
+
+
 @pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
+def two(_all_ranks: dict[int, Ranks]) -> Ranks:
     """Two processes that run functions as ranks."""
-    from ranks import ranks
-
-    with ranks(2) as made:
-        yield made
+    return _all_ranks[2]
 
 
 @pytest.fixture(scope="session")
-def four() -> Iterator[Ranks]:
+def four(_all_ranks: dict[int, Ranks]) -> Ranks:
     """Four processes that run functions as ranks."""
-    from ranks import ranks
-
-    with ranks(4) as made:
-        yield made
+    return _all_ranks[4]
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ _TIMEOUT_SECONDS = 240
 
 
 class Ranks:
-    """`size` processes, connected to nothing yet, in an environment as torchrun makes it."""
+    """`size` processes, connected to nothing yet, in an environment as torchrun makes it; others after an end."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,7 +44,7 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What `function` of a module returns on each rank; the first error that a rank had is raised."""
         if not self._processes:
-            self._start()
+            self.start()
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         results = []
@@ -70,7 +70,7 @@ class Ranks:
         self._processes.clear()
         self._pipes.clear()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -85,8 +85,9 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks(world_size: int) -> Iterator[Ranks]:
-    """Ranks for the time of a `with` block."""
+    """Ranks for the time of a `with` block, started at once."""
     made = Ranks(world_size)
+    made.start()
     try:
         yield made
     finally:

@@ -106,6 +106,7 @@ def check_done(ended, ranks, fits=1):
     assert not ended.orphans
 
 
+@pytest.mark.slow
 def test_a_script_fits_twice_on_every_rank(tmp_path):
     run = train(tmp_path, "--fits", "2")
     run.wait_for("DONE", 4)
@@ -221,6 +222,7 @@ def fail(folder, *arguments, prefix=("python",)):
     return run.end(END_SECONDS)
 
 
+@pytest.mark.slow
 def test_a_script_whose_other_rank_raises(tmp_path):
     check_first_failure(fail(tmp_path, "--fault", "raise", "--rank", "1"), follower=0)
 

@@ -139,8 +139,8 @@ def test_project(two, tmp_path, project, strategy):
 @pytest.mark.parametrize(
     ("project", "strategy"),
     [
-        ("classifier", "largescale_auto"),
-        pytest.param("forecaster", "largescale_fsdp", marks=pytest.mark.slow),
+        pytest.param("classifier", "largescale_auto", marks=pytest.mark.slow),
+        ("forecaster", "largescale_fsdp"),
         pytest.param("gan", "largescale_auto", marks=pytest.mark.slow),
         pytest.param("classifier", "auto", marks=pytest.mark.slow),
     ],

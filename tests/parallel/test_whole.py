@@ -107,7 +107,7 @@ def penalise(plan, devices, early, asking=True, **options):
     return model.losses
 
 
-@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_loss_of_full_parameters_is_differentiated(two, plan, early):
     plain = penalise(None, 1, early, accumulate_grad_batches=2)
