@@ -137,9 +137,10 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         # What will run is what is traced.
         self._convert(module)
         workload = self._traced(trainer)
-        held = _held_beside(module, kind)
         # The trace came first, so that products are measured at sizes like its own.
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
+        # Afterwards: a first measurement leaves work buffers and threads' heaps behind, which the run then holds as well.
+        held = _held_beside(module, kind)
         # What the model takes now is there for it, and counted again in every plan.
         free_bytes = hardware.memory_free_bytes + _own_bytes(module, kind)
         ranks = self._gathered((free_bytes, held))
