@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -83,6 +84,9 @@ class PeerFailures:
         """
         self._over.set()
         if self._lines is None:
+            # Nobody can be told. Peers may wait for this rank in a group that an earlier stage left, and what handles
+            # the error here must not wait for them.
+            leave_process_group()
             return
         own = Failure.of(self.rank, error)
         if own.lost:
@@ -150,8 +154,8 @@ def end_process(line: str, before: Callable[[], object]) -> NoReturn:
 def leave_process_group() -> None:
     """Close this rank's connections, so that peers in a collective with it get an error instead of waiting.
 
-    gloo closes a connection when nobody refers to its group any longer, which modules may; a peer that sees no end is
-    ended by its own watcher. nccl is aborted: destroying it would wait for the collectives that are under way.
+    gloo closes a connection when nobody refers to its group any longer, which modules may, also those of earlier fits
+    that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would wait for the collectives that are under way.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -159,6 +163,7 @@ def leave_process_group() -> None:
         compat.abort_process_groups()
     else:
         dist.destroy_process_group()
+        gc.collect()
 
 
 def tell_in_one_line(error: BaseException, line: str | None) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from models import Language, trainer
-from ranks import quiet
+from ranks import quiet, ranks
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
@@ -163,3 +165,26 @@ def test_the_next_fit_works_after_ranks_that_raised_alike(two, tmp_path, where, 
     trainer(max_steps=3).fit(expected := Language())
     for losses in two.run(raise_and_train, where, tmp_path, plan):
         assert losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+def fail_unconnected(folder):
+    """A second fit, in which rank 0 alone fails before the ranks have met again and saves what it has; then a third."""
+    warnings.filterwarnings("ignore", message=".*fit.ckpt_path=")  # whenever there is this callback
+    plan = Plan(dp_replicate=2)
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=1).fit(Language())
+    failing = Language()
+    if os.environ["RANK"] == "0":
+        failing.configure_callbacks = lambda: 1 / 0
+    saving = {"enable_checkpointing": True, "callbacks": [OnExceptionCheckpoint(folder)]}
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
+        trainer(LargeScaleStrategy(plan), devices=2, max_steps=1, **saving).fit(failing)
+    after = Language()
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=3).fit(after)
+    return after.losses
+
+
+def test_a_rank_that_fails_before_the_ranks_have_met_again(tmp_path):
+    trainer(max_steps=3).fit(expected := Language())
+    with ranks(2) as own:
+        for losses in own.run(fail_unconnected, tmp_path):
+            assert losses == pytest.approx(expected.losses, rel=1e-5)
