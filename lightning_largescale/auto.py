@@ -139,7 +139,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         workload = self._traced(trainer)
         # The trace came first, so that products are measured at sizes like its own.
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
-        # Afterwards: a first measurement leaves work buffers and threads' heaps behind, which the run then holds as well.
+        # Afterwards: a first measurement leaves work buffers and threads' heaps behind, which the run holds as well.
         held = _held_beside(module, kind)
         # What the model takes now is there for it, and counted again in every plan.
         free_bytes = hardware.memory_free_bytes + _own_bytes(module, kind)

@@ -155,7 +155,8 @@ def leave_process_group() -> None:
     """Close this rank's connections, so that peers in a collective with it get an error instead of waiting.
 
     gloo closes a connection when nobody refers to its group any longer, which modules may, also those of earlier fits
-    that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would wait for the collectives that are under way.
+    that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would
+    wait for the collectives that are under way.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -1,5 +1,6 @@
 """Each use of a private API still does what we use it for."""
 
+import dataclasses
 import logging
 from datetime import timedelta
 
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import _common_utils, fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_largescale import compat
@@ -298,8 +299,14 @@ def test_before_transfer():
     assert torch.equal(compat.before_transfer(module, torch.zeros(2)), torch.ones(2))
 
 
+@dataclasses.dataclass
+class Held:
+    value: object
+
+
 def test_leaves_of_any_containers():
     assert compat.leaves({"a": [1, (2,)], "b": (unknown := Loaded())}) == [1, 2, unknown]
+    assert compat.leaves([Held([3, Held(4)]), Held]) == [3, 4, Held]
 
 
 def test_version_counts_writes():
@@ -449,6 +456,36 @@ def half_a_step():
 
 def test_forget_sharded_step(two):
     assert two.run(half_a_step) == [True, True]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    value: torch.Tensor
+
+
+class InFrozen(nn.Linear):
+    def forward(self, x):
+        return Frozen(super().forward(x))
+
+
+def backward_of_frozen():
+    """Also as with a torch that does not look into dataclasses."""
+    compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    gradients = []
+    for known in (True, False):
+        block = fully_shard(InFrozen(4, 4), mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+        output = block(torch.ones(1, 4))
+        with pytest.MonkeyPatch.context() as patch:
+            if not known:
+                patch.delattr(_common_utils, "collect_grad_tensors", raising=False)
+            compat.gather_for_backward_of(block, [output.value])
+        output.value.sum().backward()
+        gradients.append(block.weight.grad.full_tensor())
+    return torch.equal(*gradients)
+
+
+def test_gather_for_backward_of(two):
+    assert two.run(backward_of_frozen) == [True, True]
 
 
 def test_foreach_kind():

@@ -133,6 +133,19 @@ def sharding_attributes() -> set[str]:
     return {STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 
 
+def gather_for_backward_of(block: Any, tensors: list[Any]) -> None:
+    """Have the backward of `tensors`, of the output of `block`, gather it, where FSDP2 has not seen to that.
+
+    Replaced by requiring a torch that looks into dataclasses, as 2.13 does and 2.11 does not.
+    """
+    from torch.distributed.fsdp import _common_utils, fully_shard
+
+    if hasattr(_common_utils, "collect_grad_tensors"):
+        return
+    for tensor in tensors:
+        tensor.register_hook(fully_shard.state(block)._pre_backward)  # type: ignore[attr-defined]
+
+
 def forget_sharded_step(module: Any) -> None:
     """Let FSDP2 forget the step of `module`, the root, that was under way: gradients not yet reduced are dropped.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -150,13 +151,19 @@ def version(tensor: Any) -> int:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """What `tree`, of nested containers, holds that is none, as FSDP2 finds the tensors of a forward's output.
+    """What `tree`, of nested containers and dataclasses, holds that is none, as FSDP2 finds a forward's tensors.
 
     Replaced by a public name for `torch.utils._pytree.tree_leaves`.
     """
     from torch.utils._pytree import tree_leaves
 
-    return list(tree_leaves(tree))
+    found: list[Any] = []
+    for leaf in tree_leaves(tree):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += leaves([getattr(leaf, one.name) for one in dataclasses.fields(leaf) if hasattr(leaf, one.name)])
+        else:
+            found.append(leaf)
+    return found
 
 
 def hook_nearest(optimizer: Any, before: Any, after: Any) -> Any:

@@ -231,9 +231,10 @@ def _watch_backward(module: nn.Module, state: Sharded, block: nn.Module, args: A
         if state.stepping and not state.in_backward:
             module.set_reshard_after_backward(False)  # type: ignore[operator]
 
-    for leaf in compat.leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(keep)  # type: ignore[no-untyped-call]
+    tensors = [leaf for leaf in compat.leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    compat.gather_for_backward_of(block, tensors)
+    for tensor in tensors:
+        tensor.register_hook(keep)  # type: ignore[no-untyped-call]
 
 
 def _gather(own: dict[str, tuple[nn.Parameter, FSDPModule]], part: nn.Module, args: Any) -> None:

@@ -293,18 +293,27 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     packet = func.overloadpacket
-    if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=out))
-    count = _MORE_FLOPS.get(packet)
-    return 0 if count is None else count(args)
+    if (count := _OUR_FLOPS.get(packet)) is not None:
+        return count(args)
+    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 def _attention_flops(args: Any) -> int:
-    return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(*_attention_shapes(*args[:3])))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward_flops(args: Any) -> int:
-    return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
+    gradient, *operands = args[:4]
+    return int(sdpa_backward_flop_count(gradient.shape, *_attention_shapes(*operands)))  # type: ignore[no-untyped-call]
+
+
+def _attention_shapes(query: torch.Tensor, *keys_and_values: torch.Tensor) -> Iterator[tuple[int, ...]]:
+    """Every query head computes with a head of keys and values, also where several share one: torch 2.11 refuses to
+    count these.
+    """
+    yield tuple(query.shape)
+    for shared in keys_and_values:
+        yield (*query.shape[:2], *shared.shape[2:])
 
 
 def _recurrent_flops(args: Any) -> int:
@@ -317,10 +326,11 @@ def _recurrent_backward_flops(args: Any) -> int:
     return 2 * _recurrent_flops(args)
 
 
-# torch's registry has the CUDA attention kernels only, and no recurrent ones.
-_MORE_FLOPS: dict[Any, Callable[[Any], int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+_ATTENTION = ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu")
+# Attention with shared heads, and what torch's registry has not: the CPU's attention, recurrent kernels.
+_OUR_FLOPS: dict[Any, Callable[[Any], int]] = {
+    **{getattr(_aten, f"_scaled_dot_product_{name}"): _attention_flops for name in _ATTENTION},
+    **{getattr(_aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops for name in _ATTENTION},
     _aten.mkldnn_rnn_layer: _recurrent_flops,
     _aten.mkldnn_rnn_layer_backward: _recurrent_backward_flops,
 }
