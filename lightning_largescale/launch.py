@@ -129,7 +129,7 @@ class _Children:
         """Watch `processes`, global ranks `first_rank` + 1 and up, until they or this process end."""
         self._processes, self._first_rank = processes, first_rank
         threading.Thread(target=self._watch, daemon=True, name="largescale-children").start()
-        atexit.register(self.end)
+        atexit.register(self._end_with_script)
 
     def handled(self) -> None:
         """An exception is on its way to the user, so the watcher need not end this process."""
@@ -170,15 +170,24 @@ class _Children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
+    def _end_with_script(self) -> None:
+        self.end()
+        if not self._failed and (failure := self._failure()) is not None:
+            # The script of this rank went well to its end, the whole did not.
+            end_process(f"rank {self._first_rank} stops: {failure}", lambda: None)
+
+    def _failure(self) -> Failure | None:
+        for rank, process in enumerate(self._processes, self._first_rank + 1):
+            if process.returncode:
+                return Failure(rank=rank, what=self.describe(rank) or "", lost=True)
+        return None
+
     def _watch(self) -> None:
         while any(process.poll() is None for process in self._processes):
             if any(process.returncode for process in self._processes):
                 break
             time.sleep(_POLL_SECONDS)
-        ended = [index for index, process in enumerate(self._processes) if process.returncode]
-        if ended and not self._handled.wait(GRACE_SECONDS):
-            rank = self._first_rank + 1 + ended[0]
-            failure = Failure(rank=rank, what=self.describe(rank) or "", lost=True)
+        if (failure := self._failure()) is not None and not self._handled.wait(GRACE_SECONDS):
             end_process(f"rank {self._first_rank} stops: {failure}", lambda: self.end(failure))
 
 

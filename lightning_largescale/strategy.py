@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
@@ -132,6 +133,7 @@ class LargeScaleStrategy(SteppingStrategy):
         else:
             self._place(trainer, module, plan, fitting=fitting)
         if self.has_peers:
+            compat.flag_sigterm_only(trainer)
             self._undo.enter_context(finders_search_together(self, trainer))
         if fitting:
             self._known = KnownParameters(module, plan) if plan.world_size > 1 else None

@@ -45,11 +45,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _all_ranks(_own_cache: None) -> Iterator[dict[int, Ranks]]:
+def _all_ranks(request: pytest.FixtureRequest, _own_cache: None) -> Iterator[dict[int, Ranks]]:
     """Ranks for all tests, started before any test: what is forked from a process that has differentiated cannot do so
     itself where torch is built for CUDA.
     """
-    if "ranks" not in sys.modules:  # no test of this session has imported it
+    # Tests that ask for them by name only when they run have imported what makes them.
+    if "ranks" not in sys.modules and not any(
+        {"two", "four"} & set(item.fixturenames) for item in request.session.items
+    ):
         yield {}
         return
     from ranks import ranks

@@ -2,7 +2,10 @@
 
 import dataclasses
 import logging
+import os
+import signal
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,6 +215,27 @@ def test_skips_backward():
     assert not compat.skips_backward(trainer)
     trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward = True
     assert compat.skips_backward(trainer)
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated", "ignore:.*does not have many workers")
+def test_flag_sigterm_only():
+    before = signal.getsignal(signal.SIGTERM)
+    passed_on = []
+
+    class Sends(BoringModel):
+        def on_train_start(self):
+            self.trainer.strategy._launcher = SimpleNamespace(kill=passed_on.append)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    run = Trainer(accelerator="cpu", max_steps=4, limit_val_batches=0, **quiet)
+    compat.flag_sigterm_only(run)
+    with pytest.raises(SystemExit):
+        run.fit(Sends())
+    assert run.global_step == 1
+    assert passed_on == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated", "ignore:.*does not have many workers")

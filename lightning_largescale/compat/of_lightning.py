@@ -157,6 +157,23 @@ def set_rank_zero(rank: int) -> int:
     return before
 
 
+def flag_sigterm_only(trainer: Any) -> None:
+    """Let SIGTERM set the flag that ends training after the step, pass it to processes of this one, and no more.
+
+    Lightning's own handler broadcasts as well, in the midst of whatever collective the signal met, and ranks that got
+    it at different places wait for each other for good; its training loop tells all of rank 0's flag before each
+    batch. To be called before a stage registers its handlers. Replaced by a handler that leaves collectives alone.
+    """
+    connector = trainer._signal_connector
+
+    def flag(number: int, _: Any) -> None:
+        if not connector.received_sigterm and (launcher := trainer.strategy.launcher) is not None:
+            launcher.kill(number)
+        connector.received_sigterm = True
+
+    connector._sigterm_notifier_fn = flag
+
+
 def evaluation_is_empty(trainer: Any) -> bool:
     """Whether the evaluation that is about to begin is known to have no batch, if only by looking for one.
 
