@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 from lightning.pytorch.plugins.precision import (
     BitsandbytesPrecision,
@@ -19,10 +15,8 @@ from lightning.pytorch.plugins.precision import (
     XLAPrecision,
 )
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_largescale.arithmetic import CAST_TYPE, lightning_plugin
-from lightning_largescale.parallel.clip import clip_gradients_by_norm, clip_gradients_by_value
 from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
 
 # Lightning's plugins that do what their precision says, no more.
@@ -94,25 +88,3 @@ def convert_module(plugin: Precision, module: nn.Module) -> None:
             f"{type(plugin).__name__}.convert_module returned another module than it was given;"
             " change that one in place and return it."
         )
-
-
-def clip_over_ranks(plugin: Precision) -> Callable[[], None]:
-    """Make `plugin` clip gradients that are spread over ranks, where it clips as Lightning does; what undoes it."""
-    ours: dict[str, Callable[..., Any]] = {
-        "clip_grad_by_norm": partial(_clip, plugin, clip_gradients_by_norm),
-        "clip_grad_by_value": partial(_clip, plugin, clip_gradients_by_value),
-    }
-    taken = [name for name in ours if getattr(type(plugin), name) is getattr(Precision, name)]
-    for name in taken:
-        # On the object, so that its class, state and identity stay the user's.
-        setattr(plugin, name, ours[name])
-
-    def undo() -> None:
-        for name in taken:
-            delattr(plugin, name)
-
-    return undo
-
-
-def _clip(plugin: Precision, clip: Callable[..., Any], optimizer: Optimizer, clip_val: int | float) -> None:
-    clip(plugin.main_params(optimizer), float(clip_val))

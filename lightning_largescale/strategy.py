@@ -33,7 +33,7 @@ from lightning_largescale.parallel.recompute import apply_recompute, remove_reco
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
 from lightning_largescale.plan import Plan, PlanError
-from lightning_largescale.precision import asked_precision, cast_type, clip_over_ranks, convert_module, plugin_for
+from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
 from lightning_largescale.record import record_plan
 from lightning_largescale.stepping import SteppingStrategy
 from lightning_largescale.tuning import finders_search_together
@@ -113,8 +113,6 @@ class LargeScaleStrategy(SteppingStrategy):
         self._adapt(module, plan)
         self._use_precision(plan)
         self._convert(module)
-        if plan.dp_shard > 1:
-            self._undo.callback(clip_over_ranks(self.precision_plugin))
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
             if plan.dp_shard == 1:

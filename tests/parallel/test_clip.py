@@ -1,4 +1,4 @@
-"""Clipping: as torch does it, on plain gradients, shards, and a mix of them on several meshes."""
+"""torch's own clipping, of shards and of a mix of them on several meshes: as of plain gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from lightning_largescale.parallel.clip import clip_gradients_by_norm, clip_gradients_by_value
+from lightning_largescale.parallel.numbers import WholeNumbers
 
 SHAPES = [(5, 3), (4,), (1, 2), (3, 3), ()]
 
@@ -40,28 +40,22 @@ def full(gradient):
     return gradient if gradient is None or type(gradient) is torch.Tensor else gradient.full_tensor()
 
 
-def clip_shards(limit):
+def clip_shards(limit, foreach):
     by_norm, by_value = shards(), shards()
-    norm = clip_gradients_by_norm(by_norm, limit)
-    clip_gradients_by_value(by_value, limit)
+    with WholeNumbers():
+        norm = clip_grad_norm_(by_norm, limit, foreach=foreach)
+        clip_grad_value_(by_value, limit, foreach=foreach)
     return type(norm) is torch.Tensor, float(norm), [[full(p.grad) for p in group] for group in (by_norm, by_value)]
 
 
+@pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("limit", [0.1, 100.0])
-def test_as_torch_clips_plain_gradients(two, limit):
+def test_as_torch_clips_plain_gradients(two, limit, foreach):
     by_norm, by_value = parameters(), parameters()
     norm = clip_grad_norm_(by_norm, limit)
     clip_grad_value_(by_value, limit)
-    ours = parameters()
-    assert clip_gradients_by_norm(ours, limit) == norm
-    torch.testing.assert_close([p.grad for p in ours], [p.grad for p in by_norm], rtol=0, atol=0)
-    for plain, found, gradients in two.run(clip_shards, limit):
+    for plain, found, gradients in two.run(clip_shards, limit, foreach):
         assert plain
         assert found == pytest.approx(float(norm), rel=1e-6)
         for group, expected in zip(gradients, (by_norm, by_value), strict=True):
             torch.testing.assert_close(group, [p.grad for p in expected])
-
-
-def test_nothing_to_clip():
-    assert clip_gradients_by_norm([nn.Parameter(torch.ones(2))], 1.0) == 0
-    clip_gradients_by_value([nn.Parameter(torch.ones(2))], 1.0)
