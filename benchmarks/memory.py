@@ -25,12 +25,17 @@ from lightning_largescale.hardware.usage import peak_bytes
 
 STEPS = 6
 FULL = {"activation_checkpointing": "full"}
+SOME = {
+    "activation_checkpointing": "selective",
+    "checkpointed_blocks": ["model.blocks.0", "model.blocks.1", "model.blocks.2", "model.blocks.3"],
+}
 PLAIN, REPLICATE = {}, {"dp_replicate": 2}
 ZERO2, ZERO3 = {"dp_shard": 2, "reshard_after_forward": False}, {"dp_shard": 2}
 CASES = [
     ("gpt", 256, 4, PLAIN),
     ("gpt", 512, 4, PLAIN),
     ("gpt", 512, 4, FULL),
+    ("gpt", 512, 4, SOME),
     ("gpt", 768, 2, PLAIN),
     ("gpt", 768, 8, FULL),
     ("gpt", 512, 4, REPLICATE),

@@ -9,9 +9,10 @@ Errors a user can cause by a plan, or by a model and machine that fit none, are 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ MATMUL_TYPE = {
 
 _ACCEPTED: dict[str, tuple[str, ...]] = {
     "precision": tuple(MATMUL_TYPE),
-    "activation_checkpointing": ("none", "full"),
+    "activation_checkpointing": ("none", "selective", "full"),
 }
 
 
@@ -73,8 +74,10 @@ class Plan:
             (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
         precision: Lightning's name of the arithmetic: "32-true"; "bf16-mixed" or "16-mixed", matrix products in half
             the bytes and weights in float32; "bf16-true", "16-true" or "64-true", weights and all in that type.
-        activation_checkpointing: "none", or "full": every repeated block keeps its input and runs its forward again in
-            backward.
+        activation_checkpointing: "none"; "full": every repeated block keeps its input and runs its forward again in
+            backward; "selective": some do.
+        checkpointed_blocks: names of the blocks that do under "selective", as `named_modules` has them; None with the
+            others.
 
     Raises:
         PlanError: an unknown field, or a field whose value is not of the accepted type or range.
@@ -88,6 +91,7 @@ class Plan:
     reshard_after_forward: bool = True
     precision: str = "32-true"
     activation_checkpointing: str = "none"
+    checkpointed_blocks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard"):
@@ -102,6 +106,25 @@ class Plan:
             value = getattr(self, name)
             if value not in accepted:
                 raise PlanError(f"{name}={value!r} is not accepted; give {_either(accepted)}.")
+        self._check_checkpointed_blocks()
+
+    def _check_checkpointed_blocks(self) -> None:
+        blocks = self.checkpointed_blocks
+        if self.activation_checkpointing != "selective":
+            if blocks is not None:
+                raise PlanError(
+                    f"checkpointed_blocks={blocks!r} contradicts"
+                    f" activation_checkpointing={self.activation_checkpointing!r}; give 'selective', or no blocks."
+                )
+            return
+        named = isinstance(blocks, list | tuple) and all(isinstance(name, str) for name in blocks)
+        if not named or not blocks or len(set(blocks)) < len(blocks):
+            raise PlanError(
+                f"checkpointed_blocks={blocks!r} is not accepted with activation_checkpointing='selective';"
+                " give the names of the blocks, at least one and each once."
+            )
+        # From JSON and YAML they come as a list.
+        object.__setattr__(self, "checkpointed_blocks", tuple(blocks))
 
     @property
     def world_size(self) -> int:
@@ -137,6 +160,21 @@ class Plan:
                 f"activation_checkpointing={self.activation_checkpointing!r} needs repeated blocks"
                 f" and {workload.name} has none; use 'none'."
             )
+        self.check_blocks(workload.blocks)
+
+    def check_blocks(self, blocks: Collection[str]) -> None:
+        """Check the names in `checkpointed_blocks` against those of a model's repeated blocks.
+
+        Raises:
+            PlanError: one of them is not among `blocks`.
+        """
+        for name in self.checkpointed_blocks or ():
+            if name not in blocks:
+                near = difflib.get_close_matches(name, blocks, 1) or list(blocks)[:1]
+                raise PlanError(
+                    f"checkpointed_blocks has {name!r}, which is no repeated block of the model; accepted are its"
+                    f" {len(blocks)}, such as {near[0]!r}."
+                )
 
     def check_world_size(self, world: int) -> None:
         """Check the sizes against the number of processes.
@@ -169,7 +207,10 @@ class Plan:
             layout = f"replicated on {self.dp_replicate} devices"
         else:
             layout = "plain, one device"
-        recompute = ", full activation checkpointing" if self.activation_checkpointing == "full" else ""
+        recompute = {"none": "", "full": ", full activation checkpointing"}.get(self.activation_checkpointing)
+        if recompute is None:
+            count = len(self.checkpointed_blocks or ())
+            recompute = f", activation checkpointing of {count} block{'s' if count > 1 else ''}"
         return f"{layout}{recompute}, {self.precision}"
 
     def to_json(self) -> str:

@@ -57,6 +57,7 @@ def test_signature_is_kept_for_tools_that_read_it():
         "reshard_after_forward",
         "precision",
         "activation_checkpointing",
+        "checkpointed_blocks",
     ]
 
 
@@ -69,7 +70,21 @@ BAD = [
     ({"reshard_after_forward": 1}, "reshard_after_forward=1 is not accepted; give True or False"),
     ({"precision": "fp8"}, "precision='fp8' is not accepted; give '32-true', 'bf16-mixed', '16-mixed', "),
     ({"precision": ["32-true"]}, "is not accepted; give '32-true', "),
-    ({"activation_checkpointing": None}, "activation_checkpointing=None is not accepted; give 'none' or 'full'"),
+    (
+        {"activation_checkpointing": None},
+        "activation_checkpointing=None is not accepted; give 'none', 'selective' or 'full'",
+    ),
+    ({"activation_checkpointing": "selective"}, "checkpointed_blocks=None is not accepted with activation_checkpoi"),
+    (
+        {"activation_checkpointing": "selective", "checkpointed_blocks": []},
+        "give the names of the blocks, at least one",
+    ),
+    ({"activation_checkpointing": "selective", "checkpointed_blocks": "a"}, "checkpointed_blocks='a' is not accepted"),
+    ({"activation_checkpointing": "selective", "checkpointed_blocks": ["a", "a"]}, "at least one and each once"),
+    (
+        {"checkpointed_blocks": ["a"]},
+        "checkpointed_blocks=['a'] contradicts activation_checkpointing='none'; give 'sel",
+    ),
 ]
 
 

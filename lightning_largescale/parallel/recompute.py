@@ -21,13 +21,13 @@ from lightning_largescale.workload.blocks import find_blocks
 
 
 def apply_recompute(module: nn.Module, plan: Plan) -> None:
-    """Make every repeated block of `module` recompute its activations, as `plan.activation_checkpointing` says.
+    """Make the repeated blocks of `module` that `plan` names, or all, recompute their activations.
 
     Numbers are those of the plain run bit for bit, dropout and running statistics included. The module is changed in
     place, its names and state_dict keys are not; doing it twice is doing it once, and `remove_recompute` undoes it.
 
     Raises:
-        PlanError: the plan asks for it and `module` has no repeated blocks.
+        PlanError: the plan asks for it and `module` has no repeated blocks, or none of a name that the plan has.
     """
     remove_recompute(module)
     if plan.activation_checkpointing == "none":
@@ -38,8 +38,10 @@ def apply_recompute(module: nn.Module, plan: Plan) -> None:
             f"activation_checkpointing={plan.activation_checkpointing!r} needs repeated blocks"
             f" and {type(module).__name__} has none; use 'none'."
         )
+    plan.check_blocks(blocks)
     copies: _Copies = WeakTensorKeyDictionary()
-    for block in blocks.values():
+    for name in plan.checkpointed_blocks or blocks:
+        block = blocks[name]
         # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
         block.forward = _Recomputed(block, block.forward, copies, own="forward" in vars(block))
 

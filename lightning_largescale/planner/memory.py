@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.sizes import Sizes, maps_tensors, recomputed, saving
+from lightning_largescale.planner.sizes import Sizes, maps_tensors, saving
 from lightning_largescale.workload import Segment, Workload
 
 # Holes between the tensors of a step, as a share of the bytes that come and go in it (benchmarks/results). On CPU: of
@@ -78,23 +78,32 @@ def peak_memory(
     Source: the module's docstring.
     """
     sizes = Sizes(workload, plan, hardware.kind, accumulate_grad_batches)
-    always = {
-        "process before": baseline_bytes,
-        "runtime": RUNTIME_BYTES[hardware.kind],
-        # Recomputation keeps a copy of a block's until its backward.
-        "buffers": workload.buffer_bytes * (1 if plan.activation_checkpointing == "none" else 2),
-    }
-    worst, worst_index, peak = "", None, 0
-    worst_terms: dict[str, int] = {}
-    for moment, index, terms in _moments(sizes):
-        terms = {**always, **terms}
-        terms["allocator"] = int(allocator_share(plan, hardware.kind) * _moving_bytes(terms))
-        if (total := sum(terms.values())) > peak:
-            worst, worst_index, worst_terms, peak = moment, index, terms, total
+    worst, worst_index, worst_terms = max(_moments(sizes, baseline_bytes), key=lambda moment: sum(moment[2].values()))
     if worst_index is not None:
         worst = f"{worst} of {_where(sizes.step.segments, worst_index)}"
     shown = sorted(((name, size) for name, size in worst_terms.items() if size), key=lambda item: -item[1])
     return MemoryEstimate(moment=worst, terms=dict(shown))
+
+
+def first_excess(
+    workload: Workload,
+    plan: Plan,
+    hardware: Hardware,
+    budget_bytes: int,
+    *,
+    baseline_bytes: int = 0,
+    accumulate_grad_batches: int = 1,
+) -> tuple[int, int] | None:
+    """Where a step of `workload` under `plan` needs more than `budget_bytes`: of those moments the one with the fewest
+    segments before it, as their number, and the bytes above; None where it fits.
+
+    Moments that do not lie in a segment (setup, the optimizer's step) have none before them. Arguments as for
+    `peak_memory`.
+    """
+    sizes = Sizes(workload, plan, hardware.kind, accumulate_grad_batches)
+    moments = ((index or 0, sum(terms.values())) for _, index, terms in _moments(sizes, baseline_bytes))
+    above = [(index, total - budget_bytes) for index, total in moments if total > budget_bytes]
+    return min(above, key=lambda moment: (moment[0], -moment[1]), default=None)
 
 
 def allocator_share(plan: Plan, kind: str) -> float:
@@ -113,8 +122,26 @@ def _moving_bytes(terms: Mapping[str, int]) -> int:
     return sum(terms.get(name, 0) for name in _COMES_AND_GOES)
 
 
-def _moments(sizes: Sizes) -> Iterator[tuple[str, int | None, dict[str, int]]]:
-    """Each moment of one run: what happens, in which segment, and its terms, but for those that never change."""
+_Moment = tuple[str, int | None, dict[str, int]]
+
+
+def _moments(sizes: Sizes, baseline_bytes: int) -> Iterator[_Moment]:
+    """Each moment of one run: what happens, in which segment, and its terms."""
+    plan, workload = sizes.plan, sizes.workload
+    always = {
+        "process before": baseline_bytes,
+        "runtime": RUNTIME_BYTES[sizes.kind],
+        # Recomputation keeps a copy of a block's until its backward.
+        "buffers": workload.buffer_bytes * (1 if plan.activation_checkpointing == "none" else 2),
+    }
+    share = allocator_share(plan, sizes.kind)
+    for moment, index, changing in _changing(sizes):
+        terms = {**always, **changing}
+        terms["allocator"] = int(share * _moving_bytes(terms))
+        yield moment, index, terms
+
+
+def _changing(sizes: Sizes) -> Iterator[_Moment]:
     yield "setup", None, setup_terms(sizes)
     states, segments = _states(sizes), sizes.step.segments
     for index in range(len(segments)):
@@ -158,7 +185,7 @@ def live_in_backward(sizes: Sizes, index: int) -> int:
     """Activations and temporaries at the worst moment of one segment's backward, its recomputation included, bytes."""
     segment, dropped = sizes.step.segments[index], sizes.dropped[index]
     live = segment.backward_peak_bytes - dropped
-    if recomputed(sizes.plan, segment):
+    if sizes.recomputes(segment):
         again = segment.forward_peak_bytes - segment.forward_entry_bytes
         live = max(live, segment.backward_entry_bytes - dropped - saving(segment) + again)
     return max(0, live)

@@ -201,7 +201,13 @@ def plan_fields(plan: Plan) -> str:
         for field in dataclasses.fields(plan)
         if getattr(plan, field.name) != getattr(plain, field.name)
     }
-    return ", ".join(f"{name}={value!r}" for name, value in changed.items()) or "Plan()"
+    return ", ".join(f"{name}={_typed(value)}" for name, value in changed.items()) or "Plan()"
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 3:
+        return f"({value[0]!r}, ..., {value[-1]!r})"
+    return repr(value)
 
 
 def _candidate_dict(candidate: Candidate) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from lightning_largescale.hardware import Hardware, Link, Rates
 from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.planner.links import Links, plan_links
-from lightning_largescale.planner.sizes import Sizes, maps_tensors, recomputed
+from lightning_largescale.planner.sizes import Sizes, maps_tensors
 from lightning_largescale.workload import Segment, Workload
 
 # gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
@@ -110,13 +110,13 @@ def all_reduce_seconds(whole_bytes: int, ranks: int, link: Link | None) -> float
 
 
 def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
-    """Seconds of running the repeated blocks' forward once more, a micro-batch.
+    """Seconds of running forward once more what is recomputed, a micro-batch.
 
     Source: Chen et al. 2016, section 4: one extra forward of what is recomputed.
     """
-    if sizes.plan.activation_checkpointing == "none" or sizes.workload.stage != "fit":
+    if sizes.workload.stage != "fit":
         return 0.0
-    again = [segment for segment in sizes.step.segments if segment.block is not None]
+    again = [segment for segment in sizes.step.segments if sizes.recomputes(segment)]
     return sum(_segment_seconds(segment, rates, sizes.plan, backward=False) for segment in again)
 
 
@@ -183,7 +183,7 @@ def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
     if rates.fresh_memory is None or not maps_tensors(sizes.plan, sizes.kind):
         return 0.0
     made = sum(segment.forward_large_bytes + segment.backward_large_bytes for segment in sizes.step.segments)
-    made += sum(segment.forward_large_bytes for segment in sizes.step.segments if recomputed(sizes.plan, segment))
+    made += sum(segment.forward_large_bytes for segment in sizes.step.segments if sizes.recomputes(segment))
     reduced = 0
     if sizes.sharded:
         twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"

@@ -16,9 +16,10 @@ from typing import TypeVar
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
-from lightning_largescale.planner.memory import MemoryEstimate, peak_memory
+from lightning_largescale.planner.memory import MemoryEstimate, first_excess, peak_memory
 from lightning_largescale.planner.report import Candidate, Estimate, Report, plan_fields
 from lightning_largescale.planner.runtime import step_time
+from lightning_largescale.planner.selective import fewest_blocks
 from lightning_largescale.units import format_bytes, format_seconds, parse_bytes
 from lightning_largescale.workload import Workload
 
@@ -76,6 +77,7 @@ def find_plans(
     allowed = {precision} if precision else {"32-true", *allow}
     price = _Pricing(baseline_bytes, accumulate_grad_batches)
     rows = [(plan, price.estimate(workload, hardware, plan)) for plan in candidates(workload, hardware)]
+    rows += price.in_part(workload, hardware, rows, budget_bytes)
     fixed = precision is not None
     report = Report(
         candidates=(*_ranked(rows, budget_bytes, allowed, fixed=fixed), *_impossible(workload, hardware)),
@@ -127,6 +129,29 @@ class _Pricing:
         memory = self._memory(workload, hardware, plan)
         time = step_time(workload, plan, hardware, accumulate_grad_batches=self.accumulate)
         return Estimate.of(workload, plan, memory, time, accumulate=self.accumulate)
+
+    def in_part(
+        self, workload: Workload, hardware: Hardware, rows: Sequence[tuple[Plan, Estimate]], budget_bytes: int
+    ) -> Iterator[tuple[Plan, Estimate]]:
+        """Plans between those that recompute nothing and need too much, and those that recompute all and fit."""
+        peaks = {plan: estimate.memory.peak_bytes for plan, estimate in rows}
+
+        def excess(plan: Plan) -> tuple[int, int] | None:
+            return first_excess(
+                workload,
+                plan,
+                hardware,
+                budget_bytes,
+                baseline_bytes=self.baseline_bytes,
+                accumulate_grad_batches=self.accumulate,
+            )
+
+        for plan, peak in peaks.items():
+            whole = dataclasses.replace(plan, activation_checkpointing="full", checkpointed_blocks=None)
+            if peak > budget_bytes >= peaks.get(whole, math.inf) and plan != whole:
+                part = fewest_blocks(workload, plan, excess)
+                if part is not None:
+                    yield part, self.estimate(workload, hardware, part)
 
     def any_fits(self, workload: Workload, hardware: Hardware, precisions: set[str], budget_bytes: int) -> bool:
         """Whether the peak of any plan of these precisions is within the budget."""

@@ -104,10 +104,20 @@ class Sizes:
             self._gradients[block, whole] = sum(sizes)
         return self._gradients[block, whole]
 
+    def recomputes(self, segment: Segment) -> bool:
+        """Whether the forward of `segment` runs again in backward."""
+        return segment.block in self._recomputed
+
+    @cached_property
+    def _recomputed(self) -> frozenset[str]:
+        if self.plan.activation_checkpointing == "full":
+            return frozenset(self.workload.blocks)
+        return frozenset(self.plan.checkpointed_blocks or ())
+
     @cached_property
     def dropped(self) -> list[int]:
         """What recomputation does not keep of the segments before each."""
-        savings = (saving(segment) if recomputed(self.plan, segment) else 0 for segment in self.step.segments)
+        savings = (saving(segment) if self.recomputes(segment) else 0 for segment in self.step.segments)
         return [*accumulate(savings, initial=0)][:-1]
 
     @cached_property
@@ -185,11 +195,6 @@ def without_copies(step: Step) -> Step:
 def maps_tensors(plan: Plan, kind: str) -> bool:
     """Whether what a step frees goes back to the system at once, to be mapped again by the next that needs it."""
     return kind == "cpu" and (plan.dp_shard > 1 or plan.activation_checkpointing != "none")
-
-
-def recomputed(plan: Plan, segment: Segment) -> bool:
-    """Whether `plan` runs the forward of `segment` again in backward."""
-    return plan.activation_checkpointing == "full" and segment.block is not None
 
 
 def saving(segment: Segment) -> int:

@@ -41,6 +41,26 @@ def test_trains_like_plain_dropout_included():
         assert torch.equal(ours.get_parameter(name), parameter), name
 
 
+def test_some_blocks():
+    plain = Language()
+    ours = copy.deepcopy(plain)
+    chosen = Plan(activation_checkpointing="selective", checkpointed_blocks=("blocks.1",))
+    apply_recompute(ours, FULL)
+    apply_recompute(ours, chosen)
+    with FlopCounterMode(display=False) as some:
+        losses = train(ours, steps=1)
+    with FlopCounterMode(display=False) as none:
+        assert train(plain, steps=1) == losses
+    assert vars(ours.blocks[1]).get("forward") is not None
+    assert all(vars(block).get("forward") is None for block in ours.blocks if block is not ours.blocks[1])
+    apply_recompute(ours, FULL)
+    with FlopCounterMode(display=False) as full:
+        train(ours, steps=1)
+    assert none.get_total_flops() < some.get_total_flops() < full.get_total_flops()
+    with pytest.raises(PlanError, match=r"has 'block.1', which is no repeated block .* such as 'blocks\.1'"):
+        apply_recompute(ours, Plan(activation_checkpointing="selective", checkpointed_blocks=("block.1",)))
+
+
 class Codebook(nn.Module):
     """Follows the mean of what it sees, in place or by another tensor, and computes with it."""
 

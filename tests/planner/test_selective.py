@@ -1,0 +1,84 @@
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner.builders import MIB, hardware, step, workload
+
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.planner.memory import first_excess, peak_memory
+from lightning_largescale.planner.search import find_plans
+from lightning_largescale.planner.selective import fewest_blocks
+
+PLAIN, FULL = Plan(), Plan(activation_checkpointing="full")
+
+
+def unequal(saved, head):
+    """A step whose blocks keep so many MiB each, and whose head needs `head` more while it runs."""
+    blocks, live, segments = iter(saved), 0, []
+    for segment in step(blocks=len(saved)).segments:
+        kept = next(blocks) * MIB if segment.block is not None else 0
+        extra = 2 * MIB if segment.block is not None else head * MIB
+        segments.append(
+            dataclasses.replace(
+                segment,
+                saved_bytes=kept,
+                input_bytes=MIB if kept else 0,
+                forward_entry_bytes=live,
+                forward_peak_bytes=live + kept + extra,
+                forward_exit_bytes=live + kept,
+                backward_entry_bytes=live + kept,
+                backward_peak_bytes=live + kept + extra,
+                backward_exit_bytes=live,
+            )
+        )
+        live += kept
+    return workload(blocks=len(saved), steps={"32-true": dataclasses.replace(step(), segments=tuple(segments))})
+
+
+def fits(work, plan, budget):
+    return peak_memory(work, plan, hardware(1, kind="cuda")).peak_bytes <= budget
+
+
+def in_part(names):
+    return Plan(activation_checkpointing="selective", checkpointed_blocks=names)
+
+
+@given(saved=st.lists(st.integers(1, 64), min_size=2, max_size=6), head=st.integers(0, 32), share=st.floats(0.0, 1.0))
+def test_no_smaller_set_of_blocks_fits(saved, head, share):
+    work, machine = unequal(saved, head), hardware(1, kind="cuda")
+    most, least = (peak_memory(work, plan, machine).peak_bytes for plan in (PLAIN, FULL))
+    budget = int(least + share * (most - least))
+    if most <= budget:
+        return
+    found = fewest_blocks(work, PLAIN, lambda plan: first_excess(work, plan, machine, budget))
+    sets = [names for size in range(1, len(saved)) for names in itertools.combinations(work.blocks, size)]
+    smallest = next((len(names) for names in sets if fits(work, in_part(names), budget)), None)
+    if found is None:
+        assert smallest is None
+    else:
+        assert fits(work, found, budget)
+        assert len(found.checkpointed_blocks) == smallest
+
+
+def test_between_nothing_and_all():
+    work, machine = workload(blocks=8, steps={"32-true": step(blocks=8)}), hardware(1, kind="cuda")
+    rows = {row.plan: row for row in find_plans(work, machine).candidates}
+    least, most = (rows[plan].estimate.peak_bytes["device"] for plan in (FULL, PLAIN))
+    counts = []
+    for share in (0.8, 0.5, 0.2):
+        report = find_plans(work, machine, memory_budget=int(least + share * (most - least)))
+        assert report.best.activation_checkpointing == "selective"
+        full = report.estimate_of(FULL)
+        assert report.best_estimate.step_seconds < full.step_seconds
+        assert report.best_estimate.peak_bytes["device"] <= report.budget_bytes
+        report.best.validate(machine, work)
+        assert Plan.from_json(report.best.to_json()) == report.best
+        counts.append(len(report.best.checkpointed_blocks))
+    assert counts == sorted(set(counts))
+    assert f"activation checkpointing of {counts[-1]} blocks" in report.best.describe()
+    with pytest.raises(
+        PlanError, match=r"has 'blocks\.9', which is no repeated block of the model; accepted are its 8"
+    ):
+        in_part(("blocks.9",)).validate(machine, work)
