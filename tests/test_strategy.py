@@ -87,6 +87,13 @@ def test_trains_like_one_plain_process(world, plan, case, recompute):
         assert_parity(losses, plain(case))
 
 
+@pytest.mark.parametrize("layout", [{"dp_shard": 2}, {"dp_replicate": 2}], ids=["ZeRO-3", "replicate"])
+def test_some_blocks_recompute(two, layout):
+    chosen = Plan(**layout, activation_checkpointing="selective", checkpointed_blocks=("blocks.1",))
+    for losses in two.run(fit, chosen, 2, "simple"):
+        assert_parity(losses, plain("simple"))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_one_process_trains_like_lightning_bit_for_bit(case, recompute):
