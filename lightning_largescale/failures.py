@@ -79,14 +79,15 @@ class PeerFailures:
     def report(self, error: BaseException) -> None:
         """Tell the others that this rank raised `error`, and return once it may be raised further.
 
-        Where another rank failed first, `error` is told in one line if nobody catches it. Unless all ranks failed
-        alike, the process group is left, so that nobody waits for this rank where the caller catches `error`.
+        Where another rank failed first, `error` is told in one line if nobody catches it. Unless all ranks are known to
+        have failed alike, the process group is left: nobody waits for this rank where the caller catches `error`.
         """
         self._over.set()
         if self._lines is None:
-            # Nobody can be told. Peers may wait for this rank in a group that an earlier stage left, and what handles
-            # the error here must not wait for them.
-            leave_process_group()
+            # Nobody can be told, nor whether all failed alike. Peers may wait for this rank in a group that an earlier
+            # stage left, and what handles the error here must not wait for them.
+            with contextlib.suppress(RuntimeError):
+                leave_process_group()
             return
         own = Failure.of(self.rank, error)
         if own.lost:
@@ -141,14 +142,14 @@ class PeerFailures:
             end_process(f"rank {self.rank} stops: {failure}", lambda: self._before_exit and self._before_exit(failure))
 
 
-def end_process(line: str, before: Callable[[], object]) -> NoReturn:
-    """End this process with status 1 from any thread, whatever its main thread does, after printing `line`."""
+def end_process(line: str, before: Callable[[], object], *, status: int = 1) -> NoReturn:
+    """End this process with `status` from any thread, whatever its main thread does, after printing `line`."""
     for worker in multiprocessing.active_children():
         worker.kill()
     before()
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 def leave_process_group() -> None:

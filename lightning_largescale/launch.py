@@ -129,7 +129,6 @@ class _Children:
         """Watch `processes`, global ranks `first_rank` + 1 and up, until they or this process end."""
         self._processes, self._first_rank = processes, first_rank
         threading.Thread(target=self._watch, daemon=True, name="largescale-children").start()
-        atexit.register(self._end_with_script)
 
     def handled(self) -> None:
         """An exception is on its way to the user, so the watcher need not end this process."""
@@ -170,11 +169,16 @@ class _Children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _end_with_script(self) -> None:
+    def end_with_script(self) -> None:
+        """At the end of the script of this process, however it comes: it fails if one of the others failed."""
         self.end()
-        if not self._failed and (failure := self._failure()) is not None:
-            # The script of this rank went well to its end, the whole did not.
-            end_process(f"rank {self._first_rank} stops: {failure}", lambda: None)
+        # An error of this process has its own status, and what it exits with may be what all exit with.
+        ended_well = not self._failed and getattr(sys, "last_value", None) is None
+        if ended_well and (failure := self._failure()) is not None:
+            codes = [process.returncode for process in self._processes if process.returncode]
+            end_process(
+                f"rank {self._first_rank} stops: {failure}", lambda: None, status=codes[0] if codes[0] > 0 else 1
+            )
 
     def _failure(self) -> Failure | None:
         for rank, process in enumerate(self._processes, self._first_rank + 1):
@@ -192,6 +196,8 @@ class _Children:
 
 
 _children = _Children()
+# Handlers run in the reverse of their order: early, so that those of what the script uses have run by then.
+atexit.register(_children.end_with_script)
 
 
 @functools.cache

@@ -3,12 +3,14 @@
 The block's own code runs, on DTensors: what it computes with has its global shape, so that a number of heads that it
 holds means what it meant, and an operation that cannot go on divided communicates and is never wrong.
 
+No Plan asks for it yet.
+
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3; torch.distributed.tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors
-from lightning_largescale.workload.shardable import Divided, Product, know_attention
+from lightning_largescale.workload.shardable import Divided, Entered, Product, know_attention
 
 
 def divide_over(block: nn.Module, divided: Divided, mesh: DeviceMesh) -> None:
@@ -35,12 +37,17 @@ def divide_over(block: nn.Module, divided: Divided, mesh: DeviceMesh) -> None:
     if not divided.dims:
         return
     know_attention()
+    parts: dict[int, nn.Parameter] = {}
     for path, module in block.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            dim = divided.dims.get(f"{path}.{name}" if path else name)
-            placement = Replicate() if dim is None else Shard(dim)
-            part = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement]), parameter.requires_grad)
-            compat.own_tensors(module)[0][name] = part
+            # By its first name; one that stands in several places stays one.
+            if id(parameter) not in parts:
+                dim = divided.dims.get(f"{path}.{name}" if path else name)
+                whole_or_part = distribute_tensor(
+                    parameter.detach(), mesh, [Replicate() if dim is None else Shard(dim)]
+                )
+                parts[id(parameter)] = nn.Parameter(whole_or_part, parameter.requires_grad)
+            compat.own_tensors(module)[0][name] = parts[id(parameter)]
     # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
     block.forward = _OnRanks(block.forward, mesh)
 
@@ -71,7 +78,7 @@ class _Products(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._entered: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._entered: Entered = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

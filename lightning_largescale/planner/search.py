@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
@@ -20,6 +21,7 @@ from lightning_largescale.planner.memory import MemoryEstimate, first_excess, pe
 from lightning_largescale.planner.report import Candidate, Estimate, Report, plan_fields
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.selective import fewest_blocks
+from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.units import format_bytes, format_seconds, parse_bytes
 from lightning_largescale.workload import Workload
 
@@ -77,7 +79,7 @@ def find_plans(
     allowed = {precision} if precision else {"32-true", *allow}
     price = _Pricing(baseline_bytes, accumulate_grad_batches)
     rows = [(plan, price.estimate(workload, hardware, plan)) for plan in candidates(workload, hardware)]
-    rows += price.in_part(workload, hardware, rows, budget_bytes)
+    rows += list(price.in_part(workload, hardware, rows, budget_bytes))
     fixed = precision is not None
     report = Report(
         candidates=(*_ranked(rows, budget_bytes, allowed, fixed=fixed), *_impossible(workload, hardware)),
@@ -133,25 +135,25 @@ class _Pricing:
     def in_part(
         self, workload: Workload, hardware: Hardware, rows: Sequence[tuple[Plan, Estimate]], budget_bytes: int
     ) -> Iterator[tuple[Plan, Estimate]]:
-        """Plans between those that recompute nothing and need too much, and those that recompute all and fit."""
-        peaks = {plan: estimate.memory.peak_bytes for plan, estimate in rows}
-
-        def excess(plan: Plan) -> tuple[int, int] | None:
-            return first_excess(
+        """Plans between those that recompute nothing and need too much, and those that recompute all."""
+        known = {plan for plan, _ in rows}
+        for plan, estimate in rows:
+            whole = dataclasses.replace(plan, activation_checkpointing="full")
+            if estimate.memory.peak_bytes <= budget_bytes or plan == whole or whole not in known:
+                continue
+            excess = functools.partial(
+                first_excess,
                 workload,
-                plan,
+                whole,
                 hardware,
                 budget_bytes,
                 baseline_bytes=self.baseline_bytes,
                 accumulate_grad_batches=self.accumulate,
             )
-
-        for plan, peak in peaks.items():
-            whole = dataclasses.replace(plan, activation_checkpointing="full", checkpointed_blocks=None)
-            if peak > budget_bytes >= peaks.get(whole, math.inf) and plan != whole:
-                part = fewest_blocks(workload, plan, excess)
-                if part is not None:
-                    yield part, self.estimate(workload, hardware, part)
+            names = fewest_blocks(workload.blocks, Sizes(workload, plan, hardware.kind).step.segments, excess)
+            if names is not None:
+                part = dataclasses.replace(plan, activation_checkpointing="selective", checkpointed_blocks=names)
+                yield part, self.estimate(workload, hardware, part)
 
     def any_fits(self, workload: Workload, hardware: Hardware, precisions: set[str], budget_bytes: int) -> bool:
         """Whether the peak of any plan of these precisions is within the budget."""

@@ -1,9 +1,10 @@
 """Which blocks recompute where not all need to: the fewest that bring a step within its budget.
 
-What a block that recomputes saves is saved at every moment between its forward and its backward, so at the moments of
-the segments after it. The blocks that can help at a moment can thus help at every moment further into the step, and
-the choice can be made one moment after the other, each time of the largest: taking a smaller one instead is never
-better for a later moment.
+What a block that recomputes does not keep is missing at every moment between its forward and its backward, so at those
+of the segments after it. A block that helps at a moment thus helps at every moment further into the step, and the
+choice is made for one moment after the other, each time of the largest: a smaller one instead is never better for a
+later moment. Where running a block again needs more at once than its backward does, which no common model's does,
+another choice may be smaller.
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4 (which activations to drop);
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 5 (some layers).
@@ -11,12 +12,10 @@ Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", secti
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from lightning_largescale.plan import Plan
 from lightning_largescale.planner.sizes import saving
-from lightning_largescale.workload import Workload
+from lightning_largescale.workload import Segment
 
 # A block less that is kept takes its bytes, and the allocator's share of them, off a moment: never more than these
 # times its own. What is then still above takes another turn.
@@ -24,25 +23,25 @@ _MOST = 2
 
 
 def fewest_blocks(
-    workload: Workload, plan: Plan, first_excess: Callable[[Plan], tuple[int, int] | None]
-) -> Plan | None:
-    """`plan`, which recomputes nothing and needs too much, with as few blocks recomputed as it takes.
+    blocks: Sequence[str],
+    segments: Sequence[Segment],
+    first_excess: Callable[[frozenset[str]], tuple[int, int] | None],
+) -> tuple[str, ...] | None:
+    """As few of `blocks` as need to be recomputed, at least one.
 
     Args:
-        workload: the traced step.
-        plan: one without activation checkpointing.
-        first_excess: where a plan needs too much: the number of segments before, and the bytes above; None where it
-            fits.
+        blocks: names of the repeated blocks.
+        segments: of the step, as the plan runs it.
+        first_excess: where a plan that recomputes these blocks needs too much: the number of segments before, and the
+            bytes above; None where it fits.
 
     Returns:
-        A plan that fits; None where blocks cannot help, or all of them are needed.
+        Their names, in the order of `blocks`; None where blocks cannot help, or all of them are needed.
 
     Source: the module's docstring.
     """
-    segments = workload.steps[plan.precision].segments
     chosen: set[str] = set()
-    current = plan
-    while (excess := first_excess(current)) is not None:
+    while (excess := first_excess(frozenset(chosen))) is not None:
         before, over = excess
         gains: dict[str, int] = {}
         for segment in segments[:before]:
@@ -55,11 +54,9 @@ def fewest_blocks(
         for block in order:
             chosen.add(block)
             over -= _MOST * gains[block]
-            # The first changes more than its own bytes: the allocator is another under a plan that recomputes.
-            if over <= 0 or len(chosen) == 1:
+            if over <= 0:
                 break
-        if len(chosen) == len(workload.blocks):
-            return None
-        names = tuple(block for block in workload.blocks if block in chosen)
-        current = dataclasses.replace(plan, activation_checkpointing="selective", checkpointed_blocks=names)
-    return current
+    if len(chosen) >= len(blocks):
+        return None
+    # That it recomputes at all, so that its tensors are mapped, may be what makes a plan fit.
+    return tuple(block for block in blocks if block in (chosen or {blocks[0]}))

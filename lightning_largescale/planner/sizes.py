@@ -33,7 +33,18 @@ class Sizes:
     Lists have an item a segment, so that a step of many segments is priced in time that grows with their number.
     """
 
-    def __init__(self, workload: Workload, plan: Plan, kind: str, accumulate_grad_batches: int = 1) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        plan: Plan,
+        kind: str,
+        accumulate_grad_batches: int = 1,
+        recomputed: frozenset[str] | None = None,
+    ) -> None:
+        """Sizes of `plan`; `recomputed` are blocks in the place of those that it recomputes."""
+        every = frozenset(workload.blocks if plan.activation_checkpointing == "full" else ())
+        chosen = every | frozenset(plan.checkpointed_blocks or ())
+        self._recomputed = chosen if recomputed is None else recomputed
         self.workload, self.plan, self.kind = workload, plan, kind
         self.accumulate = accumulate_grad_batches
         self.step: Step = workload.steps[plan.precision]
@@ -107,12 +118,6 @@ class Sizes:
     def recomputes(self, segment: Segment) -> bool:
         """Whether the forward of `segment` runs again in backward."""
         return segment.block in self._recomputed
-
-    @cached_property
-    def _recomputed(self) -> frozenset[str]:
-        if self.plan.activation_checkpointing == "full":
-            return frozenset(self.workload.blocks)
-        return frozenset(self.plan.checkpointed_blocks or ())
 
     @cached_property
     def dropped(self) -> list[int]:

@@ -7,6 +7,8 @@ heads, attention, gates, functions of elements) is carried by DTensor's own rule
 they communicate, or refuse: then the matrices that it came from stay whole, and the block runs again. What is left
 communicates where a division ends and, in backward, where it begins, and nowhere else; it is right by construction.
 
+No Plan asks for it yet.
+
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (column and row); torch.distributed.tensor, sharding propagation.
 """
 
@@ -68,6 +70,10 @@ def divide(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mes
         whole |= refused
 
 
+# Inputs of column matrices, each as it was (version, whether gradients were recorded), and what the matrices got.
+Entered = MutableMapping[Tensor, tuple[tuple[int, bool], Tensor]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Product:
     """A product of an input, contracted in its last dimension, with a matrix.
@@ -96,7 +102,7 @@ class Product:
             return cls(input=args[1], weight=args[2], bias=args[0], outputs=1)
         return None
 
-    def on_ranks(self, entered: MutableMapping[Tensor, Tensor]) -> Tensor:
+    def on_ranks(self, entered: Entered) -> Tensor:
         """The result, all operands being DTensors: divided after a column matrix, whole after a row matrix.
 
         Args:
@@ -107,14 +113,19 @@ class Product:
         assert isinstance(given, DTensor)
         assert isinstance(self.weight, DTensor)
         if self.weight.placements[0].is_shard(self.outputs):
-            if given not in entered:
-                entered[given] = given.redistribute(given.device_mesh, [Replicate()])
-            given = entered[given]
+            given = _entering(given, entered)
         result = torch.matmul(given, weight)
         if self.weight.placements[0].is_shard(1 - self.outputs):
             assert isinstance(result, DTensor)
             result = result.redistribute(result.device_mesh, [Replicate()])
         return result if self.bias is None else result + self.bias
+
+
+def _entering(given: DTensor, entered: Entered) -> Tensor:
+    as_it_is = compat.version(given), torch.is_grad_enabled()
+    if given not in entered or entered[given][0] != as_it_is:
+        entered[given] = as_it_is, given.redistribute(given.device_mesh, [Replicate()])
+    return entered[given][1]
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -178,7 +189,7 @@ class _Run(TorchFunctionMode):
         self.communication = _Communication()
         # The matrices that the division of a tensor comes from.
         self.origins: MutableMapping[Tensor, frozenset[str]] = WeakTensorKeyDictionary()
-        self.entered: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self.entered: Entered = WeakTensorKeyDictionary()
         self.parameters = {name: self._replicated(parameter) for name, parameter in block.named_parameters()}
         self.names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
         self.names.update({parameter: name for name, parameter in self.parameters.items()})

@@ -53,6 +53,7 @@ def divided_and_trained(case, ways):
     for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert list(block.state_dict()) == names
+    assert case != "tied matrices" or block.also.weight is block.up.weight
     for name, dim in found.dims.items():
         parameter = block.get_parameter(name)
         assert parameter.to_local().shape[dim] * ways == parameter.shape[dim]

@@ -162,9 +162,30 @@ def _by_data(module, x):
     return x + module.down(y[..., : WIDTH // 2].repeat(1, 1, 2) if float(x.detach().sum()) > 1e9 else y.flip(-1))
 
 
+def _looks_first(module, x):
+    x = x * 1
+    with torch.no_grad():
+        module.up(x)
+    return module.down(module.up(x))
+
+
+class Tied(nn.Module):
+    """Two pairs whose first matrices are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.also, self.down = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.also.weight = self.up.weight
+
+    def forward(self, x):
+        return self.down(self.up(x).relu()) + self.down(self.also(x.flip(1)).relu())
+
+
 # What is divided although it is not as usual, and must be right.
 UNUSUAL = {
     "a residual inside the pair": lambda: Same(lambda m, x: m.down(m.up(x) + x)),
+    "a first use without gradients": lambda: Same(_looks_first),
+    "tied matrices": lambda: Tied(),
     "two pairs in one": lambda: Same(lambda m, x: m.down(m.up(x) * m.up(x.flip(1)))),
     "a gate of one value": lambda: Same(lambda m, x: m.down(m.up(x) * x[..., :1].sigmoid())),
 }
