@@ -64,6 +64,7 @@ PLAIN = {
     "reshard_after_forward": True,
     "precision": "32-true",
     "activation_checkpointing": "none",
+    "checkpointed_blocks": None,
 }
 
 
