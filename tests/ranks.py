@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 # What Lightning and torch advise or deprecate among themselves, which no test here is about.
 ADVICE = (
@@ -43,24 +44,29 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What `function` of a module returns on each rank; the first error that a rank had is raised."""
+        answers = self.answers(function, *args, **kwargs)
+        for rank, (error, trace, _) in enumerate(answers):
+            if error is not None:
+                error.__cause__ = RuntimeError(f"on rank {rank}:\n{trace}")
+                raise error
+        return [value for _, _, value in answers]
+
+    def answers(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Of each rank the error that `function` of a module raised, or None, its traceback as text, and the result."""
         if not self._processes:
             self.start()
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
-        results = []
+        answers = []
         for rank, pipe in enumerate(self._pipes):
             try:
                 if not pipe.poll(_TIMEOUT_SECONDS):
                     raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_SECONDS} s")
-                results.append(pipe.recv())
+                answers.append(pipe.recv())
             except (EOFError, TimeoutError):
                 self.end()
                 raise
-        for rank, (error, trace, _) in enumerate(results):
-            if error is not None:
-                error.__cause__ = RuntimeError(f"on rank {rank}:\n{trace}")
-                raise error
-        return [value for _, _, value in results]
+        return answers
 
     def end(self) -> None:
         """Kill the processes; the next run starts others."""
@@ -71,6 +77,7 @@ class Ranks:
         self._pipes.clear()
 
     def start(self) -> None:
+        """Fork the processes, of this one as it is now."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -92,6 +99,21 @@ def ranks(world_size: int) -> Iterator[Ranks]:
         yield made
     finally:
         made.end()
+
+
+def connected(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` on a rank, in a gloo process group of all ranks for that time."""
+    dist.init_process_group("gloo")
+    try:
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_connected(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns on each of some ranks of its own, connected."""
+    with ranks(world_size) as made:
+        return made.run(connected, function, *args)
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from hardware.ranks import run_ranks
+from ranks import run_connected
 
 from lightning_largescale.apart import ApartError, can_run_apart, run_apart
 from lightning_largescale.plan import PlanError
@@ -78,4 +78,4 @@ def collectives_apart():
 
 
 def test_the_other_ranks_do_not_notice():
-    assert run_ranks(2, collectives_apart) == [(None, 2.0), ((1, 2), 2.0)]
+    assert run_connected(2, collectives_apart) == [(None, 2.0), ((1, 2), 2.0)]

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from hardware.ranks import run_ranks
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelPruning
@@ -19,6 +18,7 @@ from lightning.pytorch.tuner import tuning
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from ranks import run_connected
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import _common_utils, fully_shard
@@ -37,7 +37,7 @@ def gather_and_scatter():
 
 
 def test_all_gather_and_reduce_scatter():
-    answers = run_ranks(2, gather_and_scatter)
+    answers = run_connected(2, gather_and_scatter)
     assert answers == [([0.0, 0.0, 1.0, 1.0], [1.0, 1.0]), ([0.0, 0.0, 1.0, 1.0], [3.0, 3.0])]
 
 
@@ -368,7 +368,7 @@ def divided_and_undone():
 
 
 def test_undo_sharding_and_without_gathering():
-    for kind, kept, hooks, same in run_ranks(2, divided_and_undone):
+    for kind, kept, hooks, same in run_connected(2, divided_and_undone):
         assert kind is nn.Sequential
         assert kept == ["user"] * 2
         assert hooks == [0, 0, 0]
@@ -401,7 +401,7 @@ def fake_in_a_fork():
 
 
 def test_fake_process_group():
-    assert run_ranks(2, fake_in_a_fork) == [(0, "fake"), (1, "fake")]
+    assert run_connected(2, fake_in_a_fork) == [(0, "fake"), (1, "fake")]
 
 
 def test_logs_hparams():

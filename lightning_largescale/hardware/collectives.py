@@ -75,13 +75,14 @@ def meet(device: torch.device) -> None:
 def _points(
     whole: torch.Tensor, shard: torch.Tensor, call: Callable[..., Any], sizes: list[int], seconds: float
 ) -> list[tuple[int, float]]:
-    """`(bytes a hop, seconds of the call)` by size, growing while there is time."""
+    """`(bytes a hop, seconds of the call)` by size, the smallest in any case, then growing while there is time."""
     deadline = perf_counter() + seconds
     points: list[tuple[int, float]] = []
     for size in sizes:
-        expected = points[-1][1] * size / points[-1][0] if points else 0.0
-        if not agree(int(perf_counter() + 3 * expected < deadline), whole.device):
-            break
+        if points:
+            expected = points[-1][1] * size / points[-1][0]
+            if not agree(int(perf_counter() + 3 * expected < deadline), whole.device):
+                break
         count = size // shard.element_size()
         points.append((size, _seconds(whole[: count * dist.get_world_size()], shard[:count], call, deadline)))
     slowest = torch.tensor([taken for _, taken in points], dtype=torch.float64, device=whole.device)

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 import torch
-from hardware.ranks import run_ranks
+from ranks import connected, ranks, run_connected
 
 from lightning_largescale.hardware import Hardware, Link
 from lightning_largescale.hardware.calibrate import _slowest
@@ -65,7 +65,7 @@ def calibrated():
 
 
 def test_all_ranks_get_the_rates_of_the_slowest(cache):
-    first, second = run_ranks(2, calibrated)
+    first, second = run_connected(2, calibrated)
     assert first[0] == first[1] == second[0] == second[1]  # measured, then from rank 0's cache
     assert first[0].all_reduce.bandwidth > 0
     assert len(list(cache.iterdir())) == 1
@@ -78,7 +78,7 @@ def without_cache_on_rank_1(folder):
 
 
 def test_rank_0_decides_what_is_in_the_cache(tmp_path):
-    first, second = run_ranks(2, without_cache_on_rank_1, str(tmp_path / "other"))
+    first, second = run_connected(2, without_cache_on_rank_1, str(tmp_path / "other"))
     assert first == second
     assert not (tmp_path / "other").exists()
 
@@ -93,7 +93,8 @@ def without_memory_on_rank_1():
 
 
 def test_a_rank_that_fails_takes_the_others_out_of_it(cache):
-    first, second = run_ranks(2, without_memory_on_rank_1)
+    with ranks(2) as own:
+        first, second = (trace for _, trace, _ in own.answers(connected, without_memory_on_rank_1))
     assert "RuntimeError: rank 1 failed while the hardware was measured" in first
     assert "RuntimeError: rank 1 failed while the hardware was measured" in second
     assert "was the direct cause" in second  # its own error, with its own traceback
@@ -111,12 +112,14 @@ def mismatched():
 
 
 def test_ranks_of_another_group_are_refused():
-    for answer in run_ranks(2, mismatched):
-        assert "PlanError: the hardware has 3 ranks and the process group 2" in answer
+    with ranks(2) as own:
+        for error, _, _ in own.answers(connected, mismatched):
+            assert isinstance(error, PlanError)
+            assert "the hardware has 3 ranks and the process group 2" in str(error)
 
 
 def test_one_process_is_measured_alone_also_beside_others():
-    assert run_ranks(2, each_alone) == [(1, None)] * 2
+    assert run_connected(2, each_alone) == [(1, None)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hardware.ranks import run_ranks
+from ranks import run_connected
 
 from lightning_largescale.hardware.collectives import agree, collective_links, hop_sizes, meet
 
@@ -12,7 +12,7 @@ def measure(seconds):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_rank_gets_the_same_links(world):
-    first, *others = run_ranks(world, measure, 0.2)
+    first, *others = run_connected(world, measure, 0.2)
     assert set(first) == {"all_gather", "reduce_scatter", "all_reduce"}
     assert all(other == first for other in others)
     for link in first.values():
@@ -21,7 +21,7 @@ def test_every_rank_gets_the_same_links(world):
 
 
 def test_no_time_still_measures_the_smallest():
-    links = run_ranks(2, measure, 1e-9)
+    links = run_connected(2, measure, 1e-9)
     assert links[0] == links[1]
 
 
@@ -32,7 +32,7 @@ def agreed():
 
 
 def test_rank_0_decides():
-    assert run_ranks(2, agreed) == [7, 7]
+    assert run_connected(2, agreed) == [7, 7]
 
 
 def test_sizes_fit_the_memory():
