@@ -59,14 +59,14 @@ def divide(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mes
     Source: the module's docstring.
     """
     know_attention()
+    matrices = [name for name, parameter in block.named_parameters() if parameter.dim() > 1]
     whole: dict[str, str] = {}
     while True:
         run = _Run(block, mesh, whole)
         refused = run(args, kwargs)
         if not refused:
-            matrices = [name for name, parameter in block.named_parameters() if parameter.dim() > 1]
-            never = {name: "it meets no product" for name in matrices if name not in whole and name not in run.dims}
-            return Divided(dims=run.dims, whole={**whole, **never})
+            undivided = [name for name in matrices if name not in run.dims]
+            return Divided(dims=run.dims, whole={name: whole.get(name, "it meets no product") for name in undivided})
         whole |= refused
 
 
@@ -264,10 +264,14 @@ class _Run(TorchFunctionMode):
             dim = 1 - product.outputs
         else:
             return None
+        bias = None if product.bias is None else self.names.get(product.bias)
         if product.weight.shape[dim] % self.mesh.size():
             self._refuse_names([name], f"{product.weight.shape[dim]} is not divisible by {self.mesh.size()}")
-            return None
-        return dim
+        elif dim == product.outputs and bias is not None and bias in self.whole:
+            self._refuse_names([name], f"its bias stays whole: {self.whole[bias]}")
+        else:
+            return dim
+        return None
 
     def _look_at(self, output: Any) -> None:
         for leaf in compat.leaves(output):

@@ -9,7 +9,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from ranks import quiet
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from workload.tensor_blocks import IN_PART, KNOWN, UNSAFE, UNUSUAL
+from workload.tensor_blocks import IN_PART, KNOWN, TAKES_HEADS, UNSAFE, UNUSUAL, called
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.tensor import divide_over
@@ -18,14 +18,10 @@ from lightning_largescale.workload.shardable import divide
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*random operators:UserWarning")]
 
 
-TAKES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
-
 def built(case):
     torch.manual_seed(0)
-    made = case()
-    block, args, kwargs = made if isinstance(made, tuple) else (made, (torch.randn(2, 8, 32),), {})
-    return block.eval(), [args[0].requires_grad_(), *args[1:]], kwargs
+    block, args, kwargs = called(case)
+    return block.eval(), args, kwargs
 
 
 def trained(block, args, kwargs):
@@ -42,11 +38,11 @@ def divided_and_trained(case, ways):
     if not dist.is_initialized():
         compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    block, args, kwargs = built({**KNOWN, **IN_PART, **UNSAFE, **UNUSUAL}[case])
+    block, args, kwargs = built(case)
     expected = trained(block, args, kwargs)
     sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
     names = list(block.state_dict())
-    block, args, kwargs = built({**KNOWN, **IN_PART, **UNSAFE, **UNUSUAL}[case])
+    block, args, kwargs = built(case)
     found = divide(block, args, kwargs, mesh)
     divide_over(block, found, mesh)
     results = trained(block, args, kwargs)

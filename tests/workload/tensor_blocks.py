@@ -132,7 +132,7 @@ class Same(nn.Module):
         return self.use(self, x)
 
 
-class Doubled(torch.autograd.Function):
+class Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         return x.cumsum(-1)
@@ -185,7 +185,7 @@ class Tied(nn.Module):
 UNUSUAL = {
     "a residual inside the pair": lambda: Same(lambda m, x: m.down(m.up(x) + x)),
     "a first use without gradients": lambda: Same(_looks_first),
-    "tied matrices": lambda: Tied(),
+    "tied matrices": Tied,
     "two pairs in one": lambda: Same(lambda m, x: m.down(m.up(x) * m.up(x.flip(1)))),
     "a gate of one value": lambda: Same(lambda m, x: m.down(m.up(x) * x[..., :1].sigmoid())),
 }
@@ -200,15 +200,26 @@ UNSAFE = {
     "flipped": lambda: Pair(Between(lambda x: x.flip(-1))),
     "sums along what is divided": lambda: Pair(Between(lambda x: x.cumsum(-1))),
     "sorted": lambda: Pair(Between(lambda x: x.sort(-1).values)),
-    "an autograd function of the user": lambda: Pair(Between(Doubled.apply)),
+    "an autograd function of the user": lambda: Pair(Between(Summed.apply)),
     "halves of one matrix": lambda: Pair(Between(lambda x: torch.cat([x[..., 32:], x[..., :32]], -1))),
     "one matrix twice": lambda: Same(lambda m, x: m.up(F.relu(m.up(x)))),
     "a matrix and its transpose": lambda: Same(lambda m, x: F.linear(m.up(x), m.up.weight.t())),
     "a matrix that is normalised": lambda: Same(lambda m, x: m.down(F.linear(x, F.normalize(m.up.weight)))),
     "a matrix that is penalised": lambda: Same(lambda m, x: m.down(m.up(x)) + m.up.weight.square().mean()),
+    "a bias that is penalised": lambda: Same(lambda m, x: m.down(m.up(x)) + m.up.bias.square().mean()),
     "writes in place": lambda: Same(_in_place),
     "data decide": lambda: Same(_by_data),
     "the result is divided": lambda: Same(lambda m, x: m.up(x)),
     "an odd number of heads": lambda: GPTBlock(heads=1),
     "an odd width": lambda: Pair(nn.ReLU(), width=7),
 }
+ALL = {**KNOWN, **IN_PART, **UNUSUAL, **UNSAFE}
+# Before torch 2.13 DTensor does not multiply batches of divided heads: attention computed by hand stays whole.
+TAKES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+def called(case):
+    """A block of `ALL`, what it is called with, and that as names."""
+    made = ALL[case]()
+    block, args, kwargs = made if isinstance(made, tuple) else (made, (hidden(),), {})
+    return block, [args[0].requires_grad_(), *args[1:]], kwargs

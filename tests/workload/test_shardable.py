@@ -7,7 +7,7 @@ from ranks import quiet
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from workload.tensor_blocks import IN_PART, KNOWN, UNSAFE, GPTBlock, hidden
+from workload.tensor_blocks import IN_PART, KNOWN, TAKES_HEADS, UNSAFE, GPTBlock, called
 
 from lightning_largescale.workload.shardable import divide
 
@@ -22,8 +22,8 @@ def mesh(request):
 
 
 def found(case, mesh):
-    block, args, kwargs = case if isinstance(case, tuple) else (case, (hidden(),), {})
-    return block, divide(block, [args[0].requires_grad_(), *args[1:]], kwargs, mesh)
+    block, args, kwargs = called(case)
+    return block, divide(block, args, kwargs, mesh)
 
 
 def share(block, divided):
@@ -32,16 +32,14 @@ def share(block, divided):
     return sum(size for name, size in matrices.items() if name in divided.dims) / sum(matrices.values())
 
 
-# Before torch 2.13 DTensor does not multiply batches of divided heads: attention computed by hand stays whole.
 HEADS_BY_HAND = ("scored", "bert", "t5 encoder", "t5 decoder")
-TAKES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_matrix_of_a_block_of_known_models(mesh, name):
     if name in HEADS_BY_HAND and not TAKES_HEADS:
         pytest.skip("by hand, and this torch does not take it divided")
-    block, divided = found(KNOWN[name](), mesh)
+    block, divided = found(name, mesh)
     few_heads = mesh.size() == 4 and name in ("llama", "mistral", "qwen3")
     if name not in ("scored", "t5 encoder", "t5 decoder") and not few_heads:
         assert share(block, divided) == 1
@@ -59,14 +57,14 @@ def test_every_matrix_of_a_block_of_known_models(mesh, name):
 
 @pytest.mark.parametrize("name", IN_PART)
 def test_what_has_one_matrix_for_q_k_and_v(mesh, name):
-    block, divided = found(IN_PART[name](), mesh)
+    block, divided = found(name, mesh)
     assert 0.5 <= share(block, divided) < 1
     assert all(divided.whole.values())
 
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_what_cannot_be_proven_stays_whole(mesh, name):
-    block, divided = found(UNSAFE[name](), mesh)
+    block, divided = found(name, mesh)
     if name == "an odd number of heads":
         assert {matrix for matrix in divided.dims if matrix.endswith("weight")} == {"up.weight", "down.weight"}
         return
