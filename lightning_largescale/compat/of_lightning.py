@@ -164,9 +164,13 @@ def flag_sigterm_only(trainer: Any) -> None:
     it at different places wait for each other for good; its training loop tells all of rank 0's flag before each
     batch. To be called before a stage registers its handlers. Replaced by a handler that leaves collectives alone.
     """
+    from lightning.pytorch.trainer.connectors.signal_connector import log
+    from lightning_utilities.core.rank_zero import rank_prefixed_message
+
     connector = trainer._signal_connector
 
     def flag(number: int, _: Any) -> None:
+        log.info(rank_prefixed_message(f"Received SIGTERM: {number}", trainer.local_rank))
         if not connector.received_sigterm and (launcher := trainer.strategy.launcher) is not None:
             launcher.kill(number)
         connector.received_sigterm = True
