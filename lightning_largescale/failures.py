@@ -86,8 +86,7 @@ class PeerFailures:
         if self._lines is None:
             # Nobody can be told, nor whether all failed alike. Peers may wait for this rank in a group that an earlier
             # stage left, and what handles the error here must not wait for them.
-            with contextlib.suppress(RuntimeError):
-                leave_process_group()
+            leave_process_group()
             return
         own = Failure.of(self.rank, error)
         if own.lost:

@@ -175,23 +175,21 @@ class _Children:
         # An error of this process has its own status, and what it exits with may be what all exit with.
         ended_well = not self._failed and getattr(sys, "last_value", None) is None
         if ended_well and (failure := self._failure()) is not None:
-            codes = [process.returncode for process in self._processes if process.returncode]
-            end_process(
-                f"rank {self._first_rank} stops: {failure}", lambda: None, status=codes[0] if codes[0] > 0 else 1
-            )
+            code = self._processes[failure.rank - self._first_rank - 1].returncode
+            end_process(f"rank {self._first_rank} stops: {failure}", lambda: None, status=max(code, 1))
 
     def _failure(self) -> Failure | None:
-        for rank, process in enumerate(self._processes, self._first_rank + 1):
-            if process.returncode:
+        """The first rank whose process ended with another status than 0."""
+        codes = [process.poll() for process in self._processes]
+        for rank, code in enumerate(codes, self._first_rank + 1):
+            if code:
                 return Failure(rank=rank, what=self.describe(rank) or "", lost=True)
         return None
 
     def _watch(self) -> None:
-        while any(process.poll() is None for process in self._processes):
-            if any(process.returncode for process in self._processes):
-                break
-            time.sleep(_POLL_SECONDS)
-        if (failure := self._failure()) is not None and not self._handled.wait(GRACE_SECONDS):
+        while (failure := self._failure()) is None and any(process.returncode is None for process in self._processes):
+            time.sleep(_POLL_SECONDS)  # nothing waits for the first of several processes on every system
+        if failure is not None and not self._handled.wait(GRACE_SECONDS):
             end_process(f"rank {self._first_rank} stops: {failure}", lambda: self.end(failure))
 
 

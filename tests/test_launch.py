@@ -274,6 +274,16 @@ def test_a_hook_of_one_rank_raises(tmp_path, start, rank, where):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("statuses", "status"), [((3, 3), 3), ((0, 4), 4), ((5, 0), 5)])
+def test_the_status_of_a_script_is_that_of_any_rank_that_failed(tmp_path, statuses, status):
+    run = train(tmp_path, "--exit", *map(str, statuses))
+    run.wait_for("DONE", 2)
+    ended = run.end(END_SECONDS)
+    assert ended.status == status, ended
+    assert not ended.orphans
+
+
+@pytest.mark.slow
 def test_spawned_ranks_fail_alike(tmp_path):
     guarded = TRAIN.read_text().replace("for _ in range", "for _ in () if __name__ != '__main__' else range")
     (tmp_path / "train.py").write_text(guarded)

@@ -61,11 +61,13 @@ class Run:
     def wait_for(self, mark: str, count: int = 1) -> None:
         """Return when `mark` stands `count` times in the output; fail when the run ends before, or time is up."""
         deadline = time.monotonic() + START_SECONDS
+        ended = False
         while self._out.read_text().count(mark) < count:
-            ended = self._process.poll() is not None and self._out.read_text().count(mark) < count
             if ended or time.monotonic() > deadline:
                 raise AssertionError(f"no {mark}: {self.kill()}")
-            time.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.05)
+                ended = True
 
     def interrupt(self, *, everyone: bool, by: signal.Signals = signal.SIGINT) -> None:
         """Send what Ctrl-C sends: to every process of the run, as a terminal does, or to the first alone."""

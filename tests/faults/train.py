@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import threading
 import warnings
 
@@ -29,6 +30,7 @@ parser.add_argument("--other", choices=["collective", "compute", "loader"], defa
 parser.add_argument("--start-method", default=None)
 parser.add_argument("--catch", action="store_true", help="the failing rank catches the exception and lives on")
 parser.add_argument("--fits", type=int, default=1)
+parser.add_argument("--exit", type=int, nargs=2, help="what rank 0 and rank 1 end with after all of them")
 parser.add_argument("--configure-model", action="store_true")
 args = parser.parse_args()
 
@@ -138,3 +140,5 @@ def fit() -> None:
 
 for _ in range(args.fits):
     fit()
+if args.exit:
+    sys.exit(args.exit[rank()])
