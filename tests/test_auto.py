@@ -13,19 +13,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from models import Language, trainer
-from ranks import quiet, ranks
+from ranks import quiet
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet
-
-
-@pytest.fixture(scope="module")
-def two():
-    with ranks(2) as made:
-        yield made
 
 
 def train(strategy, *, devices=1, **options):
@@ -41,6 +36,20 @@ def test_one_process_with_room_is_the_plain_run_bit_for_bit():
     assert losses == train("auto")[0]
     assert run.strategy.plan == run.strategy.report.best == Plan()
     assert run.strategy.report.candidates[0].status == "chosen"
+
+
+def test_what_measuring_leaves_behind_is_held_before(monkeypatch):
+    left = []
+    before = train(LargeScaleAutoStrategy())[1].strategy.report.best_estimate.memory.terms["process before"]
+    measure = Hardware.calibrate
+
+    def leave(machine, **options):
+        left.append(torch.ones(2**26))
+        return measure(machine, **options)
+
+    monkeypatch.setattr(Hardware, "calibrate", leave)
+    held = train(LargeScaleAutoStrategy())[1].strategy.report.best_estimate.memory.terms["process before"]
+    assert held - before > 0.9 * left[0].nbytes
 
 
 def test_a_plan_is_written_and_can_be_pinned(tmp_path):

@@ -283,6 +283,25 @@ def test_the_status_of_a_script_is_that_of_any_rank_that_failed(tmp_path, status
     assert not ended.orphans
 
 
+# Processes as the launcher has them, the second of which fails.
+BEHIND = """
+import subprocess, sys, threading
+from lightning_largescale.launch import _Children
+lives = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+fails = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+_Children().adopt([lives, fails], 0)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_seen_behind_one_that_lives(start_python):
+    process = start_python(BEHIND)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 0 stops: rank 2 ended with exit status 3" in err
+
+
 @pytest.mark.slow
 def test_spawned_ranks_fail_alike(tmp_path):
     guarded = TRAIN.read_text().replace("for _ in range", "for _ in () if __name__ != '__main__' else range")

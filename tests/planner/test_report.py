@@ -34,6 +34,14 @@ def test_text_is_the_table():
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_many_blocks_are_shown_by_the_first_and_the_last():
+    names = tuple(f"blocks.{index}" for index in range(4))
+    plan = Plan(activation_checkpointing="selective", checkpointed_blocks=names)
+    assert plan_fields(plan).endswith("checkpointed_blocks=('blocks.0', ..., 'blocks.3')")
+    few = Plan(activation_checkpointing="selective", checkpointed_blocks=names[:3])
+    assert plan_fields(few).endswith("checkpointed_blocks=('blocks.0', 'blocks.1', 'blocks.2')")
+
+
 def test_text_says_when_nothing_fits():
     assert "no plan fits 1.00 MiB a rank" in str(find_plans(workload(), hardware(2), memory_budget=MIB))
 
