@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale.parallel.copies import divided_like
+from lightning_largescale.parallel.order import full, order_of
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
@@ -33,22 +34,26 @@ def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
         name: aliases.setdefault(id(parameter), name)
         for name, parameter in module.named_parameters(remove_duplicate=False)
     }
-    full: dict[str, Any] = {}
+    parameters = dict(module.named_parameters())
+    found: dict[str, Any] = {}
     for name, value in module.state_dict().items():
         first = first_names.get(name, name)
-        whole = full[first] if first in full else _whole(value, keep=keep)
-        full[name] = whole
-    return full if keep else {}
+        found[name] = found[first] if first in found else _whole(value, parameters.get(first), keep=keep)
+    return found if keep else {}
 
 
 def full_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
     """`optimizer.state_dict()` with full plain tensors on the CPU: a collective; empty without `keep`."""
     state = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    by_index = dict(zip(indices, parameters, strict=True))
     # In the same order on all ranks, whatever the order in which parameters got their state.
-    full = {
-        index: apply_to_collection(state["state"][index], Tensor, _whole, keep=keep) for index in sorted(state["state"])
+    found = {
+        index: apply_to_collection(state["state"][index], Tensor, _whole, by_index.get(index), keep=keep)
+        for index in sorted(state["state"])
     }
-    return {**state, "state": full} if keep else {}
+    return {**state, "state": found} if keep else {}
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -71,7 +76,7 @@ def whole_everywhere(value: Any, *, keep: bool) -> Any:
     object; containers that do are copied.
     """
     if isinstance(value, DTensor):
-        return _whole(value, keep=keep)
+        return _whole(value, None, keep=keep)
     if not isinstance(value, dict | list | tuple):
         return value
     keys = list(value) if isinstance(value, dict) else range(len(value))
@@ -87,13 +92,13 @@ def whole_everywhere(value: Any, *, keep: bool) -> Any:
     return copied
 
 
-def _whole(value: Any, *, keep: bool) -> Any:
-    """The full value on the CPU where it is wanted; a collective for a DTensor, which all ranks enter."""
+def _whole(value: Any, parameter: object, *, keep: bool) -> Any:
+    """The full value of a parameter, or of its state, on the CPU where it is wanted; a collective for a DTensor."""
     if not isinstance(value, Tensor):
         return value
     whole: Tensor = value
     if isinstance(value, DTensor):
         # An average may be kept in DRAM, which not every collective reads.
         on_device: Any = value.to(value.device_mesh.device_type)
-        whole = on_device.full_tensor()
+        whole = full(on_device, order_of(parameter))
     return whole.detach().cpu() if keep else None

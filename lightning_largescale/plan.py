@@ -72,6 +72,7 @@ class Plan:
         dp_shard: devices that a model's parameters, gradients and optimizer state are divided among.
         reshard_after_forward: gathered parameters are dropped after a block's forward and gathered again in backward
             (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
+        tp: devices that the matrices of blocks are divided among, each computing its part of every sample.
         precision: Lightning's name of the arithmetic: "32-true"; "bf16-mixed" or "16-mixed", matrix products in half
             the bytes and weights in float32; "bf16-true", "16-true" or "64-true", weights and all in that type.
         activation_checkpointing: "none"; "full": every repeated block keeps its input and runs its forward again in
@@ -83,18 +84,19 @@ class Plan:
         PlanError: an unknown field, or a field whose value is not of the accepted type or range.
 
     Source: Rajbhandari et al. 2020, "ZeRO", section 5 (stages); Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid
-        sharding).
+        sharding); Shoeybi et al. 2019, "Megatron-LM", section 3 (tensor parallelism).
     """
 
     dp_replicate: int = 1
     dp_shard: int = 1
+    tp: int = 1
     reshard_after_forward: bool = True
     precision: str = "32-true"
     activation_checkpointing: str = "none"
     checkpointed_blocks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard"):
+        for name in ("dp_replicate", "dp_shard", "tp"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"{name}={value!r} is not accepted; give a whole number of devices, 1 or more.")
@@ -129,7 +131,7 @@ class Plan:
     @property
     def world_size(self) -> int:
         """Number of devices, one process each, that the plan needs."""
-        return self.dp_replicate * self.dp_shard
+        return self.dp_replicate * self.dp_shard * self.tp
 
     def validate(self, hardware: Hardware | None = None, workload: Workload | None = None) -> None:
         """Check the plan against the machine and the model it is meant for; what is None is not checked.
@@ -184,17 +186,28 @@ class Plan:
         """
         if self.world_size != world:
             raise PlanError(
-                f"dp_replicate={self.dp_replicate}, dp_shard={self.dp_shard} makes {self.world_size} and there"
-                f" {'is 1 process' if world == 1 else f'are {world} processes'}; dp_replicate * dp_shard must be"
-                f" their number, {world} (devices * num_nodes of a Trainer), for example {self._sizes_for(world)}."
+                f"dp_replicate={self.dp_replicate}, dp_shard={self.dp_shard}, tp={self.tp} makes {self.world_size} and"
+                f" there {'is 1 process' if world == 1 else f'are {world} processes'}; dp_replicate * dp_shard * tp"
+                f" must be their number, {world} (devices * num_nodes of a Trainer), for example"
+                f" {self._sizes_for(world)}."
             )
 
     def _sizes_for(self, world: int) -> str:
         """Sizes that multiply to `world`, those of the plan kept where they divide it."""
-        if self.dp_replicate == 1:
-            return f"dp_shard={world}"
-        replicas = next(size for size in (self.dp_replicate, world // self.dp_shard or 1, 1) if world % size == 0)
-        return f"dp_replicate={replicas}, dp_shard={world // replicas}"
+        tp = self.tp if world % self.tp == 0 else 1
+        data = world // tp
+        sizes = {"dp_shard": data}
+        if self.dp_replicate > 1:
+            replicas = next(size for size in (self.dp_replicate, data // self.dp_shard or 1, 1) if data % size == 0)
+            sizes = {"dp_replicate": replicas, "dp_shard": data // replicas}
+        if tp > 1:
+            sizes["tp"] = tp
+        return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+    @property
+    def shards(self) -> bool:
+        """Whether the ranks hold parts of the parameters, and not all of them."""
+        return self.dp_shard > 1 or self.tp > 1
 
     def describe(self) -> str:
         """The plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
@@ -206,7 +219,10 @@ class Plan:
         elif self.dp_replicate > 1:
             layout = f"replicated on {self.dp_replicate} devices"
         else:
-            layout = "plain, one device"
+            layout = "" if self.tp > 1 else "plain, one device"
+        if self.tp > 1:
+            among = f"tensor parallel over {self.tp} devices"
+            layout = f"{layout}, each {among}" if layout else among
         recompute = {"none": "", "full": ", full activation checkpointing"}.get(self.activation_checkpointing)
         if recompute is None:
             count = len(self.checkpointed_blocks or ())

@@ -37,8 +37,8 @@ def abort_process_groups() -> None:
     _abort_process_group()
 
 
-def all_gather_tensor(output: Any, tensor: Any) -> None:
-    """Gather every rank's `tensor` into `output`, one after the other, over the default process group.
+def all_gather_tensor(output: Any, tensor: Any, group: Any = None) -> None:
+    """Gather every rank's `tensor` into `output`, one after the other; None is the default process group.
 
     Replaced by `torch.distributed.all_gather_single` alone once the oldest supported torch has it; torch 2.13 warns of
     the name that torch 2.11 has.
@@ -46,18 +46,18 @@ def all_gather_tensor(output: Any, tensor: Any) -> None:
     import torch.distributed as dist
 
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, tensor)
+    gather(output, tensor, group=group)
 
 
-def reduce_scatter_tensor(output: Any, tensor: Any) -> None:
-    """Sum `tensor` over the ranks of the default process group, each keeping its part in `output`.
+def reduce_scatter_tensor(output: Any, tensor: Any, group: Any = None) -> None:
+    """Sum `tensor` over the ranks, each keeping its part in `output`; None is the default process group.
 
     Replaced by `torch.distributed.reduce_scatter_single` alone, as `all_gather_tensor`.
     """
     import torch.distributed as dist
 
     scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-    scatter(output, tensor)
+    scatter(output, tensor, group=group)
 
 
 def forget_forward(module: Any) -> None:

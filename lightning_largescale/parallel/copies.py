@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.materialize import equal_weights
+from lightning_largescale.parallel.order import as_ordered, divided, full, order_of
 
 # Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.
 _BATCH_BYTES = 16 * 2**20
@@ -122,8 +123,7 @@ def divided_like(value: Any, target: Any) -> Any:
         return value
     if value.shape != target.shape:
         return value
-    local = value.to(target.device)
-    return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
+    return divided(value.to(target.device), target, order_of(target))
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -194,14 +194,14 @@ def _slice(parameter: nn.Parameter, target: nn.Parameter) -> nn.Parameter:
     _equal([parameter], target.device)
     # Or the whole would stay in memory behind the slice.
     shard = divided_like(parameter.detach(), target).to(parameter.device).clone()
-    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+    return as_ordered(nn.Parameter(shard, requires_grad=parameter.requires_grad), order_of(target))
 
 
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
     if not isinstance(parameter, DTensor):
         return parameter
     on_device: Any = parameter.detach().to(parameter.device_mesh.device_type)
-    whole = on_device.full_tensor().to(parameter.device).clone()
+    whole = full(on_device, order_of(parameter)).to(parameter.device).clone()
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
@@ -273,7 +273,7 @@ def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
     for parameter in module.parameters():
         if isinstance(parameter, DTensor):
             shard = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            memo.setdefault(id(parameter), shard)
+            memo.setdefault(id(parameter), as_ordered(shard, order_of(parameter)))
 
 
 def _remove_hooks(module: nn.Module, which: Callable[[Any], bool]) -> None:

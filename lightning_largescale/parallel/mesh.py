@@ -20,13 +20,22 @@ def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
         device_type: "cpu" or "cuda".
 
     Returns:
-        Axes ("dp_replicate", "dp_shard"), the first only where there is more than one replica: FSDP2 reduces gradients
-        over every axis it is given.
+        Axes ("dp_replicate", "dp_shard", "tp"): ranks of one node are neighbours along the last. The first only where
+        there is more than one replica, since FSDP2 reduces gradients over every axis it is given; the last likewise.
     """
-    if plan.dp_shard == 1:
+    if not plan.shards:
         return None
-    if plan.dp_replicate == 1:
-        return init_device_mesh(device_type, (plan.dp_shard,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(
-        device_type, (plan.dp_replicate, plan.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
+    kept = {name: size for name, size in axes.items() if name == "dp_shard" or size > 1}
+    return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes of `mesh` whose ranks see other data; FSDP2 divides over these."""
+    names = mesh.mesh_dim_names or ()
+    return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
+
+
+def tensor_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The axis of `mesh` whose ranks compute parts of the same samples; None where there is none."""
+    return mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else None

@@ -19,6 +19,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.exchange import Exchange, closure_first
 from lightning_largescale.parallel.gather import reshard
 from lightning_largescale.parallel.known import KnownParameters
+from lightning_largescale.parallel.order import divided_dims, order_of
 from lightning_largescale.parallel.trial import Answer, ask, count_shards
 from lightning_largescale.plan import PlanError
 
@@ -139,6 +140,9 @@ class AdaptedOptimizer:
     def _blocks_whole(self, parameter: Tensor, key: str) -> bool:
         """Whether each block of elements is on one rank, as many on each."""
         size, shards = self._answer.block_sizes[key], count_shards(parameter)
+        # What is divided twice, or by columns, has elements of a block on several ranks.
+        if divided_dims(parameter) != [0] or order_of(parameter) is not None:
+            return False
         return size > 0 and parameter.shape[0] % shards == 0 and parameter.numel() // shards % size == 0
 
     def _whole(self, parameter: Tensor, key: str, tensor: Tensor) -> Tensor:

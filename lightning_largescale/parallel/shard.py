@@ -9,7 +9,7 @@ Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -25,15 +25,25 @@ from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.gather import Sharded, set_plan, sharded_state, start_gathering
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import equal_weights
+from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
+from lightning_largescale.parallel.order import as_ordered
+from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import Group, find_groups
+from lightning_largescale.workload.parts import Part
 
 # Bytes of full copies freed between two returns of memory to the system: a return walks the heap.
 _RELEASE_BYTES = 256 * 2**20
 
 
 def shard_module(
-    module: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.device, *, gather_type: torch.dtype | None = None
+    module: nn.Module,
+    plan: Plan,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    gather_type: torch.dtype | None = None,
+    parts: Mapping[str, Mapping[str, Part]] = {},
 ) -> None:
     """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
 
@@ -47,10 +57,11 @@ def shard_module(
 
     Args:
         module: on any device.
-        plan: has `dp_shard` above 1.
+        plan: has `dp_shard` or `tp` above 1.
         mesh: as `build_mesh` makes it.
         device: of this rank.
         gather_type: of the matrices of blocks; None for that they are stored in.
+        parts: by block, and name in it, what tensor parallelism divides.
 
     Raises:
         PlanError: no parameters, or trainable ones in several dtypes within one group.
@@ -78,6 +89,7 @@ def shard_module(
                 mesh=mesh,
                 device=device,
                 gather_type=gather_type,
+                parts=parts.get(name, {}),
             )
         if freed >= _RELEASE_BYTES and device.type == "cpu":
             freed = 0
@@ -85,7 +97,7 @@ def shard_module(
     module.to(device)
     equal_weights(itertools.chain(module.parameters(), module.buffers()))
     with _held_by(module, root_too):
-        fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+        fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole)
     state.groups[""] = cast(FSDPModule, module)
     for scalar in whole:
         trained = scalar.requires_grad
@@ -105,7 +117,7 @@ def adapt(module: nn.Module, plan: Plan) -> bool:
     state = sharded_state(module)
     assert state is not None
     before = state.plan
-    if (before.dp_replicate, before.dp_shard, before.precision) != (plan.dp_replicate, plan.dp_shard, plan.precision):
+    if any(getattr(before, name) != getattr(plan, name) for name in ("dp_replicate", "dp_shard", "tp", "precision")):
         return False
     set_plan(state, plan)
     return True
@@ -137,11 +149,15 @@ def _shard_block(
     mesh: DeviceMesh,
     device: torch.device,
     gather_type: torch.dtype | None,
+    parts: Mapping[str, Part],
 ) -> int:
     """Divide one block, but for parameters in `whole` and what is added to `root_too`; the bytes of its full copy."""
     block = group.modules[0]
     block.to(device)
     equal_weights(itertools.chain(block.parameters(), block.buffers()))
+    among = tensor_mesh(mesh)
+    if among is not None:
+        divide_over(block, parts, among)
     own = {parameter: module.get_parameter(parameter) for parameter in group.parameters}
     left = {module.get_parameter(parameter) for parameter in group.shared}
     if gather_type is not None:
@@ -153,11 +169,13 @@ def _shard_block(
         return 0
     fully_shard(
         block,
-        mesh=mesh,
+        mesh=data_mesh(mesh),
         reshard_after_forward=state.plan.reshard_after_forward,
         mp_policy=_policy(gather_type),
         ignored_params=left | whole,
     )
+    for path, parameter in block.named_parameters():
+        as_ordered(parameter, parts.get(path))
     state.groups[name] = cast(FSDPModule, block)
     state.owners |= dict.fromkeys(divided, state.groups[name])
     return sum(parameter.nbytes for parameter in divided.values())

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_largescale.parallel.exchange import Exchange, closure_first
+from lightning_largescale.parallel.order import divided, divided_dim, divided_dims, full
 
 # Rows and columns, small enough for milliseconds: of what is treated as small, and of what is treated as large also in
 # half, as 8-bit states are from 4096 elements on.
@@ -98,7 +99,7 @@ def count_shards(parameter: Tensor) -> int:
     if not isinstance(parameter, DTensor):
         return 1
     mesh = parameter.device_mesh
-    return math.prod(mesh.size(axis) for axis, placement in enumerate(parameter.placements) if placement.is_shard())
+    return math.prod(mesh.size(axis) for axis, one in enumerate(parameter.placements) if divided_dim(one) is not None)
 
 
 def _agreed(answer: Answer) -> Answer:
@@ -140,14 +141,18 @@ def _tried(optimizer: Optimizer, groups: _Groups) -> Answer:
         failure = "its steps on DTensors are not those on whole parameters"
     except Exception as error:
         failure = f"it does not step on DTensors ({_in_words(error)})"
-    try:
-        first, second = (_steps(optimizer, groups, partial(_half, part), apart=True) for part in range(2))
-    except Exception as error:
-        return Answer(refusal=f"{failure}, nor on parts of parameters ({_in_words(error)})")
-    if not _same(samples, whole.values, _joined(samples, first.values, second.values)):
-        return Answer(refusal=f"{failure}, and its step on a parameter is not that on its parts")
-    whole_keys, block_sizes = _sorted_keys(samples, whole, first, second)
-    return Answer(local=True, whole_keys=whole_keys, block_sizes=block_sizes)
+    whole_keys: frozenset[str] = frozenset()
+    block_sizes: dict[str, int] = {}
+    for dim in sorted({dim for sample in samples for dim in divided_dims(sample.like)}):
+        try:
+            first, second = (_steps(optimizer, groups, partial(_half, dim, part), apart=True) for part in range(2))
+        except Exception as error:
+            return Answer(refusal=f"{failure}, nor on parts of parameters ({_in_words(error)})")
+        if not _same(samples, whole.values, _joined(dim, samples, first.values, second.values)):
+            return Answer(refusal=f"{failure}, and its step on a parameter is not that on its parts")
+        equal, blocks = _sorted_keys(samples, whole, first, second)
+        whole_keys, block_sizes = whole_keys | equal, block_sizes | blocks
+    return Answer(local=True, whole_keys=whole_keys - block_sizes.keys(), block_sizes=block_sizes)
 
 
 def _samples(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> _Groups:
@@ -253,16 +258,16 @@ def _small(value: Any, sample: _Sample, parameter: Tensor) -> Any:
 def _divide(sample: _Sample, tensor: Tensor) -> Tensor:
     if not isinstance(sample.like, DTensor):
         return tensor
-    return distribute_tensor(tensor, sample.like.device_mesh, sample.like.placements, src_data_rank=None)
+    return divided(tensor, sample.like)
 
 
-def _half(part: int, sample: _Sample, tensor: Tensor) -> Tensor:
-    return tensor.chunk(2)[part].clone() if isinstance(sample.like, DTensor) else tensor
+def _half(dim: int, part: int, sample: _Sample, tensor: Tensor) -> Tensor:
+    return tensor.chunk(2, dim)[part].clone() if dim in divided_dims(sample.like) else tensor
 
 
-def _joined(samples: list[_Sample], first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+def _joined(dim: int, samples: list[_Sample], first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     return [
-        torch.cat([one, other]) if isinstance(sample.like, DTensor) else one
+        torch.cat([one, other], dim) if dim in divided_dims(sample.like) else one
         for sample, one, other in zip(samples, first, second, strict=True)
     ]
 
@@ -277,7 +282,7 @@ def _same(samples: list[_Sample], expected: list[Tensor], found: list[Tensor]) -
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def _sorted_keys(samples: list[_Sample], whole: _Outcome, *parts: _Outcome) -> tuple[frozenset[str], dict[str, int]]:

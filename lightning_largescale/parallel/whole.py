@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.copies import disable_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state, stop_gathering
+from lightning_largescale.parallel.order import divided, full, order_of
+from lightning_largescale.parallel.tensor import undo_division
 
 
 @contextmanager
@@ -39,20 +44,20 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         reshard(module)
     places = _shards(module)
     shards = dict.fromkeys(shard for _, _, shard in places)
-    full = {shard: _differentiable(shard) if state.stepping else _full(shard, shard.device) for shard in shards}
+    whole = {shard: _differentiable(shard) if state.stepping else _full(shard, shard.device) for shard in shards}
     with contextlib.ExitStack() as gathering:
         for group in state.groups.values():
             gathering.enter_context(compat.without_gathering(group))
         state.whole = True
-        _put(places, full)
+        _put(places, whole)
         try:
             yield
         finally:
             state.whole = False
             _put(places, {shard: shard for shard in shards})
             # Whether they were written into cannot be told: through `.data` no version counts.
-            for shard, whole in full.items() if not state.stepping else ():
-                _write(shard, whole)
+            for shard, values in whole.items() if not state.stepping else ():
+                _write(shard, values)
 
 
 def make_whole(module: nn.Module) -> None:
@@ -67,6 +72,7 @@ def make_whole(module: nn.Module) -> None:
     reshard(module)
     shards = _shards(module)
     disable_copies(module)
+    undo_division(module)
     for _, group in reversed(state.groups.items()):
         compat.undo_sharding(group)
     stop_gathering(module, state)
@@ -89,7 +95,7 @@ def _shards(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 def _full(shard: nn.Parameter, device: torch.device) -> nn.Parameter:
     assert isinstance(shard, DTensor)
     with torch.no_grad():
-        whole: Tensor = shard.full_tensor()
+        whole = full(shard, order_of(shard))
         # Of a single rank the shard is the whole, which is not to be written into twice.
         whole = whole.clone() if whole.device == device else whole.to(device)
     return nn.Parameter(whole, requires_grad=shard.requires_grad)
@@ -97,11 +103,22 @@ def _full(shard: nn.Parameter, device: torch.device) -> nn.Parameter:
 
 def _differentiable(shard: nn.Parameter) -> Tensor:
     """The full tensor of `shard`, whose gradient is averaged over the ranks, as those of a step are."""
-    assert isinstance(shard, DTensor)
-    whole: Tensor = shard.full_tensor(grad_placements=[Partial()] * shard.device_mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / shard.device_mesh.size())  # type: ignore[no-untyped-call]
-    return whole
+    return _Averaged.apply(shard)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: nn.Parameter) -> Tensor:
+        ctx.shard = shard
+        return full(shard, order_of(shard)).clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        shard = ctx.shard
+        average = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(average)
+        return divided(average / dist.get_world_size(), shard, order_of(shard))
 
 
 def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Parameter, Tensor]) -> None:
@@ -111,6 +128,5 @@ def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Param
 
 def _write(shard: nn.Parameter, whole: Tensor) -> None:
     assert isinstance(shard, DTensor)
-    values = distribute_tensor(whole.detach(), shard.device_mesh, shard.placements, src_data_rank=None)
     with torch.no_grad():
-        shard.copy_(values)
+        shard.copy_(divided(whole.detach(), shard, order_of(shard)))

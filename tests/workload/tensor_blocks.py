@@ -92,9 +92,7 @@ KNOWN = {
         {"encoder_hidden_states": hidden(1), **_bias(), **_bias("encoder_decoder_position_bias")},
         **_T5,
     ),
-}
-# Of these the attention, whose q, k and v are one matrix, or functions of torch take them, stays whole.
-IN_PART = {
+
     "gpt2": lambda: _from(
         "GPT2Model",
         "GPT2",
@@ -187,21 +185,21 @@ UNUSUAL = {
     "a first use without gradients": lambda: Same(_looks_first),
     "tied matrices": Tied,
     "two pairs in one": lambda: Same(lambda m, x: m.down(m.up(x) * m.up(x.flip(1)))),
+    "heads mixed by a view": lambda: Pair(
+        Between(lambda x: x.view(*x.shape[:-1], 16, 4).transpose(-1, -2).flatten(-2))
+    ),
+    "halves of one matrix": lambda: Pair(Between(lambda x: torch.cat([x[..., 32:], x[..., :32]], -1))),
     "a gate of one value": lambda: Same(lambda m, x: m.down(m.up(x) * x[..., :1].sigmoid())),
 }
 UNSAFE = {
     "softmax over what is divided": lambda: Pair(nn.Softmax(-1)),
     "normalised over what is divided": lambda: Pair(nn.LayerNorm(64)),
     "statistics over what is divided": lambda: Pair(Between(lambda x: x - x.mean(-1, keepdim=True))),
-    "heads mixed by a view": lambda: Pair(
-        Between(lambda x: x.view(*x.shape[:-1], 16, 4).transpose(-1, -2).flatten(-2))
-    ),
     "shifted along what is divided": lambda: Pair(Between(lambda x: x.roll(1, -1))),
     "flipped": lambda: Pair(Between(lambda x: x.flip(-1))),
     "sums along what is divided": lambda: Pair(Between(lambda x: x.cumsum(-1))),
     "sorted": lambda: Pair(Between(lambda x: x.sort(-1).values)),
     "an autograd function of the user": lambda: Pair(Between(Summed.apply)),
-    "halves of one matrix": lambda: Pair(Between(lambda x: torch.cat([x[..., 32:], x[..., :32]], -1))),
     "one matrix twice": lambda: Same(lambda m, x: m.up(F.relu(m.up(x)))),
     "a matrix and its transpose": lambda: Same(lambda m, x: F.linear(m.up(x), m.up.weight.t())),
     "a matrix that is normalised": lambda: Same(lambda m, x: m.down(F.linear(x, F.normalize(m.up.weight)))),
@@ -213,10 +211,7 @@ UNSAFE = {
     "an odd number of heads": lambda: GPTBlock(heads=1),
     "an odd width": lambda: Pair(nn.ReLU(), width=7),
 }
-ALL = {**KNOWN, **IN_PART, **UNUSUAL, **UNSAFE}
-# Before torch 2.13 DTensor does not multiply batches of divided heads: attention computed by hand stays whole.
-TAKES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
+ALL = {**KNOWN, **UNUSUAL, **UNSAFE}
 
 def called(case):
     """A block of `ALL`, what it is called with, and that as names."""

@@ -1,0 +1,102 @@
+"""Full tensors of what is divided, and back: also where a rank's part is of several stretches of the whole.
+
+Of a matrix that holds q, k and v side by side each rank of tensor parallelism has some of each. Its DTensor, and those
+of its gradient and optimizer state, thus stand for a tensor whose elements are in another order than the user's, which
+the parameter is told of. Whatever leaves or enters the ranks as a whole goes through here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement
+
+from lightning_largescale.parallel.tensor_ranks import MeshRanks
+from lightning_largescale.workload.parts import Part, cut, share
+
+_ATTRIBUTE = "_largescale_order"
+
+
+def as_ordered(parameter: nn.Parameter, part: Part | None) -> nn.Parameter:
+    """`parameter`, a DTensor, told that its ranks have parts as `part` says."""
+    if part is not None and len(part.pieces) > 1:
+        setattr(parameter, _ATTRIBUTE, part)
+    return parameter
+
+
+def order_of(parameter: object) -> Part | None:
+    """The parts that the ranks have of a parameter, where these change the order of its elements."""
+    return getattr(parameter, _ATTRIBUTE, None)
+
+
+def full(tensor: Tensor, part: Part | None = None) -> Tensor:
+    """All of `tensor`, a DTensor, in the user's order: a collective.
+
+    Args:
+        tensor: a parameter, its gradient or its state; divided by the last axis of its mesh first, then by those before.
+        part: `order_of` the parameter.
+    """
+    assert isinstance(tensor, DTensor)
+    if any(placement.is_partial() for placement in tensor.placements):
+        return tensor.full_tensor()
+    whole: Tensor = tensor.to_local().detach()
+    for axis, level in enumerate(_levels(tensor)):
+        if level is not None:
+            dim, size = level
+            pieces = Part(dim, (size,))
+            if axis == tensor.device_mesh.ndim - 1 and _has_order(part, tensor):
+                assert part is not None
+                pieces = part
+            whole = MeshRanks(tensor.device_mesh, axis).whole(whole, pieces)
+    return whole
+
+
+def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
+    """`whole`, equal on all ranks and in the user's order, divided as `like` is, without communication.
+
+    Args:
+        whole: on the device of `like`.
+        like: a parameter, its gradient or its state.
+        part: `order_of` the parameter.
+    """
+    mesh, local = like.device_mesh, whole
+    for axis, placement in reversed([*enumerate(like.placements)]):
+        dim = divided_dim(placement)
+        if dim is None:
+            continue
+        pieces = Part(dim, (local.shape[dim],))
+        if axis == mesh.ndim - 1 and _has_order(part, like):
+            assert part is not None
+            pieces = part
+        local = cut(local, pieces, mesh.get_local_rank(axis), mesh.size(axis))
+    shape, stride = whole.shape, whole.contiguous().stride()
+    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def _has_order(part: Part | None, tensor: DTensor) -> bool:
+    """Whether `tensor`, of a parameter that is in the order of `part`, is itself."""
+    return part is not None and tensor.dim() > part.dim and tensor.shape[part.dim] == part.size
+
+
+def _levels(tensor: DTensor) -> list[tuple[int, int] | None]:
+    """By axis of the mesh, the dimension that it divides and its size as the axes after it leave it to this rank."""
+    mesh, shape = tensor.device_mesh, [*tensor.shape]
+    levels: list[tuple[int, int] | None] = [None] * mesh.ndim
+    for axis, placement in reversed([*enumerate(tensor.placements)]):
+        if (dim := divided_dim(placement)) is not None:
+            levels[axis] = dim, shape[dim]
+            shape[dim] = share(shape[dim], mesh.get_local_rank(axis), mesh.size(axis))[1]
+    return levels
+
+
+def divided_dim(placement: Placement) -> int | None:
+    """The dimension that `placement` divides; None where it does not.
+
+    That of FSDP2 where tensor parallelism has divided the same dimension is no `Shard`.
+    """
+    return getattr(placement, "dim", None)
+
+
+def divided_dims(tensor: Tensor) -> list[int]:
+    """The dimensions in which `tensor` is divided, one as often as it is."""
+    placements = tensor.placements if isinstance(tensor, DTensor) else ()
+    return [dim for placement in placements if (dim := divided_dim(placement)) is not None]

@@ -1,0 +1,176 @@
+"""How the ranks of tensor parallelism communicate: differentiable, on plain local tensors.
+
+Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (f and g); Korthikanti et al. 2022, "Reducing Activation
+    Recomputation in Large Transformer Models", section 4.2.2 (g-bar: gathers whose gradients are reduced, and back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_largescale import compat
+from lightning_largescale.workload.parts import Part, cut, join, share
+
+
+class MeshRanks:
+    """The ranks along an axis of a mesh.
+
+    Args:
+        mesh: its process groups carry the collectives.
+        axis: of the mesh.
+
+    Attributes:
+        size: how many there are.
+        rank: this process's place among them.
+    """
+
+    def __init__(self, mesh: DeviceMesh, axis: int = 0) -> None:
+        self._group = mesh.get_group(axis)
+        self.size, self.rank = mesh.size(axis), mesh.get_local_rank(axis)
+
+    def __deepcopy__(self, memo: Any) -> MeshRanks:
+        return self
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        """`tensor`; its gradient is the sum of all ranks'."""
+        return _Enter.apply(tensor, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' `tensor`; its gradient is that of the sum."""
+        return _Reduce.apply(tensor, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def gather(self, local: Tensor, part: Part) -> Tensor:
+        """The whole of `local`; its gradient is this rank's part of that of the whole."""
+        return _Gather.apply(local, part, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def gather_entering(self, local: Tensor, part: Part) -> Tensor:
+        """The whole of `local`; its gradient is this rank's part of the sum of all ranks' gradients."""
+        return _GatherEntering.apply(local, part, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def own(self, whole: Tensor, part: Part) -> Tensor:
+        """This rank's part of `whole`, which all ranks have made alike; its gradient is the whole of all ranks'."""
+        return _Own.apply(whole, part, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def reduce_to_part(self, tensor: Tensor, part: Part) -> Tensor:
+        """This rank's part of the sum of all ranks' `tensor`; its gradient is the whole of that of the part."""
+        return _ReduceToPart.apply(tensor, part, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' `tensor`, a new one, without a gradient."""
+        summed = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=self._group)
+        return summed
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest of all ranks' `tensor`, element by element, without a gradient."""
+        largest = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return largest
+
+    def whole(self, local: Tensor, part: Part) -> Tensor:
+        """The whole tensor of which `local` is this rank's part, without a gradient."""
+        lengths = [sum(share(piece, rank, self.size)[1] for piece in part.pieces) for rank in range(self.size)]
+        longest = max(lengths)
+        sent = local.detach()
+        if lengths[self.rank] < longest:
+            # All ranks send as much.
+            shape = [*local.shape]
+            shape[part.dim] = longest - lengths[self.rank]
+            sent = torch.cat([sent, sent.new_zeros(shape)], part.dim)
+        sent = sent.contiguous()
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent, group=self._group)
+        return join([one.narrow(part.dim, 0, length) for one, length in zip(received, lengths, strict=True)], part)
+
+    def summed_part(self, tensor: Tensor, part: Part) -> Tensor:
+        """This rank's part of the sum of all ranks' `tensor`, without a gradient."""
+        if any(piece % self.size for piece in part.pieces):
+            return cut(self.sum(tensor), part, self.rank, self.size)
+        sent = torch.stack([cut(tensor.detach(), part, rank, self.size) for rank in range(self.size)])
+        received = sent.new_empty(sent.shape[1:])
+        compat.reduce_scatter_tensor(received, sent, self._group)
+        return received
+
+    @contextmanager
+    def own_random(self, device: torch.device) -> Iterator[None]:
+        """Within, random numbers are other ones on each rank; afterwards they go on as before, equal on all."""
+        seed = int(torch.empty((), dtype=torch.int64).random_(2**62))
+        with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+            torch.manual_seed(seed + self.rank)
+            yield
+
+
+# Backward passes are differentiable themselves, so that gradients of gradients are right.
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: MeshRanks) -> Tensor:
+        ctx.ranks = ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.ranks.reduce(gradient), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: MeshRanks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.ranks.enter(gradient) if gradient.requires_grad else gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
+        ctx.part, ctx.ranks = part, ranks
+        return ranks.whole(local, part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.ranks.own(gradient, ctx.part), None, None
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
+        ctx.part, ctx.ranks = part, ranks
+        return cut(whole, part, ranks.rank, ranks.size).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.ranks.gather(gradient, ctx.part), None, None
+
+
+class _GatherEntering(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
+        ctx.part, ctx.ranks = part, ranks
+        return ranks.whole(local, part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.ranks.reduce_to_part(gradient, ctx.part), None, None
+
+
+class _ReduceToPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
+        ctx.part, ctx.ranks = part, ranks
+        return ranks.summed_part(tensor, part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.ranks.gather_entering(gradient, ctx.part), None, None

@@ -1,0 +1,21 @@
+"""Functions of torch on parts of tensors: what tensor parallelism computes, and what is looked at to find it."""
+
+from lightning_largescale.workload.parts.engine import CannotDivideError, OnParts, Ranks, Rule, Shapes, any_part, called
+from lightning_largescale.workload.parts.part import Part, as_part, cut, global_shape, join, part_of, share
+
+__all__ = [
+    "CannotDivideError",
+    "OnParts",
+    "Part",
+    "Ranks",
+    "Rule",
+    "Shapes",
+    "any_part",
+    "as_part",
+    "called",
+    "cut",
+    "global_shape",
+    "join",
+    "part_of",
+    "share",
+]
