@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lightning_largescale.workload.parts.part import Part
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -157,6 +159,27 @@ class OptimizerNeeds:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Divided:
+    """How the parameters of a block are divided among the ranks of tensor parallelism.
+
+    Attributes:
+        parts: by a parameter's name in the block, how it is divided; others stay whole.
+        whole: by its name, why a matrix stays whole.
+        saved_share: of what the forward saves for backward, what it saves when divided, on one rank.
+        flops_share: of the floating-point operations of its forward, those of one rank.
+        forward_reduced: bytes of each tensor that is summed over the ranks in forward.
+        backward_reduced: the same in backward.
+    """
+
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    saved_share: float = 1.0
+    flops_share: float = 1.0
+    forward_reduced: tuple[int, ...] = ()
+    backward_reduced: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
     """What one step of a module needs on one device, and what its structure permits.
 
@@ -169,6 +192,7 @@ class Workload:
         batch_samples: samples in the traced batch.
         batch_bytes: of its tensors.
         blocks: names of the repeated blocks.
+        divisions: by a number of ranks of tensor parallelism, what these divide of each block, by its name.
         stage: "fit", "validate", "test" or "predict".
         approximate: why the numbers are not exact, a sentence each; empty when they are.
     """
@@ -181,6 +205,7 @@ class Workload:
     batch_samples: int
     batch_bytes: int
     blocks: tuple[str, ...]
+    divisions: Mapping[int, Mapping[str, Divided]] = field(default_factory=dict)
     stage: str = "fit"
     approximate: tuple[str, ...] = ()
 
@@ -209,6 +234,7 @@ class Workload:
         precisions: Sequence[str] = ("32-true", "bf16-mixed"),
         batch_idx: int = 0,
         device_type: str = "cpu",
+        tp_sizes: Sequence[int] = (),
     ) -> Workload:
         """Run one step of `module` on fake tensors and note what it needs; nothing is allocated, the module stays.
 
@@ -220,6 +246,7 @@ class Workload:
                 module that has been converted.
             batch_idx: given to the step.
             device_type: whose kernels and optimizer defaults count: "cpu" or "cuda".
+            tp_sizes: numbers of ranks to look for what tensor parallelism may divide among.
 
         Returns:
             The workload. Where the step cannot run on fakes it is that of a real step on one sample and on two, drawn
@@ -233,7 +260,13 @@ class Workload:
         from lightning_largescale.workload.trace import trace_workload
 
         return trace_workload(
-            module, batch, step=step, precisions=tuple(precisions), batch_idx=batch_idx, device_type=device_type
+            module,
+            batch,
+            step=step,
+            precisions=tuple(precisions),
+            batch_idx=batch_idx,
+            device_type=device_type,
+            tp_sizes=tuple(tp_sizes),
         )
 
     def with_batch(self, samples: int) -> Workload:
@@ -266,9 +299,22 @@ class Workload:
                     for name, step in fields["steps"].items()
                 },
                 "blocks": tuple(fields["blocks"]),
+                "divisions": {
+                    int(ranks): {block: _divided(found) for block, found in blocks.items()}
+                    for ranks, blocks in fields["divisions"].items()
+                },
                 "approximate": tuple(fields["approximate"]),
             }
         )
+
+
+def _divided(fields: Mapping[str, Any]) -> Divided:
+    parts = {
+        name: Part(part["dim"], tuple(part["pieces"]), frozenset(part["origins"]))
+        for name, part in fields["parts"].items()
+    }
+    reduced = {key: tuple(fields[key]) for key in ("forward_reduced", "backward_reduced")}
+    return Divided(**{**fields, "parts": parts, **reduced})
 
 
 def combine_steps(steps: Sequence[Step], rule: Callable[..., float]) -> Step:

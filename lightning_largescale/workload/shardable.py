@@ -13,38 +13,39 @@ Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (column and row).
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
+from lightning_largescale.workload.model import Divided
 from lightning_largescale.workload.parts import OnParts, Part, Shapes, any_part, as_part, called, cut, part_of
 from lightning_largescale.workload.parts.products import LINEAR
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Divided:
-    """How the parameters of a block are divided among the ranks of tensor parallelism.
-
-    Attributes:
-        parts: by a parameter's name in the block, how it is divided; others stay whole.
-        whole: by its name, why a matrix stays whole.
-    """
-
-    parts: Mapping[str, Part] = field(default_factory=dict)
-    whole: Mapping[str, str] = field(default_factory=dict)
+from lightning_largescale.workload.tracker import FlopsOf
 
 
 def divide(
-    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ranks: int, *, shared: Collection[str] = ()
+    block: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    ranks: int,
+    *,
+    shared: Collection[str] = (),
+    mode: Any = None,
+    like: Divided | None = None,
 ) -> Divided:
     """Find what of `block` can be divided among `ranks`.
 
@@ -54,22 +55,78 @@ def divide(
         kwargs: likewise.
         ranks: number of them.
         shared: names of parameters that others use as well, which stay whole.
+        mode: of the fake tensors, where some are given.
+        like: what was found of a block of the same class and shapes, which one run then confirms.
 
     Source: the module's docstring.
     """
     matrices = [name for name, parameter in block.named_parameters() if parameter.dim() > 1]
     whole = dict.fromkeys(shared, "it is used outside of the block as well")
     stretches: dict[str, tuple[int, ...]] = {}
+    mode = compat.fake_tensor_mode() if mode is None else mode
+    if like is not None:
+        pieces = {name: part.pieces for name, part in like.parts.items() if len(part.pieces) > 1}
+        run = _Run(block, ranks, {**like.whole, **whole}, pieces, mode)
+        run(args, kwargs)
+        if not run.refused and not run.separated and run.parts == like.parts:
+            return like
     while True:
-        run = _Run(block, ranks, whole, stretches)
+        run = _Run(block, ranks, whole, stretches, mode)
         run(args, kwargs)
         if not run.refused and not run.separated:
-            undivided = [name for name in matrices if name not in run.parts]
-            return Divided(
-                parts=run.parts, whole={name: whole.get(name, "it meets no product") for name in undivided}
-            )
+            break
         stretches |= run.separated
         whole |= run.refused
+    undivided = [name for name in matrices if name not in run.parts]
+    found = Divided(parts=run.parts, whole={name: whole.get(name, "it meets no product") for name in undivided})
+    return _measured(found, block, args, kwargs, ranks, mode) if run.parts else found
+
+
+def _measured(
+    found: Divided, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ranks: int, mode: Any
+) -> Divided:
+    """`found` with what it costs, as shares of what the block costs as it is."""
+    stretches = {name: part.pieces for name, part in found.parts.items()}
+    nothing = {name: "to be compared with" for name, _ in block.named_parameters()}
+    as_it_is, own = (_Run(block, ranks, whole, stretches, mode) for whole in (nothing, found.whole))
+    saved, flops = zip(*(_cost(run, args, kwargs) for run in (as_it_is, own)), strict=True)
+    return dataclasses.replace(
+        found,
+        saved_share=saved[1] / max(1, saved[0]),
+        flops_share=flops[1] / max(1, flops[0]),
+        forward_reduced=tuple(own.shapes.forward),
+        backward_reduced=tuple(own.shapes.backward),
+    )
+
+
+def _cost(run: _Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes that a run saves for backward, parameters and inputs left out, and its floating-point operations."""
+    saved: dict[StorageWeakRef, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[StorageWeakRef(storage)] = storage.nbytes()
+        return tensor
+
+    with FlopsOf() as counted, saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(args, kwargs)
+    left_out = {StorageWeakRef(one.untyped_storage()) for one in run.given}
+    return sum(size for storage, size in saved.items() if storage not in left_out), counted.flops
+
+
+def copied(value: Any) -> Any:
+    """A deep copy of `value` with the same tensors in it."""
+    with _SameTensors():
+        return copy.deepcopy(value)
+
+
+class _SameTensors(TorchFunctionMode):
+    """Within, `copy.deepcopy` copies no tensors: of fakes it would read what they do not have."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 class _AgainError(BaseException):
@@ -80,25 +137,36 @@ class _Run(OnParts):
     """One run of a block: `parts` is what it divides, `refused` what may not be, and why."""
 
     def __init__(
-        self, block: nn.Module, ranks: int, whole: Mapping[str, str], stretches: Mapping[str, tuple[int, ...]]
+        self,
+        block: nn.Module,
+        ranks: int,
+        whole: Mapping[str, str],
+        stretches: Mapping[str, tuple[int, ...]],
+        mode: Any,
     ) -> None:
-        super().__init__(Shapes(ranks))
-        self._block, self._whole, self._stretches = block, whole, stretches
+        self.shapes = Shapes(ranks)
+        super().__init__(self.shapes)
+        self.given: list[Tensor] = []
+        self._block, self._whole, self._stretches, self._mode = block, whole, stretches, mode
         self.parts: dict[str, Part] = {}
         self.refused: dict[str, str] = {}
         # Stretches of matrices, that were found to go different ways.
         self.separated: dict[str, tuple[int, ...]] = {}
-        self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        # Parameters, and matrices that were turned, with whether they were.
+        self._names: MutableMapping[Tensor, tuple[str, bool]] = WeakTensorKeyDictionary()
         self._used_otherwise: set[str] = set()
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the block forward on fakes of its parameters and of what it is called with."""
-        fakes = compat.fake_tensor_mode()
+        fakes = self._mode
         state = {name: fakes.from_tensor(one) for name, one in self._block.named_buffers()}
         for name, parameter in self._block.named_parameters():
             state[name] = nn.Parameter(fakes.from_tensor(parameter.detach()), parameter.requires_grad)
-            self._names[state[name]] = name
+            self._names[state[name]] = name, False
+        # A block may write into objects that it is given, such as caches of keys and values.
         args, kwargs = map_tensors((tuple(args), dict(kwargs)), fakes.from_tensor)
+        self.given = [*state.values(), *tensors_in((args, kwargs))]
+        args, kwargs = copied((args, kwargs))
         try:
             with fakes, compat.silent_fakes(), torch.enable_grad(), self:
                 output = torch.func.functional_call(self._block, state, args, dict(kwargs))
@@ -124,6 +192,11 @@ class _Run(OnParts):
             result = self.taken_apart(func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        elif _turns(func, args) and args[0] in self._names:
+            turned = func(*args, **kwargs)
+            name, before = self._names[args[0]]
+            self._names[turned] = name, not before
+            return turned
         elif not _reads_attribute(func):
             self._note_use(args, kwargs)
         return super().__torch_function__(func, types, args, kwargs)
@@ -144,10 +217,9 @@ class _Run(OnParts):
 
     def offered(self, weight: Tensor, bias: Tensor | None, part: Part) -> tuple[Tensor, Tensor | None]:
         """A matrix and its bias, divided by their outputs as `part` where they may be."""
-        name = self._names.get(weight)
-        if name is None or name in self._whole:
+        if weight not in self._names or self._names[weight][0] in self._whole:
             return weight, bias
-        return self._column(name, weight, bias, part)
+        return self._column(weight, bias, part)
 
     def separates(self, part: Part, sizes: Sequence[int]) -> None:
         """Note the stretches of the matrices that `part` comes from."""
@@ -167,40 +239,43 @@ class _Run(OnParts):
 
     def _divided(self, product: Product) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a product, its matrix and bias divided as its input has it."""
-        name, part = self._names[product.weight], part_of(product.input)
+        (name, _), part = self._names[product.weight], part_of(product.input)
         weight, bias = product.weight, product.bias
         if name not in self._whole:
             if part is None:
                 pieces = self._stretches.get(name, (weight.shape[product.outputs],))
-                weight, bias = self._column(name, weight, bias, Part(product.outputs, pieces))
+                weight, bias = self._column(weight, bias, Part(product.outputs, pieces))
             elif part.dim == product.input.dim() - 1 and weight.shape[1 - product.outputs] == part.size:
-                weight = self._noted(name, weight, Part(1 - product.outputs, part.pieces), frozenset())
+                weight = self._noted(weight, Part(1 - product.outputs, part.pieces), frozenset())
         return product.again(weight, bias)
 
-    def _column(self, name: str, weight: Tensor, bias: Tensor | None, part: Part) -> tuple[Tensor, Tensor | None]:
-        of_bias = None if bias is None else self._names.get(bias)
+    def _column(self, weight: Tensor, bias: Tensor | None, part: Part) -> tuple[Tensor, Tensor | None]:
+        name, _ = self._names[weight]
+        of_bias = None if bias is None or bias not in self._names else self._names[bias][0]
         if any(piece % self.ranks.size for piece in part.pieces):
             sizes = " and ".join(str(piece) for piece in dict.fromkeys(part.pieces))
             self._refuse_names([name], f"{sizes} is not divisible by {self.ranks.size}")
         elif of_bias is not None and of_bias in self._whole:
             self._refuse_names([name], f"its bias stays whole: {self._whole[of_bias]}")
         else:
-            weight = self._noted(name, weight, part, frozenset([name]))
+            weight = self._noted(weight, part, frozenset([name]))
             if bias is not None and of_bias is not None:
-                bias = self._noted(of_bias, bias, part.at(0), frozenset([name]))
+                bias = self._noted(bias, part.at(0), frozenset([name]))
         return weight, bias
 
-    def _noted(self, name: str, whole: Tensor, part: Part, origins: frozenset[str]) -> Tensor:
-        """The part of a parameter, which is what it is divided into from now on."""
-        if self.parts.setdefault(name, part) != part:
+    def _noted(self, whole: Tensor, part: Part, origins: frozenset[str]) -> Tensor:
+        """The part of a parameter, or of one turned, which is what it is divided into from now on."""
+        name, turned = self._names[whole]
+        of_parameter = part.at(1 - part.dim) if turned else part
+        if self.parts.setdefault(name, of_parameter) != of_parameter:
             self._refuse_names([name], "it is used in several products, which would divide it in several ways")
         own = cut(whole, part, self.ranks.rank, self.ranks.size)
         return as_part(own, Part(part.dim, part.pieces, origins))
 
     def _note_use(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         for tensor in tensors_in((tuple(args), dict(kwargs))):
-            if (name := self._names.get(tensor)) is not None:
-                self._used_otherwise.add(name)
+            if tensor in self._names:
+                self._used_otherwise.add(self._names[tensor][0])
 
     def _look_at(self, output: Any) -> None:
         self._refuse(tensors_in(output), "its result leaves the block divided")
@@ -208,7 +283,7 @@ class _Run(OnParts):
 
     def _give_up(self, error: Exception) -> None:
         why = f"the block cannot run {'with it divided' if self.parts else 'on fake tensors'}: {error}"
-        self._refuse_names(self.parts or [*self._names.values()], why)
+        self._refuse_names(self.parts or [name for name, _ in self._names.values()], why)
 
     def _refuse(self, tensors: Sequence[Tensor], why: str) -> None:
         parts = [part for tensor in tensors if (part := part_of(tensor)) is not None]
@@ -281,6 +356,18 @@ def _in_autograd_function() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _turns(function: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a call gives a matrix with rows for columns."""
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 2:
+        return False
+    if function in (torch.transpose, torch.Tensor.transpose):
+        return {dim % 2 for dim in args[1:] if isinstance(dim, int)} == {0, 1}
+    return function in _TURNS
+
+
+_TURNS = (torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
 
 
 def _reads_attribute(function: Callable[..., Any]) -> bool:

@@ -99,7 +99,7 @@ def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes
             stack.enter_context(torch.no_grad())
         stack.enter_context(tracker.watching(blocks, module.parameters(), saved=request.watch_saved))
         with lightning_plugin(request.precision, request.device_type).forward_context():
-            result = _call(request)
+            result = call_step(request)
         output_bytes = tracker.storage_bytes(tensors_in(result))
         if request.trains and getattr(module, "automatic_optimization", True):
             loss = _loss(result, module)
@@ -141,7 +141,7 @@ def _step(precision: str, tracker: Tracker, output_bytes: int) -> Step:
     )
 
 
-def _call(request: Request) -> Any:
+def call_step(request: Request) -> Any:
     """The step's result."""
     hook = getattr(request.module, request.step, None)
     if request.step == "forward" or hook is None or not isinstance(request.module, LightningModule):

@@ -19,9 +19,10 @@ from lightning_largescale.arithmetic import STORED_TYPE, lightning_plugin
 from lightning_largescale.plan import MATMUL_TYPE, PlanError
 from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensor_bytes, tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups
+from lightning_largescale.workload.divisions import divide_blocks
 from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.metrics import forgive_metrics
-from lightning_largescale.workload.model import OptimizerNeeds, Parameter, Workload
+from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Workload
 from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
 from lightning_largescale.workload.sample import trace_on_samples
 from lightning_largescale.workload.stand_in import attach, optimizers_of
@@ -39,6 +40,7 @@ def trace_workload(
     device_type: str,
     batch_idx: int = 0,
     ask: bool = True,
+    tp_sizes: tuple[int, ...] = (),
 ) -> Workload:
     """`Workload.trace`, which says what is taken, given and raised; without a batch and `ask` it calls nothing of
     the module's, and two states a parameter are assumed.
@@ -63,6 +65,7 @@ def trace_workload(
         traced, left_out = _traced(requests)
         used = frozenset(name for one in traced.values() for name in one.used)
         optimizers, notes = _optimizers(next(iter(requests.values())), used, ask=ask)
+        divisions = _divisions(next(iter(requests.values())), tp_sizes)
     return Workload(
         name=type(compat.compiled_module(module)).__name__,
         parameters=_parameters(module, used),
@@ -72,6 +75,7 @@ def trace_workload(
         batch_samples=batch_samples(batch),
         batch_bytes=batch_bytes(batch),
         blocks=tuple(find_blocks(module)),
+        divisions=divisions,
         stage=STAGES[step],
         approximate=(*_said(traced), *left_out, *notes, *_of_the_batch(batch)),
     )
@@ -226,6 +230,15 @@ def _optimizers(
             for one in optimizers
         ]
     return tuple(needs), tuple(notes)
+
+
+def _divisions(request: Request, sizes: tuple[int, ...]) -> dict[int, dict[str, Divided]]:
+    if not sizes or request.batch is None or has_script(request.module):
+        return {}
+    with _holding_fakes(request) as (fakes, _):
+        forgive_metrics(request.module)
+        batch = map_tensors(request.batch, fakes.tensor)
+        return divide_blocks(replace(request, batch=batch, device_type=fakes.device_type), sizes, fakes.mode)
 
 
 def _configured(module: LightningModule) -> list[Optimizer]:

@@ -291,6 +291,23 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+class FlopsOf(compat.DispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations of whatever runs under it, and nothing else.
+
+    Attributes:
+        flops: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.flops += _flops(func, args, kwargs or {}, out)
+        return out
+
+
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     packet = func.overloadpacket
     if (count := _OUR_FLOPS.get(packet)) is not None:

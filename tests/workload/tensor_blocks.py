@@ -189,6 +189,7 @@ UNUSUAL = {
         Between(lambda x: x.view(*x.shape[:-1], 16, 4).transpose(-1, -2).flatten(-2))
     ),
     "halves of one matrix": lambda: Pair(Between(lambda x: torch.cat([x[..., 32:], x[..., :32]], -1))),
+    "a matrix and its transpose": lambda: Same(lambda m, x: F.linear(m.up(x), m.up.weight.t())),
     "a gate of one value": lambda: Same(lambda m, x: m.down(m.up(x) * x[..., :1].sigmoid())),
 }
 UNSAFE = {
@@ -201,7 +202,6 @@ UNSAFE = {
     "sorted": lambda: Pair(Between(lambda x: x.sort(-1).values)),
     "an autograd function of the user": lambda: Pair(Between(Summed.apply)),
     "one matrix twice": lambda: Same(lambda m, x: m.up(F.relu(m.up(x)))),
-    "a matrix and its transpose": lambda: Same(lambda m, x: F.linear(m.up(x), m.up.weight.t())),
     "a matrix that is normalised": lambda: Same(lambda m, x: m.down(F.linear(x, F.normalize(m.up.weight)))),
     "a matrix that is penalised": lambda: Same(lambda m, x: m.down(m.up(x)) + m.up.weight.square().mean()),
     "a bias that is penalised": lambda: Same(lambda m, x: m.down(m.up(x)) + m.up.bias.square().mean()),

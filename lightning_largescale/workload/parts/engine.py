@@ -69,15 +69,25 @@ class Shapes:
 
     Args:
         size: how many they would be.
+
+    Attributes:
+        size: as given.
+        rank: the first.
+        forward: bytes of each tensor that was summed over the ranks.
+        backward: the same of what a backward would sum.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.rank = size, 0
+        self.forward: list[int] = []
+        self.backward: list[int] = []
 
     def enter(self, tensor: Tensor) -> Tensor:
+        self.backward.append(tensor.nbytes)
         return tensor
 
     def reduce(self, tensor: Tensor) -> Tensor:
+        self.forward.append(tensor.nbytes)
         return tensor
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
@@ -91,9 +101,11 @@ class Shapes:
         return cut(tensor, part, self.rank, self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
+        self.forward.append(tensor.nbytes)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
+        self.forward.append(tensor.nbytes)
         return tensor
 
     def own_random(self, device: torch.device) -> AbstractContextManager[None]:

@@ -59,34 +59,38 @@ def _linear(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwar
 def _product(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if len(args) != 2 or kwargs:
         return NotImplemented
-    return _multiplied(engine, func, args[0], args[1], None)
+    return _multiplied(engine, func, args[0], args[1])
 
 
 def _swapped(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return _multiplied(engine, torch.matmul, args[1], args[0], None)
+    return _multiplied(engine, torch.matmul, args[1], args[0])
 
 
 def _added(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if len(args) != 3:
-        return NotImplemented
     scales = {key: kwargs[key] for key in ("alpha", "beta") if key in kwargs}
-    if len(scales) < len(kwargs):
+    named = [kwargs[key] for key in ("input", "mat1", "batch1", "mat2", "batch2") if key in kwargs]
+    if len(args) + len(named) != 3 or len(scales) + len(named) != len(kwargs):
         return NotImplemented
-    left = args[1] if scales.get("alpha", 1) == 1 else args[1] * scales["alpha"]
-    if left is not args[1]:
+    added, left, right = *args, *named
+    operands = _operands(engine, left, right, part_of(left), part_of(right))
+    if operands is None:
         return NotImplemented
-    added = args[0] if scales.get("beta", 1) == 1 else None
-    return NotImplemented if added is None else _multiplied(engine, torch.matmul, args[1], args[2], added)
+    left, right, result = operands
+    if isinstance(result, list):
+        product = torch.matmul(left, right) * scales.get("alpha", 1)
+        return _added_up(engine, product, result, added * scales.get("beta", 1))
+    added = fitted(engine, added, result, result.dim - left.dim())
+    return as_part(func(added, left, right, **scales), result)
 
 
-def _multiplied(engine: OnParts, func: Callable[..., Any], left: Tensor, right: Tensor, added: Tensor | None) -> Any:
+def _multiplied(engine: OnParts, func: Callable[..., Any], left: Tensor, right: Tensor) -> Any:
     if left.dim() < 2 or right.dim() < 2:
         return NotImplemented
     operands = _operands(engine, left, right, part_of(left), part_of(right))
     if operands is None:
         return NotImplemented
     left, right, result = operands
-    return _added_up(engine, func(left, right), result, added)
+    return _added_up(engine, func(left, right), result, None)
 
 
 def _added_up(engine: OnParts, result: Tensor, division: Part | list[Part], added: Tensor | None) -> Tensor:

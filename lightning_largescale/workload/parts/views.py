@@ -291,7 +291,8 @@ def _stretches(engine: OnParts, tensor: Tensor, dim: int, sizes: list[int]) -> A
 
 
 def _cat(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    tensors = args[0]
+    # Empty ones of one dimension are left out by torch as well.
+    tensors = [one for one in args[0] if one.shape != (0,)]
     first, dims = _found(next(one for one in tensors if part_of(one) is not None))
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % dims
     if dim != first.dim:
