@@ -5,55 +5,43 @@ Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Le
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_largescale import compat
-from lightning_largescale.apart import ApartError, can_run_apart, run_apart
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.heap import HeapGuard
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.panel import after_fit, setup_panel
 from lightning_largescale.planner.products import matmul_sizes
 from lightning_largescale.planner.search import LOSSY, check_allow
-from lightning_largescale.precision import asked_precision, is_own
+from lightning_largescale.precision import asked_precision
 from lightning_largescale.record import record_plan
-from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
-from lightning_largescale.workload.trace import trace_workload
 
 _Value = TypeVar("_Value")
-_STEPS = {
-    TrainerFn.FITTING: ("training_step", RunningStage.TRAINING),
-    TrainerFn.VALIDATING: ("validation_step", RunningStage.VALIDATING),
-    TrainerFn.TESTING: ("test_step", RunningStage.TESTING),
-    TrainerFn.PREDICTING: ("predict_step", RunningStage.PREDICTING),
-}
 # Enough intervals for a steady median, few enough to cost nothing.
 _TIMED_STEPS = 1000
 
@@ -100,11 +88,11 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
             compile=compile,
+            sample_batch=sample_batch,
         )
         self._memory_budget = None if memory_budget is None else parse_bytes(memory_budget, name="memory_budget")
         check_allow(allow)
         self._allow = tuple(allow)
-        self._sample_batch = sample_batch
         self._plan_out = plan_out
         self.report: Report | None = None
         self._planned_for: tuple[object, TrainerFn | None] = (None, None)
@@ -136,7 +124,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         module = self._module()
         # What will run is what is traced.
         self._convert(module)
-        workload = self._traced(trainer)
+        workload = self._looked_at(trainer)
         # The trace came first, so that products are measured at sizes like its own.
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
         # Afterwards: a first measurement leaves work buffers and threads' heaps behind, which the run holds as well.
@@ -146,6 +134,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         ranks = self._gathered((free_bytes, held))
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
+        self._divisions = workload.divisions
         self._planned_for = (module, trainer.state.fn)
         start_peak(kind)
         if self.is_global_zero:
@@ -198,59 +187,22 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         module, planned_for = self._planned_for
         if module is not self.lightning_module:
             return False
-        return planned_for == TrainerFn.FITTING or trainer.state.fn != TrainerFn.FITTING or self.plan.dp_shard > 1
+        return planned_for == TrainerFn.FITTING or trainer.state.fn != TrainerFn.FITTING or self.plan.shards
 
-    def _traced(self, trainer: Trainer) -> Workload:
-        """The step that is about to run, traced by rank 0; where that is possible in a fork, which leaves no trace."""
-        if not self._told_by_rank_zero(can_run_apart):
-            batch, notes = self._batch(trainer, peek=self.is_global_zero)
-            return self._told_by_rank_zero(lambda: self._trace(trainer, batch, notes))
-
-        def apart() -> Workload:
-            try:
-                return run_apart(lambda: self._trace(trainer, *self._batch(trainer)))
-            except ApartError as error:
-                # What ended a fork would end this process, so nothing of the module's is called.
-                note = f"the step could not be traced apart ({error})"
-                return self._trace(trainer, None, (note,), ask=False)
-
-        return self._told_by_rank_zero(apart)
-
-    def _batch(self, trainer: Trainer, *, peek: bool = True) -> tuple[Any, tuple[str, ...]]:
-        """A batch to trace with, as the loader gives it, and what is to be said about it; None without `peek`."""
-        batch = self._sample_batch
-        notes: tuple[str, ...] = ()
-        if batch is None:
-            try:
-                batch = sample_batch(trainer, peek=peek)
-            except Exception as error:
-                # Some loaders can only be made once the run is under way; then the run itself tells what is wrong.
-                notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
-        return batch if peek else None, notes
-
-    def _trace(self, trainer: Trainer, batch: Any, notes: tuple[str, ...], *, ask: bool = True) -> Workload:
-        """The step that is about to run, traced; estimated from the parameters where there is no batch."""
-        module = self._module()
+    def _looked_at(self, trainer: Trainer) -> Workload:
+        """The step that is about to run, in what may be chosen, and in what is priced for the advice alone."""
         asked = asked_precision(self.precision_plugin)
-        # What is not allowed is priced too, for the advice.
         precisions = (asked,) if asked else ("32-true", *LOSSY)
-        step, _ = _STEPS[trainer.state.fn or TrainerFn.FITTING]
-        if ask and batch is None and module.example_input_array is not None:
-            step, batch = "forward", module.example_input_array
-            notes = (*notes, "forward was traced on example_input_array")
-        own = self.precision_plugin.forward_context() if is_own(self.precision_plugin) else contextlib.nullcontext()
-        with _running(trainer), random_state_kept(), own:
-            if batch is not None and step != "forward":
-                # As the step will see it, but on the CPU.
-                batch = self.precision_plugin.convert_input(batch)
-                batch = compat.before_transfer(module, batch)
-                batch = self.batch_to_device(batch, device=torch.device("cpu"))
-            device_type = self.root_device.type
-            workload = trace_workload(module, batch, step=step, precisions=precisions, device_type=device_type, ask=ask)
+        workload = self._traced(trainer, precisions, self._tp_sizes())
         # Nobody asked for what is only priced for the advice.
         unasked = tuple(set(precisions) - {"32-true", asked, *self._allow})
-        told = [note for note in workload.approximate if not note.startswith(unasked)]
-        return dataclasses.replace(workload, approximate=(*notes, *told))
+        return dataclasses.replace(
+            workload, approximate=tuple(note for note in workload.approximate if not note.startswith(unasked))
+        )
+
+    def _tp_sizes(self) -> tuple[int, ...]:
+        """Numbers of ranks that tensor parallelism may have: those that divide the ranks of a node."""
+        return tuple(size for size in range(2, self.num_processes + 1) if self.num_processes % size == 0)
 
     def _plans(self, trainer: Trainer, hardware: Hardware, workload: Workload, ranks: list[tuple[int, int]]) -> Report:
         """The report of a search; `ranks` has the free bytes of each rank and those it holds beside the model."""
@@ -263,20 +215,6 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             precision=asked_precision(self.precision_plugin),
         )
-
-    def _told_by_rank_zero(self, decide: Callable[[], _Value]) -> _Value:
-        """What `decide` returns on rank 0, on every rank; its error too, so that no rank waits for one that failed."""
-        outcome: _Value | PlanError = PlanError("rank 0 sent no plan.")
-        if self.is_global_zero:
-            try:
-                outcome = decide()
-            except Exception as error:
-                self.broadcast(PlanError(f"rank 0 could not plan ({type(error).__name__}: {error})."))
-                raise
-        outcome = self.broadcast(outcome)
-        if isinstance(outcome, PlanError):
-            raise outcome
-        return outcome
 
     def _gathered(self, value: _Value) -> list[_Value]:
         """Every rank's `value`, in the order of ranks."""
@@ -305,17 +243,6 @@ def _own_bytes(module: nn.Module, kind: str) -> int:
     tensors = itertools.chain(module.parameters(), module.buffers())
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == kind and not is_lazy(tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-@contextlib.contextmanager
-def _running(trainer: Trainer) -> Iterator[None]:
-    """Within, the trainer's stage is the one that is about to run, which hooks and steps may ask for."""
-    before = trainer.state.stage
-    trainer.state.stage = _STEPS[trainer.state.fn or TrainerFn.FITTING][1]
-    try:
-        yield
-    finally:
-        trainer.state.stage = before
 
 
 def _shows_panel(trainer: Trainer) -> bool:

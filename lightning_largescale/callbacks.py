@@ -34,8 +34,8 @@ def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:
         PlanError: one replaces parameters, and the plan divides them.
     """
     for callback in callbacks:
-        if isinstance(callback, ModelPruning) and plan.dp_shard > 1:
+        if isinstance(callback, ModelPruning) and plan.shards:
             raise PlanError(
-                f"{type(callback).__name__} replaces parameters by masked ones and dp_shard={plan.dp_shard} divides"
+                f"{type(callback).__name__} replaces parameters by masked ones and {plan.describe()} divides"
                 " them among ranks; replicate with dp_replicate, or prune after training."
             )

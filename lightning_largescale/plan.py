@@ -205,6 +205,11 @@ class Plan:
         return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
     @property
+    def dp(self) -> int:
+        """Number of ranks that see samples of their own."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
     def shards(self) -> bool:
         """Whether the ranks hold parts of the parameters, and not all of them."""
         return self.dp_shard > 1 or self.tp > 1

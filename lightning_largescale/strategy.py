@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_largescale import compat
@@ -21,25 +22,29 @@ from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
+from lightning_largescale.looking import LookingStrategy
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
-from lightning_largescale.parallel.mesh import build_mesh
+from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
+from lightning_largescale.parallel.tensor import compute_on_parts, step_on_parts
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
 from lightning_largescale.record import record_plan
-from lightning_largescale.stepping import SteppingStrategy
 from lightning_largescale.tuning import finders_search_together
+from lightning_largescale.workload.blocks import find_blocks
+from lightning_largescale.workload.model import Divided
+from lightning_largescale.workload.parts import Part
 
 
-class LargeScaleStrategy(SteppingStrategy):
+class LargeScaleStrategy(LookingStrategy):
     """Trains a LightningModule as a plan says; the module's code, names and state_dict keys stay as they are.
 
     Args:
@@ -50,6 +55,7 @@ class LargeScaleStrategy(SteppingStrategy):
         process_group_backend: torch.distributed's name; None takes the device's default.
         timeout: how long a collective may wait for the other ranks.
         compile: every repeated block is compiled by torch.compile, with these arguments where they are given.
+        sample_batch: a batch to look at the step with, in place of one from the trainer's own loader.
 
     Attributes:
         plan: the Plan in force; `Plan()` until a function has been asked.
@@ -58,6 +64,8 @@ class LargeScaleStrategy(SteppingStrategy):
         PlanError: the plan is not accepted; at setup, it does not fit the processes, the module, or the Trainer.
     """
 
+    # What tensor parallelism may divide, by the number of its ranks, as far as it has been looked for.
+    _divisions: Mapping[int, Mapping[str, Divided]] = {}
     # Attributes that the parent of forked ranks is told.
     decided_at_setup: tuple[str, ...] = ("plan",)
 
@@ -69,8 +77,10 @@ class LargeScaleStrategy(SteppingStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         compile: bool | Mapping[str, Any] = False,
+        sample_batch: Any = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self._sample_batch = sample_batch
         check_start_method(start_method)
         check_compile(compile)
         self._compile = compile
@@ -113,12 +123,21 @@ class LargeScaleStrategy(SteppingStrategy):
         self._adapt(module, plan)
         self._use_precision(plan)
         self._convert(module)
+        mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
+        parts = self._parts(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
-            if plan.dp_shard == 1:
+            if not plan.shards:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
         self._trim_heap = HeapTrimmer() if self.root_device.type == "cpu" and plan != Plan() else None
+        on_parts = None
+        if mesh is not None and (among := tensor_mesh(mesh)) is not None:
+            blocks = find_blocks(module)
+            for name, of_block in parts.items():
+                if name:
+                    compute_on_parts(blocks[name], of_block, among)
+            on_parts = step_on_parts(module, parts.get("", {}), among)
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)
         if self._compile is not False:
@@ -126,8 +145,12 @@ class LargeScaleStrategy(SteppingStrategy):
             self._undo.callback(compile_blocks(module, options))
         if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
             map_from(0)
-        if plan.dp_shard > 1:
-            self._shard(trainer, module, plan)
+        if plan.shards:
+            self._shard(trainer, module, mesh, parts)
+            if mesh is not None:
+                state = sharded_state(module)
+                assert state is not None
+                state.on_parts = on_parts
         else:
             self._place(trainer, module, plan, fitting=fitting)
         if self.has_peers:
@@ -195,12 +218,26 @@ class LargeScaleStrategy(SteppingStrategy):
             )
         self.make_whole()
 
-    def _shard(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
-        if not sharded_state(module):
+    def _parts(self, trainer: Trainer, plan: Plan) -> dict[str, Mapping[str, Part]]:
+        """By block, and name in it, what tensor parallelism divides: a collective."""
+        if plan.tp == 1:
+            return {}
+        if plan.tp not in self._divisions:
+            precision = asked_precision(self.precision_plugin) or plan.precision
+            self._divisions = self._traced(trainer, (precision,), (plan.tp,)).divisions
+        return {name: divided.parts for name, divided in self._divisions.get(plan.tp, {}).items() if divided.parts}
+
+    def _shard(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        mesh: DeviceMesh | None,
+        parts: Mapping[str, Mapping[str, Part]],
+    ) -> None:
+        if mesh is not None:
             check_equal_structure(module)
-            mesh = build_mesh(plan, self.root_device.type)
-            assert mesh is not None
-            shard_module(module, plan, mesh, self.root_device, gather_type=cast_type(self.precision_plugin))
+            cast = cast_type(self.precision_plugin)
+            shard_module(module, self.plan, mesh, self.root_device, gather_type=cast, parts=parts)
         callbacks = callbacks_of(trainer)
         shard_copies(find_copies(callbacks, module), module)
         average_shards(callbacks)
@@ -229,6 +266,13 @@ class LargeScaleStrategy(SteppingStrategy):
         """Where `configure_model` builds: in DRAM, since the whole model need not fit the device."""
         with self.precision_plugin.tensor_init_context():
             yield
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Arguments of a DistributedSampler: the ranks of tensor parallelism compute the same samples."""
+        every = super().distributed_sampler_kwargs
+        return {name: number // self.plan.tp for name, number in every.items()}
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -30,6 +30,7 @@ LAYERS = [
         "fork",
         "hub",
         "launch",
+        "looking",
         "precision",
         "record",
         "sample",

@@ -44,6 +44,7 @@ class Sharded:
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
         hooks: what was registered with parts of the module.
+        on_parts: runs a step where tensor parallelism divides what lies outside of blocks; None where it does not.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class Sharded:
     in_backward: bool = False
     whole: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
+    on_parts: Callable[[Callable[[], Any]], Any] | None = None
 
 
 def start_gathering(module: nn.Module, state: Sharded) -> None:
@@ -178,13 +180,17 @@ def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     Raises:
         PlanError: the step computed with parameters of a block that was not gathered.
     """
+    state = sharded_state(module)
+    step = partial(getattr(module, name), *args, **kwargs)
+    if state is not None and state.on_parts is not None:
+        step = partial(state.on_parts, step)
     try:
-        result = run_gathered(module, partial(getattr(module, name), *args, **kwargs))
+        result = run_gathered(module, step)
     except RuntimeError as error:
-        if sharded_state(module) is None or not any(words in str(error) for words in _MIXED):
+        if state is None or not any(words in str(error) for words in _MIXED):
             raise
         raise _computed_with_shards(name, str(error)) from error
-    if sharded_state(module) is not None and any(isinstance(leaf, DTensor) for leaf in compat.leaves(result)):
+    if state is not None and any(isinstance(leaf, DTensor) for leaf in compat.leaves(result)):
         raise _computed_with_shards(name, "its result is a DTensor")
     return result
 

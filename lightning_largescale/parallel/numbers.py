@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.order import full
 
 
 class WholeNumbers(TorchFunctionMode):
@@ -43,7 +44,7 @@ def _whole(result: Any) -> Any:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def _norms(function: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:

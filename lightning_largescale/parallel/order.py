@@ -8,7 +8,7 @@ the parameter is told of. Whatever leaves or enters the ranks as a whole goes th
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.parts import Part, cut, share
@@ -32,12 +32,12 @@ def full(tensor: Tensor, part: Part | None = None) -> Tensor:
     """All of `tensor`, a DTensor, in the user's order: a collective.
 
     Args:
-        tensor: a parameter, its gradient or its state; divided by the last axis of its mesh first, then by those before.
+        tensor: a parameter, its gradient or its state; divided by the last axis of its mesh first, then by the others.
         part: `order_of` the parameter.
     """
     assert isinstance(tensor, DTensor)
-    if any(placement.is_partial() for placement in tensor.placements):
-        return tensor.full_tensor()
+    if not divided_dims(tensor):
+        return _replicated(tensor)
     whole: Tensor = tensor.to_local().detach()
     for axis, level in enumerate(_levels(tensor)):
         if level is not None:
@@ -68,6 +68,8 @@ def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
             assert part is not None
             pieces = part
         local = cut(local, pieces, mesh.get_local_rank(axis), mesh.size(axis))
+    # Or the whole would stay in memory behind the part.
+    local = local if local is whole else local.clone()
     shape, stride = whole.shape, whole.contiguous().stride()
     return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
@@ -86,6 +88,15 @@ def _levels(tensor: DTensor) -> list[tuple[int, int] | None]:
             levels[axis] = dim, shape[dim]
             shape[dim] = share(shape[dim], mesh.get_local_rank(axis), mesh.size(axis))[1]
     return levels
+
+
+def _replicated(tensor: DTensor) -> Tensor:
+    """The full tensor, by one axis of the mesh after the other; all at once torch warns that it does so."""
+    for axis in range(tensor.device_mesh.ndim):
+        placements = [*tensor.placements]
+        placements[axis] = Replicate()
+        tensor = tensor.redistribute(tensor.device_mesh, placements)
+    return tensor.to_local()
 
 
 def divided_dim(placement: Placement) -> int | None:

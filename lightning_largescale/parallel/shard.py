@@ -61,7 +61,7 @@ def shard_module(
         mesh: as `build_mesh` makes it.
         device: of this rank.
         gather_type: of the matrices of blocks; None for that they are stored in.
-        parts: by block, and name in it, what tensor parallelism divides.
+        parts: by block, and name in it, what tensor parallelism divides; the rest is of the block "".
 
     Raises:
         PlanError: no parameters, or trainable ones in several dtypes within one group.
@@ -96,6 +96,8 @@ def shard_module(
             release_free_memory()
     module.to(device)
     equal_weights(itertools.chain(module.parameters(), module.buffers()))
+    if (among := tensor_mesh(mesh)) is not None:
+        divide_over(module, parts.get("", {}), among)
     with _held_by(module, root_too):
         fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole)
     state.groups[""] = cast(FSDPModule, module)

@@ -9,7 +9,7 @@ Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,54 +21,73 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.batch import map_tensors
-from lightning_largescale.workload.parts import OnParts, Part, as_part, cut, part_of
+from lightning_largescale.workload.parts import OnParts, Part, as_part, cut
 
 
 def divide_over(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -> None:
-    """Divide parameters of `block` over `mesh`, of one dimension, and let its forward compute with the parts.
+    """Divide parameters of `block` over `mesh`, of one dimension; `compute_on_parts` lets its forward take them.
 
-    Outside of its forward tensors are plain: what it is given must be equal on all ranks, and so is what it returns.
     Each rank takes its part of the values that it has. Divided parameters are DTensors from now on, whose elements may
     stand in another order than the user's (`parallel.order`); the others stay as they are. Names and `state_dict` keys
     stay.
 
     Args:
         block: its parameters equal on all ranks, on the device of the mesh.
-        parts: by name in the block. Without any the block is left as it is.
+        parts: by name in the block.
         mesh: of the ranks that it is divided among.
 
     Source: the module's docstring.
     """
-    if not parts:
-        return
     ranks = MeshRanks(mesh)
-    made: dict[int, nn.Parameter] = {}
-    places: list[tuple[nn.Module, str, Part]] = []
-    for path, module in block.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            part = parts.get(f"{path}.{name}" if path else name)
-            if part is not None:
-                # By its first name; one that stands in several places stays one.
-                made[id(parameter)] = _divided(parameter, part, ranks, mesh)
-    by_id = {id(parameter): parts[name] for name, parameter in block.named_parameters() if name in parts}
+    # One that stands in several places stays one.
+    made = {
+        id(parameter): _divided(parameter, parts[name], ranks, mesh)
+        for name, parameter in block.named_parameters()
+        if name in parts
+    }
     for module in block.modules():
         own, _ = compat.own_tensors(module)
-        for name, parameter in list(own.items()):
-            if id(parameter) in made:
-                places.append((module, name, by_id[id(parameter)]))
-                own[name] = made[id(parameter)]
+        own.update({name: made[id(parameter)] for name, parameter in own.items() if id(parameter) in made})
+
+
+def compute_on_parts(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -> None:
+    """Let the forward of `block` compute with parts of those of its parameters that are divided when it is called.
+
+    Outside of its forward tensors are plain: what it is given must be equal on all ranks, and so is what it returns.
+    Arguments as of `divide_over`; without any parts the block is left as it is.
+    """
+    if not parts:
+        return
     # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
-    block.forward = _OnRanks(block.forward, places, ranks)
+    block.forward = _OnParts(block.forward, _places(block, parts), MeshRanks(mesh), own="forward" in vars(block))
 
 
-def undo_division(module: nn.Module) -> None:
-    """Give every block of `module` the forward it had before `divide_over`; its parameters are left as they are."""
+def step_on_parts(
+    module: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh
+) -> Callable[[Callable[[], Any]], Any] | None:
+    """What runs a step of `module` with parts of what is divided outside of its blocks; None without any parts.
+
+    Modules that have such a parameter also compute with its part when they are called outside of a step.
+    """
+    if not parts:
+        return None
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        names = [name for name, _ in owner.named_parameters(recurse=False) if prefix + name in parts]
+        if path:
+            compute_on_parts(owner, {name: parts[prefix + name] for name in names}, mesh)
+    return _StepOnParts(_places(module, parts), MeshRanks(mesh))
+
+
+def compute_plainly(module: nn.Module) -> None:
+    """Give every block of `module` the forward it had before `compute_on_parts`."""
     for block in module.modules():
         forward = vars(block).get("forward")
-        if isinstance(forward, _OnRanks):
-            del block.forward
-            if getattr(block.forward, "__func__", None) is not getattr(forward.original, "__func__", None):
+        if isinstance(forward, _OnParts):
+            if forward.own:
                 block.forward = forward.original
+            else:
+                del block.forward
 
 
 def _divided(parameter: nn.Parameter, part: Part, ranks: MeshRanks, mesh: DeviceMesh) -> nn.Parameter:
@@ -80,46 +99,88 @@ def _divided(parameter: nn.Parameter, part: Part, ranks: MeshRanks, mesh: Device
     return as_ordered(nn.Parameter(placed, parameter.requires_grad), part)
 
 
-class _OnRanks:
-    """A block's forward, its divided parameters being parts, and what comes out of it whole."""
+_Places = list[tuple[nn.Module, str, Part]]
 
-    def __init__(
-        self, original: Callable[..., Any], places: list[tuple[nn.Module, str, Part]], ranks: MeshRanks
-    ) -> None:
-        self.original = original
+
+def _places(block: nn.Module, parts: Mapping[str, Part]) -> _Places:
+    """Where the modules of `block` have what is divided."""
+    by_id = {id(parameter): parts[name] for name, parameter in block.named_parameters() if name in parts}
+    return [
+        (module, name, by_id[id(parameter)])
+        for module in block.modules()
+        for name, parameter in compat.own_tensors(module)[0].items()
+        if id(parameter) in by_id
+    ]
+
+
+@contextmanager
+def _parts(places: _Places) -> Iterator[None]:
+    """Within, modules have parts in the place of what is divided; where it is gathered whole, they have that."""
+    local: dict[int, Tensor] = {}
+    before: list[tuple[MutableMapping[str, Any], str, Any]] = []
+    try:
+        for module, name, part in places:
+            own, _ = compat.own_tensors(module)
+            parameter = own[name]
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in local:
+                local[id(parameter)] = as_part(parameter.to_local(), part)
+            before.append((own, name, parameter))
+            own[name] = local[id(parameter)]
+        yield
+    finally:
+        for own, name, parameter in before:
+            own[name] = parameter
+
+
+class _StepOnParts:
+    """Runs steps of a module, and gives whole tensors for what they return."""
+
+    def __init__(self, places: _Places, ranks: MeshRanks) -> None:
+        self._places, self._ranks = places, ranks
+
+    def __call__(self, step: Callable[[], Any]) -> Any:
+        with _parts(self._places), _engine(self._ranks) as engine:
+            return map_tensors(step(), engine.whole)
+
+
+class _OnParts:
+    """A block's forward, its divided parameters being parts, and what comes out of it whole.
+
+    `own` says that it replaces one set on the block itself.
+    """
+
+    def __init__(self, original: Callable[..., Any], places: _Places, ranks: MeshRanks, *, own: bool) -> None:
+        self.original, self.own = original, own
         self._places, self._ranks = places, ranks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._parts(), _engine(self._ranks) as engine:
+        outermost = _running.engine is None
+        with _parts(self._places), _engine(self._ranks) as engine:
             output = self.original(*args, **kwargs)
-            return map_tensors(output, engine.whole)
-
-    @contextmanager
-    def _parts(self) -> Iterator[None]:
-        """Within, the modules have parts in the place of what is divided; where it is gathered, they have that."""
-        local: dict[int, Tensor] = {}
-        before: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for module, name, part in self._places:
-                own, _ = compat.own_tensors(module)
-                parameter = own[name]
-                if not isinstance(parameter, DTensor):
-                    continue
-                if id(parameter) not in local:
-                    local[id(parameter)] = as_part(parameter.to_local(), part)
-                before.append((own, name, parameter))
-                own[name] = local[id(parameter)]
-            yield
-        finally:
-            for own, name, parameter in before:
-                own[name] = parameter
+            # In a step what comes after may compute with parts as well.
+            return map_tensors(output, engine.whole) if outermost else output
 
 
 class _Running(threading.local):
-    engine: OnParts | None = None
+    engine: _Engine | None = None
 
 
 _running = _Running()
+
+
+class _Engine(OnParts):
+    """The engine of code on this thread; what torch calls back, such as forwards in a backward, starts its own."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before, _running.engine = _running.engine, None
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        finally:
+            _running.engine = before
 
 
 @contextmanager
@@ -128,7 +189,7 @@ def _engine(ranks: MeshRanks) -> Iterator[OnParts]:
     if _running.engine is not None:
         yield _running.engine
         return
-    _running.engine = OnParts(ranks)
+    _running.engine = _Engine(ranks)
     try:
         with _running.engine:
             yield _running.engine

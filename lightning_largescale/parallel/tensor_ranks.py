@@ -117,7 +117,7 @@ class _Enter(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.reduce(gradient), None
 
 
@@ -128,7 +128,7 @@ class _Reduce(torch.autograd.Function):
         return ranks.sum(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.enter(gradient) if gradient.requires_grad else gradient, None
 
 
@@ -139,7 +139,7 @@ class _Gather(torch.autograd.Function):
         return ranks.whole(local, part)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.ranks.own(gradient, ctx.part), None, None
 
 
@@ -150,7 +150,7 @@ class _Own(torch.autograd.Function):
         return cut(whole, part, ranks.rank, ranks.size).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.ranks.gather(gradient, ctx.part), None, None
 
 
@@ -161,7 +161,7 @@ class _GatherEntering(torch.autograd.Function):
         return ranks.whole(local, part)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.ranks.reduce_to_part(gradient, ctx.part), None, None
 
 
@@ -172,5 +172,5 @@ class _ReduceToPart(torch.autograd.Function):
         return ranks.summed_part(tensor, part)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.ranks.gather_entering(gradient, ctx.part), None, None

@@ -22,7 +22,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.copies import disable_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state, stop_gathering
 from lightning_largescale.parallel.order import divided, full, order_of
-from lightning_largescale.parallel.tensor import undo_division
+from lightning_largescale.parallel.tensor import compute_plainly
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def make_whole(module: nn.Module) -> None:
     reshard(module)
     shards = _shards(module)
     disable_copies(module)
-    undo_division(module)
+    compute_plainly(module)
     for _, group in reversed(state.groups.items()):
         compat.undo_sharding(group)
     stop_gathering(module, state)
@@ -113,8 +113,8 @@ class _Averaged(torch.autograd.Function):
         return full(shard, order_of(shard)).clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         shard = ctx.shard
         average = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(average)

@@ -1,7 +1,7 @@
 """The link that each collective of a plan runs over, by mesh axis: inside a node, or between nodes and shared.
 
-Ranks are numbered node by node and in the mesh shard by shard: the shards of one replica are consecutive ranks, and the
-ranks that hold the same shard of every replica are `dp_shard` apart.
+Ranks are numbered node by node, and in the mesh those of tensor parallelism first, then the shards: the parts of one
+block are on consecutive ranks, its shards `tp` apart, and the replicas of a shard `tp * dp_shard`.
 
 Source: torch.distributed.device_mesh (ranks in row-major order); Zhao et al. 2023, "PyTorch FSDP", section 3.2.2.
 """
@@ -22,11 +22,13 @@ class Links:
         all_gather: of parameters, along dp_shard.
         reduce_scatter: of gradients, along dp_shard.
         all_reduce: of gradients, along dp_replicate.
+        tensor: of activations and their gradients, along tp: an all-reduce.
     """
 
     all_gather: Link | None
     reduce_scatter: Link | None
     all_reduce: Link | None
+    tensor: Link | None
 
 
 def plan_links(plan: Plan, hardware: Hardware) -> Links:
@@ -44,20 +46,33 @@ def plan_links(plan: Plan, hardware: Hardware) -> Links:
     if rates is None:
         raise ValueError("hardware has no measured rates; give Hardware.detect().calibrate() or Hardware.named(...).")
     if hardware.nodes == 1:
-        return Links(all_gather=rates.all_gather, reduce_scatter=rates.reduce_scatter, all_reduce=rates.all_reduce)
-    all_reduce = _shared(rates.all_reduce, min(plan.dp_shard, hardware.ranks_per_node))
-    if hardware.ranks_per_node % plan.dp_shard == 0:
+        return Links(
+            all_gather=rates.all_gather,
+            reduce_scatter=rates.reduce_scatter,
+            all_reduce=rates.all_reduce,
+            tensor=rates.all_reduce,
+        )
+    node, shards = hardware.ranks_per_node, plan.tp * plan.dp_shard
+    all_reduce = _shared(rates.all_reduce, min(shards, node))
+    if node % plan.tp == 0:
+        # The hops of an all-reduce are those of the other two.
+        tensor = rates.node_reduce_scatter or rates.node_all_gather or rates.all_reduce
+    else:
+        tensor = _shared(rates.all_reduce, 1 if plan.tp % node == 0 else 2)
+    if node % shards == 0:
         return Links(
             all_gather=rates.node_all_gather or rates.all_gather,
             reduce_scatter=rates.node_reduce_scatter or rates.reduce_scatter,
             all_reduce=all_reduce,
+            tensor=tensor,
         )
     # Where whole nodes make no group, a node has the end of one group and the start of the next.
-    groups = 1 if plan.dp_shard % hardware.ranks_per_node == 0 else 2
+    groups = min(plan.tp, node) * (1 if shards % node == 0 else 2)
     return Links(
         all_gather=_shared(rates.all_gather, groups),
         reduce_scatter=_shared(rates.reduce_scatter, groups),
         all_reduce=all_reduce,
+        tensor=tensor,
     )
 
 

@@ -98,7 +98,7 @@ def time_words(report: Report, estimate: Estimate) -> str:
     """The step in a line: seconds, samples a second, and the largest terms."""
     terms = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in list(estimate.time.terms.items())[:4])
     hidden = f", {format_seconds(estimate.time.hidden_seconds)} hidden" if estimate.time.hidden_seconds else ""
-    samples = report.workload.batch_samples * report.best.world_size * report.accumulate_grad_batches
+    samples = report.workload.batch_samples * report.best.dp * report.accumulate_grad_batches
     return (
         f"{format_seconds(estimate.step_seconds)} for a global batch of {samples}"
         f" ({estimate.samples_per_second:.3g} samples/s): {terms}{hidden}"

@@ -45,7 +45,7 @@ class Estimate:
         cls, workload: Workload, plan: Plan, memory: MemoryEstimate, time: TimeEstimate, *, accumulate: int = 1
     ) -> Estimate:
         """The estimate of `plan` from its two parts; `accumulate` micro-batches make a step."""
-        samples = workload.batch_samples * plan.world_size * accumulate
+        samples = workload.batch_samples * plan.dp * accumulate
         return cls(
             peak_bytes={"device": memory.peak_bytes},
             step_seconds=time.step_seconds,

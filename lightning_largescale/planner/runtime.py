@@ -70,6 +70,7 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
         "all-gather": micro * sum(all_gathers_seconds(sizes, links, backward=again) for again in (False, True)),
         "reduce-scatter": reduce_scatters_seconds(sizes, links),
         "all-reduce": all_reduces_seconds(sizes, links),
+        "tensor parallel": micro * tensor_seconds(sizes, links),
         "shard copies": copies_seconds(sizes, rates, micro),
         "page faults": page_fault_seconds(sizes, rates, micro),
         "optimizer step": optimizer_seconds(sizes, rates),
@@ -154,6 +155,28 @@ def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
     if not sizes.sharded:
         return all_reduce_seconds(sizes.gradients, sizes.plan.dp_replicate, links.all_reduce)
     return sum(_group_all_reduce_seconds(sizes, block, links) for block in sizes.groups)
+
+
+def tensor_seconds(sizes: Sizes, links: Links) -> float:
+    """Seconds of summing activations over the ranks of tensor parallelism, and in backward their gradients, a
+    micro-batch; the forward's once more where it is recomputed.
+
+    Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
+    """
+    if not sizes.divisions:
+        return 0.0
+    # What was looked at is the step in float32.
+    element = 0.5 if sizes.plan.precision != "32-true" and MATMUL_TYPE[sizes.plan.precision] != "float64" else 1.0
+    summed: list[int] = []
+    trains = sizes.workload.stage == "fit"
+    # What lies outside of blocks once, however many segments it has.
+    runs = [segment for segment in sizes.step.segments if segment.block is not None]
+    for name, again in [("", False), *((segment.block or "", sizes.recomputes(segment)) for segment in runs)]:
+        found = sizes.divisions.get(name)
+        if found is not None:
+            summed += found.forward_reduced * (2 if trains and again else 1)
+            summed += found.backward_reduced if trains else ()
+    return sum(all_reduce_seconds(int(size * element), sizes.plan.tp, links.tensor) for size in summed)
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:

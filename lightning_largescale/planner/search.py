@@ -97,17 +97,16 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
 
     Source: the module's docstring.
     """
-    world = hardware.world_size
     usable = [name for name in workload.steps if _computes(hardware, name)]
-    shards = [size for size in range(1, world + 1) if world % size == 0]
     checkpointing = ("none", "full") if workload.blocks and workload.stage == "fit" else ("none",)
     for precision in usable:
         for activation_checkpointing in checkpointing:
-            for dp_shard in shards:
-                for reshard in (True, False) if dp_shard > 1 else (True,):
+            for dp_replicate, dp_shard, tp in _layouts(workload, hardware):
+                for reshard in (True, False) if dp_shard > 1 or tp > 1 else (True,):
                     yield Plan(
-                        dp_replicate=world // dp_shard,
+                        dp_replicate=dp_replicate,
                         dp_shard=dp_shard,
+                        tp=tp,
                         reshard_after_forward=reshard,
                         precision=precision,
                         activation_checkpointing=activation_checkpointing,
@@ -118,6 +117,18 @@ def check_allow(allow: Sequence[str]) -> None:
     """Raise PlanError unless every value of `allow` is one that changes numerics and is known."""
     if isinstance(allow, str) or not isinstance(allow, Collection) or any(name not in LOSSY for name in allow):
         raise PlanError(f"allow={allow!r} is not accepted; give a tuple of {', '.join(map(repr, LOSSY))}, or nothing.")
+
+
+def _layouts(workload: Workload, hardware: Hardware) -> Iterator[tuple[int, int, int]]:
+    """Sizes of dp_replicate, dp_shard and tp that multiply to the ranks; tp inside a node, where blocks take it."""
+    world = hardware.world_size
+    divisible = [ranks for ranks, blocks in workload.divisions.items() if any(found.parts for found in blocks.values())]
+    for tp in sorted({1, *divisible}):
+        if world % tp or tp > hardware.ranks_per_node:
+            continue
+        for dp_shard in range(1, world // tp + 1):
+            if world // tp % dp_shard == 0:
+                yield world // tp // dp_shard, dp_shard, tp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +170,7 @@ class _Pricing:
         """Whether the peak of any plan of these precisions is within the budget."""
         plans = [plan for plan in candidates(workload, hardware) if plan.precision in precisions]
         # Those that save the most first, so that one that fits is found soon.
-        plans.sort(key=lambda plan: (plan.activation_checkpointing == "none", -plan.dp_shard))
+        plans.sort(key=lambda plan: (plan.activation_checkpointing == "none", -plan.dp_shard * plan.tp))
         return any(self._memory(workload, hardware, plan).peak_bytes <= budget_bytes for plan in plans)
 
     def _memory(self, workload: Workload, hardware: Hardware, plan: Plan) -> MemoryEstimate:
@@ -197,7 +208,8 @@ def _check_links(workload: Workload, hardware: Hardware) -> None:
 def _ranked(rows: list[tuple[Plan, Estimate]], budget_bytes: int, allowed: set[str], *, fixed: bool) -> list[Candidate]:
     """The plans in order: those that fit by time, then those too large by what they lack, then those not allowed."""
     fitting = [row for row in rows if row[0].precision in allowed and row[1].peak_bytes["device"] <= budget_bytes]
-    fitting.sort(key=lambda row: (row[1].step_seconds, row[1].peak_bytes["device"]))
+    # Ranks of tensor parallelism share their samples, so steps of different plans may be of different numbers.
+    fitting.sort(key=lambda row: (-row[1].samples_per_second, row[1].step_seconds, row[1].peak_bytes["device"]))
     large = [row for row in rows if row[0].precision in allowed and row[1].peak_bytes["device"] > budget_bytes]
     large.sort(key=lambda row: row[1].peak_bytes["device"])
     refused = [row for row in rows if row[0].precision not in allowed]
@@ -221,14 +233,15 @@ def _ranked(rows: list[tuple[Plan, Estimate]], budget_bytes: int, allowed: set[s
 
 def _slower(estimate: Estimate, best: Estimate) -> str:
     """Why a plan that fits lost: how much slower, and the term that makes most of the difference."""
-    extra = estimate.step_seconds - best.step_seconds
-    if extra <= 0:
+    ratio = best.samples_per_second / estimate.samples_per_second if estimate.samples_per_second else math.inf
+    if ratio <= 1 or not math.isfinite(ratio):
         return (
             "as fast, and needs more memory" if estimate.peak_bytes["device"] > best.peak_bytes["device"] else "as fast"
         )
+    if not math.isclose(ratio, estimate.step_seconds / best.step_seconds, rel_tol=1e-3):
+        return f"{ratio:.2f} times the time a sample, since its steps have another number of samples"
     growth = {name: seconds - best.time.terms.get(name, 0.0) for name, seconds in estimate.time.terms.items()}
     term = max(growth, key=lambda name: growth[name])
-    ratio = estimate.step_seconds / best.step_seconds if best.step_seconds else float("inf")
     return f"{ratio:.2f} times the step time, {format_seconds(growth[term])} more of {term}"
 
 

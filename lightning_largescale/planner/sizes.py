@@ -6,25 +6,26 @@ Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.workload import Parameter, Segment, Step, Workload
+from lightning_largescale.workload import Divided, Parameter, Segment, Step, Workload
 
 
-def local_bytes(parameter: Parameter, dp_shard: int) -> int:
-    """Bytes of the largest shard of `parameter`: rows of its first dimension divided among `dp_shard` ranks, rounded
-    up.
+def local_bytes(parameter: Parameter, dp_shard: int, tp: int = 1, tp_dim: int | None = None) -> int:
+    """Bytes of the largest shard of `parameter`: what `tp` ranks have of its dimension `tp_dim`, if that is one; of
+    that, rows of its first dimension divided among `dp_shard` ranks, rounded up.
 
     Source: torch.distributed.fsdp.fully_shard, "Shard(0)" with padding to the largest chunk.
     """
+    part = parameter.bytes if tp_dim is None else parameter.bytes // tp
     if dp_shard == 1 or not parameter.shape or parameter.shape[0] == 0:
-        return parameter.bytes
-    rows = parameter.shape[0]
-    return math.ceil(rows / dp_shard) * (parameter.bytes // rows)
+        return part
+    rows = parameter.shape[0] // tp if tp_dim == 0 else parameter.shape[0]
+    return math.ceil(rows / dp_shard) * (part // rows)
 
 
 class Sizes:
@@ -47,16 +48,32 @@ class Sizes:
         self._recomputed = chosen if recomputed is None else recomputed
         self.workload, self.plan, self.kind = workload, plan, kind
         self.accumulate = accumulate_grad_batches
+        self.divisions = workload.divisions.get(plan.tp, {})
+        self._tp_dims = {
+            f"{block}.{name}" if block else name: part.dim
+            for block, found in self.divisions.items()
+            for name, part in found.parts.items()
+        }
         self.step: Step = workload.steps[plan.precision]
         if self._mixed:
             self.step = without_copies(self.step)
+        if self.divisions:
+            self.step = divided_step(self.step, self.divisions)
         self._gathered: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
     @cached_property
     def sharded(self) -> bool:
         """Whether parameters are divided among ranks."""
-        return self.plan.dp_shard > 1
+        return self.plan.shards
+
+    def local(self, parameter: Parameter) -> int:
+        """What the rank keeps of `parameter`, bytes."""
+        return local_bytes(parameter, self.plan.dp_shard, self.plan.tp, self._tp_dims.get(parameter.name))
+
+    def part(self, parameter: Parameter) -> int:
+        """What the rank computes with of `parameter`: its part under tensor parallelism, else all."""
+        return local_bytes(parameter, 1, self.plan.tp, self._tp_dims.get(parameter.name))
 
     @cached_property
     def full_parameters(self) -> int:
@@ -66,7 +83,7 @@ class Sizes:
     @cached_property
     def parameters(self) -> int:
         """What the rank keeps of the parameters between steps."""
-        return sum(local_bytes(parameter, self.plan.dp_shard) for parameter in self.workload.parameters)
+        return sum(self.local(parameter) for parameter in self.workload.parameters)
 
     @cached_property
     def gradients(self) -> int:
@@ -76,7 +93,7 @@ class Sizes:
         """
         in_buckets = self.plan.dp_replicate > 1 and not self.sharded
         kept = [p for p in self.workload.parameters if p.trainable] if in_buckets else self.trained
-        return sum(local_bytes(p, self.plan.dp_shard) for p in kept) if self._trains else 0
+        return sum(self.local(p) for p in kept) if self._trains else 0
 
     @cached_property
     def optimizer_state(self) -> int:
@@ -84,14 +101,14 @@ class Sizes:
         total = 0.0
         for needs in self.workload.optimizers:
             for parameter in self.workload.parameters:
-                share = local_bytes(parameter, self.plan.dp_shard) / parameter.bytes if parameter.bytes else 1.0
+                share = self.local(parameter) / parameter.bytes if parameter.bytes else 1.0
                 total += needs.state_bytes.get(parameter.name, 0) * share
         return int(total)
 
     @cached_property
     def optimizer_temporaries(self) -> int:
         """The most that one optimizer's `step()` allocates for a while."""
-        local = [local_bytes(p, self.plan.dp_shard) for p in self.trained]
+        local = [self.local(p) for p in self.trained]
         return max(
             (
                 int(needs.step_temporary_largest * max(local, default=0) + needs.step_temporary_total * sum(local))
@@ -103,7 +120,7 @@ class Sizes:
     def gathered(self, block: str | None) -> int:
         """Whole parameters of one group while it computes, padding included; the root group's under None."""
         if block not in self._gathered:
-            whole = sum(local_bytes(p, self.plan.dp_shard) * self.plan.dp_shard for p in self._group(block))
+            whole = sum(self.local(p) * self.plan.dp_shard for p in self._group(block))
             self._gathered[block] = whole // 2 if self._mixed and block is not None else whole
         return self._gathered[block]
 
@@ -111,7 +128,7 @@ class Sizes:
         """Gradients of one group: unsharded as autograd makes them, or the rank's shard."""
         if (block, whole) not in self._gradients:
             group = [parameter for parameter in self._group(block) if parameter.trainable and parameter.used]
-            sizes = (p.bytes if whole else local_bytes(p, self.plan.dp_shard) for p in group)
+            sizes = (self.part(p) if whole else self.local(p) for p in group)
             self._gradients[block, whole] = sum(sizes)
         return self._gradients[block, whole]
 
@@ -197,9 +214,60 @@ def without_copies(step: Step) -> Step:
     return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
 
 
+def divided_step(step: Step, divisions: Mapping[str, Divided]) -> Step:
+    """`step` as one rank of tensor parallelism runs it: of a block that is divided it computes and saves a share.
+
+    What a block holds for a while is taken to be divided as what it saves.
+
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.
+    """
+    segments: list[Segment] = []
+    # Bytes less that are live before a segment, and after it.
+    before = 0
+    for segment in step.segments:
+        found = divisions.get(segment.block or "", Divided())
+        saved = int(segment.saved_bytes * found.saved_share)
+        after = before + segment.saved_bytes - saved
+        inside = {
+            f"{way}_peak_bytes": max(
+                0,
+                entry - less + int((getattr(segment, f"{way}_peak_bytes") - entry) * found.saved_share),
+            )
+            for way, entry, less in (
+                ("forward", segment.forward_entry_bytes, before),
+                ("backward", segment.backward_entry_bytes, after),
+            )
+        }
+        scaled = {
+            name: int(getattr(segment, name) * share)
+            for share, names in (
+                (found.flops_share, ("forward_flops", "backward_flops")),
+                (
+                    found.saved_share,
+                    ("forward_moved_bytes", "backward_moved_bytes", "forward_large_bytes", "backward_large_bytes"),
+                ),
+            )
+            for name in names
+        }
+        segments.append(
+            replace(
+                segment,
+                **inside,  # type: ignore[arg-type]
+                **scaled,  # type: ignore[arg-type]
+                saved_bytes=saved,
+                forward_entry_bytes=max(0, segment.forward_entry_bytes - before),
+                forward_exit_bytes=max(0, segment.forward_exit_bytes - after),
+                backward_entry_bytes=max(0, segment.backward_entry_bytes - after),
+                backward_exit_bytes=max(0, segment.backward_exit_bytes - before),
+            )
+        )
+        before = after
+    return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
+
+
 def maps_tensors(plan: Plan, kind: str) -> bool:
     """Whether what a step frees goes back to the system at once, to be mapped again by the next that needs it."""
-    return kind == "cpu" and (plan.dp_shard > 1 or plan.activation_checkpointing != "none")
+    return kind == "cpu" and (plan.shards or plan.activation_checkpointing != "none")
 
 
 def saving(segment: Segment) -> int:

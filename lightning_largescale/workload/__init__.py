@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from lightning_largescale.workload.blocks import Group, find_blocks, find_groups
-from lightning_largescale.workload.model import OptimizerNeeds, Parameter, Segment, Step, Workload
+from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Segment, Step, Workload
 
-__all__ = ["Group", "OptimizerNeeds", "Parameter", "Segment", "Step", "Workload", "find_blocks", "find_groups"]
+__all__ = [
+    "Divided",
+    "Group",
+    "OptimizerNeeds",
+    "Parameter",
+    "Segment",
+    "Step",
+    "Workload",
+    "find_blocks",
+    "find_groups",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,64 +13,120 @@ from torch import Tensor, nn
 from lightning_largescale import compat
 from lightning_largescale.arithmetic import lightning_plugin
 from lightning_largescale.workload.batch import map_tensors, tensors_in
-from lightning_largescale.workload.blocks import find_groups
+from lightning_largescale.workload.blocks import Group, find_groups
 from lightning_largescale.workload.model import Divided
-from lightning_largescale.workload.shardable import copied, divide
+from lightning_largescale.workload.shardable import Subject, copied, divide, divide_subject
 from lightning_largescale.workload.steps import Request, call_step
 
-# The arguments that a block is called with.
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
+# Of all parameters: what has less outside of blocks is not worth its communication.
+_LARGE_SHARE = 0.01
+
+
+class _Call(NamedTuple):
+    """What a block was called with, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
 
 
 def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[int, dict[str, Divided]]:
-    """What may be divided of each block of the module, by a number of ranks and the block's name.
+    """What may be divided of each block of the module, by a number of ranks and the block's name; "" is the rest.
 
     Args:
         request: its module and batch hold fake tensors.
         sizes: numbers of ranks.
         mode: of the fake tensors, active.
     """
-    module = request.module
-    groups = {name: group for name, group in find_groups(module).items() if name}
-    calls = _calls(request, {name: group.modules[0] for name, group in groups.items()})
+    groups = find_groups(request.module)
+    blocks = {name: group.modules[0] for name, group in groups.items() if name}
+    calls = _calls(request, blocks)
     found: dict[int, dict[str, Divided]] = {ranks: {} for ranks in sizes}
-    for ranks, blocks in found.items():
+    for ranks, divided in found.items():
         alike: dict[Any, Divided] = {}
         for name, call in calls.items():
-            block = groups[name].modules[0]
             shared = [shared.removeprefix(f"{name}.") for shared in groups[name].shared]
-            key = _kind(block, call)
-            blocks[name] = divide(block, *call, ranks, shared=shared, mode=mode, like=alike.get(key))
-            alike.setdefault(key, blocks[name])
+            key = _kind(blocks[name], call)
+            like = alike.get(key)
+            divided[name] = divide(blocks[name], call.args, call.kwargs, ranks, shared=shared, mode=mode, like=like)
+            alike.setdefault(key, divided[name])
+        divided[""] = _rest(request, groups, calls, ranks, mode)
     return found
 
 
+def _rest(request: Request, groups: Mapping[str, Group], calls: Mapping[str, _Call], ranks: int, mode: Any) -> Divided:
+    """What may be divided of what lies outside of blocks: tables and heads of a vocabulary, by its entries."""
+    module = request.module
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    own, in_blocks = {*groups[""].parameters}, {name for group in groups.values() for name in group.shared}
+    whole = {name: "it belongs to a block" for name in sizes if name not in own}
+    large = _LARGE_SHARE * sum(sizes.values())
+    whole |= {name: "it is small" for name in own if sizes[name] < large and module.get_parameter(name).dim() > 1}
+    whole |= dict.fromkeys(in_blocks & own, "blocks use it as well")
+    if not own - whole.keys():
+        return Divided()
+    blocks = {name: group.modules[0] for name, group in groups.items() if name in calls}
+
+    def subject() -> Subject:
+        others = [*module.buffers(), *tensors_in(request.batch)]
+        return Subject(dict(module.named_parameters()), others, lambda: _step_without(request, blocks, calls))
+
+    found = divide_subject(subject, ranks, whole, mode, uneven=True)
+    return dataclasses.replace(found, whole={name: why for name, why in found.whole.items() if name in own})
+
+
+def _step_without(request: Request, blocks: Mapping[str, nn.Module], calls: Mapping[str, _Call]) -> Any:
+    """The step, blocks giving what they gave before."""
+    before: dict[str, Any] = {name: vars(block).get("forward") for name, block in blocks.items()}
+    try:
+        for name, block in blocks.items():
+            block.forward = lambda *_, _name=name, **__: copied(calls[_name].output)
+        return _forward_of(request)
+    finally:
+        for name, block in blocks.items():
+            del block.forward
+            if before[name] is not None:
+                block.forward = before[name]
+
+
+def _forward_of(request: Request) -> Any:
+    with lightning_plugin(request.precision, request.device_type).forward_context():
+        return call_step(request)
+
+
 def _calls(request: Request, blocks: Mapping[str, nn.Module]) -> dict[str, _Call]:
-    """What the step calls each block with, the first time, as far as it comes; by name, in the order of the calls."""
+    """What the step calls each block with, the first time, and what it returns, as far as the step comes; in order."""
+    given: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, _Call] = {}
 
-    def note(name: str) -> Any:
+    def before(name: str) -> Any:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in calls:
+            if name not in given:
                 # What holds tensors may be written into once the block runs.
-                calls[name] = copied(map_tensors((args, kwargs), _given))
+                given[name] = copied(map_tensors((args, kwargs), _given))
 
         return hook
 
-    handles = [block.register_forward_pre_hook(note(name), with_kwargs=True) for name, block in blocks.items()]
+    def after(name: str) -> Any:
+        def hook(block: nn.Module, args: Any, output: Any) -> None:
+            calls.setdefault(name, _Call(*given[name], copied(map_tensors(output, _given))))
+
+        return hook
+
+    handles = []
+    for name, block in blocks.items():
+        if compat.compiled_module(block) is block:
+            handles.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(block.register_forward_hook(after(name)))
     try:
         # Without gradients, so that what the blocks are given can be copied with what holds it. Where the step fails
         # is known from tracing it; what was called before is known.
-        with (
-            contextlib.suppress(Exception),
-            torch.no_grad(),
-            lightning_plugin(request.precision, request.device_type).forward_context(),
-        ):
-            call_step(request)
+        with contextlib.suppress(Exception), torch.no_grad():
+            _forward_of(request)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: call for name, call in calls.items() if compat.compiled_module(blocks[name]) is blocks[name]}
+    return calls
 
 
 def _given(tensor: Tensor) -> Tensor:
@@ -80,5 +137,5 @@ def _given(tensor: Tensor) -> Tensor:
 def _kind(block: nn.Module, call: _Call) -> Any:
     """The same for blocks of which probably the same may be divided."""
     parameters = tuple((name, one.shape, one.requires_grad) for name, one in block.named_parameters())
-    tensors = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(call))
+    tensors = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in((call.args, call.kwargs)))
     return type(block), parameters, tensors

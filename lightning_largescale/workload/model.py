@@ -178,6 +178,13 @@ class Divided:
     forward_reduced: tuple[int, ...] = ()
     backward_reduced: tuple[int, ...] = ()
 
+    def scaled(self, share: float) -> Divided:
+        """The same for `share` times the samples."""
+        forward, backward = (
+            tuple(round(size * share) for size in sizes) for sizes in (self.forward_reduced, self.backward_reduced)
+        )
+        return dataclasses.replace(self, forward_reduced=forward, backward_reduced=backward)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
@@ -275,6 +282,10 @@ class Workload:
         return dataclasses.replace(
             self,
             steps={name: combine_steps([step], lambda value: value * share) for name, step in self.steps.items()},
+            divisions={
+                ranks: {block: found.scaled(share) for block, found in blocks.items()}
+                for ranks, blocks in self.divisions.items()
+            },
             batch_samples=samples,
             batch_bytes=round(self.batch_bytes * share),
         )

@@ -15,26 +15,34 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
-import itertools
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
+from lightning_largescale.workload.division_run import DivisionRun
 from lightning_largescale.workload.model import Divided
-from lightning_largescale.workload.parts import OnParts, Part, Shapes, any_part, as_part, called, cut, part_of
-from lightning_largescale.workload.parts.products import LINEAR
 from lightning_largescale.workload.tracker import FlopsOf
+
+
+class Subject(NamedTuple):
+    """Code to be run, on fake tensors.
+
+    Attributes:
+        parameters: what it computes with, by name.
+        others: other tensors that it is given.
+        call: runs it.
+    """
+
+    parameters: Mapping[str, Tensor]
+    others: Sequence[Tensor]
+    call: Callable[[], Any]
 
 
 def divide(
@@ -60,36 +68,76 @@ def divide(
 
     Source: the module's docstring.
     """
-    matrices = [name for name, parameter in block.named_parameters() if parameter.dim() > 1]
-    whole = dict.fromkeys(shared, "it is used outside of the block as well")
-    stretches: dict[str, tuple[int, ...]] = {}
     mode = compat.fake_tensor_mode() if mode is None else mode
+    whole = dict.fromkeys(shared, "it is used outside of the block as well")
+    return divide_subject(lambda: _of_block(block, args, kwargs, mode), ranks, whole, mode, like=like)
+
+
+def divide_subject(
+    subject: Callable[[], Subject],
+    ranks: int,
+    whole: Mapping[str, str],
+    mode: Any,
+    *,
+    uneven: bool = False,
+    like: Divided | None = None,
+) -> Divided:
+    """Find what of the parameters of a subject can be divided among `ranks`.
+
+    Args:
+        subject: made anew for each run.
+        ranks: number of them.
+        whole: names of parameters that stay whole, and why.
+        mode: of the fake tensors.
+        uneven: numbers of outputs that ranks cannot have alike are divided too.
+        like: what was found of a like subject, which one run then confirms.
+    """
     if like is not None:
-        pieces = {name: part.pieces for name, part in like.parts.items() if len(part.pieces) > 1}
-        run = _Run(block, ranks, {**like.whole, **whole}, pieces, mode)
-        run(args, kwargs)
-        if not run.refused and not run.separated and run.parts == like.parts:
+        run = DivisionRun(ranks, {**like.whole, **whole}, _stretches(like), uneven=uneven)
+        given = subject()
+        run(given.parameters, given.call, mode)
+        if run.settled and run.parts == like.parts:
             return like
+    refused, stretches = dict(whole), dict[str, tuple[int, ...]]()
     while True:
-        run = _Run(block, ranks, whole, stretches, mode)
-        run(args, kwargs)
-        if not run.refused and not run.separated:
+        given = subject()
+        run = DivisionRun(ranks, refused, stretches, uneven=uneven)
+        run(given.parameters, given.call, mode)
+        if run.settled:
             break
         stretches |= run.separated
-        whole |= run.refused
-    undivided = [name for name in matrices if name not in run.parts]
-    found = Divided(parts=run.parts, whole={name: whole.get(name, "it meets no product") for name in undivided})
-    return _measured(found, block, args, kwargs, ranks, mode) if run.parts else found
+        refused |= run.refused
+    undivided = [name for name, one in given.parameters.items() if one.dim() > 1 and name not in run.parts]
+    found = Divided(parts=run.parts, whole={name: refused.get(name, "it meets no product") for name in undivided})
+    return _measured(found, subject, ranks, mode, uneven=uneven) if run.parts else found
 
 
-def _measured(
-    found: Divided, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ranks: int, mode: Any
-) -> Divided:
-    """`found` with what it costs, as shares of what the block costs as it is."""
-    stretches = {name: part.pieces for name, part in found.parts.items()}
-    nothing = {name: "to be compared with" for name, _ in block.named_parameters()}
-    as_it_is, own = (_Run(block, ranks, whole, stretches, mode) for whole in (nothing, found.whole))
-    saved, flops = zip(*(_cost(run, args, kwargs) for run in (as_it_is, own)), strict=True)
+def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Any) -> Subject:
+    buffers = {name: mode.from_tensor(one) for name, one in block.named_buffers()}
+    parameters = {
+        name: nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad)
+        for name, parameter in block.named_parameters()
+    }
+    args, kwargs = map_tensors((tuple(args), dict(kwargs)), mode.from_tensor)
+    given = tensors_in((args, kwargs))
+    # A block may write into objects that it is given, such as caches of keys and values.
+    args, kwargs = copied((args, kwargs))
+    return Subject(
+        parameters=parameters,
+        others=[*buffers.values(), *given],
+        call=lambda: torch.func.functional_call(block, {**parameters, **buffers}, args, dict(kwargs)),
+    )
+
+
+def _stretches(found: Divided) -> dict[str, tuple[int, ...]]:
+    return {name: part.pieces for name, part in found.parts.items() if len(part.pieces) > 1}
+
+
+def _measured(found: Divided, subject: Callable[[], Subject], ranks: int, mode: Any, *, uneven: bool) -> Divided:
+    """`found` with what it costs, as shares of what the subject costs as it is."""
+    nothing = dict.fromkeys(subject().parameters, "to be compared with")
+    as_it_is, own = (DivisionRun(ranks, whole, _stretches(found), uneven=uneven) for whole in (nothing, found.whole))
+    saved, flops = zip(*(_cost(run, subject(), mode) for run in (as_it_is, own)), strict=True)
     return dataclasses.replace(
         found,
         saved_share=saved[1] / max(1, saved[0]),
@@ -99,18 +147,19 @@ def _measured(
     )
 
 
-def _cost(run: _Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+def _cost(run: DivisionRun, subject: Subject, mode: Any) -> tuple[int, int]:
     """Bytes that a run saves for backward, parameters and inputs left out, and its floating-point operations."""
-    saved: dict[StorageWeakRef, int] = {}
+    saved: dict[Any, int] = {}
+    reference: Any = StorageWeakRef
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[StorageWeakRef(storage)] = storage.nbytes()
+        saved[reference(storage)] = storage.nbytes()
         return tensor
 
     with FlopsOf() as counted, saved_tensors_hooks(keep, lambda tensor: tensor):
-        run(args, kwargs)
-    left_out = {StorageWeakRef(one.untyped_storage()) for one in run.given}
+        run(subject.parameters, subject.call, mode)
+    left_out = {reference(one.untyped_storage()) for one in (*subject.parameters.values(), *subject.others)}
     return sum(size for storage, size in saved.items() if storage not in left_out), counted.flops
 
 
@@ -127,248 +176,3 @@ class _SameTensors(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
-
-
-class _AgainError(BaseException):
-    """Ends a run that has found what the next one is to do otherwise; no error, so that no block catches it."""
-
-
-class _Run(OnParts):
-    """One run of a block: `parts` is what it divides, `refused` what may not be, and why."""
-
-    def __init__(
-        self,
-        block: nn.Module,
-        ranks: int,
-        whole: Mapping[str, str],
-        stretches: Mapping[str, tuple[int, ...]],
-        mode: Any,
-    ) -> None:
-        self.shapes = Shapes(ranks)
-        super().__init__(self.shapes)
-        self.given: list[Tensor] = []
-        self._block, self._whole, self._stretches, self._mode = block, whole, stretches, mode
-        self.parts: dict[str, Part] = {}
-        self.refused: dict[str, str] = {}
-        # Stretches of matrices, that were found to go different ways.
-        self.separated: dict[str, tuple[int, ...]] = {}
-        # Parameters, and matrices that were turned, with whether they were.
-        self._names: MutableMapping[Tensor, tuple[str, bool]] = WeakTensorKeyDictionary()
-        self._used_otherwise: set[str] = set()
-
-    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Run the block forward on fakes of its parameters and of what it is called with."""
-        fakes = self._mode
-        state = {name: fakes.from_tensor(one) for name, one in self._block.named_buffers()}
-        for name, parameter in self._block.named_parameters():
-            state[name] = nn.Parameter(fakes.from_tensor(parameter.detach()), parameter.requires_grad)
-            self._names[state[name]] = name, False
-        # A block may write into objects that it is given, such as caches of keys and values.
-        args, kwargs = map_tensors((tuple(args), dict(kwargs)), fakes.from_tensor)
-        self.given = [*state.values(), *tensors_in((args, kwargs))]
-        args, kwargs = copied((args, kwargs))
-        try:
-            with fakes, compat.silent_fakes(), torch.enable_grad(), self:
-                output = torch.func.functional_call(self._block, state, args, dict(kwargs))
-            self._look_at(output)
-        except Exception as error:  # whatever the rules have to say, or the block about fakes
-            if not self.refused and not self.separated:
-                self._give_up(error)
-        except _AgainError:
-            pass
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call `func`, a product with its matrix divided where it may be."""
-        kwargs = kwargs or {}
-        product = Product.of(func, args, kwargs)
-        if any_part((*args, *kwargs.values())) and _in_autograd_function():
-            self._refuse(tensors_in((tuple(args), kwargs)), "an autograd function of the user's takes it")
-            raise _AgainError
-        if product is not None and product.weight in self._names and not _in_autograd_function():
-            args, kwargs = self._divided(product)
-        elif func is F.multi_head_attention_forward:
-            result = self.taken_apart(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        elif _turns(func, args) and args[0] in self._names:
-            turned = func(*args, **kwargs)
-            name, before = self._names[args[0]]
-            self._names[turned] = name, not before
-            return turned
-        elif not _reads_attribute(func):
-            self._note_use(args, kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
-
-    def computed_whole(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Nothing: parts would have to be gathered, so their origins are refused."""
-        self._refuse(tensors_in((tuple(args), kwargs)), f"{called(func)} would have to gather it")
-        # What comes after would meet other inputs than in the next run.
-        raise _AgainError
-
-    def reduced(self, partial: Tensor, operands: Sequence[Part]) -> Tensor:
-        """The sum of what only rows of a matrix may leave to be summed."""
-        origins = [part.origins for part in operands if part.origins]
-        if len(origins) > 1:
-            self._refuse_names(frozenset().union(*origins), "a product of two that are divided would have to be summed")
-            raise _AgainError
-        return super().reduced(partial, operands)
-
-    def offered(self, weight: Tensor, bias: Tensor | None, part: Part) -> tuple[Tensor, Tensor | None]:
-        """A matrix and its bias, divided by their outputs as `part` where they may be."""
-        if weight not in self._names or self._names[weight][0] in self._whole:
-            return weight, bias
-        return self._column(weight, bias, part)
-
-    def separates(self, part: Part, sizes: Sequence[int]) -> None:
-        """Note the stretches of the matrices that `part` comes from."""
-        for name in part.origins:
-            before = self._stretches.get(name) or self.parts[name].pieces
-            total = sum(before)
-            if total % part.size:
-                continue
-            edges = {*itertools.accumulate(before)}
-            edges |= {edge * (total // part.size) for edge in itertools.accumulate(sizes)}
-            ordered = [0, *sorted(edges)]
-            pieces = tuple(after - start for start, after in itertools.pairwise(ordered))
-            if pieces != before and all(piece % self.ranks.size == 0 for piece in pieces):
-                self.separated[name] = pieces
-        if self.separated:
-            raise _AgainError
-
-    def _divided(self, product: Product) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a product, its matrix and bias divided as its input has it."""
-        (name, _), part = self._names[product.weight], part_of(product.input)
-        weight, bias = product.weight, product.bias
-        if name not in self._whole:
-            if part is None:
-                pieces = self._stretches.get(name, (weight.shape[product.outputs],))
-                weight, bias = self._column(weight, bias, Part(product.outputs, pieces))
-            elif part.dim == product.input.dim() - 1 and weight.shape[1 - product.outputs] == part.size:
-                weight = self._noted(weight, Part(1 - product.outputs, part.pieces), frozenset())
-        return product.again(weight, bias)
-
-    def _column(self, weight: Tensor, bias: Tensor | None, part: Part) -> tuple[Tensor, Tensor | None]:
-        name, _ = self._names[weight]
-        of_bias = None if bias is None or bias not in self._names else self._names[bias][0]
-        if any(piece % self.ranks.size for piece in part.pieces):
-            sizes = " and ".join(str(piece) for piece in dict.fromkeys(part.pieces))
-            self._refuse_names([name], f"{sizes} is not divisible by {self.ranks.size}")
-        elif of_bias is not None and of_bias in self._whole:
-            self._refuse_names([name], f"its bias stays whole: {self._whole[of_bias]}")
-        else:
-            weight = self._noted(weight, part, frozenset([name]))
-            if bias is not None and of_bias is not None:
-                bias = self._noted(bias, part.at(0), frozenset([name]))
-        return weight, bias
-
-    def _noted(self, whole: Tensor, part: Part, origins: frozenset[str]) -> Tensor:
-        """The part of a parameter, or of one turned, which is what it is divided into from now on."""
-        name, turned = self._names[whole]
-        of_parameter = part.at(1 - part.dim) if turned else part
-        if self.parts.setdefault(name, of_parameter) != of_parameter:
-            self._refuse_names([name], "it is used in several products, which would divide it in several ways")
-        own = cut(whole, part, self.ranks.rank, self.ranks.size)
-        return as_part(own, Part(part.dim, part.pieces, origins))
-
-    def _note_use(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        for tensor in tensors_in((tuple(args), dict(kwargs))):
-            if tensor in self._names:
-                self._used_otherwise.add(self._names[tensor][0])
-
-    def _look_at(self, output: Any) -> None:
-        self._refuse(tensors_in(output), "its result leaves the block divided")
-        self._refuse_names(self._used_otherwise & self.parts.keys(), "it is used in other ways than in products")
-
-    def _give_up(self, error: Exception) -> None:
-        why = f"the block cannot run {'with it divided' if self.parts else 'on fake tensors'}: {error}"
-        self._refuse_names(self.parts or [name for name, _ in self._names.values()], why)
-
-    def _refuse(self, tensors: Sequence[Tensor], why: str) -> None:
-        parts = [part for tensor in tensors if (part := part_of(tensor)) is not None]
-        self._refuse_names(frozenset().union(*(part.origins for part in parts)), why)
-
-    def _refuse_names(self, names: Collection[str], why: str) -> None:
-        # What was divided in stretches on trial is the first to blame.
-        on_trial = [name for name in names if name in self._stretches]
-        self.refused |= {name: why for name in on_trial or names if name not in self._whole | self.refused}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """A product of an input, contracted in its last dimension, with a matrix.
-
-    Attributes:
-        input: the other operand.
-        weight: the matrix.
-        bias: what is added to the result, None without.
-        outputs: the dimension of `weight` that the result's last one comes from; the other is contracted.
-        again: the arguments of the call with another matrix and bias.
-    """
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    outputs: int
-    again: Callable[[Tensor, Tensor | None], tuple[tuple[Any, ...], dict[str, Any]]]
-
-    @classmethod
-    def of(cls, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
-        """The product that a call of torch is, None where it is no such."""
-        if function is F.linear:
-            given = LINEAR.bind(*args, **kwargs).arguments
-            input, bias = given["input"], given.get("bias")
-            return cls(
-                input=input,
-                weight=given["weight"],
-                bias=bias,
-                outputs=0,
-                again=lambda weight, bias: ((input, weight, bias), {}),
-            )
-        if function in _MATMULS and len(args) == 2 and not kwargs and args[1].dim() == 2:
-            return cls(
-                input=args[0],
-                weight=args[1],
-                bias=None,
-                outputs=1,
-                again=lambda weight, _: ((args[0], weight), {}),
-            )
-        if function is torch.addmm and len(args) == 3 and not kwargs:
-            return cls(
-                input=args[1],
-                weight=args[2],
-                bias=args[0],
-                outputs=1,
-                again=lambda weight, bias: ((bias, args[1], weight), {}),
-            )
-        return None
-
-
-_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.Tensor.__matmul__)
-
-
-def _in_autograd_function() -> bool:
-    """Whether the forward of an autograd function of the user's runs, whose backward goes by no rule."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is torch.autograd.Function.apply.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _turns(function: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a call gives a matrix with rows for columns."""
-    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 2:
-        return False
-    if function in (torch.transpose, torch.Tensor.transpose):
-        return {dim % 2 for dim in args[1:] if isinstance(dim, int)} == {0, 1}
-    return function in _TURNS
-
-
-_TURNS = (torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
-
-
-def _reads_attribute(function: Callable[..., Any]) -> bool:
-    return getattr(function, "__name__", "") == "__get__"

@@ -13,7 +13,7 @@ from workload.tensor_blocks import KNOWN, UNSAFE, UNUSUAL, called
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.order import full, order_of
-from lightning_largescale.parallel.tensor import divide_over
+from lightning_largescale.parallel.tensor import compute_on_parts, divide_over
 from lightning_largescale.workload.shardable import divide
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*random operators:UserWarning")]
@@ -48,6 +48,7 @@ def divided_and_trained(case, ways):
     names = list(block.state_dict())
     block, args, kwargs = built(case)
     found = divide(block, args, kwargs, ways)
+    compute_on_parts(block, found.parts, mesh)
     divide_over(block, found.parts, mesh)
     results = trained(block, args, kwargs)
     for one, other in zip(results, expected, strict=True):

@@ -92,7 +92,6 @@ KNOWN = {
         {"encoder_hidden_states": hidden(1), **_bias(), **_bias("encoder_decoder_position_bias")},
         **_T5,
     ),
-
     "gpt2": lambda: _from(
         "GPT2Model",
         "GPT2",
@@ -212,6 +211,7 @@ UNSAFE = {
     "an odd width": lambda: Pair(nn.ReLU(), width=7),
 }
 ALL = {**KNOWN, **UNUSUAL, **UNSAFE}
+
 
 def called(case):
     """A block of `ALL`, what it is called with, and that as names."""

@@ -111,7 +111,7 @@ def _attended(engine: OnParts, given: SimpleNamespace) -> tuple[Tensor, Tensor |
     query, key, value = (one if batched else one.unsqueeze(1) for one in (given.query, given.key, given.value))
     projected = _projected(given, query, key, value)
     # Places, samples, heads, width of a head -> samples, heads, places, width of a head.
-    q, k, v = (one.unflatten(-1, (given.num_heads, -1)).permute(1, 2, 0, 3) for one in projected)
+    q, k, v = (one.view(*one.shape[:2], given.num_heads, -1).permute(1, 2, 0, 3) for one in projected)
     mask = _mask(given, q, k.shape[-2])
     dropout = given.dropout_p if given.training else 0.0
     weights = None

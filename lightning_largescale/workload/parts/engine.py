@@ -83,32 +83,40 @@ class Shapes:
         self.backward: list[int] = []
 
     def enter(self, tensor: Tensor) -> Tensor:
+        """`tensor`."""
         self.backward.append(tensor.nbytes)
         return tensor
 
     def reduce(self, tensor: Tensor) -> Tensor:
+        """`tensor`."""
         self.forward.append(tensor.nbytes)
         return tensor
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
+        """A tensor of the whole's shape."""
         shape = [part.size if dim == part.dim else size for dim, size in enumerate(local.shape)]
         return local.mean(part.dim, keepdim=True).expand(shape) if local.is_floating_point() else local.new_empty(shape)
 
     def gather_entering(self, local: Tensor, part: Part) -> Tensor:
+        """A tensor of the whole's shape."""
         return self.gather(local, part)
 
     def reduce_to_part(self, tensor: Tensor, part: Part) -> Tensor:
+        """A tensor of the part's shape."""
         return cut(tensor, part, self.rank, self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`."""
         self.forward.append(tensor.nbytes)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
+        """`tensor`."""
         self.forward.append(tensor.nbytes)
         return tensor
 
     def own_random(self, device: torch.device) -> AbstractContextManager[None]:
+        """No context."""
         return nullcontext()
 
 
@@ -196,6 +204,11 @@ def any_part(values: Any) -> bool:
         elif isinstance(value, list | tuple) and any_part(value):
             return True
     return False
+
+
+def names(text: str) -> list[str]:
+    """The words of `text`."""
+    return text.split()
 
 
 def called(func: Callable[..., Any]) -> str:

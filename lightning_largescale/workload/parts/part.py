@@ -78,7 +78,8 @@ def join(parts: list[Tensor], part: Part) -> Tensor:
     """The whole tensor whose parts, those of all ranks in their order, are `parts`."""
     ranks = len(parts)
     by_rank = [
-        one.split([share(size, rank, ranks)[1] for size in part.pieces], part.dim) for rank, one in enumerate(parts)
+        torch.split(one, [share(size, rank, ranks)[1] for size in part.pieces], part.dim)
+        for rank, one in enumerate(parts)
     ]
     return torch.cat([stretches[piece] for piece in range(len(part.pieces)) for stretches in by_rank], part.dim)
 

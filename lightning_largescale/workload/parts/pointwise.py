@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_largescale.workload.batch import map_tensors, tensors_in
-from lightning_largescale.workload.parts.engine import OnParts, Rule, called
+from lightning_largescale.workload.parts.engine import OnParts, Rule, called, names
 from lightning_largescale.workload.parts.part import Part, as_part, part_of
 
-_ARITHMETIC = """
+_ARITHMETIC = names(
+    """
     abs absolute add addcdiv addcmul bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min clip
     copysign cos cosh deg2rad div divide eq erf erfc erfinv exp exp2 expm1 fix float_power floor floor_divide fmax fmin
     fmod frac ge gelu greater greater_equal gt hardshrink heaviside hypot isclose isfinite isinf isnan ldexp le lerp
@@ -22,29 +23,36 @@ _ARITHMETIC = """
     masked_fill maximum minimum mul multiply nan_to_num ne neg negative not_equal pow positive reciprocal relu remainder
     rsqrt rsub round rad2deg sgn sigmoid sign sin sinc sinh sqrt square sub subtract tan tanh true_divide trunc where
     xlogy
-""".split()
-_OPERATORS = """
+    """
+)
+_OPERATORS = names(
+    """
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __floordiv__
     __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __neg__ __pos__ __abs__ __invert__ __and__ __rand__ __or__ __ror__
     __xor__ __rxor__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__
     __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__
-""".split()
-_ACTIVATIONS = """
+    """
+)
+_ACTIVATIONS = names(
+    """
     celu dropout elu gelu hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 selu sigmoid silu
     softplus softshrink softsign tanh tanhshrink threshold
-""".split()
+    """
+)
 # The other arguments of these say nothing of the elements.
-_OF_THE_FIRST = """
+_OF_THE_FIRST = names(
+    """
     alias bfloat16 bool byte char clone contiguous cpu cuda detach detach_ double empty_like float half int long
     full_like ones_like rand_like randn_like requires_grad_ short to type_as zeros_like zero_ fill_
-""".split()
+    """
+)
 _RANDOM = ("dropout", "dropout_", "rand_like", "randn_like")
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
     """Rules by function."""
-    names = [*_ARITHMETIC, *_OPERATORS, *(f"{name}_" for name in _ARITHMETIC)]
-    places: list[tuple[Any, Sequence[str]]] = [(torch.Tensor, names), (torch, [*names, "dropout", "dropout_"])]
+    methods = [*_ARITHMETIC, *_OPERATORS, *(f"{name}_" for name in _ARITHMETIC)]
+    places: list[tuple[Any, Sequence[str]]] = [(torch.Tensor, methods), (torch, [*methods, "dropout", "dropout_"])]
     places += [(F, [*_ACTIVATIONS, *(f"{name}_" for name in _ACTIVATIONS)]), (torch.special, _ARITHMETIC)]
     found: dict[Callable[..., Any], Rule] = {}
     for place, listed in places:

@@ -13,15 +13,31 @@ from lightning_largescale.workload.parts.engine import OnParts, Rule
 from lightning_largescale.workload.parts.part import as_part, part_of
 
 # The dimension is the second argument, or the third.
-_REMOVE = "all amax amin any argmax argmin logsumexp max mean median min prod std sum var".split()
-_KEEP = "argsort cummax cummin cumprod cumsum log_softmax logcumsumexp softmax sort".split()
+_REMOVE = [
+    "all",
+    "amax",
+    "amin",
+    "any",
+    "argmax",
+    "argmin",
+    "logsumexp",
+    "max",
+    "mean",
+    "median",
+    "min",
+    "prod",
+    "std",
+    "sum",
+    "var",
+]
+_KEEP = ["argsort", "cummax", "cummin", "cumprod", "cumsum", "log_softmax", "logcumsumexp", "softmax", "sort"]
 _REMOVE_THIRD, _KEEP_THIRD = ["norm"], ["topk", "normalize", "renorm"]
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
     """Rules by function."""
     found: dict[Callable[..., Any], Rule] = {}
-    for names, position, keeps in (
+    for listed, position, keeps in (
         (_REMOVE, 1, False),
         (_KEEP, 1, True),
         (_REMOVE_THIRD, 2, False),
@@ -29,7 +45,7 @@ def rules() -> dict[Callable[..., Any], Rule]:
     ):
         rule = _Along(position, keeps=keeps)
         found |= {
-            getattr(place, name): rule for name in names for place in (torch, torch.Tensor, F) if hasattr(place, name)
+            getattr(place, name): rule for name in listed for place in (torch, torch.Tensor, F) if hasattr(place, name)
         }
     found[torch.linalg.vector_norm] = _Along(2, keeps=False)
     # Without a dimension given it is the second of two, or the last.
@@ -44,9 +60,7 @@ class _Along:
     def __init__(self, position: int, *, keeps: bool, default: int | None = None) -> None:
         self._position, self._keeps, self._default = position, keeps, default
 
-    def __call__(
-        self, engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         part = part_of(args[0]) if args else None
         given = kwargs.get("dim", args[self._position] if len(args) > self._position else self._default)
         others = [*args[1:], *kwargs.values()]

@@ -30,7 +30,9 @@ def _groups(shape: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[
     """Dimensions of either that hold the same elements, as few together as can be."""
     here, there = 0, 0
     while here < len(shape) or there < len(target):
-        inputs, outputs, left, right = [], [], 1, 1
+        inputs: list[int] = []
+        outputs: list[int] = []
+        left = right = 1
         while True:
             if here < len(shape) and (left < right or not inputs):
                 inputs.append(here)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_largescale.workload.parts.engine import OnParts, Rule
+from lightning_largescale.workload.parts.engine import OnParts, Rule, names
 from lightning_largescale.workload.parts.part import Part, as_part, global_shape, part_of, share
 from lightning_largescale.workload.parts.reshape import reshaped
 
@@ -51,7 +51,7 @@ def rules() -> dict[Callable[..., Any], Rule]:
         "__len__": _len,
     }
     by_name |= dict.fromkeys(
-        "dim ndimension element_size is_contiguous is_floating_point is_complex get_device".split(), _about_local
+        names("dim ndimension element_size is_contiguous is_floating_point is_complex get_device"), _about_local
     )
     found = {
         getattr(place, name): rule
@@ -61,11 +61,16 @@ def rules() -> dict[Callable[..., Any], Rule]:
     }
     attributes: dict[str, Rule] = {"shape": _size, "T": _last_two, "mT": _last_two}
     attributes |= dict.fromkeys(
-        "device dtype ndim layout requires_grad is_leaf grad_fn is_cuda is_sparse is_quantized is_meta is_nested"
-        " is_mkldnn is_mps is_xpu is_cpu".split(),
+        names(
+            "device dtype ndim layout requires_grad is_leaf grad_fn is_cuda is_sparse is_quantized is_meta is_nested"
+            " is_mkldnn is_mps is_xpu is_cpu"
+        ),
         _about_local,
     )
     return found | {getattr(torch.Tensor, name).__get__: rule for name, rule in attributes.items()}
+
+
+_ALL_TURNED = torch.Tensor.T.__get__  # type: ignore[attr-defined]
 
 
 def _about_local(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -158,7 +163,7 @@ def _last_two(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kw
     part, dims = _found(args[0])
     if dims < 2:
         return NotImplemented
-    if func is torch.Tensor.T.__get__ and dims > 2:
+    if func == _ALL_TURNED and dims > 2:
         return as_part(func(args[0]), part.at(dims - 1 - part.dim))
     return as_part(func(args[0]), part.at({dims - 1: dims - 2, dims - 2: dims - 1}.get(part.dim, part.dim)))
 
@@ -260,8 +265,10 @@ def _unbind(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwar
 
 
 def _split(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    part, dims = _found(args[0])
-    given = next((kwargs[key] for key in ("split_size", "split_size_or_sections", "split_sizes") if key in kwargs), None)
+    dims = args[0].dim()
+    given = next(
+        (kwargs[key] for key in ("split_size", "split_size_or_sections", "split_sizes") if key in kwargs), None
+    )
     given = args[1] if given is None else given
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % dims
     size = global_shape(args[0])[dim]
@@ -270,7 +277,7 @@ def _split(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwarg
 
 
 def _chunk(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    part, dims = _found(args[0])
+    dims = args[0].dim()
     count = kwargs.get("chunks", args[1] if len(args) > 1 else 1)
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % dims
     size = global_shape(args[0])[dim]
@@ -281,7 +288,7 @@ def _chunk(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwarg
 def _stretches(engine: OnParts, tensor: Tensor, dim: int, sizes: list[int]) -> Any:
     part, _ = _found(tensor)
     if dim != part.dim:
-        return tuple(as_part(one, part) for one in tensor.split(sizes, dim))
+        return tuple(as_part(one, part) for one in torch.split(tensor, sizes, dim))
     edges = {*itertools.accumulate(part.pieces)}
     if any(edge not in edges for edge in itertools.accumulate(sizes)):
         engine.separates(part, sizes)
@@ -350,7 +357,8 @@ def _getitem(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwa
         if tensor is NotImplemented:
             return NotImplemented
         part, _ = _found(tensor)
-    return as_part(tensor[(*index[:at], slice(None), *index[at + 1 :])], part.at(dim))
+    kept = (*index[:at], slice(None), *index[at + 1 :])
+    return as_part(tensor[kept], part.at(dim))
 
 
 def _by_tensor(tensor: Tensor, index: tuple[Any, ...]) -> Any:

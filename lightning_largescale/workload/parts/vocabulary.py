@@ -94,7 +94,7 @@ class _VocabularyParallel(torch.autograd.Function):
         return loss - (1 - smoothing) * sums[1] - smoothing / classes * sums[2]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         probabilities, index, elsewhere = ctx.saved_tensors
         found = probabilities - ctx.smoothing / ctx.classes
         if found.shape[-1]:

@@ -1,0 +1,127 @@
+"""LookingStrategy: the step that is about to run, traced before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+
+from lightning_largescale import compat
+from lightning_largescale.apart import ApartError, can_run_apart, run_apart
+from lightning_largescale.plan import PlanError
+from lightning_largescale.precision import is_own
+from lightning_largescale.sample import random_state_kept, sample_batch
+from lightning_largescale.stepping import SteppingStrategy
+from lightning_largescale.workload import Workload
+from lightning_largescale.workload.trace import trace_workload
+
+_Value = TypeVar("_Value")
+_STEPS = {
+    TrainerFn.FITTING: ("training_step", RunningStage.TRAINING),
+    TrainerFn.VALIDATING: ("validation_step", RunningStage.VALIDATING),
+    TrainerFn.TESTING: ("test_step", RunningStage.TESTING),
+    TrainerFn.PREDICTING: ("predict_step", RunningStage.PREDICTING),
+}
+
+
+class LookingStrategy(SteppingStrategy, ABC):
+    """Looks at the module's step: rank 0 does, and tells the others."""
+
+    # A batch to trace with, in place of one from the trainer's own loader.
+    _sample_batch: Any = None
+
+    def _traced(self, trainer: Trainer, precisions: tuple[str, ...], tp_sizes: tuple[int, ...]) -> Workload:
+        """The step that is about to run, traced by rank 0; where that is possible in a fork, which leaves no trace."""
+
+        def trace(batch: Any, notes: tuple[str, ...], *, ask: bool = True) -> Workload:
+            return self._trace(trainer, batch, notes, precisions=precisions, tp_sizes=tp_sizes, ask=ask)
+
+        if not self._told_by_rank_zero(can_run_apart):
+            batch, notes = self._batch(trainer, peek=self.is_global_zero)
+            return self._told_by_rank_zero(lambda: trace(batch, notes))
+
+        def apart() -> Workload:
+            try:
+                return run_apart(lambda: trace(*self._batch(trainer)))
+            except ApartError as error:
+                # What ended a fork would end this process, so nothing of the module's is called.
+                return trace(None, (f"the step could not be traced apart ({error})",), ask=False)
+
+        return self._told_by_rank_zero(apart)
+
+    def _batch(self, trainer: Trainer, *, peek: bool = True) -> tuple[Any, tuple[str, ...]]:
+        """A batch to trace with, as the loader gives it, and what is to be said about it; None without `peek`."""
+        batch = self._sample_batch
+        notes: tuple[str, ...] = ()
+        if batch is None:
+            try:
+                batch = sample_batch(trainer, peek=peek)
+            except Exception as error:
+                # Some loaders can only be made once the run is under way; then the run itself tells what is wrong.
+                notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
+        return batch if peek else None, notes
+
+    def _trace(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        notes: tuple[str, ...],
+        *,
+        precisions: tuple[str, ...],
+        tp_sizes: tuple[int, ...],
+        ask: bool,
+    ) -> Workload:
+        """The step that is about to run, traced; estimated from the parameters where there is no batch."""
+        module = self._module()
+        step, _ = _STEPS[trainer.state.fn or TrainerFn.FITTING]
+        if ask and batch is None and module.example_input_array is not None:
+            step, batch = "forward", module.example_input_array
+            notes = (*notes, "forward was traced on example_input_array")
+        own = self.precision_plugin.forward_context() if is_own(self.precision_plugin) else contextlib.nullcontext()
+        with _running(trainer), random_state_kept(), own:
+            if batch is not None and step != "forward":
+                # As the step will see it, but on the CPU.
+                batch = self.precision_plugin.convert_input(batch)
+                batch = compat.before_transfer(module, batch)
+                batch = self.batch_to_device(batch, device=torch.device("cpu"))
+            workload = trace_workload(
+                module,
+                batch,
+                step=step,
+                precisions=precisions,
+                device_type=self.root_device.type,
+                ask=ask,
+                tp_sizes=tp_sizes,
+            )
+        return dataclasses.replace(workload, approximate=(*notes, *workload.approximate))
+
+    def _told_by_rank_zero(self, decide: Callable[[], _Value]) -> _Value:
+        """What `decide` returns on rank 0, on every rank; its error too, so that no rank waits for one that failed."""
+        outcome: _Value | PlanError = PlanError("rank 0 sent no plan.")
+        if self.is_global_zero:
+            try:
+                outcome = decide()
+            except Exception as error:
+                self.broadcast(PlanError(f"rank 0 could not plan ({type(error).__name__}: {error})."))
+                raise
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, PlanError):
+            raise outcome
+        return outcome
+
+
+@contextlib.contextmanager
+def _running(trainer: Trainer) -> Iterator[None]:
+    """Within, the trainer's stage is the one that is about to run, which hooks and steps may ask for."""
+    before = trainer.state.stage
+    trainer.state.stage = _STEPS[trainer.state.fn or TrainerFn.FITTING][1]
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
