@@ -98,11 +98,11 @@ class Language(LightningModule):
     def loader(self):
         """The global batch divided among ranks: the same samples in a step whatever the number of processes."""
         data = Tokens(self.samples)
-        world = self.trainer.world_size
-        if world == 1:
+        if self.trainer.world_size == 1:
             return DataLoader(data, batch_size=GLOBAL_BATCH)
-        sampler = DistributedSampler(data, shuffle=False, **self.trainer.distributed_sampler_kwargs)
-        return DataLoader(data, batch_size=GLOBAL_BATCH // world, sampler=sampler)
+        among = self.trainer.distributed_sampler_kwargs
+        sampler = DistributedSampler(data, shuffle=False, **among)
+        return DataLoader(data, batch_size=GLOBAL_BATCH // among["num_replicas"], sampler=sampler)
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
 

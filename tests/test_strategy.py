@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import os
 import warnings
@@ -27,7 +28,12 @@ PLANS = {
     "ZeRO-2": lambda world: Plan(dp_shard=world, reshard_after_forward=False),
     "ZeRO-3": lambda world: Plan(dp_shard=world),
     "HSDP": lambda world: Plan(dp_replicate=2, dp_shard=world // 2),
+    "TP": lambda world: Plan(tp=world),
+    "TP and ZeRO-3": lambda world: Plan(dp_shard=world // 2, tp=2),
+    "TP and replicate": lambda world: Plan(dp_replicate=world // 2, tp=2, reshard_after_forward=False),
 }
+# Two replicas of two parts are four processes.
+OF_FOUR = ("HSDP", "TP and ZeRO-3", "TP and replicate")
 # What is trained in what way: options of the model and of the Trainer.
 CASES = {
     "simple": ({}, {}),
@@ -67,9 +73,9 @@ def parity_cases():
     """For every day every plan, every case, with and without recomputation, but not all of all."""
     for number, (plan, case) in enumerate(itertools.product(PLANS, CASES)):
         for size, recompute in itertools.product(("two", "four"), ("none", "full")):
-            if (size, plan) == ("two", "HSDP"):
-                continue  # two replicas of two shards are four processes
-            usual = "four" if plan == "HSDP" or (plan, case) == ("ZeRO-3", "clipping") else "two"
+            if size == "two" and plan in OF_FOUR:
+                continue
+            usual = "four" if plan in OF_FOUR or (plan, case) == ("ZeRO-3", "clipping") else "two"
             everyday = size == usual and recompute == ["none", "full"][number % 2]
             yield pytest.param(size, plan, case, recompute, marks=() if everyday else pytest.mark.slow)
 
@@ -77,12 +83,7 @@ def parity_cases():
 @pytest.mark.parametrize(("world", "plan", "case", "recompute"), list(parity_cases()), indirect=["world"])
 def test_trains_like_one_plain_process(world, plan, case, recompute):
     layout = PLANS[plan](world.size)
-    chosen = Plan(
-        dp_replicate=layout.dp_replicate,
-        dp_shard=layout.dp_shard,
-        reshard_after_forward=layout.reshard_after_forward,
-        activation_checkpointing=recompute,
-    )
+    chosen = dataclasses.replace(layout, activation_checkpointing=recompute)
     for losses in world.run(fit, chosen, world.size, case):
         assert_parity(losses, plain(case))
 
@@ -120,7 +121,7 @@ def life(plan, devices):
     return model.losses + model.evaluated, len(predicted), metric
 
 
-@pytest.mark.parametrize("plan", [PLANS["ZeRO-3"](2), PLANS["ZeRO-2"](2), PLANS["replicate"](2)])
+@pytest.mark.parametrize("plan", [PLANS[name](2) for name in ("ZeRO-3", "ZeRO-2", "replicate", "TP")])
 def test_every_stage_by_itself_and_after_others(two, plan):
     losses, predicted, metric = life(None, 1)
     for found, number, logged in two.run(life, plan, 2):
