@@ -37,6 +37,7 @@ from lightning_largescale.planner.products import matmul_sizes
 from lightning_largescale.planner.search import LOSSY, check_allow
 from lightning_largescale.precision import asked_precision
 from lightning_largescale.record import record_plan
+from lightning_largescale.sample import ask_for_loaders_again
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
@@ -124,6 +125,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         module = self._module()
         # What will run is what is traced.
         self._convert(module)
+        self._told_samples_among = 0
         workload = self._looked_at(trainer)
         # The trace came first, so that products are measured at sizes like its own.
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
@@ -135,6 +137,9 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
         self._divisions = workload.divisions
+        if self._told_samples_among not in (0, best.tp):
+            # A loader that was looked at has divided its samples for another plan.
+            ask_for_loaders_again(trainer)
         self._planned_for = (module, trainer.state.fn)
         start_peak(kind)
         if self.is_global_zero:

@@ -36,6 +36,6 @@ def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:
     for callback in callbacks:
         if isinstance(callback, ModelPruning) and plan.shards:
             raise PlanError(
-                f"{type(callback).__name__} replaces parameters by masked ones and {plan.describe()} divides"
+                f"{type(callback).__name__} replaces parameters by masked ones and the plan ({plan.describe()}) divides"
                 " them among ranks; replicate with dp_replicate, or prune after training."
             )

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 # Names that are taken, so that what a user reads is the state of things and not that the name is unknown.
 _NOT_YET = {
-    "largescale_tp": "tensor parallelism",
-    "largescale_fsdp_tp": "sharding with tensor parallelism",
     "largescale_fsdp_cpu_offload": "sharding with offload to DRAM",
     "largescale_fsdp_nvme_offload": "sharding with offload to NVMe",
     "largescale_fsdp_8bit": "sharding with 8-bit optimizer state",
@@ -29,6 +27,27 @@ def fsdp_plan(hardware: Hardware) -> Plan:
     Source: Rajbhandari et al. 2020, "ZeRO", section 5.
     """
     return Plan(dp_shard=hardware.world_size)
+
+
+def tp_plan(hardware: Hardware) -> Plan:
+    """The plan of `largescale_tp`: matrices divided among the processes of a node, and a replica on each node.
+
+    Source: Shoeybi et al. 2019, "Megatron-LM", section 3; Narayanan et al. 2021, "Efficient Large-Scale Language Model
+        Training on GPU Clusters", section 3.2 (tensor parallelism within a node).
+    """
+    return Plan(tp=hardware.ranks_per_node, dp_replicate=hardware.nodes)
+
+
+def fsdp_tp_plan(hardware: Hardware) -> Plan:
+    """The plan of `largescale_fsdp_tp`: matrices divided among the processes of a node, and their parts among nodes.
+
+    On a single node, in as few parts as divide its processes, and these among the rest.
+
+    Source: as of `tp_plan`.
+    """
+    ranks = hardware.ranks_per_node
+    tp = ranks if hardware.nodes > 1 else next((size for size in range(2, ranks + 1) if ranks % size == 0), 1)
+    return Plan(tp=tp, dp_shard=hardware.world_size // tp)
 
 
 def register_strategies(registry: Any) -> None:
@@ -101,9 +120,20 @@ class _NamesThatRefuse(list[str]):
 
 
 def _strategies() -> dict[str, tuple[Callable[[], LargeScaleStrategy], str]]:
-    accepted = {
+    accepted: dict[str, tuple[Callable[[], LargeScaleStrategy], str]] = {
         "largescale_auto": (_auto, "Chooses a plan for the hardware and the traced step, and carries it out"),
-        "largescale_fsdp": (_fsdp, "Divides parameters, gradients and optimizer state among all devices (ZeRO-3)"),
+        "largescale_fsdp": (
+            partial(_planned, fsdp_plan),
+            "Divides parameters, gradients and optimizer state among all devices (ZeRO-3)",
+        ),
+        "largescale_tp": (
+            partial(_planned, tp_plan),
+            "Divides the matrices of blocks among the devices of a node (tensor parallelism)",
+        ),
+        "largescale_fsdp_tp": (
+            partial(_planned, fsdp_tp_plan),
+            "Divides matrices among the devices of a node, and what each has of them among nodes (2D)",
+        ),
     }
     refused = {name: (partial(_refuse, name), f"Reserved for {what}") for name, what in _NOT_YET.items()}
     return {**accepted, **refused}
@@ -115,16 +145,16 @@ def _auto() -> LargeScaleStrategy:
     return LargeScaleAutoStrategy()
 
 
-def _fsdp() -> LargeScaleStrategy:
+def _planned(plan: Callable[[Hardware], Plan]) -> LargeScaleStrategy:
     from lightning_largescale.strategy import LargeScaleStrategy
 
-    return LargeScaleStrategy(fsdp_plan)
+    return LargeScaleStrategy(plan)
 
 
 def _refuse(name: str) -> LargeScaleStrategy:
     raise PlanError(
         f"strategy={name!r} asks for {_NOT_YET[name]}, which this release does not carry out;"
-        " accepted are 'largescale_auto' and 'largescale_fsdp'."
+        " accepted are 'largescale_auto', 'largescale_fsdp', 'largescale_tp' and 'largescale_fsdp_tp'."
     )
 
 

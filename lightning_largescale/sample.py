@@ -53,6 +53,12 @@ def sample_batch(trainer: Trainer, *, peek: bool = True) -> Any:
     return compat.combine_batches(combined, batches) if training else batches[0]
 
 
+def ask_for_loaders_again(trainer: Trainer) -> None:
+    """Let the loop that is about to run ask for its loader anew, which `sample_batch` has asked for too early."""
+    loop, _ = _active_loop(trainer)
+    compat.drop_kept_loaders(loop)
+
+
 class OpenedLoader:
     """An iterable that was opened early: the first time it is iterated, the batches already taken come first.
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.hardware.usage import HeapTrimmer
+from lightning_largescale.parallel.alike import check_equal_batch
 from lightning_largescale.parallel.copies import equal_copies, find_copies
 from lightning_largescale.parallel.gather import (
     begin_backward,
@@ -47,10 +52,21 @@ class SteppingStrategy(StatefulStrategy):
     _trim_heap: HeapTrimmer | None = None
     _uneven: UnevenSteps | None = None
     _known: KnownParameters | None = None
+    # Of the ranks that compute the same samples; None where there are no such.
+    _tensor_mesh: DeviceMesh | None = None
+    # Steps whose first batch was compared among them.
+    _compared: frozenset[str] = frozenset()
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """The loader; to train from, one that has as many batches on every rank."""
+        """The loader; to train from, one that has as many batches on every rank.
+
+        Workers that Lightning seeds by rank draw the same where ranks compute the same samples.
+        """
+        seeded = self._tensor_mesh is not None and int(os.environ.get("PL_SEED_WORKERS", 0))
+        if seeded and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
+            rank = self.distributed_sampler_kwargs["rank"]
+            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=rank)
         if not (self.is_distributed and self._module().trainer.training):
             return dataloader
         return equal_batches(dataloader, self.root_device)
@@ -96,6 +112,9 @@ class SteppingStrategy(StatefulStrategy):
         module = self._module()
         if self._uneven is not None:
             self._uneven.start()
+        if self._tensor_mesh is not None and name not in self._compared:
+            self._compared |= {name}
+            check_equal_batch(args, self._tensor_mesh)
         context = getattr(self.precision_plugin, _CONTEXTS[name])
         with context():
             return run_step(module, name, *args, **kwargs)

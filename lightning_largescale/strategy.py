@@ -13,8 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 from typing_extensions import override
 
 from lightning_largescale import compat
@@ -23,6 +25,7 @@ from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
 from lightning_largescale.looking import LookingStrategy
+from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state
@@ -35,13 +38,18 @@ from lightning_largescale.parallel.recompute import apply_recompute, remove_reco
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
 from lightning_largescale.parallel.tensor import compute_on_parts, step_on_parts
+from lightning_largescale.parallel.user_styles import apply_styles, check_styles
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
 from lightning_largescale.record import record_plan
 from lightning_largescale.tuning import finders_search_together
 from lightning_largescale.workload.blocks import find_blocks
+from lightning_largescale.workload.divisions import check_division, share_divided
 from lightning_largescale.workload.model import Divided
 from lightning_largescale.workload.parts import Part
+
+# Of the matrices of blocks: a plan that divides as many is not asked whether another would divide more.
+_ENOUGH = 0.9
 
 
 class LargeScaleStrategy(LookingStrategy):
@@ -56,6 +64,8 @@ class LargeScaleStrategy(LookingStrategy):
         timeout: how long a collective may wait for the other ranks.
         compile: every repeated block is compiled by torch.compile, with these arguments where they are given.
         sample_batch: a batch to look at the step with, in place of one from the trainer's own loader.
+        tensor_parallel_plan: torch's styles by names of modules, * standing for any part of a name, in place of what is
+            found; a method `tensor_parallel_plan` of the module may return the same.
 
     Attributes:
         plan: the Plan in force; `Plan()` until a function has been asked.
@@ -66,6 +76,8 @@ class LargeScaleStrategy(LookingStrategy):
 
     # What tensor parallelism may divide, by the number of its ranks, as far as it has been looked for.
     _divisions: Mapping[int, Mapping[str, Divided]] = {}
+    # By how many ranks that share their samples a sampler was last told to divide; 0 where it was not told.
+    _told_samples_among = 0
     # Attributes that the parent of forked ranks is told.
     decided_at_setup: tuple[str, ...] = ("plan",)
 
@@ -78,9 +90,11 @@ class LargeScaleStrategy(LookingStrategy):
         timeout: timedelta | None = default_pg_timeout,
         compile: bool | Mapping[str, Any] = False,
         sample_batch: Any = None,
+        tensor_parallel_plan: Mapping[str, ParallelStyle] | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self._sample_batch = sample_batch
+        self._styles = tensor_parallel_plan
         check_start_method(start_method)
         check_compile(compile)
         self._compile = compile
@@ -123,6 +137,11 @@ class LargeScaleStrategy(LookingStrategy):
         self._adapt(module, plan)
         self._use_precision(plan)
         self._convert(module)
+        if plan.tp > self.num_processes:
+            rank_zero_warn(
+                f"tp={plan.tp} is more than the {self.num_processes} devices of a node, so every block's activations"
+                f" travel between nodes; tp={self.num_processes} keeps them inside."
+            )
         mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
         parts = self._parts(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
@@ -147,10 +166,14 @@ class LargeScaleStrategy(LookingStrategy):
             map_from(0)
         if plan.shards:
             self._shard(trainer, module, mesh, parts)
+            state = sharded_state(module)
+            assert state is not None
+            assert state.mesh is not None
             if mesh is not None:
-                state = sharded_state(module)
-                assert state is not None
                 state.on_parts = on_parts
+            self._tensor_mesh, self._compared = tensor_mesh(state.mesh), frozenset()
+            if self._tensor_mesh is not None:
+                equal_random_state(self._tensor_mesh, self.root_device, self.global_rank // plan.tp)
         else:
             self._place(trainer, module, plan, fitting=fitting)
         if self.has_peers:
@@ -218,13 +241,25 @@ class LargeScaleStrategy(LookingStrategy):
             )
         self.make_whole()
 
+    def _user_styles(self) -> Mapping[str, ParallelStyle]:
+        """How the user wants the module divided by tensor parallelism; empty where that is for us to find."""
+        module = self._module()
+        own = getattr(module, "tensor_parallel_plan", None)
+        styles = self._styles or (own() if callable(own) else None) or {}
+        check_styles(module, styles)
+        return styles
+
     def _parts(self, trainer: Trainer, plan: Plan) -> dict[str, Mapping[str, Part]]:
         """By block, and name in it, what tensor parallelism divides: a collective."""
-        if plan.tp == 1:
+        if plan.tp == 1 or self._user_styles():
             return {}
         if plan.tp not in self._divisions:
             precision = asked_precision(self.precision_plugin) or plan.precision
-            self._divisions = self._traced(trainer, (precision,), (plan.tp,)).divisions
+            workload = self._traced(trainer, (precision,), (plan.tp,))
+            self._divisions = workload.divisions
+            if share_divided(workload, plan.tp) < _ENOUGH:
+                others = tuple(size for size in range(2, 2 * plan.tp + 1) if size != plan.tp)
+                check_division(workload, self._traced(trainer, (precision,), others), plan.tp)
         return {name: divided.parts for name, divided in self._divisions.get(plan.tp, {}).items() if divided.parts}
 
     def _shard(
@@ -237,6 +272,8 @@ class LargeScaleStrategy(LookingStrategy):
         if mesh is not None:
             check_equal_structure(module)
             cast = cast_type(self.precision_plugin)
+            if (among := tensor_mesh(mesh)) is not None and (styles := self._user_styles()):
+                apply_styles(module, styles, among, self.root_device)
             shard_module(module, self.plan, mesh, self.root_device, gather_type=cast, parts=parts)
         callbacks = callbacks_of(trainer)
         shard_copies(find_copies(callbacks, module), module)
@@ -272,6 +309,7 @@ class LargeScaleStrategy(LookingStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """Arguments of a DistributedSampler: the ranks of tensor parallelism compute the same samples."""
         every = super().distributed_sampler_kwargs
+        self._told_samples_among = self.plan.tp
         return {name: number // self.plan.tp for name, number in every.items()}
 
     @override
@@ -296,6 +334,7 @@ class LargeScaleStrategy(LookingStrategy):
         self._uneven = None
         self._replica = None
         self._known = None
+        self._tensor_mesh = None
         self._converted_by = None
         self.precision_plugin.teardown()
         self._undo.close()

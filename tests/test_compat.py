@@ -296,6 +296,18 @@ def test_loaders_are_asked_once_and_then_given():
     assert module.asked == 2
 
 
+def test_kept_loaders_can_be_dropped():
+    module = Loaded()
+    loop = connected(module).fit_loop
+    source = compat.loader_source(loop)
+    compat.keep_loaders(loop, source, compat.request_loaders(source))
+    compat.drop_kept_loaders(loop)
+    assert loop._data_source is source
+    compat.drop_kept_loaders(loop)
+    compat.request_loaders(compat.loader_source(loop))
+    assert module.asked == 2
+
+
 def test_kept_loaders_give_way_to_those_of_a_later_run():
     module = Loaded()
     trainer = connected(module, train_dataloaders=[1])

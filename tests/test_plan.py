@@ -14,6 +14,7 @@ PLANS = st.builds(
     Plan,
     dp_replicate=st.integers(1, 2**20),
     dp_shard=st.integers(1, 2**20),
+    tp=st.integers(1, 2**10),
     reshard_after_forward=st.booleans(),
     precision=st.sampled_from([*MATMUL_TYPE]),
     activation_checkpointing=st.sampled_from(["none", "full"]),
@@ -40,6 +41,8 @@ def test_default_is_the_plain_run():
             "ZeRO-3 over 4 devices, full activation checkpointing, 32-true",
         ),
         ({"dp_shard": 4, "reshard_after_forward": False}, "ZeRO-2 over 4 devices, 32-true"),
+        ({"tp": 4}, "tensor parallel over 4 devices, 32-true"),
+        ({"dp_shard": 2, "tp": 4}, "ZeRO-3 over 2 devices, each tensor parallel over 4 devices, 32-true"),
         (
             {"dp_replicate": 2, "dp_shard": 4, "precision": "bf16-mixed"},
             "HSDP: 2 replicas, each ZeRO-3 over 4 devices, bf16-mixed",
@@ -54,6 +57,7 @@ def test_signature_is_kept_for_tools_that_read_it():
     assert list(inspect.signature(Plan).parameters) == [
         "dp_replicate",
         "dp_shard",
+        "tp",
         "reshard_after_forward",
         "precision",
         "activation_checkpointing",
@@ -67,6 +71,7 @@ BAD = [
     ({"dp_shard": "2"}, "dp_shard='2' is not accepted"),
     ({"dp_replicate": True}, "dp_replicate=True is not accepted"),
     ({"dp_replicate": 1.0}, "dp_replicate=1.0 is not accepted"),
+    ({"tp": 0}, "tp=0 is not accepted; give a whole number of devices, 1 or more"),
     ({"reshard_after_forward": 1}, "reshard_after_forward=1 is not accepted; give True or False"),
     ({"precision": "fp8"}, "precision='fp8' is not accepted; give '32-true', 'bf16-mixed', '16-mixed', "),
     ({"precision": ["32-true"]}, "is not accepted; give '32-true', "),
@@ -145,10 +150,13 @@ def test_a_file_that_is_no_text(tmp_path):
         (
             {"dp_shard": 3},
             8,
-            r"dp_replicate=1, dp_shard=3 makes 3 and there are 8 processes; dp_replicate \* dp_shard must be"
-            r" their number, 8 \(devices \* num_nodes of a Trainer\), for example dp_shard=8\.",
+            r"dp_replicate=1, dp_shard=3, tp=1 makes 3 and there are 8 processes; dp_replicate \* dp_shard \* tp must"
+            r" be their number, 8 \(devices \* num_nodes of a Trainer\), for example dp_shard=8\.",
+        ), for example dp_shard=8\.",
         ),
         ({"dp_shard": 2, "dp_replicate": 2}, 1, r"there is 1 process; .* for example dp_replicate=1, dp_shard=1\."),
+        ({"dp_shard": 4, "tp": 2}, 4, r"dp_shard=4, tp=2 makes 8 .* for example dp_shard=2, tp=2\."),
+        ({"tp": 3}, 4, r"tp=3 makes 3 .* for example dp_shard=4\."),
         ({"dp_shard": 4, "dp_replicate": 4}, 32, r"makes 16 .* for example dp_replicate=4, dp_shard=8\."),
         ({"dp_shard": 4, "dp_replicate": 3}, 32, r"makes 12 .* for example dp_replicate=8, dp_shard=4\."),
         ({"dp_shard": 5, "dp_replicate": 3}, 32, r"makes 15 .* for example dp_replicate=1, dp_shard=32\."),

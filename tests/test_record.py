@@ -61,6 +61,7 @@ OWN = {"width": 3, "rate": 0.1}
 PLAIN = {
     "dp_replicate": 1,
     "dp_shard": 1,
+    "tp": 1,
     "reshard_after_forward": True,
     "precision": "32-true",
     "activation_checkpointing": "none",

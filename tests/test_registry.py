@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_largescale import LargeScaleAutoStrategy, LargeScaleStrategy, Plan, PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.registry import fsdp_plan
+from lightning_largescale.registry import fsdp_plan, fsdp_tp_plan, tp_plan
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
 
@@ -22,11 +22,22 @@ def test_fsdp():
     assert fsdp_plan(hardware) == Plan(dp_shard=16)
 
 
+@pytest.mark.parametrize("name", ["largescale_tp", "largescale_fsdp_tp"])
+def test_tensor_parallel(name):
+    assert type(Trainer(strategy=name, **QUIET).strategy) is LargeScaleStrategy
+
+
+def test_tensor_parallel_sizes_follow_the_nodes():
+    one, several = Hardware.named("8xH100-80GB"), Hardware.named("8xH100-80GB", nodes=4)
+    assert tp_plan(one) == Plan(tp=8)
+    assert tp_plan(several) == Plan(tp=8, dp_replicate=4)
+    assert fsdp_tp_plan(one) == Plan(tp=2, dp_shard=4)
+    assert fsdp_tp_plan(several) == Plan(tp=8, dp_shard=4)
+
+
 @pytest.mark.parametrize(
     ("name", "technique"),
     [
-        ("largescale_tp", "tensor parallelism"),
-        ("largescale_fsdp_tp", "sharding with tensor parallelism"),
         ("largescale_fsdp_cpu_offload", "sharding with offload to DRAM"),
         ("largescale_fsdp_nvme_offload", "sharding with offload to NVMe"),
         ("largescale_fsdp_8bit", "sharding with 8-bit optimizer state"),
@@ -35,7 +46,7 @@ def test_fsdp():
 def test_technique_of_a_later_release(name, technique):
     message = (
         f"^strategy='{name}' asks for {technique}, which this release does not carry out;"
-        r" accepted are 'largescale_auto' and 'largescale_fsdp'\.$"
+        r" accepted are 'largescale_auto', 'largescale_fsdp', 'largescale_tp' and 'largescale_fsdp_tp'\.$"
     )
     with pytest.raises(PlanError, match=message):
         Trainer(strategy=name, **QUIET)

@@ -249,7 +249,8 @@ def test_plan_of_a_file_a_mapping_and_nothing(tmp_path):
 @pytest.mark.parametrize(("plan", "devices"), [(Plan(dp_shard=3), 2), (Plan(), 2), (Plan(dp_shard=2), 1)])
 def test_sizes_that_do_not_multiply_to_the_processes(plan, devices):
     there = "are 2 processes" if devices == 2 else "is 1 process"
-    message = rf"dp_shard={plan.dp_shard} makes {plan.dp_shard} and there {there}; .* for example dp_shard={devices}\."
+    found, wanted = f"dp_shard={plan.dp_shard}, tp=1 makes {plan.dp_shard}", rf"for example dp_shard={devices}\."
+    message = f"{found} and there {there}; .* {wanted}"
     with pytest.raises(PlanError, match=message):
         trainer(LargeScaleStrategy(plan), devices=devices)
 

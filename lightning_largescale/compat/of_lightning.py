@@ -52,6 +52,8 @@ def keep_loaders(loop: Any, source: Any, loaders: Any) -> None:
     instance = source.instance
 
     class KeptSource(_DataLoaderSource):
+        original = source
+
         def dataloader(self) -> Any:
             loop._data_source = source
             if self.instance is instance:
@@ -61,6 +63,14 @@ def keep_loaders(loop: Any, source: Any, loaders: Any) -> None:
             return source.dataloader()
 
     loop._data_source = KeptSource(source.instance, source.name)
+
+
+def drop_kept_loaders(loop: Any) -> None:
+    """Let the loop ask the user's hook again where `keep_loaders` has given it what the hook returned before.
+
+    Replaced by a public setter of a loop's loaders.
+    """
+    loop._data_source = getattr(loop._data_source, "original", loop._data_source)
 
 
 def combine_batches(combined: Any, batches: list[Any]) -> Any:

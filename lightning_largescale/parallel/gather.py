@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
@@ -44,6 +45,7 @@ class Sharded:
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
         hooks: what was registered with parts of the module.
+        mesh: that it is divided over.
         on_parts: runs a step where tensor parallelism divides what lies outside of blocks; None where it does not.
     """
 
@@ -56,6 +58,7 @@ class Sharded:
     in_backward: bool = False
     whole: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
+    mesh: DeviceMesh | None = None
     on_parts: Callable[[Callable[[], Any]], Any] | None = None
 
 

@@ -70,7 +70,7 @@ def shard_module(
     if device.type == "cpu":
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
-    state = Sharded(plan=plan)
+    state = Sharded(plan=plan, mesh=mesh)
     whole = {parameter for parameter in module.parameters() if parameter.dim() == 0}
     if not getattr(module, "automatic_optimization", True):
         # After the first backward of a step they would be shards: no forward gathers what the module itself holds.

@@ -17,6 +17,7 @@ from lightning_largescale import compat
 from lightning_largescale.workload.batch import tensors_in
 from lightning_largescale.workload.parts import OnParts, Part, Shapes, any_part, as_part, called, cut, part_of, share
 from lightning_largescale.workload.parts.products import LINEAR
+from lightning_largescale.workload.tracker import MadeUpNumbers
 
 
 class _AgainError(BaseException):
@@ -67,7 +68,7 @@ class DivisionRun(OnParts):
         """Run `call`, which computes with `parameters`, fake tensors of `mode`."""
         self._names.update({parameter: (name, False) for name, parameter in parameters.items()})
         try:
-            with mode, compat.silent_fakes(), torch.enable_grad(), self:
+            with mode, MadeUpNumbers(), compat.silent_fakes(), torch.enable_grad(), self:
                 output = call()
             self._look_at(output)
         except Exception as error:  # whatever the rules have to say, or the code about fakes

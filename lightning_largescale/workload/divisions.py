@@ -12,14 +12,20 @@ from torch import Tensor, nn
 
 from lightning_largescale import compat
 from lightning_largescale.arithmetic import lightning_plugin
+from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.blocks import Group, find_groups
-from lightning_largescale.workload.model import Divided
+from lightning_largescale.workload.model import Divided, Workload
 from lightning_largescale.workload.shardable import Subject, copied, divide, divide_subject
 from lightning_largescale.workload.steps import Request, call_step
+from lightning_largescale.workload.tracker import MadeUpNumbers
 
 # Of all parameters: what has less outside of blocks is not worth its communication.
 _LARGE_SHARE = 0.01
+
+
+# Of the elements of matrices: so much more is reason to ask for another number of ranks.
+_MUCH = 0.15
 
 
 class _Call(NamedTuple):
@@ -52,6 +58,45 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
             alike.setdefault(key, divided[name])
         divided[""] = _rest(request, groups, calls, ranks, mode)
     return found
+
+
+def share_divided(workload: Workload, ranks: int) -> float:
+    """Of the elements of matrices in blocks, those that are divided among `ranks`."""
+    matrices = [parameter for parameter in workload.parameters if parameter.block and len(parameter.shape) > 1]
+    divided = {f"{block}.{name}" for block, found in workload.divisions.get(ranks, {}).items() for name in found.parts}
+    total = sum(parameter.numel for parameter in matrices)
+    return sum(parameter.numel for parameter in matrices if parameter.name in divided) / total if total else 0.0
+
+
+def check_division(workload: Workload, others: Workload, ranks: int) -> None:
+    """Make sure that `ranks` divide something, and nearly as much as another number would.
+
+    Args:
+        workload: of which it was looked for what `ranks` divide.
+        others: the same, looked at with other numbers.
+        ranks: what was asked for.
+
+    Raises:
+        PlanError: they divide nothing, or much less than another number would.
+    """
+    share = share_divided(workload, ranks)
+    better = [size for size in others.divisions if share_divided(others, size) > share + _MUCH]
+    if share and not better:
+        return
+    whys = [
+        f"{block}.{name}: {why}"
+        for block, found in workload.divisions.get(ranks, {}).items()
+        for name, why in found.whole.items()
+        if block
+    ]
+    why = f" ({whys[0]})" if whys else f" ({'; '.join(workload.approximate) or 'it has no repeated blocks'})"
+    nearest = min(better, key=lambda size: (abs(size - ranks), size), default=1)
+    raise PlanError(
+        f"tp={ranks} leaves {1 - share:.0%} of the matrices of {workload.name}'s blocks whole{why}; the nearest that"
+        f" divides more is tp={nearest}, or give a tensor_parallel_plan."
+        if better
+        else f"tp={ranks} divides nothing of {workload.name}{why}; use tp=1, or give a tensor_parallel_plan."
+    )
 
 
 def _rest(request: Request, groups: Mapping[str, Group], calls: Mapping[str, _Call], ranks: int, mode: Any) -> Divided:
@@ -90,7 +135,7 @@ def _step_without(request: Request, blocks: Mapping[str, nn.Module], calls: Mapp
 
 
 def _forward_of(request: Request) -> Any:
-    with lightning_plugin(request.precision, request.device_type).forward_context():
+    with MadeUpNumbers(), lightning_plugin(request.precision, request.device_type).forward_context():
         return call_step(request)
 
 

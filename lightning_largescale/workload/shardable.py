@@ -106,7 +106,7 @@ def divide_subject(
         if run.settled:
             break
         stretches |= run.separated
-        refused |= run.refused
+        refused |= {name: _why(name, why, stretches, ranks) for name, why in run.refused.items()}
     undivided = [name for name, one in given.parameters.items() if one.dim() > 1 and name not in run.parts]
     found = Divided(parts=run.parts, whole={name: refused.get(name, "it meets no product") for name in undivided})
     return _measured(found, subject, ranks, mode, uneven=uneven) if run.parts else found
@@ -127,6 +127,14 @@ def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
         others=[*buffers.values(), *given],
         call=lambda: torch.func.functional_call(block, {**parameters, **buffers}, args, dict(kwargs)),
     )
+
+
+def _why(name: str, why: str, stretches: Mapping[str, tuple[int, ...]], ranks: int) -> str:
+    """Why a matrix stays whole, where it was tried to divide stretches of it."""
+    pieces = stretches.get(name, ())
+    if len({*pieces}) != 1 or len(pieces) % ranks == 0:
+        return why
+    return f"its outputs are {len(pieces)} heads or stretches, of which {ranks} ranks cannot have whole ones"
 
 
 def _stretches(found: Divided) -> dict[str, tuple[int, ...]]:

@@ -232,13 +232,9 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         if self._to_fake is None or not compat.is_fake(tensor):
             with compat.without_dispatch_modes():
                 return func(tensor)
-        try:
-            return func(tensor)
-        except compat.data_dependent_errors():
-            if not tensor.is_floating_point():
-                raise
-            self.values_read = True
-            return self._value
+        found = read_number(func, tensor)
+        self.values_read |= found is None
+        return self._value if found is None else found
 
     def _faked(self, tree: Any) -> Any:
         """`tree` with fakes in place of the tensors from outside."""
@@ -289,6 +285,33 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, Mapping):
         for item in tree.values():
             yield from _tensors(item)
+
+
+def read_number(func: Any, tensor: torch.Tensor) -> Any:
+    """The number that `func` reads off a fake; None where it has none and any floating one may stand for it.
+
+    Raises:
+        Exception: it has none, and others cannot.
+    """
+    try:
+        return func(tensor)
+    except compat.data_dependent_errors():
+        if not tensor.is_floating_point():
+            raise
+        return None
+
+
+class MadeUpNumbers(compat.DispatchMode):  # type: ignore[no-untyped-call]
+    """Within, code that reads floating numbers off fakes reads ones."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _aten._local_scalar_dense.default or not compat.is_fake(args[0]):
+            return func(*args, **(kwargs or {}))
+        found = read_number(func, args[0])
+        return 1.0 if found is None else found
 
 
 class FlopsOf(compat.DispatchMode):  # type: ignore[no-untyped-call]

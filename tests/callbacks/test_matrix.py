@@ -91,6 +91,6 @@ def pruned(folder):
 def test_pruning_of_shards_is_refused_on_every_rank(two, tmp_path):
     for told in two.run(pruned, tmp_path):
         assert told == (
-            "ModelPruning replaces parameters by masked ones and dp_shard=2 divides them among ranks;"
-            " replicate with dp_replicate, or prune after training."
+            "ModelPruning replaces parameters by masked ones and the plan (ZeRO-3 over 2 devices, 32-true) divides"
+            " them among ranks; replicate with dp_replicate, or prune after training."
         )

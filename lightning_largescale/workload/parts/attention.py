@@ -100,13 +100,20 @@ def _multi_head(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], 
             given.in_proj_weight, given.in_proj_bias, Part(0, (width,) * 3)
         )
     with engine:
-        return _attended(engine, given)
+        output, weights = _attended(given)
+    if weights is None:
+        return output, None
+    # By rule it would be gathered first.
+    if given.average_attn_weights:
+        weights = _averaged(engine, weights)
+    batched = given.query.dim() == 3
+    return output, weights if batched else weights.squeeze(0)
 
 
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
-def _attended(engine: OnParts, given: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
+def _attended(given: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     batched = given.query.dim() == 3
     query, key, value = (one if batched else one.unsqueeze(1) for one in (given.query, given.key, given.value))
     projected = _projected(given, query, key, value)
@@ -119,14 +126,11 @@ def _attended(engine: OnParts, given: SimpleNamespace) -> tuple[Tensor, Tensor |
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
         attended = weights @ v
-        weights = _averaged(engine, weights) if given.average_attn_weights else weights
     else:
         causal = given.is_causal and given.key_padding_mask is None
         attended = F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal)
     output = F.linear(attended.permute(2, 0, 1, 3).flatten(-2), given.out_proj_weight, given.out_proj_bias)
-    if batched:
-        return output, weights
-    return output.squeeze(1), None if weights is None else weights.squeeze(0)
+    return output if batched else output.squeeze(1), weights
 
 
 def _projected(given: SimpleNamespace, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
