@@ -153,6 +153,7 @@ def test_a_file_that_is_no_text(tmp_path):
             r"dp_replicate=1, dp_shard=3, tp=1 makes 3 and there are 8 processes; dp_replicate \* dp_shard \* tp must"
             r" be their number, 8 \(devices \* num_nodes of a Trainer\), for example dp_shard=8\.",
         ),
+        ({"dp_shard": 2, "dp_replicate": 2}, 1, r"there is 1 process; .* for example dp_replicate=1, dp_shard=1\."),
         ({"dp_shard": 4, "tp": 2}, 4, r"dp_shard=4, tp=2 makes 8 .* for example dp_shard=2, tp=2\."),
         ({"tp": 3}, 4, r"tp=3 makes 3 .* for example dp_shard=4\."),
         ({"dp_shard": 4, "dp_replicate": 4}, 32, r"makes 16 .* for example dp_replicate=4, dp_shard=8\."),
