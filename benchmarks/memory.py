@@ -32,6 +32,7 @@ SOME = {
 }
 PLAIN, REPLICATE = {}, {"dp_replicate": 2}
 ZERO2, ZERO3 = {"dp_shard": 2, "reshard_after_forward": False}, {"dp_shard": 2}
+TENSOR = {"tp": 2}
 CASES = [
     ("gpt", 256, 4, PLAIN),
     ("gpt", 512, 4, PLAIN),
@@ -45,6 +46,9 @@ CASES = [
     ("gpt", 512, 4, ZERO3),
     ("gpt", 768, 4, ZERO3),
     ("gpt", 768, 4, ZERO3 | FULL),
+    ("gpt", 512, 4, TENSOR),
+    ("gpt", 768, 8, TENSOR | FULL),
+    ("gpt-tied", 512, 4, TENSOR),
     ("gpt-tied", 512, 4, PLAIN),
     ("gpt-tied", 512, 4, ZERO3),
     ("mlp", 2048, 64, PLAIN),
@@ -57,6 +61,7 @@ CASES = [
     ("conv", 256, 8, ZERO3),
     ("llama", 512, 4, PLAIN),
     ("llama", 512, 4, ZERO3),
+    ("llama", 512, 4, TENSOR),
     ("llama", 512, 4, FULL),
     ("bert", 512, 4, PLAIN),
     ("bert", 512, 8, ZERO2),
@@ -110,7 +115,7 @@ def run_case(family: str, width: int, batch: int, fields: dict[str, object]) -> 
 
 def measure(case: tuple[str, int, int, dict[str, object]]) -> dict[str, object]:
     command = [sys.executable, __file__, "--case", json.dumps(case)]
-    threads = "1" if case[3].get("dp_shard", 1) * case[3].get("dp_replicate", 1) > 1 else "2"
+    threads = "1" if ls.Plan(**case[3]).world_size > 1 else "2"
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False
     )

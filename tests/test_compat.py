@@ -296,6 +296,20 @@ def test_loaders_are_asked_once_and_then_given():
     assert module.asked == 2
 
 
+def test_full_backward_hooks_are_found():
+    module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    assert not compat.has_full_backward_hooks(module)
+    module.register_full_backward_hook(lambda *_: None)
+    assert not compat.has_full_backward_hooks(module)
+    for register in (module[0].register_full_backward_hook, module[0].register_full_backward_pre_hook):
+        handle = register(lambda *_: None)
+        assert compat.has_full_backward_hooks(module)
+        handle.remove()
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    assert compat.has_full_backward_hooks(module)
+    handle.remove()
+
+
 def test_kept_loaders_can_be_dropped():
     module = Loaded()
     loop = connected(module).fit_loop

@@ -26,6 +26,18 @@ def compiled_module(module: Any) -> Any:
     return inner if isinstance(inner, nn.Module) else module
 
 
+def has_full_backward_hooks(module: Any) -> bool:
+    """Whether `register_full_backward_hook`, or its `pre`, was called of a part of `module`, or of all modules.
+
+    Replaced by a public way to ask a module for its hooks.
+    """
+    from torch.nn.modules import module as torch_module
+
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return True
+    return any(part._backward_hooks or part._backward_pre_hooks for part in module.modules() if part is not module)
+
+
 def all_children(module: Any) -> list[tuple[str, Any]]:
     """The children of `module` by name, one object as often as it stands there.
 

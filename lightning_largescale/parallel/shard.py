@@ -67,7 +67,7 @@ def shard_module(
         PlanError: no parameters, or trainable ones in several dtypes within one group.
     """
     _check_parameters(module)
-    if device.type == "cpu":
+    if device.type == "cpu" and plan.dp_shard > 1:
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
     state = Sharded(plan=plan, mesh=mesh)

@@ -43,8 +43,12 @@ class MeshRanks:
         return _Enter.apply(tensor, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' `tensor`; its gradient is that of the sum."""
-        return _Reduce.apply(tensor, self)  # type: ignore[no-any-return, no-untyped-call]
+        """The sum of all ranks' `tensor`, in its place; its gradient is that of the sum."""
+        return _Reduce.apply(tensor, self, True)  # type: ignore[no-any-return, no-untyped-call]
+
+    def reduce_copy(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' `tensor`, a new one; its gradient is that of the sum."""
+        return _Reduce.apply(tensor, self, False)  # type: ignore[no-any-return, no-untyped-call]
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
         """The whole of `local`; its gradient is this rank's part of that of the whole."""
@@ -65,6 +69,14 @@ class MeshRanks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor`, a new one, without a gradient."""
         summed = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=self._group)
+        return summed
+
+    def sum_in_place(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' `tensor`, in its memory where that is in one piece, without a gradient."""
+        if not tensor.is_contiguous():
+            return self.sum(tensor)
+        summed = tensor.detach()
         dist.all_reduce(summed, group=self._group)
         return summed
 
@@ -118,18 +130,18 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.reduce(gradient), None
+        return ctx.ranks.reduce_copy(gradient), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: MeshRanks) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, ranks: MeshRanks, in_place: bool) -> Tensor:
         ctx.ranks = ranks
-        return ranks.sum(tensor)
+        return ranks.sum_in_place(tensor) if in_place else ranks.sum(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.enter(gradient) if gradient.requires_grad else gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.enter(gradient) if gradient.requires_grad else gradient, None, None
 
 
 class _Gather(torch.autograd.Function):

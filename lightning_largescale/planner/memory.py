@@ -117,7 +117,7 @@ def allocator_share(plan: Plan, kind: str) -> float:
         return _CUDA_SHARE
     if maps_tensors(plan, kind):
         return _MAPPED_SHARE
-    return _TRIMMED_SHARE if plan.dp_replicate > 1 else _HEAP_SHARE
+    return _TRIMMED_SHARE if plan.dp_replicate > 1 and plan.tp == 1 else _HEAP_SHARE
 
 
 def _moving_bytes(terms: Mapping[str, int]) -> int:

@@ -267,7 +267,7 @@ def divided_step(step: Step, divisions: Mapping[str, Divided]) -> Step:
 
 def maps_tensors(plan: Plan, kind: str) -> bool:
     """Whether what a step frees goes back to the system at once, to be mapped again by the next that needs it."""
-    return kind == "cpu" and (plan.shards or plan.activation_checkpointing != "none")
+    return kind == "cpu" and (plan.dp_shard > 1 or plan.activation_checkpointing != "none")
 
 
 def saving(segment: Segment) -> int:

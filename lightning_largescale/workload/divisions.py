@@ -52,6 +52,11 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
         alike: dict[Any, Divided] = {}
         for name, call in calls.items():
             shared = [shared.removeprefix(f"{name}.") for shared in groups[name].shared]
+            if compat.has_full_backward_hooks(blocks[name]):
+                # They pass what a module is given, and returns, through an autograd function.
+                why = "full backward hooks are registered inside the block"
+                divided[name] = Divided(whole={one: why for one, _ in blocks[name].named_parameters()})
+                continue
             key = _kind(blocks[name], call)
             like = alike.get(key)
             divided[name] = divide(blocks[name], call.args, call.kwargs, ranks, shared=shared, mode=mode, like=like)

@@ -43,7 +43,7 @@ class Ranks(Protocol):
         """`tensor`, whole, for each rank to compute a part with: gradients, each rank's of its part, are added up."""
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's `tensor`; the gradient is every rank's own."""
+        """The sum of every rank's `tensor`, which is used by nothing else; the gradient is that of the sum."""
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
         """The whole of `local`, for every rank to compute the same with: each takes its part of the gradient."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_largescale.workload.parts.engine import OnParts, Ranks, Rule
@@ -82,11 +83,12 @@ class _VocabularyParallel(torch.autograd.Function):
         start, length = share(classes, ranks.rank, ranks.size)
         elsewhere = (target < start) | (target >= start + length)
         index = (target - start).masked_fill(elsewhere, 0).unsqueeze(-1)
-        least = torch.full_like(logits[:, :1], -torch.inf)
-        largest = ranks.maximum(torch.cat([logits, least], -1).amax(-1))
-        exponentials = (logits - largest.unsqueeze(-1)).exp()
-        padded = logits if length else torch.cat([logits, least], -1)
-        of_target = padded.gather(-1, index).squeeze(-1).masked_fill(elsewhere, 0)
+        if length:
+            own, of_target = logits.amax(-1), logits.gather(-1, index).squeeze(-1).masked_fill(elsewhere, 0)
+        else:
+            own, of_target = logits.new_full(target.shape, -torch.inf), logits.new_zeros(target.shape)
+        largest = ranks.maximum(own)
+        exponentials = (logits - largest.unsqueeze(-1)).exp_()
         sums = ranks.sum(torch.stack([exponentials.sum(-1), of_target, logits.sum(-1)]))
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), index, elsewhere)
         ctx.smoothing, ctx.classes = smoothing, classes
@@ -94,10 +96,11 @@ class _VocabularyParallel(torch.autograd.Function):
         return loss - (1 - smoothing) * sums[1] - smoothing / classes * sums[2]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         probabilities, index, elsewhere = ctx.saved_tensors
         found = probabilities - ctx.smoothing / ctx.classes
         if found.shape[-1]:
             target = (ctx.smoothing - 1) * (~elsewhere).to(found.dtype).unsqueeze(-1)
             found.scatter_add_(-1, index, target)
-        return found * gradient.unsqueeze(-1), None, None, None, None
+        return found.mul_(gradient.unsqueeze(-1)), None, None, None, None
