@@ -66,6 +66,23 @@ def shard_module(
     Raises:
         PlanError: no parameters, or trainable ones in several dtypes within one group.
     """
+    state = divide_module(module, plan, mesh, device, gather_type=gather_type, parts=parts)
+    start_gathering(module, state)
+    enable_copies(module)
+    if device.type == "cpu":
+        release_free_memory()
+
+
+def divide_module(
+    module: nn.Module,
+    plan: Plan,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    gather_type: torch.dtype | None = None,
+    parts: Mapping[str, Mapping[str, Part]] = {},
+) -> Sharded:
+    """What `shard_module` does before the module can run a step; on the meta device too, where it cannot."""
     _check_parameters(module)
     if device.type == "cpu" and plan.dp_shard > 1:
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
@@ -97,7 +114,8 @@ def shard_module(
     module.to(device)
     equal_weights(itertools.chain(module.parameters(), module.buffers()))
     if (among := tensor_mesh(mesh)) is not None:
-        divide_over(module, parts.get("", {}), among)
+        rest = {name: part for name, part in parts.get("", {}).items() if module.get_parameter(name) not in whole}
+        divide_over(module, rest, among)
     with _held_by(module, root_too):
         fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole)
     state.groups[""] = cast(FSDPModule, module)
@@ -108,10 +126,7 @@ def shard_module(
         handle = scalar.requires_grad_().register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
         state.hooks.append(handle)
         scalar.requires_grad_(trained)
-    start_gathering(module, state)
-    enable_copies(module)
-    if device.type == "cpu":
-        release_free_memory()
+    return state
 
 
 def adapt(module: nn.Module, plan: Plan) -> bool:
