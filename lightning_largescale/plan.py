@@ -73,6 +73,8 @@ class Plan:
         reshard_after_forward: gathered parameters are dropped after a block's forward and gathered again in backward
             (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
         tp: devices that the matrices of blocks are divided among, each computing its part of every sample.
+        sequence_parallel: between these matrices, where each of them would compute the same (norms, residuals), each
+            computes and keeps a part of the sequence. Means nothing with `tp=1`.
         precision: Lightning's name of the arithmetic: "32-true"; "bf16-mixed" or "16-mixed", matrix products in half
             the bytes and weights in float32; "bf16-true", "16-true" or "64-true", weights and all in that type.
         activation_checkpointing: "none"; "full": every repeated block keeps its input and runs its forward again in
@@ -84,12 +86,14 @@ class Plan:
         PlanError: an unknown field, or a field whose value is not of the accepted type or range.
 
     Source: Rajbhandari et al. 2020, "ZeRO", section 5 (stages); Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid
-        sharding); Shoeybi et al. 2019, "Megatron-LM", section 3 (tensor parallelism).
+        sharding); Shoeybi et al. 2019, "Megatron-LM", section 3 (tensor parallelism); Korthikanti et al. 2022,
+        "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (sequence parallelism).
     """
 
     dp_replicate: int = 1
     dp_shard: int = 1
     tp: int = 1
+    sequence_parallel: bool = False
     reshard_after_forward: bool = True
     precision: str = "32-true"
     activation_checkpointing: str = "none"
@@ -100,10 +104,10 @@ class Plan:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"{name}={value!r} is not accepted; give a whole number of devices, 1 or more.")
-        if not isinstance(self.reshard_after_forward, bool):
-            raise PlanError(
-                f"reshard_after_forward={self.reshard_after_forward!r} is not accepted; give True or False."
-            )
+        for name in ("sequence_parallel", "reshard_after_forward"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise PlanError(f"{name}={value!r} is not accepted; give True or False.")
         for name, accepted in _ACCEPTED.items():
             value = getattr(self, name)
             if value not in accepted:
@@ -226,7 +230,7 @@ class Plan:
         else:
             layout = "" if self.tp > 1 else "plain, one device"
         if self.tp > 1:
-            among = f"tensor parallel over {self.tp} devices"
+            among = f"tensor{' and sequence' if self.sequence_parallel else ''} parallel over {self.tp} devices"
             layout = f"{layout}, each {among}" if layout else among
         recompute = {"none": "", "full": ", full activation checkpointing"}.get(self.activation_checkpointing)
         if recompute is None:

@@ -155,7 +155,8 @@ class LargeScaleStrategy(LookingStrategy):
             blocks = find_blocks(module)
             for name, of_block in parts.items():
                 if name:
-                    compute_on_parts(blocks[name], of_block, among)
+                    share = plan.sequence_parallel and self._divisions[plan.tp][name].sequence is not None
+                    compute_on_parts(blocks[name], of_block, among, share_sequence=share)
             on_parts = step_on_parts(module, parts.get("", {}), among)
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)

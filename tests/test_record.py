@@ -62,6 +62,7 @@ PLAIN = {
     "dp_replicate": 1,
     "dp_shard": 1,
     "tp": 1,
+    "sequence_parallel": False,
     "reshard_after_forward": True,
     "precision": "32-true",
     "activation_checkpointing": "none",

@@ -65,6 +65,19 @@ def test_four_ranks_train_as_one(four, name, layout):
         assert losses == pytest.approx(plain(name), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_ranks_that_share_the_sequence_train_as_one(two, name):
+    for losses, _ in two.run(fit, name, Plan(tp=2, sequence_parallel=True), 2):
+        assert losses == pytest.approx(plain(name), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llama", "gpt2", "bert", "t5")])
+def test_ranks_that_share_the_sequence_train_every_family_as_one(two, name):
+    for losses, _ in two.run(fit, name, Plan(tp=2, sequence_parallel=True), 2):
+        assert losses == pytest.approx(plain(name), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llama", "gpt2", "torch")])

@@ -61,6 +61,7 @@ from lightning_largescale.compat.of_torch import (
     silent_fakes,
     version,
     without_dispatch_modes,
+    without_function_modes,
 )
 
 __all__ = [
@@ -117,5 +118,6 @@ __all__ = [
     "undo_sharding",
     "version",
     "without_dispatch_modes",
+    "without_function_modes",
     "without_gathering",
 ]

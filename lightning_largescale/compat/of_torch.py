@@ -90,6 +90,16 @@ def data_dependent_errors() -> tuple[type[Exception], ...]:
     return DataDependentOutputException, DynamicOutputShapeException
 
 
+def without_function_modes() -> Any:
+    """A context in which no torch function mode is active.
+
+    Replaced by a public context; used where a mode's own code runs beside the code that the mode is for.
+    """
+    import torch
+
+    return torch._C.DisableTorchFunction()
+
+
 def without_dispatch_modes() -> Any:
     """A context in which no dispatch mode is active, so that operations on plain tensors give plain tensors.
 

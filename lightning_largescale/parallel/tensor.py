@@ -21,7 +21,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.batch import map_tensors
-from lightning_largescale.workload.parts import OnParts, Part, as_part, cut
+from lightning_largescale.workload.parts import SEQUENCE, OnParts, Part, as_part, cut, sequence_in
 
 
 def divide_over(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -> None:
@@ -50,16 +50,28 @@ def divide_over(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -
         own.update({name: made[id(parameter)] for name, parameter in own.items() if id(parameter) in made})
 
 
-def compute_on_parts(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -> None:
+def compute_on_parts(
+    block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh, *, share_sequence: bool = False
+) -> None:
     """Let the forward of `block` compute with parts of those of its parameters that are divided when it is called.
 
     Outside of its forward tensors are plain: what it is given must be equal on all ranks, and so is what it returns.
-    Arguments as of `divide_over`; without any parts the block is left as it is.
+    Arguments as of `divide_over`; without any parts the block is left as it is. With `share_sequence` each rank
+    computes a part of the sequence where it would compute the same as the others, in calls whose sequence they can
+    share.
+
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
     """
     if not parts:
         return
     # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
-    block.forward = _OnParts(block.forward, _places(block, parts), MeshRanks(mesh), own="forward" in vars(block))
+    block.forward = _OnParts(
+        block.forward,
+        _places(block, parts),
+        MeshRanks(mesh),
+        own="forward" in vars(block),
+        share_sequence=share_sequence,
+    )
 
 
 def step_on_parts(
@@ -142,7 +154,7 @@ class _StepOnParts:
 
     def __call__(self, step: Callable[[], Any]) -> Any:
         with _parts(self._places), _engine(self._ranks) as engine:
-            return map_tensors(step(), engine.whole)
+            return _whole(engine, step())
 
 
 class _OnParts:
@@ -151,16 +163,45 @@ class _OnParts:
     `own` says that it replaces one set on the block itself.
     """
 
-    def __init__(self, original: Callable[..., Any], places: _Places, ranks: MeshRanks, *, own: bool) -> None:
+    def __init__(
+        self, original: Callable[..., Any], places: _Places, ranks: MeshRanks, *, own: bool, share_sequence: bool
+    ) -> None:
         self.original, self.own = original, own
-        self._places, self._ranks = places, ranks
+        self._places, self._ranks, self._share_sequence = places, ranks, share_sequence
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outermost = _running.engine is None
         with _parts(self._places), _engine(self._ranks) as engine:
-            output = self.original(*args, **kwargs)
-            # In a step what comes after may compute with parts as well.
-            return map_tensors(output, engine.whole) if outermost else output
+            hidden = sequence_in((args, kwargs), self._ranks.size) if self._share_sequence else None
+            if hidden is None:
+                output = self.original(*args, **kwargs)
+                # In a step what comes after may compute with parts as well.
+                return _whole(engine, output) if outermost else output
+            length = hidden.shape[1]
+            part = Part(1, (length,), SEQUENCE)
+            with compat.without_function_modes():
+                own = as_part(self._ranks.own(hidden, part), part)
+            args, kwargs = map_tensors((args, kwargs), lambda one: own if one is hidden else one)
+            with _shared(engine, length):
+                output = self.original(*args, **kwargs)
+            return _whole(engine, output)
+
+
+def _whole(engine: OnParts, output: Any) -> Any:
+    """`output` with whole tensors for the parts in it."""
+    with compat.without_function_modes():
+        return map_tensors(output, engine.whole)
+
+
+@contextmanager
+def _shared(engine: OnParts, length: int) -> Iterator[None]:
+    """Within, the ranks share a sequence of this length."""
+    engine.sequence = length
+    try:
+        yield
+    finally:
+        engine.sequence = None
+        engine.forget_gathered()
 
 
 class _Running(threading.local):

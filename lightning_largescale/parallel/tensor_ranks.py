@@ -105,8 +105,8 @@ class MeshRanks:
         """This rank's part of the sum of all ranks' `tensor`, without a gradient."""
         if any(piece % self.size for piece in part.pieces):
             return cut(self.sum(tensor), part, self.rank, self.size)
-        sent = torch.stack([cut(tensor.detach(), part, rank, self.size) for rank in range(self.size)])
-        received = sent.new_empty(sent.shape[1:])
+        cuts = [cut(tensor.detach(), part, rank, self.size) for rank in range(self.size)]
+        sent, received = torch.cat(cuts), torch.empty_like(cuts[0], memory_format=torch.contiguous_format)
         compat.reduce_scatter_tensor(received, sent, self._group)
         return received
 

@@ -163,20 +163,24 @@ def tensor_seconds(sizes: Sizes, links: Links) -> float:
 
     Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
     """
-    if not sizes.divisions:
+    if not sizes.tensor_costs:
         return 0.0
     # What was looked at is the step in float32.
     element = 0.5 if sizes.plan.precision != "32-true" and MATMUL_TYPE[sizes.plan.precision] != "float64" else 1.0
     summed: list[int] = []
+    halves: list[int] = []
     trains = sizes.workload.stage == "fit"
     # What lies outside of blocks once, however many segments it has.
     runs = [segment for segment in sizes.step.segments if segment.block is not None]
     for name, again in [("", False), *((segment.block or "", sizes.recomputes(segment)) for segment in runs)]:
-        found = sizes.divisions.get(name)
+        found = sizes.tensor_costs.get(name)
         if found is not None:
-            summed += found.forward_reduced * (2 if trains and again else 1)
-            summed += found.backward_reduced if trains else ()
-    return sum(all_reduce_seconds(int(size * element), sizes.plan.tp, links.tensor) for size in summed)
+            times = 2 if trains and again else 1
+            summed += found.forward_reduced * times + (found.backward_reduced if trains else ())
+            halves += found.forward_halves * times + (found.backward_halves if trains else ())
+    ranks, link = sizes.plan.tp, links.tensor
+    seconds = sum(all_reduce_seconds(int(size * element), ranks, link) for size in summed)
+    return seconds + sum(all_gather_seconds(int(size * element) // ranks, ranks, link) for size in halves)
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:

@@ -101,12 +101,10 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
     checkpointing = ("none", "full") if workload.blocks and workload.stage == "fit" else ("none",)
     for precision in usable:
         for activation_checkpointing in checkpointing:
-            for dp_replicate, dp_shard, tp in _layouts(workload, hardware):
-                for reshard in (True, False) if dp_shard > 1 or tp > 1 else (True,):
-                    yield Plan(
-                        dp_replicate=dp_replicate,
-                        dp_shard=dp_shard,
-                        tp=tp,
+            for layout in _layouts(workload, hardware):
+                for reshard in (True, False) if layout.shards else (True,):
+                    yield dataclasses.replace(
+                        layout,
                         reshard_after_forward=reshard,
                         precision=precision,
                         activation_checkpointing=activation_checkpointing,
@@ -119,8 +117,8 @@ def check_allow(allow: Sequence[str]) -> None:
         raise PlanError(f"allow={allow!r} is not accepted; give a tuple of {', '.join(map(repr, LOSSY))}, or nothing.")
 
 
-def _layouts(workload: Workload, hardware: Hardware) -> Iterator[tuple[int, int, int]]:
-    """Sizes of dp_replicate, dp_shard and tp that multiply to the ranks; tp inside a node, where blocks take it."""
+def _layouts(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
+    """Plans whose dp_replicate, dp_shard and tp multiply to the ranks; tp inside a node, where blocks take it."""
     world = hardware.world_size
     divisible = [ranks for ranks, blocks in workload.divisions.items() if any(found.parts for found in blocks.values())]
     for tp in sorted({1, *divisible}):
@@ -128,7 +126,10 @@ def _layouts(workload: Workload, hardware: Hardware) -> Iterator[tuple[int, int,
             continue
         for dp_shard in range(1, world // tp + 1):
             if world // tp % dp_shard == 0:
-                yield world // tp // dp_shard, dp_shard, tp
+                plan = Plan(dp_replicate=world // tp // dp_shard, dp_shard=dp_shard, tp=tp)
+                yield plan
+                if workload.stage == "fit" and any(found.sequence for found in workload.divisions.get(tp, {}).values()):
+                    yield dataclasses.replace(plan, sequence_parallel=True)
 
 
 @dataclasses.dataclass(frozen=True)

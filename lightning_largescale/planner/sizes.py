@@ -54,11 +54,16 @@ class Sizes:
             for block, found in self.divisions.items()
             for name, part in found.parts.items()
         }
+        # What each block costs under tensor parallelism, by name; "" is what lies outside of blocks.
+        self.tensor_costs = {
+            block: (found.sequence if plan.sequence_parallel else None) or found
+            for block, found in self.divisions.items()
+        }
         self.step: Step = workload.steps[plan.precision]
         if self._mixed:
             self.step = without_copies(self.step)
         if self.divisions:
-            self.step = divided_step(self.step, self.divisions)
+            self.step = divided_step(self.step, self.tensor_costs)
         self._gathered: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
@@ -214,7 +219,7 @@ def without_copies(step: Step) -> Step:
     return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
 
 
-def divided_step(step: Step, divisions: Mapping[str, Divided]) -> Step:
+def divided_step(step: Step, costs: Mapping[str, Divided]) -> Step:
     """`step` as one rank of tensor parallelism runs it: of a block that is divided it computes and saves a share.
 
     What a block holds for a while is taken to be divided as what it saves.
@@ -225,7 +230,7 @@ def divided_step(step: Step, divisions: Mapping[str, Divided]) -> Step:
     # Bytes less that are live before a segment, and after it.
     before = 0
     for segment in step.segments:
-        found = divisions.get(segment.block or "", Divided())
+        found = costs.get(segment.block or "", Divided())
         saved = int(segment.saved_bytes * found.saved_share)
         after = before + segment.saved_bytes - saved
         inside = {

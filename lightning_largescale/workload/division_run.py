@@ -15,7 +15,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import tensors_in
-from lightning_largescale.workload.parts import OnParts, Part, Shapes, any_part, as_part, called, cut, part_of, share
+from lightning_largescale.workload.parts import (
+    SEQUENCE,
+    OnParts,
+    Part,
+    Shapes,
+    any_part,
+    as_part,
+    called,
+    cut,
+    part_of,
+    share,
+)
 from lightning_largescale.workload.parts.products import LINEAR
 from lightning_largescale.workload.tracker import MadeUpNumbers
 
@@ -32,6 +43,7 @@ class DivisionRun(OnParts):
         whole: names of parameters that stay whole, and why.
         stretches: of matrices by name, the stretches of their outputs that are divided each by itself.
         uneven: numbers of outputs that ranks cannot have alike are divided too.
+        sequence: the length of a sequence that the ranks share, and that the code is given in parts.
 
     Attributes:
         parts: what it divides.
@@ -47,9 +59,11 @@ class DivisionRun(OnParts):
         stretches: Mapping[str, tuple[int, ...]],
         *,
         uneven: bool = False,
+        sequence: int | None = None,
     ) -> None:
         self.shapes = Shapes(ranks)
         super().__init__(self.shapes)
+        self.sequence = sequence
         self._whole, self._stretches, self._uneven = whole, stretches, uneven
         self.parts: dict[str, Part] = {}
         self.refused: dict[str, str] = {}
@@ -70,7 +84,8 @@ class DivisionRun(OnParts):
         try:
             with mode, MadeUpNumbers(), compat.silent_fakes(), torch.enable_grad(), self:
                 output = call()
-            self._look_at(output)
+            with mode:
+                self._look_at(output)
         except Exception as error:  # whatever the rules have to say, or the code about fakes
             if self.settled:
                 self._give_up(error)
@@ -111,7 +126,7 @@ class DivisionRun(OnParts):
 
     def reduced(self, partial: Tensor, operands: Sequence[Part]) -> Tensor:
         """The sum of what only rows of a matrix may leave to be summed."""
-        origins = [part.origins for part in operands if part.origins]
+        origins = [origins for part in operands if (origins := part.origins - SEQUENCE)]
         if len(origins) > 1:
             self._refuse_names(frozenset().union(*origins), "a product of two that are divided would have to be summed")
             raise _AgainError
@@ -125,7 +140,7 @@ class DivisionRun(OnParts):
 
     def separates(self, part: Part, sizes: Sequence[int]) -> None:
         """Note the stretches of the matrices that `part` comes from."""
-        for name in part.origins:
+        for name in part.origins - SEQUENCE:
             before = self._stretches.get(name) or self.parts[name].pieces
             total = sum(before)
             if total % part.size:
@@ -144,10 +159,11 @@ class DivisionRun(OnParts):
         (name, _), part = self._names[product.weight], part_of(product.input)
         weight, bias = product.weight, product.bias
         if name not in self._whole:
-            if part is None:
+            last = product.input.dim() - 1
+            if part is None or (part.origins == SEQUENCE and part.dim != last):
                 pieces = self._stretches.get(name, (weight.shape[product.outputs],))
                 weight, bias = self._column(weight, bias, Part(product.outputs, pieces))
-            elif part.dim == product.input.dim() - 1 and weight.shape[1 - product.outputs] == part.size:
+            elif part.dim == last and weight.shape[1 - product.outputs] == part.size:
                 weight = self._noted(weight, Part(1 - product.outputs, part.pieces), frozenset())
         return product.again(weight, bias)
 
@@ -196,7 +212,13 @@ class DivisionRun(OnParts):
                 self._used_otherwise.add(self._names[tensor][0])
 
     def _look_at(self, output: Any) -> None:
-        self._refuse(tensors_in(output), "its result leaves the block divided")
+        leaving = [(tensor, part) for tensor in tensors_in(output) if (part := part_of(tensor)) is not None]
+        self._refuse(
+            [tensor for tensor, part in leaving if part.origins != SEQUENCE], "its result leaves the block divided"
+        )
+        for tensor, part in leaving:
+            if part.origins == SEQUENCE:
+                self.ranks.gather(tensor, part)
         self._refuse_names(self._used_otherwise & self.parts.keys(), "it is used in other ways than in products")
 
     def _give_up(self, error: Exception) -> None:

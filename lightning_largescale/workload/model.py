@@ -13,6 +13,7 @@ from lightning_largescale.workload.parts.part import Part
 if TYPE_CHECKING:
     from torch import nn
 
+_COMMUNICATED = ("forward_reduced", "backward_reduced", "forward_halves", "backward_halves")
 # Tensors that an allocator may map afresh each time they are made.
 LARGE_BYTES = 2**20
 
@@ -169,6 +170,9 @@ class Divided:
         flops_share: of the floating-point operations of its forward, those of one rank.
         forward_reduced: bytes of each tensor that is summed over the ranks in forward.
         backward_reduced: the same in backward.
+        forward_halves: bytes of each tensor that is gathered from the ranks in forward, or summed to parts of it.
+        backward_halves: the same in backward.
+        sequence: what it costs where ranks share the sequence between the matrices; None where they cannot.
     """
 
     parts: Mapping[str, Part] = field(default_factory=dict)
@@ -177,13 +181,17 @@ class Divided:
     flops_share: float = 1.0
     forward_reduced: tuple[int, ...] = ()
     backward_reduced: tuple[int, ...] = ()
+    forward_halves: tuple[int, ...] = ()
+    backward_halves: tuple[int, ...] = ()
+    sequence: Divided | None = None
 
     def scaled(self, share: float) -> Divided:
         """The same for `share` times the samples."""
-        forward, backward = (
-            tuple(round(size * share) for size in sizes) for sizes in (self.forward_reduced, self.backward_reduced)
-        )
-        return dataclasses.replace(self, forward_reduced=forward, backward_reduced=backward)
+        scaled: dict[str, Any] = {
+            name: tuple(round(size * share) for size in getattr(self, name)) for name in _COMMUNICATED
+        }
+        sequence = None if self.sequence is None else self.sequence.scaled(share)
+        return dataclasses.replace(self, **scaled, sequence=sequence)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,8 +332,9 @@ def _divided(fields: Mapping[str, Any]) -> Divided:
         name: Part(part["dim"], tuple(part["pieces"]), frozenset(part["origins"]))
         for name, part in fields["parts"].items()
     }
-    reduced = {key: tuple(fields[key]) for key in ("forward_reduced", "backward_reduced")}
-    return Divided(**{**fields, "parts": parts, **reduced})
+    sizes = {name: tuple(fields[name]) for name in _COMMUNICATED}
+    sequence = None if fields["sequence"] is None else _divided(fields["sequence"])
+    return Divided(**{**fields, "parts": parts, **sizes, "sequence": sequence})
 
 
 def combine_steps(steps: Sequence[Step], rule: Callable[..., float]) -> Step:

@@ -28,6 +28,7 @@ from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.division_run import DivisionRun
 from lightning_largescale.workload.model import Divided
+from lightning_largescale.workload.parts import SEQUENCE, Part, as_part, sequence_in
 from lightning_largescale.workload.tracker import FlopsOf
 
 
@@ -38,11 +39,15 @@ class Subject(NamedTuple):
         parameters: what it computes with, by name.
         others: other tensors that it is given.
         call: runs it.
+        hidden: of the others, the one whose sequence ranks may share; None without such.
+        call_on: runs it on another one for that.
     """
 
     parameters: Mapping[str, Tensor]
     others: Sequence[Tensor]
     call: Callable[[], Any]
+    hidden: Tensor | None = None
+    call_on: Callable[[Tensor], Any] | None = None
 
 
 def divide(
@@ -70,7 +75,7 @@ def divide(
     """
     mode = compat.fake_tensor_mode() if mode is None else mode
     whole = dict.fromkeys(shared, "it is used outside of the block as well")
-    return divide_subject(lambda: _of_block(block, args, kwargs, mode), ranks, whole, mode, like=like)
+    return divide_subject(lambda: _of_block(block, args, kwargs, ranks, mode), ranks, whole, mode, like=like)
 
 
 def divide_subject(
@@ -112,7 +117,36 @@ def divide_subject(
     return _measured(found, subject, ranks, mode, uneven=uneven) if run.parts else found
 
 
-def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Any) -> Subject:
+def _sharing(found: Divided, subject: Callable[[], Subject], ranks: int, mode: Any) -> tuple[Divided, int] | None:
+    """What is divided of a subject costs where ranks share the sequence, and the bytes it saves; None: they cannot."""
+    given = subject()
+    hidden, call_on = given.hidden, given.call_on
+    if hidden is None or call_on is None:
+        return None
+    length = hidden.shape[1]
+    run = DivisionRun(ranks, found.whole, _stretches(found), sequence=length)
+
+    def call() -> Any:
+        part = Part(1, (length,), SEQUENCE)
+        return call_on(as_part(run.ranks.own(hidden, part), part))
+
+    saved, flops = _cost(run, given._replace(call=call), mode)
+    if not run.settled or run.parts != found.parts:
+        return None
+    return dataclasses.replace(Divided(), **_communicated(run), flops_share=float(flops)), saved
+
+
+def _communicated(run: DivisionRun) -> dict[str, Any]:
+    shapes = run.shapes
+    return {
+        "forward_reduced": tuple(shapes.forward),
+        "backward_reduced": tuple(shapes.backward),
+        "forward_halves": tuple(shapes.forward_halves),
+        "backward_halves": tuple(shapes.backward_halves),
+    }
+
+
+def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ranks: int, mode: Any) -> Subject:
     buffers = {name: mode.from_tensor(one) for name, one in block.named_buffers()}
     parameters = {
         name: nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad)
@@ -122,11 +156,16 @@ def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
     given = tensors_in((args, kwargs))
     # A block may write into objects that it is given, such as caches of keys and values.
     args, kwargs = copied((args, kwargs))
-    return Subject(
-        parameters=parameters,
-        others=[*buffers.values(), *given],
-        call=lambda: torch.func.functional_call(block, {**parameters, **buffers}, args, dict(kwargs)),
-    )
+    hidden = sequence_in((args, kwargs), ranks)
+
+    def call() -> Any:
+        return torch.func.functional_call(block, {**parameters, **buffers}, args, dict(kwargs))
+
+    def call_on(other: Tensor) -> Any:
+        own_args, own_kwargs = map_tensors((args, dict(kwargs)), lambda one: other if one is hidden else one)
+        return torch.func.functional_call(block, {**parameters, **buffers}, own_args, own_kwargs)
+
+    return Subject(parameters, [*buffers.values(), *given], call, hidden, call_on)
 
 
 def _why(name: str, why: str, stretches: Mapping[str, tuple[int, ...]], ranks: int) -> str:
@@ -146,13 +185,14 @@ def _measured(found: Divided, subject: Callable[[], Subject], ranks: int, mode: 
     nothing = dict.fromkeys(subject().parameters, "to be compared with")
     as_it_is, own = (DivisionRun(ranks, whole, _stretches(found), uneven=uneven) for whole in (nothing, found.whole))
     saved, flops = zip(*(_cost(run, subject(), mode) for run in (as_it_is, own)), strict=True)
-    return dataclasses.replace(
-        found,
-        saved_share=saved[1] / max(1, saved[0]),
-        flops_share=flops[1] / max(1, flops[0]),
-        forward_reduced=tuple(own.shapes.forward),
-        backward_reduced=tuple(own.shapes.backward),
-    )
+    shares = {"saved_share": saved[1] / max(1, saved[0]), "flops_share": flops[1] / max(1, flops[0])}
+    sharing = None if uneven else _sharing(found, subject, ranks, mode)
+    sequence = None
+    if sharing is not None:
+        sequence = dataclasses.replace(
+            sharing[0], saved_share=sharing[1] / max(1, saved[0]), flops_share=shares["flops_share"]
+        )
+    return dataclasses.replace(found, **_communicated(own), **shares, sequence=sequence)
 
 
 def _cost(run: DivisionRun, subject: Subject, mode: Any) -> tuple[int, int]:
@@ -168,7 +208,8 @@ def _cost(run: DivisionRun, subject: Subject, mode: Any) -> tuple[int, int]:
     with FlopsOf() as counted, saved_tensors_hooks(keep, lambda tensor: tensor):
         run(subject.parameters, subject.call, mode)
     left_out = {reference(one.untyped_storage()) for one in (*subject.parameters.values(), *subject.others)}
-    return sum(size for storage, size in saved.items() if storage not in left_out), counted.flops
+    kept = sum(size for storage, size in saved.items() if storage not in left_out)
+    return kept + run.shapes.kept, counted.flops
 
 
 def copied(value: Any) -> Any:

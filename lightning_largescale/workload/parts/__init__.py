@@ -1,9 +1,20 @@
 """Functions of torch on parts of tensors: what tensor parallelism computes, and what is looked at to find it."""
 
-from lightning_largescale.workload.parts.engine import CannotDivideError, OnParts, Ranks, Rule, Shapes, any_part, called
+from lightning_largescale.workload.parts.engine import (
+    SEQUENCE,
+    CannotDivideError,
+    OnParts,
+    Ranks,
+    Rule,
+    Shapes,
+    any_part,
+    called,
+    sequence_in,
+)
 from lightning_largescale.workload.parts.part import Part, as_part, cut, global_shape, join, part_of, share
 
 __all__ = [
+    "SEQUENCE",
     "CannotDivideError",
     "OnParts",
     "Part",
@@ -17,5 +28,6 @@ __all__ = [
     "global_shape",
     "join",
     "part_of",
+    "sequence_in",
     "share",
 ]

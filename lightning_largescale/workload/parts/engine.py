@@ -11,21 +11,28 @@ Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (its operators f and g are
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
-from lightning_largescale.workload.batch import map_tensors
+from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.parts.part import Part, as_part, cut, part_of
 
 # What computes a function on parts: the engine, the function and its arguments; NotImplemented where it cannot.
 Rule = Callable[["OnParts", Callable[..., Any], Sequence[Any], dict[str, Any]], Any]
+
+
+# The origin of the division of a sequence.
+SEQUENCE = frozenset(["the sequence"])
 
 
 class Ranks(Protocol):
@@ -44,6 +51,9 @@ class Ranks(Protocol):
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's `tensor`, which is used by nothing else; the gradient is that of the sum."""
+
+    def own(self, whole: Tensor, part: Part) -> Tensor:
+        """This rank's part of `whole`, which all ranks have made alike; the gradient is gathered."""
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
         """The whole of `local`, for every rank to compute the same with: each takes its part of the gradient."""
@@ -75,12 +85,18 @@ class Shapes:
         rank: the first.
         forward: bytes of each tensor that was summed over the ranks.
         backward: the same of what a backward would sum.
+        forward_halves: bytes of each tensor that was gathered, or summed in parts, which is half of a sum.
+        backward_halves: the same of what a backward would.
+        kept: bytes of the parts that are kept to be gathered again.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.rank = size, 0
         self.forward: list[int] = []
         self.backward: list[int] = []
+        self.forward_halves: list[int] = []
+        self.backward_halves: list[int] = []
+        self.kept = 0
 
     def enter(self, tensor: Tensor) -> Tensor:
         """`tensor`."""
@@ -92,18 +108,32 @@ class Shapes:
         self.forward.append(tensor.nbytes)
         return tensor
 
+    def own(self, whole: Tensor, part: Part) -> Tensor:
+        """A tensor of the part's shape."""
+        self.backward_halves.append(whole.nbytes)
+        return cut(whole, part, self.rank, self.size).clone()
+
     def gather(self, local: Tensor, part: Part) -> Tensor:
         """A tensor of the whole's shape."""
         shape = [part.size if dim == part.dim else size for dim, size in enumerate(local.shape)]
-        return local.mean(part.dim, keepdim=True).expand(shape) if local.is_floating_point() else local.new_empty(shape)
+        whole = local.new_empty(shape)
+        if local.is_floating_point():
+            whole = whole + local.mean(part.dim, keepdim=True)
+        self.forward_halves.append(whole.nbytes)
+        return whole
 
     def gather_entering(self, local: Tensor, part: Part) -> Tensor:
         """A tensor of the whole's shape."""
+        # Gathered once more in backward, where the gradient is summed to parts.
+        self.backward_halves += [local.nbytes * self.size] * 2
+        self.kept += local.nbytes
         return self.gather(local, part)
 
     def reduce_to_part(self, tensor: Tensor, part: Part) -> Tensor:
         """A tensor of the part's shape."""
-        return cut(tensor, part, self.rank, self.size)
+        self.forward_halves.append(tensor.nbytes)
+        self.backward_halves.append(tensor.nbytes)
+        return cut(tensor, part, self.rank, self.size).clone()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`."""
@@ -136,6 +166,9 @@ class OnParts(TorchFunctionMode):
         self.ranks = ranks
         # Whole tensors that parts were computed with, as they were (version, whether gradients were recorded), and what
         # stands for them there: their gradients are added up over the ranks once, for all that is computed with them.
+        # The length of a sequence along which whole results of products are divided, where the ranks share it.
+        self.sequence: int | None = None
+        self._gathered: _Gathered | None = None
         self._entered: MutableMapping[Tensor, tuple[tuple[int, bool], Tensor]] = WeakTensorKeyDictionary()
 
     def __torch_function__(
@@ -179,6 +212,26 @@ class OnParts(TorchFunctionMode):
             known = self._entered[whole] = as_it_is, self.ranks.enter(whole)
         return known[1]
 
+    def gathered(self, local: Tensor, part: Part) -> Tensor:
+        """The whole of `local`, for each rank to compute a part with; use it in `saving_gathered`."""
+        last = self._gathered
+        if last is None or last.local is not local or last.version != compat.version(local):
+            self._gathered = last = _Gathered(self.ranks, local, part)
+        return last.whole
+
+    def saving_gathered(self, operand: Tensor) -> AbstractContextManager[Any]:
+        """Within, where `operand` is what `gathered` made last, its part is saved for backward, which gathers it again.
+
+        Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
+        """
+        if self._gathered is None or operand is not self._gathered.whole:
+            return nullcontext()
+        return saved_tensors_hooks(self._gathered.pack, _unpacked)
+
+    def forget_gathered(self) -> None:
+        """Let go of what `gathered` made last."""
+        self._gathered = None
+
     def own(self, whole: Tensor, part: Part) -> Tensor:
         """This rank's part of `whole`, to be computed with."""
         return as_part(cut(self.entered(whole), part, self.ranks.rank, self.ranks.size), part)
@@ -191,8 +244,60 @@ class OnParts(TorchFunctionMode):
         """Called where stretches of what is divided, of these sizes in their order, go different ways."""
 
     def reduced(self, partial: Tensor, operands: Sequence[Part]) -> Tensor:
-        """The sum of every rank's `partial`, a product contracted in what is divided of its `operands`."""
+        """The sum of every rank's `partial`, a product contracted in what is divided of its `operands`; of a sequence
+        that the ranks share, this rank's part.
+        """
+        if self.sequence is not None and partial.dim() == 3 and partial.shape[1] == self.sequence:
+            part = Part(1, (self.sequence,), SEQUENCE)
+            return as_part(self.ranks.reduce_to_part(partial, part), part)
         return self.ranks.reduce(partial)
+
+
+class _Gathered:
+    """What was gathered of a part, and how it is gathered again for backward."""
+
+    def __init__(self, ranks: Ranks, local: Tensor, part: Part) -> None:
+        self.local, self.version, self.part = local, compat.version(local), part
+        self.whole = ranks.gather_entering(local, part)
+        self._again = _Again(ranks, local.detach(), part)
+        self._storage: Any = StorageWeakRef(self.whole.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def pack(self, tensor: Tensor) -> Any:
+        if StorageWeakRef(tensor.untyped_storage()) != self._storage:  # type: ignore[no-untyped-call]
+            return tensor
+        return self._again, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+class _Again:
+    """Gathers a part once more, once for all that want it at a time."""
+
+    def __init__(self, ranks: Ranks, local: Tensor, part: Part) -> None:
+        self._ranks, self._local, self._part = ranks, local, part
+        self._whole: Callable[[], Tensor | None] = lambda: None
+
+    def __call__(self) -> Tensor:
+        whole = self._whole()
+        if whole is None:
+            with torch.no_grad():
+                whole = self._ranks.gather_entering(self._local, self._part)
+            self._whole = weakref.ref(whole)
+        return whole
+
+
+def _unpacked(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    again, shape, stride, offset = packed
+    whole: Tensor = again()
+    return whole.as_strided(shape, stride, offset)
+
+
+def sequence_in(args: Any, ranks: int) -> Tensor | None:
+    """The hidden states among the arguments of a block, whose second dimension `ranks` can share; None without such."""
+    for tensor in tensors_in(args):
+        if tensor.is_floating_point() and tensor.dim() == 3:
+            return tensor if tensor.shape[1] % ranks == 0 and part_of(tensor) is None else None
+    return None
 
 
 def any_part(values: Any) -> bool:

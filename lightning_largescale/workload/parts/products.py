@@ -51,9 +51,10 @@ def _linear(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwar
     if operands is None:
         return NotImplemented
     input, weight, result = operands
-    if isinstance(result, list) or bias is None:
-        return _added_up(engine, func(input, weight), result, bias)
-    return as_part(func(input, weight, fitted(engine, bias, result, result.dim - input.dim())), result)
+    with engine.saving_gathered(input):
+        if isinstance(result, list) or bias is None:
+            return _added_up(engine, func(input, weight), result, bias)
+        return as_part(func(input, weight, fitted(engine, bias, result, result.dim - input.dim())), result)
 
 
 def _product(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -80,7 +81,8 @@ def _added(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwarg
         product = torch.matmul(left, right) * scales.get("alpha", 1)
         return _added_up(engine, product, result, added * scales.get("beta", 1))
     added = fitted(engine, added, result, result.dim - left.dim())
-    return as_part(func(added, left, right, **scales), result)
+    with engine.saving_gathered(left):
+        return as_part(func(added, left, right, **scales), result)
 
 
 def _multiplied(engine: OnParts, func: Callable[..., Any], left: Tensor, right: Tensor) -> Any:
@@ -90,7 +92,8 @@ def _multiplied(engine: OnParts, func: Callable[..., Any], left: Tensor, right: 
     if operands is None:
         return NotImplemented
     left, right, result = operands
-    return _added_up(engine, func(left, right), result, None)
+    with engine.saving_gathered(left):
+        return _added_up(engine, func(left, right), result, None)
 
 
 def _added_up(engine: OnParts, result: Tensor, division: Part | list[Part], added: Tensor | None) -> Tensor:
@@ -121,7 +124,7 @@ def _operands(
             return left, right, left_part.joined(right_part).at(dims + one)
         if other == -1 and one != -1 and right.dim() == 2:
             # Inputs divided along the sequence: every rank needs all for its columns.
-            return engine.ranks.gather_entering(left, left_part), right, right_part.at(dims - 1)
+            return engine.gathered(left, left_part), right, right_part.at(dims - 1)
         return None
     if right_part is None:
         assert one is not None
