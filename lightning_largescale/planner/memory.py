@@ -86,24 +86,24 @@ def peak_memory(
 
 
 def first_excess(
-    workload: Workload,
-    plan: Plan,
-    hardware: Hardware,
-    budget_bytes: int,
-    recomputed: frozenset[str],
-    *,
-    baseline_bytes: int = 0,
-    accumulate_grad_batches: int = 1,
+    sizes: Sizes, budget_bytes: int, recomputed: frozenset[str], *, baseline_bytes: int = 0
 ) -> tuple[int, int] | None:
-    """Where a step of `workload` needs more than `budget_bytes` under `plan`, if it recomputes the blocks in
-    `recomputed`: of those moments the one with the fewest segments before it, as their number, and the bytes above;
-    None where it fits.
+    """Where a step needs more than `budget_bytes`, if it recomputes the blocks in `recomputed`.
 
-    Moments that do not lie in a segment (setup, the optimizer's step) have none before them. Other arguments as for
-    `peak_memory`; `plan` is one that recomputes, and none of its blocks may be.
+    Of those moments the one with the fewest segments before it, as their number, and the bytes above; None where it
+    fits.
+
+    Moments that do not lie in a segment (setup, the optimizer's step) have none before them.
+
+    Args:
+        sizes: of a plan that recomputes; what they share with those of other blocks is computed once.
+        budget_bytes: that one rank may hold.
+        recomputed: names of blocks in the place of those that the plan has.
+        baseline_bytes: as for `peak_memory`.
     """
-    sizes = Sizes(workload, plan, hardware.kind, accumulate_grad_batches, recomputed)
-    moments = ((index or 0, sum(terms.values())) for _, index, terms in _moments(sizes, baseline_bytes))
+    moments = (
+        (index or 0, sum(terms.values())) for _, index, terms in _moments(sizes.recomputing(recomputed), baseline_bytes)
+    )
     above = [(index, total - budget_bytes) for index, total in moments if total > budget_bytes]
     return min(above, key=lambda moment: (moment[0], -moment[1]), default=None)
 

@@ -153,16 +153,9 @@ class _Pricing:
             whole = dataclasses.replace(plan, activation_checkpointing="full")
             if estimate.memory.peak_bytes <= budget_bytes or plan == whole or whole not in known:
                 continue
-            excess = functools.partial(
-                first_excess,
-                workload,
-                whole,
-                hardware,
-                budget_bytes,
-                baseline_bytes=self.baseline_bytes,
-                accumulate_grad_batches=self.accumulate,
-            )
-            names = fewest_blocks(workload.blocks, Sizes(workload, plan, hardware.kind).step.segments, excess)
+            sizes = Sizes(workload, whole, hardware.kind, self.accumulate)
+            excess = functools.partial(first_excess, sizes, budget_bytes, baseline_bytes=self.baseline_bytes)
+            names = fewest_blocks(workload.blocks, sizes.step.segments, excess)
             if names is not None:
                 part = dataclasses.replace(plan, activation_checkpointing="selective", checkpointed_blocks=names)
                 yield part, self.estimate(workload, hardware, part)

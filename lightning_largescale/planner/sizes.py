@@ -5,6 +5,7 @@ Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -40,12 +41,10 @@ class Sizes:
         plan: Plan,
         kind: str,
         accumulate_grad_batches: int = 1,
-        recomputed: frozenset[str] | None = None,
     ) -> None:
-        """Sizes of `plan`; `recomputed` are blocks in the place of those that it recomputes."""
+        """Sizes of `plan`."""
         every = frozenset(workload.blocks if plan.activation_checkpointing == "full" else ())
-        chosen = every | frozenset(plan.checkpointed_blocks or ())
-        self._recomputed = chosen if recomputed is None else recomputed
+        self._recomputed = every | frozenset(plan.checkpointed_blocks or ())
         self.workload, self.plan, self.kind = workload, plan, kind
         self.accumulate = accumulate_grad_batches
         self.divisions = workload.divisions.get(plan.tp, {})
@@ -136,6 +135,19 @@ class Sizes:
             sizes = (self.part(p) if whole else self.local(p) for p in group)
             self._gradients[block, whole] = sum(sizes)
         return self._gradients[block, whole]
+
+    def recomputing(self, blocks: frozenset[str]) -> Sizes:
+        """The sizes of the plan if it recomputed `blocks`; what does not depend on them is shared."""
+        # Computed here if it is not yet, so that it is not by each.
+        for name in ("parameters", "gradients", "optimizer_state", "optimizer_temporaries", "full_parameters"):
+            getattr(self, name)
+        if self.sharded:
+            _ = self.gathered_so_far
+        _ = self.gradients_from_here
+        other = copy.copy(self)
+        other._recomputed = blocks
+        vars(other).pop("dropped", None)
+        return other
 
     def recomputes(self, segment: Segment) -> bool:
         """Whether the forward of `segment` runs again in backward."""

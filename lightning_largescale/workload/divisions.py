@@ -50,6 +50,7 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
     found: dict[int, dict[str, Divided]] = {ranks: {} for ranks in sizes}
     for ranks, divided in found.items():
         alike: dict[Any, Divided] = {}
+        same: dict[Any, Divided] = {}
         for name, call in calls.items():
             shared = [shared.removeprefix(f"{name}.") for shared in groups[name].shared]
             if compat.has_full_backward_hooks(blocks[name]):
@@ -57,10 +58,15 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
                 why = "full backward hooks are registered inside the block"
                 divided[name] = Divided(whole={one: why for one, _ in blocks[name].named_parameters()})
                 continue
-            key = _kind(blocks[name], call)
-            like = alike.get(key)
-            divided[name] = divide(blocks[name], call.args, call.kwargs, ranks, shared=shared, mode=mode, like=like)
-            alike.setdefault(key, divided[name])
+            kind = _kind(blocks[name], call)
+            # What is computed is right whatever is divided, so blocks that differ in numbers alone, as in their own,
+            # need no run each.
+            own = (kind, repr(blocks[name]), _settings(blocks[name]), tuple(shared))
+            if own not in same:
+                like = alike.get(kind)
+                same[own] = divide(blocks[name], call.args, call.kwargs, ranks, shared=shared, mode=mode, like=like)
+            divided[name] = same[own]
+            alike.setdefault(kind, divided[name])
         divided[""] = _rest(request, groups, calls, ranks, mode)
     return found
 
@@ -182,6 +188,16 @@ def _calls(request: Request, blocks: Mapping[str, nn.Module]) -> dict[str, _Call
 def _given(tensor: Tensor) -> Tensor:
     """As a block is given it in training, when gradients are wanted of what is computed with parameters."""
     return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _settings(block: nn.Module) -> tuple[Any, ...]:
+    """Attributes of the parts of a block that may decide what they compute, but for whole numbers."""
+    return tuple(
+        (path, name, value)
+        for path, part in block.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, bool | float | str | type(None))
+    )
 
 
 def _kind(block: nn.Module, call: _Call) -> Any:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -54,7 +55,7 @@ def test_no_smaller_set_of_blocks_fits(saved, head, share):
     if most <= budget:
         return
     names = fewest_blocks(
-        work.blocks, work.steps["32-true"].segments, lambda names: first_excess(work, FULL, machine, budget, names)
+        work.blocks, work.steps["32-true"].segments, functools.partial(first_excess, Sizes(work, FULL, machine.kind), budget)
     )
     sets = [names for size in range(1, len(saved)) for names in itertools.combinations(work.blocks, size)]
     smallest = next((len(names) for names in sets if fits(work, in_part(names), budget)), None)
