@@ -54,9 +54,8 @@ def test_no_smaller_set_of_blocks_fits(saved, head, share):
     budget = int(least + share * (most - least))
     if most <= budget:
         return
-    names = fewest_blocks(
-        work.blocks, work.steps["32-true"].segments, functools.partial(first_excess, Sizes(work, FULL, machine.kind), budget)
-    )
+    excess = functools.partial(first_excess, Sizes(work, FULL, machine.kind), budget)
+    names = fewest_blocks(work.blocks, work.steps["32-true"].segments, excess)
     sets = [names for size in range(1, len(saved)) for names in itertools.combinations(work.blocks, size)]
     smallest = next((len(names) for names in sets if fits(work, in_part(names), budget)), None)
     if names is None:

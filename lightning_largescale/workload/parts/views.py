@@ -51,7 +51,11 @@ def rules() -> dict[Callable[..., Any], Rule]:
         "__len__": _len,
     }
     by_name |= dict.fromkeys(
-        names("dim ndimension element_size is_contiguous is_floating_point is_complex get_device"), _about_local
+        names(
+            "dim ndimension element_size is_contiguous is_floating_point is_complex get_device"
+            " new_empty new_full new_ones new_tensor new_zeros"
+        ),
+        _about_local,
     )
     found = {
         getattr(place, name): rule
