@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -32,7 +31,7 @@ from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
-from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh
+from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, warn_of_distance
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
@@ -137,11 +136,7 @@ class LargeScaleStrategy(LookingStrategy):
         self._adapt(module, plan)
         self._use_precision(plan)
         self._convert(module)
-        if plan.tp > self.num_processes:
-            rank_zero_warn(
-                f"tp={plan.tp} is more than the {self.num_processes} devices of a node, so every block's activations"
-                f" travel between nodes; tp={self.num_processes} keeps them inside."
-            )
+        warn_of_distance(plan, self.num_processes)
         mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
         parts = self._parts(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:

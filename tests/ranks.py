@@ -25,6 +25,7 @@ ADVICE = (
     r"You defined a `validation_step` but have no `val_dataloader`",
     r"You .*`configure_optimizers`.*lr_scheduler",
     r".*`training_step` .* number of training batches",
+    r"You're resuming from a checkpoint that ended before the epoch",
     r"FSDP2-wrapped module .* returned a view tensor",
     r"The \.grad attribute of a Tensor that is not a leaf",  # torch.compile's own look at what it traces
 )

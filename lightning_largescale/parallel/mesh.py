@@ -5,6 +5,7 @@ Source: torch.distributed.device_mesh; Zhao et al. 2023, "PyTorch FSDP", section
 
 from __future__ import annotations
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_largescale.plan import Plan
@@ -28,6 +29,18 @@ def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
     axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
     kept = {name: size for name, size in axes.items() if name == "dp_shard" or size > 1}
     return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+
+def warn_of_distance(plan: Plan, ranks_per_node: int) -> None:
+    """Say so where the ranks of tensor parallelism are not all on one node.
+
+    Source: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 3.2.
+    """
+    if plan.tp > ranks_per_node:
+        rank_zero_warn(
+            f"tp={plan.tp} is more than the {ranks_per_node} devices of a node, so every block's activations travel"
+            f" between nodes; tp={ranks_per_node} keeps them inside."
+        )
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -119,6 +119,10 @@ def divide_module(
     with _held_by(module, root_too):
         fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole)
     state.groups[""] = cast(FSDPModule, module)
+    for name, block in state.groups.items():
+        # Last, since moving what is sharded makes other parameters of it.
+        for path, parameter in cast(nn.Module, block).named_parameters():
+            as_ordered(parameter, parts.get(name, {}).get(path))
     for scalar in whole:
         trained = scalar.requires_grad
         # It may be frozen for now, and torch takes hooks of what is trained.
@@ -191,8 +195,6 @@ def _shard_block(
         mp_policy=_policy(gather_type),
         ignored_params=left | whole,
     )
-    for path, parameter in block.named_parameters():
-        as_ordered(parameter, parts.get(path))
     state.groups[name] = cast(FSDPModule, block)
     state.owners |= dict.fromkeys(divided, state.groups[name])
     return sum(parameter.nbytes for parameter in divided.values())
