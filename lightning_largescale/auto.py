@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import nn
@@ -25,7 +24,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_largescale.callbacks import callbacks_of
+from lightning_largescale.callbacks import shows_summary
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.parallel.gather import sharded_state
@@ -121,7 +120,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             start_peak(self.root_device.type)
             return self.plan
         kind = self.root_device.type
-        shown = _shows_panel(trainer)
+        shown = shows_summary(trainer)
         module = self._module()
         # What will run is what is traced.
         self._convert(module)
@@ -179,7 +178,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         if self.report is None:
             return
         measured = self._gathered((peak_bytes(self.root_device.type), self._median_step_seconds()))
-        if self.is_global_zero and _shows_panel(self._module().trainer):
+        if self.is_global_zero and shows_summary(self._module().trainer):
             peaks = [peak for peak, _ in measured if peak is not None]
             said = after_fit(self.report.best_estimate, max(peaks, default=None), measured[0][1])
             Console().print(said, markup=False, highlight=False, soft_wrap=True)
@@ -248,8 +247,3 @@ def _own_bytes(module: nn.Module, kind: str) -> int:
     tensors = itertools.chain(module.parameters(), module.buffers())
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == kind and not is_lazy(tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _shows_panel(trainer: Trainer) -> bool:
-    """Whether the user wants to be told: `enable_model_summary=False` and `barebones` say no."""
-    return any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))

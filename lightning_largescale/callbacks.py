@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelPruning, ModelSummary
 from torch import nn
 
 from lightning_largescale import compat
@@ -25,6 +25,11 @@ def copies_of(module: nn.Module, callbacks: Sequence[Callback]) -> Iterator[nn.M
     for callback in callbacks:
         if isinstance(callback, ModelPruning):
             yield from compat.pruning_originals(callback)
+
+
+def shows_summary(trainer: Trainer) -> bool:
+    """Whether the user wants to be told: `enable_model_summary=False` and `barebones` say no."""
+    return any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))
 
 
 def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:

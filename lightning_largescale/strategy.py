@@ -13,13 +13,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_largescale import compat
-from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
+from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of, shows_summary
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
@@ -31,7 +35,7 @@ from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
-from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, warn_of_distance
+from lightning_largescale.parallel.mesh import build_mesh, data_group, tensor_mesh, warn_of_distance
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
@@ -43,7 +47,7 @@ from lightning_largescale.precision import asked_precision, cast_type, convert_m
 from lightning_largescale.record import record_plan
 from lightning_largescale.tuning import finders_search_together
 from lightning_largescale.workload.blocks import find_blocks
-from lightning_largescale.workload.divisions import check_division, share_divided
+from lightning_largescale.workload.divisions import check_division, division_words, share_divided
 from lightning_largescale.workload.model import Divided
 from lightning_largescale.workload.parts import Part
 
@@ -170,6 +174,7 @@ class LargeScaleStrategy(LookingStrategy):
             self._tensor_mesh, self._compared = tensor_mesh(state.mesh), frozenset()
             if self._tensor_mesh is not None:
                 equal_random_state(self._tensor_mesh, self.root_device, self.global_rank // plan.tp)
+                self._count_samples_once(module, state.mesh)
         else:
             self._place(trainer, module, plan, fitting=fitting)
         if self.has_peers:
@@ -253,9 +258,11 @@ class LargeScaleStrategy(LookingStrategy):
             precision = asked_precision(self.precision_plugin) or plan.precision
             workload = self._traced(trainer, (precision,), (plan.tp,))
             self._divisions = workload.divisions
-            if share_divided(workload, plan.tp) < _ENOUGH:
+            if trainer.state.fn == TrainerFn.FITTING and share_divided(workload, plan.tp) < _ENOUGH:
                 others = tuple(size for size in range(2, 2 * plan.tp + 1) if size != plan.tp)
                 check_division(workload, self._traced(trainer, (precision,), others), plan.tp)
+            if shows_summary(trainer):
+                rank_zero_info(f"lightning_largescale: tp={plan.tp}, {division_words(workload, plan.tp)}")
         return {name: divided.parts for name, divided in self._divisions.get(plan.tp, {}).items() if divided.parts}
 
     def _shard(
@@ -307,6 +314,23 @@ class LargeScaleStrategy(LookingStrategy):
         every = super().distributed_sampler_kwargs
         self._told_samples_among = self.plan.tp
         return {name: number // self.plan.tp for name, number in every.items()}
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """`tensor` reduced over all ranks; a sum counts what ranks compute of the same samples once."""
+        result = super().reduce(tensor, group, reduce_op)
+        sums = reduce_op in (ReduceOp.SUM, "sum", "SUM")
+        if self.plan.tp == 1 or group is not None or not sums or not isinstance(result, Tensor):
+            return result
+        return result / self.plan.tp if result.is_floating_point() else result // self.plan.tp
+
+    def _count_samples_once(self, module: LightningModule, mesh: DeviceMesh) -> None:
+        """Let the metrics of `module` sum over ranks that see other samples."""
+        group = data_group(mesh)
+        for metric in module.modules():
+            if isinstance(metric, Metric) and metric.process_group is None:
+                self._undo.callback(setattr, metric, "process_group", None)
+                metric.process_group = group
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

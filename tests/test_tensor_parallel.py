@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils.data import DataLoader
+from torchmetrics import SumMetric
 
 from lightning_largescale.parallel.order import divided_dims, full, order_of
 from lightning_largescale.plan import Plan, PlanError
@@ -259,6 +260,31 @@ def test_what_a_step_returns_is_whole(two):
     expected = logits(None, 1)
     for found in two.run(logits, Plan(tp=2), 2):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Counting(Language):
+    """Counts samples in a metric and in what it logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = SumMetric()
+
+    def validation_step(self, batch, index):
+        self.loss(batch)
+        self.seen.update(len(batch))
+        self.log("seen", self.seen, on_epoch=True)
+        self.log("counted", float(len(batch)), reduce_fx="sum", sync_dist=True)
+
+
+def counted(plan, devices):
+    run = trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, limit_val_batches=None)
+    run.validate(Counting(), verbose=False)
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("plan", [Plan(tp=2, dp_shard=2), Plan(tp=2, dp_replicate=2)], ids=["sharded", "replicated"])
+def test_each_sample_counts_once(four, plan):
+    assert four.run(counted, plan, 4) == [{"seen": 160, "counted": 160}] * 4
 
 
 def saved(plan, devices, path):

@@ -5,6 +5,7 @@ Source: torch.distributed.device_mesh; Zhao et al. 2023, "PyTorch FSDP", section
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -47,6 +48,17 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The axes of `mesh` whose ranks see other data; FSDP2 divides over these."""
     names = mesh.mesh_dim_names or ()
     return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
+
+
+def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that together see each sample once, this one among them: a collective where there are replicas."""
+    if "dp_replicate" not in (mesh.mesh_dim_names or ()):
+        group: dist.ProcessGroup = mesh.get_group("dp_shard")
+        return group
+    parts = mesh.mesh.flatten(0, 1).t().tolist() if tensor_mesh(mesh) else [mesh.mesh.flatten().tolist()]
+    groups: list[dist.ProcessGroup] = [dist.new_group(ranks) for ranks in parts]
+    own = next(index for index, ranks in enumerate(parts) if dist.get_rank() in ranks)
+    return groups[own]
 
 
 def tensor_mesh(mesh: DeviceMesh) -> DeviceMesh | None:

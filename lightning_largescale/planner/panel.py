@@ -13,6 +13,7 @@ from lightning_largescale.hardware import Hardware
 from lightning_largescale.planner.report import Estimate, Report, plan_fields
 from lightning_largescale.units import format_bytes, format_flops, format_seconds
 from lightning_largescale.workload import Workload
+from lightning_largescale.workload.divisions import division_words
 
 _BAR_WIDTH = 24
 _BUDGET_WIDTH = 54
@@ -28,6 +29,8 @@ def setup_panel(report: Report) -> Panel:
     table.add_row("hardware", Text(hardware_words(report.hardware)))
     table.add_row("model", Text(model_words(report.workload)))
     table.add_row("plan", Text(f"{report.best.describe()}  [{plan_fields(report.best)}]"))
+    if report.best.tp > 1:
+        table.add_row("tensor parallel", Text(division_words(report.workload, report.best.tp)))
     table.add_row("peak memory", memory_bars(estimate, report.budget_bytes))
     table.add_row("step time", Text(time_words(report, estimate)))
     runner_up = report.runner_up

@@ -102,7 +102,7 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
     for precision in usable:
         for activation_checkpointing in checkpointing:
             for layout in _layouts(workload, hardware):
-                for reshard in (True, False) if layout.shards else (True,):
+                for reshard in (True, False) if layout.dp_shard > 1 else (True,):
                     yield dataclasses.replace(
                         layout,
                         reshard_after_forward=reshard,
@@ -233,7 +233,8 @@ def _slower(estimate: Estimate, best: Estimate) -> str:
             "as fast, and needs more memory" if estimate.peak_bytes["device"] > best.peak_bytes["device"] else "as fast"
         )
     if not math.isclose(ratio, estimate.step_seconds / best.step_seconds, rel_tol=1e-3):
-        return f"{ratio:.2f} times the time a sample, since its steps have another number of samples"
+        samples = "fewer" if estimate.step_seconds < ratio * best.step_seconds else "more"
+        return f"{ratio:.2f} times the time a sample, of which its steps have {samples}"
     growth = {name: seconds - best.time.terms.get(name, 0.0) for name, seconds in estimate.time.terms.items()}
     term = max(growth, key=lambda name: growth[name])
     return f"{ratio:.2f} times the step time, {format_seconds(growth[term])} more of {term}"
