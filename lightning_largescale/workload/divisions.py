@@ -16,6 +16,7 @@ from lightning_largescale.arithmetic import lightning_plugin
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.blocks import Group, find_groups
+from lightning_largescale.workload.declared import declared_parts
 from lightning_largescale.workload.model import Divided, Workload
 from lightning_largescale.workload.shardable import Subject, copied, divide, divide_subject
 from lightning_largescale.workload.steps import Request, call_step
@@ -65,7 +66,16 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
             own = (kind, repr(blocks[name]), _settings(blocks[name]), tuple(shared))
             if own not in same:
                 like = alike.get(kind)
-                same[own] = divide(blocks[name], call.args, call.kwargs, ranks, shared=shared, mode=mode, like=like)
+                same[own] = divide(
+                    blocks[name],
+                    call.args,
+                    call.kwargs,
+                    ranks,
+                    shared=shared,
+                    mode=mode,
+                    like=like,
+                    declared=declared_parts(request.module, name),
+                )
             divided[name] = same[own]
             alike.setdefault(kind, divided[name])
         divided[""] = _rest(request, groups, calls, ranks, mode)

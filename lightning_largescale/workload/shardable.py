@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ def divide(
     shared: Collection[str] = (),
     mode: Any = None,
     like: Divided | None = None,
+    declared: Mapping[str, Part] = {},
 ) -> Divided:
     """Find what of `block` can be divided among `ranks`.
 
@@ -70,12 +72,14 @@ def divide(
         shared: names of parameters that others use as well, which stay whole.
         mode: of the fake tensors, where some are given.
         like: what was found of a block of the same class and shapes, which one run then confirms.
+        declared: what its authors want divided; that is what is divided, if nothing has to be gathered then.
 
     Source: the module's docstring.
     """
     mode = compat.fake_tensor_mode() if mode is None else mode
     whole = dict.fromkeys(shared, "it is used outside of the block as well")
-    return divide_subject(lambda: _of_block(block, args, kwargs, ranks, mode), ranks, whole, mode, like=like)
+    subject = functools.partial(_of_block, block, args, kwargs, ranks, mode)
+    return divide_subject(subject, ranks, whole, mode, like=like, declared=declared)
 
 
 def divide_subject(
@@ -86,6 +90,7 @@ def divide_subject(
     *,
     uneven: bool = False,
     like: Divided | None = None,
+    declared: Mapping[str, Part] = {},
 ) -> Divided:
     """Find what of the parameters of a subject can be divided among `ranks`.
 
@@ -96,6 +101,7 @@ def divide_subject(
         mode: of the fake tensors.
         uneven: numbers of outputs that ranks cannot have alike are divided too.
         like: what was found of a like subject, which one run then confirms.
+        declared: what is divided if nothing has to be gathered then.
     """
     if like is not None:
         run = DivisionRun(ranks, {**like.whole, **whole}, _stretches(like), uneven=uneven)
@@ -103,6 +109,14 @@ def divide_subject(
         run(given.parameters, given.call, mode)
         if run.settled and run.parts == like.parts:
             return like
+    if declared:
+        given = subject()
+        kept = {name: "the model's own plan keeps it whole" for name in given.parameters if name not in declared}
+        run = DivisionRun(ranks, {**kept, **whole}, {}, uneven=uneven)
+        run(given.parameters, given.call, mode)
+        if run.settled and run.parts == declared:
+            of_matrices = {name: why for name, why in kept.items() if given.parameters[name].dim() > 1}
+            return _measured(Divided(parts=run.parts, whole=of_matrices), subject, ranks, mode, uneven=uneven)
     refused, stretches = dict(whole), dict[str, tuple[int, ...]]()
     while True:
         given = subject()
