@@ -22,6 +22,7 @@ from ranks import run_connected
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import _common_utils, fully_shard
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from lightning_largescale import compat
@@ -294,6 +295,22 @@ def test_loaders_are_asked_once_and_then_given():
     assert loop._data_source is source
     compat.request_loaders(loop._data_source)
     assert module.asked == 2
+
+
+def test_function_modes_are_left_for_a_while():
+    class Seen(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        torch.ones(2)
+        assert seen.count == 1
+        with compat.without_function_modes():
+            torch.ones(2)
+        assert seen.count == 1
 
 
 def test_full_backward_hooks_are_found():

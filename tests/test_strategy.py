@@ -78,7 +78,7 @@ def parity_cases():
             usual = "four" if plan in OF_FOUR or (plan, case) == ("ZeRO-3", "clipping") else "two"
             everyday = size == usual and recompute == ["none", "full"][number % 2]
             # Of tensor parallelism there are tests of their own.
-            everyday &= "TP" not in plan or case in ("clipping", "tied")
+            everyday &= "TP" not in plan or case == "clipping"
             yield pytest.param(size, plan, case, recompute, marks=() if everyday else pytest.mark.slow)
 
 
