@@ -135,7 +135,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         ranks = self._gathered((free_bytes, held))
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
-        self._divisions = workload.divisions
+        self._divisions, self._divided = workload.divisions, module
         if self._told_samples_among not in (0, best.tp):
             # A loader that was looked at has divided its samples for another plan.
             ask_for_loaders_again(trainer)
@@ -206,6 +206,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
 
     def _tp_sizes(self) -> tuple[int, ...]:
         """Numbers of ranks that tensor parallelism may have: those that divide the ranks of a node."""
+        if self._compile is not False:
+            return ()
         return tuple(size for size in range(2, self.num_processes + 1) if self.num_processes % size == 0)
 
     def _plans(self, trainer: Trainer, hardware: Hardware, workload: Workload, ranks: list[tuple[int, int]]) -> Report:

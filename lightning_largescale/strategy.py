@@ -79,6 +79,8 @@ class LargeScaleStrategy(LookingStrategy):
 
     # What tensor parallelism may divide, by the number of its ranks, as far as it has been looked for.
     _divisions: Mapping[int, Mapping[str, Divided]] = {}
+    # The module that it was looked for in.
+    _divided: LightningModule | None = None
     # By how many ranks that share their samples a sampler was last told to divide; 0 where it was not told.
     _told_samples_among = 0
     # Attributes that the parent of forked ranks is told.
@@ -141,6 +143,8 @@ class LargeScaleStrategy(LookingStrategy):
         self._use_precision(plan)
         self._convert(module)
         warn_of_distance(plan, self.num_processes)
+        if plan.tp > 1 and self._compile is not False:
+            raise PlanError(f"compile={self._compile!r} cannot be combined with tp={plan.tp}; leave one of them out.")
         mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
         parts = self._parts(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
@@ -254,10 +258,10 @@ class LargeScaleStrategy(LookingStrategy):
         """By block, and name in it, what tensor parallelism divides: a collective."""
         if plan.tp == 1 or self._user_styles():
             return {}
-        if plan.tp not in self._divisions:
+        if plan.tp not in self._divisions or self._divided is not self._module():
             precision = asked_precision(self.precision_plugin) or plan.precision
             workload = self._traced(trainer, (precision,), (plan.tp,))
-            self._divisions = workload.divisions
+            self._divisions, self._divided = workload.divisions, self._module()
             if trainer.state.fn == TrainerFn.FITTING and share_divided(workload, plan.tp) < _ENOUGH:
                 others = tuple(size for size in range(2, 2 * plan.tp + 1) if size != plan.tp)
                 check_division(workload, self._traced(trainer, (precision,), others), plan.tp)

@@ -313,6 +313,14 @@ def test_function_modes_are_left_for_a_while():
         assert seen.count == 1
 
 
+def test_what_torch_compiles_is_told():
+    module = nn.Linear(1, 1)
+    assert not compat.is_compiled(module)
+    assert compat.is_compiled(torch.compile(module))
+    module.compile()
+    assert compat.is_compiled(module)
+
+
 def test_full_backward_hooks_are_found():
     module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     assert not compat.has_full_backward_hooks(module)

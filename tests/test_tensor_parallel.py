@@ -156,6 +156,27 @@ class Nothing(Language):
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(DIM, DIM), nn.Softmax(-1)) for _ in range(2))
 
 
+def test_compiled_blocks(two):
+    for message in two.run(refused, Language, Plan(tp=2), {"compile": True}):
+        assert message == "compile=True cannot be combined with tp=2; leave one of them out."
+
+
+def twice(plan, devices):
+    """Two modules by one strategy, whose blocks have other names."""
+    strategy, losses = LargeScaleStrategy(plan) if plan else "auto", []
+    for name in ("gpt2", "llama"):
+        model = Family(name)
+        trainer(strategy, devices=devices, max_steps=3).fit(model)
+        losses.append(model.losses)
+    return losses
+
+
+def test_another_module_by_the_same_strategy(two):
+    expected = twice(None, 1)
+    for losses in two.run(twice, Plan(tp=2), 2):
+        assert losses == [pytest.approx(of_one, rel=1e-4) for of_one in expected]
+
+
 def test_nothing_to_divide(two):
     for message in two.run(refused, Nothing, Plan(tp=2)):
         assert message.startswith(

@@ -26,6 +26,14 @@ def compiled_module(module: Any) -> Any:
     return inner if isinstance(inner, nn.Module) else module
 
 
+def is_compiled(module: Any) -> bool:
+    """Whether `torch.compile(module)` made `module`, or `module.compile()` was called.
+
+    Replaced by a public way to ask.
+    """
+    return compiled_module(module) is not module or module._compiled_call_impl is not None
+
+
 def has_full_backward_hooks(module: Any) -> bool:
     """Whether `register_full_backward_hook`, or its `pre`, was called of a part of `module`, or of all modules.
 

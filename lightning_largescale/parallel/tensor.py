@@ -174,7 +174,8 @@ class _OnParts:
         with _parts(self._places), _engine(self._ranks) as engine:
             hidden = sequence_in((args, kwargs), self._ranks.size) if self._share_sequence else None
             if hidden is None:
-                output = self.original(*args, **kwargs)
+                with engine.scope(None):
+                    output = self.original(*args, **kwargs)
                 # In a step what comes after may compute with parts as well.
                 return _whole(engine, output) if outermost else output
             length = hidden.shape[1]
@@ -182,7 +183,7 @@ class _OnParts:
             with compat.without_function_modes():
                 own = as_part(self._ranks.own(hidden, part), part)
             args, kwargs = map_tensors((args, kwargs), lambda one: own if one is hidden else one)
-            with _shared(engine, length):
+            with engine.scope(length):
                 output = self.original(*args, **kwargs)
             return _whole(engine, output)
 
@@ -191,17 +192,6 @@ def _whole(engine: OnParts, output: Any) -> Any:
     """`output` with whole tensors for the parts in it."""
     with compat.without_function_modes():
         return map_tensors(output, engine.whole)
-
-
-@contextmanager
-def _shared(engine: OnParts, length: int) -> Iterator[None]:
-    """Within, the ranks share a sequence of this length."""
-    engine.sequence = length
-    try:
-        yield
-    finally:
-        engine.sequence = None
-        engine.forget_gathered()
 
 
 class _Running(threading.local):

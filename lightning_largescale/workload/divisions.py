@@ -55,9 +55,13 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
         same: dict[Any, Divided] = {}
         for name, call in calls.items():
             shared = [shared.removeprefix(f"{name}.") for shared in groups[name].shared]
+            why = None
             if compat.has_full_backward_hooks(blocks[name]):
                 # They pass what a module is given, and returns, through an autograd function.
                 why = "full backward hooks are registered inside the block"
+            elif any(compat.is_compiled(part) for part in blocks[name].modules()):
+                why = "torch.compile wraps a part of the block"
+            if why is not None:
                 divided[name] = Divided(whole={one: why for one, _ in blocks[name].named_parameters()})
                 continue
             kind = _kind(blocks[name], call)

@@ -12,8 +12,8 @@ Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (its operators f and g are
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -184,7 +184,10 @@ class OnParts(TorchFunctionMode):
     def taken_apart(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What the rule of `func` makes of it; NotImplemented where there is none, or it cannot."""
         rule = _rules().get(func)
-        return NotImplemented if rule is None else rule(self, func, args, kwargs)
+        if rule is None or kwargs.get("out") is not None:
+            return NotImplemented
+        args, kwargs = _by_usual_names(args, kwargs)
+        return rule(self, func, args, kwargs)
 
     def computed_whole(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What `func` makes of whole tensors.
@@ -215,7 +218,7 @@ class OnParts(TorchFunctionMode):
     def gathered(self, local: Tensor, part: Part) -> Tensor:
         """The whole of `local`, for each rank to compute a part with; use it in `saving_gathered`."""
         last = self._gathered
-        if last is None or last.local is not local or last.version != compat.version(local):
+        if last is None or last.local is not local or last.version != _version(local):
             self._gathered = last = _Gathered(self.ranks, local, part)
         return last.whole
 
@@ -228,9 +231,15 @@ class OnParts(TorchFunctionMode):
             return nullcontext()
         return saved_tensors_hooks(self._gathered.pack, _unpacked)
 
-    def forget_gathered(self) -> None:
-        """Let go of what `gathered` made last."""
-        self._gathered = None
+    @contextmanager
+    def scope(self, sequence: int | None) -> Iterator[None]:
+        """Within, ranks share a sequence of this length, if it is one; what was entered and gathered ends with it."""
+        before = self._entered, self._gathered, self.sequence
+        self._entered, self._gathered, self.sequence = WeakTensorKeyDictionary(), None, sequence
+        try:
+            yield
+        finally:
+            self._entered, self._gathered, self.sequence = before
 
     def own(self, whole: Tensor, part: Part) -> Tensor:
         """This rank's part of `whole`, to be computed with."""
@@ -257,7 +266,7 @@ class _Gathered:
     """What was gathered of a part, and how it is gathered again for backward."""
 
     def __init__(self, ranks: Ranks, local: Tensor, part: Part) -> None:
-        self.local, self.version, self.part = local, compat.version(local), part
+        self.local, self.version, self.part = local, _version(local), part
         self.whole = ranks.gather_entering(local, part)
         self._again = _Again(ranks, local.detach(), part)
         self._storage: Any = StorageWeakRef(self.whole.untyped_storage())  # type: ignore[no-untyped-call]
@@ -266,6 +275,11 @@ class _Gathered:
         if StorageWeakRef(tensor.untyped_storage()) != self._storage:  # type: ignore[no-untyped-call]
             return tensor
         return self._again, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _version(tensor: Tensor) -> int:
+    # Of what is computed in inference mode none is kept.
+    return 0 if tensor.is_inference() else compat.version(tensor)
 
 
 class _Again:
@@ -311,6 +325,16 @@ def any_part(values: Any) -> bool:
     return False
 
 
+def _by_usual_names(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Arguments whose first is in its place, and NumPy's names, which torch takes too, are torch's."""
+    usual = {{"axis": "dim", "keepdims": "keepdim"}.get(name, name): value for name, value in kwargs.items()}
+    if not args:
+        first = next((name for name in ("input", "tensors", "condition") if name in usual), None)
+        if first is not None:
+            return (usual.pop(first),), usual
+    return args, usual
+
+
 def names(text: str) -> list[str]:
     """The words of `text`."""
     return text.split()
@@ -324,6 +348,7 @@ def called(func: Callable[..., Any]) -> str:
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     name = called(func)
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    in_place = in_place or name == "__set__"
     in_place = in_place or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__"))
     return (in_place and any_part(args[:1])) or any_part([kwargs.get("out")])
 

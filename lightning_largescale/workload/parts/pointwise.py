@@ -64,6 +64,8 @@ def rules() -> dict[Callable[..., Any], Rule]:
 
 
 def _pointwise(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if called(func) == "where" and len(args) + len(kwargs) < 3:
+        return NotImplemented  # the places where it is true
     tensors = tensors_in((tuple(args), kwargs))
     parts = [(part, tensor.dim()) for tensor in tensors if (part := part_of(tensor)) is not None]
     first, dims = parts[0]

@@ -31,7 +31,7 @@ _REMOVE = [
     "var",
 ]
 _KEEP = ["argsort", "cummax", "cummin", "cumprod", "cumsum", "log_softmax", "logcumsumexp", "softmax", "sort"]
-_REMOVE_THIRD, _KEEP_THIRD = ["norm"], ["topk", "normalize", "renorm"]
+_REMOVE_THIRD, _KEEP_THIRD = ["norm"], ["topk", "normalize"]
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
@@ -64,7 +64,13 @@ class _Along:
         part = part_of(args[0]) if args else None
         given = kwargs.get("dim", args[self._position] if len(args) > self._position else self._default)
         others = [*args[1:], *kwargs.values()]
-        if part is None or given is None or isinstance(given, str) or any(isinstance(one, Tensor) for one in others):
+        # A flag in its place is that of another signature.
+        if (
+            part is None
+            or given is None
+            or isinstance(given, str | bool)
+            or any(isinstance(one, Tensor) for one in others)
+        ):
             return NotImplemented
         dims = args[0].dim()
         along = {dim % dims for dim in ([given] if isinstance(given, int) else given)}

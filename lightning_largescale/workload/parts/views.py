@@ -338,6 +338,8 @@ def _getitem(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwa
     tensor, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     if part_of(tensor) is None or any(isinstance(one, Tensor | list | bool) for one in index):
         return _by_tensor(tensor, index)
+    if any(not (one is None or one is Ellipsis or type(one) is int or isinstance(one, slice)) for one in index):
+        return NotImplemented
     part, dims = _found(tensor)
     taking = sum(one is not None and one is not Ellipsis for one in index)
     filled = dims - taking
@@ -370,6 +372,8 @@ def _by_tensor(tensor: Tensor, index: tuple[Any, ...]) -> Any:
     part = part_of(tensor)
     at = next((place for place, one in enumerate(index) if isinstance(one, Tensor)), None)
     if part is None or at is None or part_of(index[at]) is not None:
+        return NotImplemented
+    if index[at].dtype not in (torch.bool, torch.int64, torch.int32):
         return NotImplemented
     rest = [one for place, one in enumerate(index) if place != at]
     taken = index[at].dim() if index[at].dtype == torch.bool else 1

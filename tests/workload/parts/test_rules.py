@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,6 +115,7 @@ FUNCTIONS = {
     "times a matrix": lambda x: x @ torch.arange(24.0).view(8, 3),
     "linear": lambda x: F.linear(x, torch.arange(24.0).view(3, 8), torch.ones(3)),
     "scores": lambda x: x @ x.transpose(-2, -1),
+    "by other names": lambda x: torch.sum(input=x, axis=1, keepdims=True) + torch.cat(tensors=[x, x], axis=1)[:, :1],
     "added product": lambda x: torch.baddbmm(torch.ones(2, 6, 3), x, torch.ones(2, 8, 3), beta=2, alpha=0.5),
 }
 
@@ -158,6 +160,24 @@ def test_operands_of_other_shapes(function, left, right, dim, both):
         divisions[1] = None
     if divisions != [None, None]:
         assert check(function, [one, other], divisions)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.std(True),
+        lambda x: torch.where(x > 0),
+        lambda x: x[np.int64(0)],
+        lambda x: torch.sum(x, 1, out=torch.empty(2, 8)),
+        lambda x: x.renorm(2, 0, 1.0),
+        lambda x: x.sum(),
+        lambda x: torch.max(x, x),
+    ],
+)
+def test_what_no_rule_knows_is_gathered(function):
+    for division in DIVISIONS:
+        with pytest.raises(Gathered):
+            on_parts(function, [X], [division])
 
 
 def test_what_is_written_into_must_be_the_part():
