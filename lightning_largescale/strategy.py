@@ -79,8 +79,8 @@ class LargeScaleStrategy(LookingStrategy):
 
     # What tensor parallelism may divide, by the number of its ranks, as far as it has been looked for.
     _divisions: Mapping[int, Mapping[str, Divided]] = {}
-    # The module that it was looked for in.
-    _divided: LightningModule | None = None
+    # What it was looked for in: the stage, and the module with its parameters as they were.
+    _divided: object = None
     # By how many ranks that share their samples a sampler was last told to divide; 0 where it was not told.
     _told_samples_among = 0
     # Attributes that the parent of forked ranks is told.
@@ -258,16 +258,22 @@ class LargeScaleStrategy(LookingStrategy):
         """By block, and name in it, what tensor parallelism divides: a collective."""
         if plan.tp == 1 or self._user_styles():
             return {}
-        if plan.tp not in self._divisions or self._divided is not self._module():
+        looked_at = self._to_divide(trainer)
+        if plan.tp not in self._divisions or self._divided != looked_at:
             precision = asked_precision(self.precision_plugin) or plan.precision
             workload = self._traced(trainer, (precision,), (plan.tp,))
-            self._divisions, self._divided = workload.divisions, self._module()
+            self._divisions, self._divided = workload.divisions, looked_at
             if trainer.state.fn == TrainerFn.FITTING and share_divided(workload, plan.tp) < _ENOUGH:
                 others = tuple(size for size in range(2, 2 * plan.tp + 1) if size != plan.tp)
                 check_division(workload, self._traced(trainer, (precision,), others), plan.tp)
             if shows_summary(trainer):
                 rank_zero_info(f"lightning_largescale: tp={plan.tp}, {division_words(workload, plan.tp)}")
         return {name: divided.parts for name, divided in self._divisions.get(plan.tp, {}).items() if divided.parts}
+
+    def _to_divide(self, trainer: Trainer) -> object:
+        module = self._module()
+        parameters = tuple((name, one.shape, one.requires_grad) for name, one in module.named_parameters())
+        return trainer.state.fn, id(module), parameters
 
     def _shard(
         self,

@@ -313,6 +313,12 @@ def test_function_modes_are_left_for_a_while():
         assert seen.count == 1
 
 
+def test_a_condition_that_a_device_checks():
+    compat.assert_async(torch.tensor(True), "never said")
+    with pytest.raises(RuntimeError, match="is said"):
+        compat.assert_async(torch.tensor(False), "is said")
+
+
 def test_what_torch_compiles_is_told():
     module = nn.Linear(1, 1)
     assert not compat.is_compiled(module)

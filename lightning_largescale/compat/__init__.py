@@ -45,6 +45,7 @@ from lightning_largescale.compat.of_lightning import (
 from lightning_largescale.compat.of_torch import (
     DispatchMode,
     all_children,
+    assert_async,
     compiled_module,
     current_node_sequence,
     data_dependent_errors,
@@ -74,6 +75,7 @@ __all__ = [
     "all_children",
     "all_gather_tensor",
     "asked_by_batch_size_finder",
+    "assert_async",
     "attach_trainer",
     "attached_trainer",
     "before_transfer",

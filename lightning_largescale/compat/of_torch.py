@@ -26,6 +26,16 @@ def compiled_module(module: Any) -> Any:
     return inner if isinstance(inner, nn.Module) else module
 
 
+def assert_async(condition: Any, message: str) -> None:
+    """Have the device stop, when it comes to it, unless `condition` is true.
+
+    Replaced by a public name for it.
+    """
+    import torch
+
+    torch._assert_async(condition, message)
+
+
 def is_compiled(module: Any) -> bool:
     """Whether `torch.compile(module)` made `module`, or `module.compile()` was called.
 

@@ -110,6 +110,14 @@ class MeshRanks:
         compat.reduce_scatter_tensor(received, sent, self._group)
         return received
 
+    def check(self, condition: Tensor, message: str) -> None:
+        """Raise an IndexError, or have the device stop, unless `condition`, of one element, is true."""
+        if condition.device.type == "cpu":
+            if not condition:
+                raise IndexError(message)
+        else:
+            compat.assert_async(condition, message)
+
     @contextmanager
     def own_random(self, device: torch.device) -> Iterator[None]:
         """Within, random numbers are other ones on each rank; afterwards they go on as before, equal on all."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
@@ -44,6 +45,7 @@ class DivisionRun(OnParts):
         stretches: of matrices by name, the stretches of their outputs that are divided each by itself.
         uneven: numbers of outputs that ranks cannot have alike are divided too.
         sequence: the length of a sequence that the ranks share, and that the code is given in parts.
+        block: whose forward the code is; None where it is more than that.
 
     Attributes:
         parts: what it divides.
@@ -60,10 +62,12 @@ class DivisionRun(OnParts):
         *,
         uneven: bool = False,
         sequence: int | None = None,
+        block: nn.Module | None = None,
     ) -> None:
         self.shapes = Shapes(ranks)
         super().__init__(self.shapes)
         self.sequence = sequence
+        self._block = block
         self._whole, self._stretches, self._uneven = whole, stretches, uneven
         self.parts: dict[str, Part] = {}
         self.refused: dict[str, str] = {}
@@ -98,10 +102,13 @@ class DivisionRun(OnParts):
         """Call `func`, a product with its matrix divided where it may be."""
         kwargs = kwargs or {}
         product = Product.of(func, args, kwargs)
-        if any_part((*args, *kwargs.values())) and _in_autograd_function():
-            self._refuse(tensors_in((tuple(args), kwargs)), "an autograd function of the user's takes it")
+        unseen = None
+        if any_part((*args, *kwargs.values())) or (product is not None and product.weight in self._names):
+            unseen = _runs_unseen(self._block)
+        if unseen is not None and any_part((*args, *kwargs.values())):
+            self._refuse(tensors_in((tuple(args), kwargs)), unseen)
             raise _AgainError
-        if product is not None and product.weight in self._names and not _in_autograd_function():
+        if product is not None and product.weight in self._names and unseen is None:
             args, kwargs = self._divided(product)
         elif func is F.multi_head_attention_forward:
             result = self.taken_apart(func, args, kwargs)
@@ -290,14 +297,22 @@ class Product:
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.Tensor.__matmul__)
 
 
-def _in_autograd_function() -> bool:
-    """Whether the forward of an autograd function of the user's runs, whose backward goes by no rule."""
+def _runs_unseen(block: nn.Module | None) -> str | None:
+    """Why the code that runs will run, or differentiate, without being seen again; None where it will not.
+
+    That of an autograd function of the user's has a backward that goes by no rule; what is recomputed inside of the
+    forward of `block` is run again in backward, when nobody looks.
+    """
     frame = inspect.currentframe()
     while frame is not None:
+        if block is not None and frame.f_code is type(block).forward.__code__ and frame.f_locals.get("self") is block:
+            return None
         if frame.f_code is torch.autograd.Function.apply.__code__:
-            return True
+            return "an autograd function of the user's takes it"
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return "it is recomputed by the block's own checkpointing"
         frame = frame.f_back
-    return False
+    return None
 
 
 def _turns(function: Callable[..., Any], args: Sequence[Any]) -> bool:

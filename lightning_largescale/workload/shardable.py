@@ -42,6 +42,7 @@ class Subject(NamedTuple):
         call: runs it.
         hidden: of the others, the one whose sequence ranks may share; None without such.
         call_on: runs it on another one for that.
+        block: whose forward it is; None where it is more than that.
     """
 
     parameters: Mapping[str, Tensor]
@@ -49,6 +50,7 @@ class Subject(NamedTuple):
     call: Callable[[], Any]
     hidden: Tensor | None = None
     call_on: Callable[[Tensor], Any] | None = None
+    block: nn.Module | None = None
 
 
 def divide(
@@ -104,15 +106,15 @@ def divide_subject(
         declared: what is divided if nothing has to be gathered then.
     """
     if like is not None:
-        run = DivisionRun(ranks, {**like.whole, **whole}, _stretches(like), uneven=uneven)
         given = subject()
+        run = DivisionRun(ranks, {**like.whole, **whole}, _stretches(like), uneven=uneven, block=given.block)
         run(given.parameters, given.call, mode)
         if run.settled and run.parts == like.parts:
             return like
     if declared:
         given = subject()
         kept = {name: "the model's own plan keeps it whole" for name in given.parameters if name not in declared}
-        run = DivisionRun(ranks, {**kept, **whole}, {}, uneven=uneven)
+        run = DivisionRun(ranks, {**kept, **whole}, {}, uneven=uneven, block=given.block)
         run(given.parameters, given.call, mode)
         if run.settled and run.parts == declared:
             of_matrices = {name: why for name, why in kept.items() if given.parameters[name].dim() > 1}
@@ -120,7 +122,7 @@ def divide_subject(
     refused, stretches = dict(whole), dict[str, tuple[int, ...]]()
     while True:
         given = subject()
-        run = DivisionRun(ranks, refused, stretches, uneven=uneven)
+        run = DivisionRun(ranks, refused, stretches, uneven=uneven, block=given.block)
         run(given.parameters, given.call, mode)
         if run.settled:
             break
@@ -138,7 +140,7 @@ def _sharing(found: Divided, subject: Callable[[], Subject], ranks: int, mode: A
     if hidden is None or call_on is None:
         return None
     length = hidden.shape[1]
-    run = DivisionRun(ranks, found.whole, _stretches(found), sequence=length)
+    run = DivisionRun(ranks, found.whole, _stretches(found), sequence=length, block=given.block)
 
     def call() -> Any:
         part = Part(1, (length,), SEQUENCE)
@@ -179,7 +181,7 @@ def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
         own_args, own_kwargs = map_tensors((args, dict(kwargs)), lambda one: other if one is hidden else one)
         return torch.func.functional_call(block, {**parameters, **buffers}, own_args, own_kwargs)
 
-    return Subject(parameters, [*buffers.values(), *given], call, hidden, call_on)
+    return Subject(parameters, [*buffers.values(), *given], call, hidden, call_on, block)
 
 
 def _why(name: str, why: str, stretches: Mapping[str, tuple[int, ...]], ranks: int) -> str:
@@ -196,8 +198,12 @@ def _stretches(found: Divided) -> dict[str, tuple[int, ...]]:
 
 def _measured(found: Divided, subject: Callable[[], Subject], ranks: int, mode: Any, *, uneven: bool) -> Divided:
     """`found` with what it costs, as shares of what the subject costs as it is."""
-    nothing = dict.fromkeys(subject().parameters, "to be compared with")
-    as_it_is, own = (DivisionRun(ranks, whole, _stretches(found), uneven=uneven) for whole in (nothing, found.whole))
+    given = subject()
+    nothing = dict.fromkeys(given.parameters, "to be compared with")
+    as_it_is, own = (
+        DivisionRun(ranks, whole, _stretches(found), uneven=uneven, block=given.block)
+        for whole in (nothing, found.whole)
+    )
     saved, flops = zip(*(_cost(run, subject(), mode) for run in (as_it_is, own)), strict=True)
     shares = {"saved_share": saved[1] / max(1, saved[0]), "flops_share": flops[1] / max(1, flops[0])}
     sharing = None if uneven else _sharing(found, subject, ranks, mode)

@@ -7,13 +7,16 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from ranks import quiet
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from workload.tensor_blocks import KNOWN, UNSAFE, UNUSUAL, called
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.order import full, order_of
 from lightning_largescale.parallel.tensor import compute_on_parts, divide_over
+from lightning_largescale.workload.parts import Part
 from lightning_largescale.workload.shardable import divide
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*random operators:UserWarning")]
@@ -39,9 +42,7 @@ def trained(block, args, kwargs):
 
 
 def divided_and_trained(case, ways):
-    if not dist.is_initialized():
-        compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = connected_mesh()
     block, args, kwargs = built(case)
     expected = trained(block, args, kwargs)
     sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
@@ -77,3 +78,78 @@ def test_what_stays_whole_is_right(two, case):
 @pytest.mark.parametrize("case", ["gpt", "llama", "bert", "gpt2", "torch", "halves of one matrix"])
 def test_blocks_on_four_ranks(four, case):
     assert set(four.run(divided_and_trained, case, 4)) != {0}
+
+
+class Classes(nn.Module):
+    """A table and a head of an odd number of entries, and the losses of a vocabulary."""
+
+    def __init__(self, size=11):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(size, 4, padding_idx=3), nn.Linear(4, size)
+
+    def forward(self, tokens, **options):
+        logits = self.head(self.table(tokens))
+        hidden = (
+            logits.masked_fill(torch.arange(logits.shape[-1]) == 2, -torch.inf) if options.pop("hide", 0) else logits
+        )
+        return F.cross_entropy(hidden.flatten(0, 1), options.pop("targets", tokens).flatten(), **options)
+
+
+LOSSES = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "each": {"reduction": "none"},
+    "smoothed": {"label_smoothing": 0.1},
+    "ignored": {"ignore_index": 5},
+    "minus infinity": {"hide": True},
+    "weighted": {"weight": torch.arange(1.0, 12.0)},
+}
+
+
+def vocabulary(options):
+    """Losses and gradients, plain and divided."""
+    mesh = connected_mesh()
+    tokens = torch.tensor([[0, 1, 5, 3], [10, 6, 7, 9]])
+    plain, divided = Classes(), Classes()
+    parts = {"table.weight": Part(0, (11,)), "head.weight": Part(0, (11,)), "head.bias": Part(0, (11,))}
+    compute_on_parts(divided, parts, mesh)
+    divide_over(divided, parts, mesh)
+    found = []
+    for module in (plain, divided):
+        loss = module(tokens, **options)
+        loss.sum().backward()
+        gradients = [one.grad for one in module.parameters()]
+        found.append([loss.detach(), *(full(one) if isinstance(one, DTensor) else one for one in gradients)])
+    return found
+
+
+def connected_mesh():
+    if not dist.is_initialized():
+        compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_vocabularies_that_are_uneven(two, four, name):
+    for expected, found in [*two.run(vocabulary, LOSSES[name]), *four.run(vocabulary, LOSSES[name])]:
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def out_of_range(token, targets):
+    mesh = connected_mesh()
+    module = Classes()
+    parts = {"table.weight": Part(0, (11,)), "head.weight": Part(0, (11,)), "head.bias": Part(0, (11,))}
+    compute_on_parts(module, parts, mesh)
+    divide_over(module, parts, mesh)
+    try:
+        module(torch.tensor([[0, token]]), targets=torch.tensor(targets))
+    except IndexError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("token", "targets"), [(11, [0, 0]), (-1, [0, 0]), (0, [0, 11]), (0, [-1, 0])])
+def test_tokens_that_are_no_entries(two, token, targets):
+    assert None not in two.run(out_of_range, token, targets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH, LENGTH, HEADS = 32, 8, 4
 
@@ -148,6 +149,10 @@ class Between(nn.Module):
         return self.function(x)
 
 
+def _checkpointed(module, x):
+    return module.down(checkpoint(lambda y: F.gelu(module.up(y)), x, use_reentrant=False))
+
+
 def _in_place(module, x):
     y = module.up(x)
     y[..., 0] = 0
@@ -204,6 +209,7 @@ UNSAFE = {
     "a matrix that is normalised": lambda: Same(lambda m, x: m.down(F.linear(x, F.normalize(m.up.weight)))),
     "a matrix that is penalised": lambda: Same(lambda m, x: m.down(m.up(x)) + m.up.weight.square().mean()),
     "a bias that is penalised": lambda: Same(lambda m, x: m.down(m.up(x)) + m.up.bias.square().mean()),
+    "recomputes a part of itself": lambda: Same(_checkpointed),
     "writes in place": lambda: Same(_in_place),
     "data decide": lambda: Same(_by_data),
     "the result is divided": lambda: Same(lambda m, x: m.up(x)),

@@ -57,6 +57,8 @@ def _attention(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
     query, key, value = operands
     heads = part_of(query)
     if heads is None:
+        if query.shape[from_last] != first.size:
+            return NotImplemented
         query, heads = fitted(engine, query, first, from_last), first
     of_key, of_value = part_of(key), part_of(value)
     if of_key is not None and of_value is not None:

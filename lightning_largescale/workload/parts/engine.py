@@ -3,7 +3,9 @@
 Tensors are local and plain; one that is a part is marked so. A function that takes a marked one is computed by its
 rule, which knows of what the result is a part; their sizes are those of the whole, so that code which views a tensor
 with a number of heads written into it means what it meant. What no rule knows is gathered and computed whole, on every
-rank: slower, and never wrong. The code that runs needs to know nothing of it, nor need its control flow be known.
+rank: slower, and right. The code that runs needs to know nothing of it, nor need its control flow be known; but what is
+no function of torch, as an autograd function or a recomputation of the code's own, goes by it, and is looked for when
+it is decided what is divided.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (its operators f and g are `enter` and `reduce`); Xu et al. 2021,
     "GSPMD", section 3.3 (propagation of divisions).
@@ -69,6 +71,9 @@ class Ranks(Protocol):
 
     def maximum(self, tensor: Tensor) -> Tensor:
         """The largest of every rank's `tensor`, element by element, of which no gradient is taken."""
+
+    def check(self, condition: Tensor, message: str) -> None:
+        """Make sure that `condition`, of one element, is true."""
 
     def own_random(self, device: torch.device) -> AbstractContextManager[None]:
         """Within, random numbers are other ones on each rank; afterwards they go on equal."""
@@ -145,6 +150,9 @@ class Shapes:
         self.forward.append(tensor.nbytes)
         return tensor
 
+    def check(self, condition: Tensor, message: str) -> None:
+        """Nothing, since there are no values."""
+
     def own_random(self, device: torch.device) -> AbstractContextManager[None]:
         """No context."""
         return nullcontext()
@@ -164,11 +172,11 @@ class OnParts(TorchFunctionMode):
     def __init__(self, ranks: Ranks) -> None:
         super().__init__()
         self.ranks = ranks
-        # Whole tensors that parts were computed with, as they were (version, whether gradients were recorded), and what
-        # stands for them there: their gradients are added up over the ranks once, for all that is computed with them.
         # The length of a sequence along which whole results of products are divided, where the ranks share it.
         self.sequence: int | None = None
         self._gathered: _Gathered | None = None
+        # Whole tensors that parts were computed with, as they were (version, whether gradients were recorded), and what
+        # stands for them there: their gradients are added up over the ranks once, for all that is computed with them.
         self._entered: MutableMapping[Tensor, tuple[tuple[int, bool], Tensor]] = WeakTensorKeyDictionary()
 
     def __torch_function__(
@@ -187,7 +195,11 @@ class OnParts(TorchFunctionMode):
         if rule is None or kwargs.get("out") is not None:
             return NotImplemented
         args, kwargs = _by_usual_names(args, kwargs)
-        return rule(self, func, args, kwargs)
+        try:
+            return rule(self, func, args, kwargs)
+        except (IndexError, KeyError, TypeError):
+            # Arguments that the rule does not know, or the function neither, which then says so.
+            return NotImplemented
 
     def computed_whole(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What `func` makes of whole tensors.
@@ -218,7 +230,7 @@ class OnParts(TorchFunctionMode):
     def gathered(self, local: Tensor, part: Part) -> Tensor:
         """The whole of `local`, for each rank to compute a part with; use it in `saving_gathered`."""
         last = self._gathered
-        if last is None or last.local is not local or last.version != _version(local):
+        if last is None or last.given is not local or last.version != _version(local):
             self._gathered = last = _Gathered(self.ranks, local, part)
         return last.whole
 
@@ -266,7 +278,11 @@ class _Gathered:
     """What was gathered of a part, and how it is gathered again for backward."""
 
     def __init__(self, ranks: Ranks, local: Tensor, part: Part) -> None:
-        self.local, self.version, self.part = local, _version(local), part
+        self.given, self.version = local, _version(local)
+        kind = local.device.type
+        if torch.is_autocast_enabled(kind) and local.is_floating_point():
+            # As products have it, or its cast would be saved beside it.
+            local = local.to(torch.get_autocast_dtype(kind))
         self.whole = ranks.gather_entering(local, part)
         self._again = _Again(ranks, local.detach(), part)
         self._storage: Any = StorageWeakRef(self.whole.untyped_storage())  # type: ignore[no-untyped-call]
@@ -348,7 +364,7 @@ def called(func: Callable[..., Any]) -> str:
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     name = called(func)
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    in_place = in_place or name == "__set__"
+    in_place = in_place or name == "__set__" or bool(kwargs.get("inplace"))
     in_place = in_place or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__"))
     return (in_place and any_part(args[:1])) or any_part([kwargs.get("out")])
 

@@ -85,8 +85,15 @@ def _pointwise(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
 
 
 def fitted(engine: OnParts, tensor: Tensor, part: Part, from_last: int) -> Tensor:
-    """`tensor` as it is computed with beside one that is divided as `part`, in the dimension `from_last` of both."""
-    if part_of(tensor) is not None:
+    """`tensor` as it is computed with beside one that is divided as `part`, in the dimension `from_last` of both.
+
+    Raises:
+        TypeError: it is divided otherwise.
+    """
+    own = part_of(tensor)
+    if own is not None:
+        if own.dim - tensor.dim() != from_last or not own.alike(part):
+            raise TypeError("a tensor is divided otherwise than the one beside it")
         return tensor
     if -from_last > tensor.dim() or tensor.shape[from_last] == 1:
         return engine.entered(tensor)

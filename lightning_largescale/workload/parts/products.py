@@ -79,10 +79,15 @@ def _added(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwarg
     left, right, result = operands
     if isinstance(result, list):
         product = torch.matmul(left, right) * scales.get("alpha", 1)
-        return _added_up(engine, product, result, added * scales.get("beta", 1))
+        return _added_up(engine, product, result, _scaled(added, scales.get("beta", 1)))
     added = fitted(engine, added, result, result.dim - left.dim())
     with engine.saving_gathered(left):
         return as_part(func(added, left, right, **scales), result)
+
+
+def _scaled(added: Tensor, beta: Any) -> Tensor | None:
+    """What is added; torch leaves out what it would add none of, whatever its values."""
+    return added * beta if beta else None
 
 
 def _multiplied(engine: OnParts, func: Callable[..., Any], left: Tensor, right: Tensor) -> Any:
@@ -102,6 +107,9 @@ def _added_up(engine: OnParts, result: Tensor, division: Part | list[Part], adde
     if added is None:
         return result
     part = part_of(result)
+    if torch.is_autocast_enabled(result.device.type):
+        # Which casts what is added to a product with it.
+        added = added.to(result.dtype)
     if part is None:
         return result + added
     return as_part(result + fitted(engine, added, part, part.dim - result.dim()), part)
@@ -146,6 +154,8 @@ def _einsum(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwar
         return NotImplemented
     inputs, output = equation.replace(" ", "").split("->")
     letters = inputs.split(",")
+    if any(len(set(one)) < len(one) for one in letters):
+        return NotImplemented
     parts = [(part, names[part.dim]) for one, names in zip(operands, letters, strict=True) if (part := part_of(one))]
     first, letter = parts[0]
     if letter not in output or any(name != letter or not part.alike(first) for part, name in parts):
@@ -153,7 +163,8 @@ def _einsum(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwar
     local = []
     for one, names in zip(operands, letters, strict=True):
         if part_of(one) is None:
-            one = engine.own(one, first.at(names.index(letter))) if letter in names else engine.entered(one)
+            own = letter in names and one.shape[names.index(letter)] > 1
+            one = engine.own(one, first.at(names.index(letter))) if own else engine.entered(one)
         elif part_of(one).dim != names.index(letter):  # type: ignore[union-attr]
             return NotImplemented
         local.append(one)

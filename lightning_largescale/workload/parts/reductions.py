@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_largescale.workload.parts.engine import OnParts, Rule
+from lightning_largescale.workload.parts.engine import OnParts, Rule, any_part
 from lightning_largescale.workload.parts.part import as_part, part_of
 
 # The dimension is the second argument, or the third.
@@ -89,7 +89,7 @@ class _Along:
 def _normalized(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     part = part_of(args[0])
     normalized = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
-    if part is None or part.dim >= args[0].dim() - len(normalized):
+    if part is None or part.dim >= args[0].dim() - len(normalized) or any_part((*args[1:], *kwargs.values())):
         return NotImplemented
     rest = [engine.entered(one) if isinstance(one, Tensor) else one for one in args[1:]]
     named = {key: engine.entered(one) if isinstance(one, Tensor) else one for key, one in kwargs.items()}

@@ -220,7 +220,9 @@ def _repeat_interleave(engine: OnParts, func: Callable[..., Any], args: Sequence
     part, dims = _found(args[0])
     times = kwargs.get("repeats", args[1] if len(args) > 1 else None)
     dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
-    if not isinstance(times, int) or dim is None or any(piece % engine.ranks.size for piece in part.pieces):
+    if not isinstance(times, int) or dim is None or "output_size" in kwargs:
+        return NotImplemented
+    if any(piece % engine.ranks.size for piece in part.pieces):
         return NotImplemented
     by = times if dim % dims == part.dim else 1
     pieces = tuple(piece * by for piece in part.pieces)

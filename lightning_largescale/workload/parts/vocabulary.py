@@ -39,6 +39,7 @@ def _embedding(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
     padding = given["padding_idx"]
     if part.dim == 1:
         return as_part(func(indices, weight, padding), part.at(indices.dim()))
+    engine.ranks.check(((indices >= 0) & (indices < part.size)).all(), "index out of range in self")
     start, length = share(part.size, engine.ranks.rank, engine.ranks.size)
     elsewhere = (indices < start) | (indices >= start + length)
     if padding is not None:
@@ -61,6 +62,8 @@ def _cross_entropy(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
     classes = min(1, logits.dim() - 1)
     if part.dim != classes:
         return NotImplemented
+    inside = (target >= 0) & (target < part.size) | (target == given["ignore_index"])
+    engine.ranks.check(inside.all(), "a target is out of bounds")
     rows = logits.movedim(classes, -1).flatten(0, -2) if logits.dim() > 1 else logits.unsqueeze(0)
     kept = target.reshape(-1) != given["ignore_index"]
     losses = _VocabularyParallel.apply(  # type: ignore[no-untyped-call]
@@ -70,6 +73,9 @@ def _cross_entropy(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
         part.size,
         given["label_smoothing"],
     ).masked_fill(~kept, 0)
+    if not torch.is_autocast_enabled(logits.device.type):
+        # Which computes losses in float32.
+        losses = losses.to(logits.dtype)
     if given["reduction"] == "none":
         return losses.reshape(target.shape)
     return losses.sum() / kept.sum() if given["reduction"] == "mean" else losses.sum()
@@ -89,11 +95,14 @@ class _VocabularyParallel(torch.autograd.Function):
             own, of_target = logits.new_full(target.shape, -torch.inf), logits.new_zeros(target.shape)
         largest = ranks.maximum(own)
         exponentials = (logits - largest.unsqueeze(-1)).exp_()
-        sums = ranks.sum(torch.stack([exponentials.sum(-1), of_target, logits.sum(-1)]))
+        summed = [exponentials.sum(-1), of_target]
+        # Not without: of logits that are minus infinity, and count for nothing, it would be no number.
+        sums = ranks.sum(torch.stack([*summed, logits.sum(-1)] if smoothing else summed))
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), index, elsewhere)
         ctx.smoothing, ctx.classes = smoothing, classes
         loss = sums[0].log() + largest
-        return loss - (1 - smoothing) * sums[1] - smoothing / classes * sums[2]
+        loss = loss - (1 - smoothing) * sums[1]
+        return loss - smoothing / classes * sums[2] if smoothing else loss
 
     @staticmethod
     @once_differentiable

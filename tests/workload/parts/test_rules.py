@@ -1,6 +1,7 @@
 """Each function's rule, against the function on whole tensors: every rank's part, put together, is the whole result."""
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lightning_largescale.workload.parts import OnParts, Part, Shapes, as_part, cut, join, part_of
+from lightning_largescale.workload.parts import CannotDivideError, OnParts, Part, Shapes, as_part, cut, join, part_of
 
 RANKS = 2
 
@@ -140,6 +141,46 @@ def test_attention_by_heads(shared, mask):
     assert check(attend, [q, k, v], [Part(1, (4,)), divided, divided])
     assert check(attend, [q, k, v], [Part(1, (4,)), None, None])
     assert not check(attend, [q, k, v], [Part(2, (6,)), None, None])
+
+
+def test_whole_queries_of_more_heads_than_divided_keys_are_gathered():
+    q, k, v = torch.randn(2, 4, 6, 3), torch.randn(2, 2, 6, 3), torch.randn(2, 2, 6, 3)
+    attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
+    assert not check(attend, [q, k, v], [None, Part(1, (2,)), Part(1, (2,))])
+
+
+def test_einsum_of_what_is_broadcast_or_repeated():
+    column, square = torch.randn(2, 1, 1), torch.randn(6, 6)
+    assert check(lambda x, y: torch.einsum("bsd,bsd->bsd", x, y), [X, column], [Part(1, (6,)), None])
+    assert not check(lambda x: torch.einsum("ii->i", x), [square], [Part(0, (6,))])
+
+
+def test_a_repetition_of_a_size_that_is_told():
+    assert not check(lambda x: x.repeat_interleave(2, 1, output_size=12), [X], [Part(1, (6,))])
+
+
+def test_what_is_divided_otherwise_than_the_one_beside_it_is_gathered():
+    weight, bias = torch.randn(4, 8), torch.randn(4)
+    assert check(F.linear, [X, weight, bias], [None, Part(0, (4,)), Part(0, (4,))])
+    assert not check(F.linear, [X, weight, bias], [None, Part(0, (4,)), Part(0, (2, 2))])
+    assert not check(F.layer_norm, [X, (8,), torch.ones(8)], [Part(1, (6,)), None, Part(0, (8,))])
+
+
+def test_autocast_adds_a_bias_in_its_own_type():
+    class Summing(Alone):
+        def reduced(self, partial, operands):
+            return partial
+
+    weight, bias = torch.randn(4, 8), torch.randn(4)
+    local = [as_part(X[..., :4].clone(), Part(2, (8,))), as_part(weight[:, :4].clone(), Part(1, (8,)))]
+    with Summing(Shapes(RANKS)), torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(*local, bias).dtype == torch.bfloat16
+
+
+def test_what_functions_would_do_in_place_is_not_lost():
+    local = as_part(torch.ones(2, 2), Part(1, (4,)))
+    with OnParts(Shapes(RANKS)), pytest.raises(CannotDivideError, match="alpha_dropout writes into what is divided"):
+        F.alpha_dropout(local, 0.5, True, inplace=True)
 
 
 ELEMENTWISE = st.sampled_from([torch.add, torch.mul, torch.sub, torch.maximum])
