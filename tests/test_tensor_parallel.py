@@ -34,7 +34,7 @@ LAYOUTS = {
 }
 
 
-EVERY_DAY = {("llama", "TP 4"), ("gpt2", "TP 2 and ZeRO-3"), ("attention", "TP 2 and replicate")}
+EVERY_DAY = {("gpt2", "TP 2 and ZeRO-3"), ("attention", "TP 2 and replicate")}
 
 
 def fit(name, plan, devices, steps=STEPS):
@@ -85,7 +85,7 @@ def test_four_ranks_train_as_one(four, name, layout):
         assert losses == pytest.approx(plain(name), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", families("llama", "gpt2"))
+@pytest.mark.parametrize("name", families("gpt2"))
 def test_ranks_that_share_the_sequence_train_as_one(two, name):
     for losses, _ in two.run(fit, name, Plan(tp=2, sequence_parallel=True), 2):
         assert losses == pytest.approx(plain(name), rel=1e-4)
@@ -162,16 +162,19 @@ def test_compiled_blocks(two):
 
 
 def twice(plan, devices):
-    """Two modules by one strategy, whose blocks have other names."""
-    strategy, losses = LargeScaleStrategy(plan) if plan else "auto", []
-    for name in ("gpt2", "llama"):
+    """Two modules by one Trainer, whose blocks have other names."""
+    run = trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, max_steps=3)
+    losses = []
+    for steps, name in ((3, "gpt2"), (6, "llama")):
+        run.fit_loop.epoch_loop.max_steps = steps
         model = Family(name)
-        trainer(strategy, devices=devices, max_steps=3).fit(model)
+        run.fit(model)
         losses.append(model.losses)
     return losses
 
 
-def test_another_module_by_the_same_strategy(two):
+@pytest.mark.slow
+def test_another_module_by_the_same_trainer(two):
     expected = twice(None, 1)
     for losses in two.run(twice, Plan(tp=2), 2):
         assert losses == [pytest.approx(of_one, rel=1e-4) for of_one in expected]
