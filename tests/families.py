@@ -79,6 +79,13 @@ def _by_config(model: str, config: str, **fields):
     return build
 
 
+def _lora():
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
+    return peft.get_peft_model(FAMILIES["llama"](), config)
+
+
 _GPT2 = {"n_embd": WIDTH, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCAB, "n_positions": LENGTH}
 _GPT2 |= {"bos_token_id": 1, "eos_token_id": 1, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
@@ -110,6 +117,7 @@ FAMILIES = {
     "convnext": _by_config(
         "ConvNextForImageClassification", "ConvNext", hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, num_labels=6
     ),
+    "lora": _lora,
     "torch": _Torch,
     "attention": _Attention,
 }

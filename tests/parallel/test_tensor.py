@@ -1,6 +1,7 @@
 """Tensor parallelism of single blocks: what a plain run computes, forward and backward, each rank with its part."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +154,54 @@ def out_of_range(token, targets):
 @pytest.mark.parametrize(("token", "targets"), [(11, [0, 0]), (-1, [0, 0]), (0, [0, 11]), (0, [-1, 0])])
 def test_tokens_that_are_no_entries(two, token, targets):
     assert None not in two.run(out_of_range, token, targets)
+
+
+ON_A_DEVICE = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from torch.distributed.device_mesh import init_device_mesh
+from workload.tensor_blocks import called
+from lightning_largescale.parallel.order import full, order_of
+from lightning_largescale.parallel.tensor import compute_on_parts, divide_over
+from lightning_largescale.workload.batch import map_tensors
+from lightning_largescale.workload.shardable import divide
+
+device = torch.device({device!r})
+store = dist.TCPStore("localhost", 0, 1, True)
+dist.init_process_group({backend!r}, store=store, rank=0, world_size=1)
+mesh = init_device_mesh(device.type, (1,))
+
+def trained(divided):
+    torch.manual_seed(0)
+    block, args, kwargs = called({case!r})
+    parts = divide(block, args, kwargs, 2).parts
+    block.to(device).eval()
+    if divided:
+        compute_on_parts(block, parts, mesh)
+        divide_over(block, parts, mesh)
+    args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.detach().to(device))
+    output = block(*args, **kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    output.square().mean().backward()
+    whole = [full(one.grad, order_of(one)) if divided and name in parts else one.grad
+             for name, one in block.named_parameters()]
+    return [output.detach(), *whole]
+
+for one, other in zip(trained(True), trained(False), strict=True):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+print("alike")
+"""
+_ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "torch"])
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [pytest.param("cpu", "gloo", marks=pytest.mark.slow), pytest.param("cuda", "nccl", marks=_ON_CUDA)],
+)
+def test_a_single_rank_on_its_device(run_python, device, backend, case):
+    """The kernels of the device, by the rules of two ranks."""
+    tests = str(Path(__file__).parents[1])
+    assert "alike" in run_python(ON_A_DEVICE.format(tests=tests, device=device, backend=backend, case=case))
