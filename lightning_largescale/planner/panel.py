@@ -102,8 +102,9 @@ def time_words(report: Report, estimate: Estimate) -> str:
     terms = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in list(estimate.time.terms.items())[:4])
     hidden = f", {format_seconds(estimate.time.hidden_seconds)} hidden" if estimate.time.hidden_seconds else ""
     samples = report.workload.batch_samples * report.best.dp * report.accumulate_grad_batches
+    shared = f", not {samples * report.best.tp}, since {report.best.tp} ranks compute the same samples"
     return (
-        f"{format_seconds(estimate.step_seconds)} for a global batch of {samples}"
+        f"{format_seconds(estimate.step_seconds)} for a global batch of {samples}{shared if report.best.tp > 1 else ''}"
         f" ({estimate.samples_per_second:.3g} samples/s): {terms}{hidden}"
     )
 

@@ -300,7 +300,11 @@ class Workload:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and text, for JSON."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        for blocks in fields["divisions"].values():
+            for found in blocks.values():
+                _forget_origins(found)
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Workload:
@@ -327,11 +331,16 @@ class Workload:
         )
 
 
+def _forget_origins(found: dict[str, Any]) -> None:
+    """Leave out of a division what only a search for it needs, and no JSON has."""
+    for part in found["parts"].values():
+        del part["origins"]
+    if found["sequence"] is not None:
+        _forget_origins(found["sequence"])
+
+
 def _divided(fields: Mapping[str, Any]) -> Divided:
-    parts = {
-        name: Part(part["dim"], tuple(part["pieces"]), frozenset(part["origins"]))
-        for name, part in fields["parts"].items()
-    }
+    parts = {name: Part(part["dim"], tuple(part["pieces"])) for name, part in fields["parts"].items()}
     sizes = {name: tuple(fields[name]) for name in _COMMUNICATED}
     sequence = None if fields["sequence"] is None else _divided(fields["sequence"])
     return Divided(**{**fields, "parts": parts, **sizes, "sequence": sequence})
