@@ -64,10 +64,10 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
             if why is not None:
                 divided[name] = Divided(whole={one: why for one, _ in blocks[name].named_parameters()})
                 continue
-            kind = _kind(blocks[name], call)
+            kind = (_kind(blocks[name], call), tuple(shared))
             # What is computed is right whatever is divided, so blocks that differ in numbers alone, as in their own,
             # need no run each.
-            own = (kind, repr(blocks[name]), _settings(blocks[name]), tuple(shared))
+            own = (kind, repr(blocks[name]), _settings(blocks[name]))
             if own not in same:
                 like = alike.get(kind)
                 same[own] = divide(
