@@ -6,7 +6,7 @@ Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (f and g); Korthikanti et 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,43 +40,35 @@ class MeshRanks:
 
     def enter(self, tensor: Tensor) -> Tensor:
         """`tensor`; its gradient is the sum of all ranks'."""
-        return _Enter.apply(tensor, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _linear(tensor, lambda given: given.view_as(given), self._reduce_copy)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor`, in its place; its gradient is that of the sum."""
-        return _Reduce.apply(tensor, self, True)  # type: ignore[no-any-return, no-untyped-call]
-
-    def reduce_copy(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' `tensor`, a new one; its gradient is that of the sum."""
-        return _Reduce.apply(tensor, self, False)  # type: ignore[no-any-return, no-untyped-call]
+        return _linear(tensor, self._sum_in_place, self.enter)
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
         """The whole of `local`; its gradient is this rank's part of that of the whole."""
-        return _Gather.apply(local, part, self)  # type: ignore[no-any-return, no-untyped-call]
-
-    def gather_entering(self, local: Tensor, part: Part) -> Tensor:
-        """The whole of `local`; its gradient is this rank's part of the sum of all ranks' gradients."""
-        return _GatherEntering.apply(local, part, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _linear(local, lambda given: self.whole(given, part), lambda gradient: self.own(gradient, part))
 
     def own(self, whole: Tensor, part: Part) -> Tensor:
         """This rank's part of `whole`, which all ranks have made alike; its gradient is the whole of all ranks'."""
-        return _Own.apply(whole, part, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _linear(whole, lambda given: self._cut(given, part), lambda gradient: self.gather(gradient, part))
+
+    def gather_entering(self, local: Tensor, part: Part) -> Tensor:
+        """The whole of `local`; its gradient is this rank's part of the sum of all ranks' gradients."""
+        return _linear(
+            local, lambda given: self.whole(given, part), lambda gradient: self.reduce_to_part(gradient, part)
+        )
 
     def reduce_to_part(self, tensor: Tensor, part: Part) -> Tensor:
         """This rank's part of the sum of all ranks' `tensor`; its gradient is the whole of that of the part."""
-        return _ReduceToPart.apply(tensor, part, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _linear(
+            tensor, lambda given: self._summed_part(given, part), lambda gradient: self.gather_entering(gradient, part)
+        )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor`, a new one, without a gradient."""
         summed = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed, group=self._group)
-        return summed
-
-    def sum_in_place(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' `tensor`, in its memory where that is in one piece, without a gradient."""
-        if not tensor.is_contiguous():
-            return self.sum(tensor)
-        summed = tensor.detach()
         dist.all_reduce(summed, group=self._group)
         return summed
 
@@ -101,15 +93,6 @@ class MeshRanks:
         dist.all_gather(received, sent, group=self._group)
         return join([one.narrow(part.dim, 0, length) for one, length in zip(received, lengths, strict=True)], part)
 
-    def summed_part(self, tensor: Tensor, part: Part) -> Tensor:
-        """This rank's part of the sum of all ranks' `tensor`, without a gradient."""
-        if any(piece % self.size for piece in part.pieces):
-            return cut(self.sum(tensor), part, self.rank, self.size)
-        cuts = [cut(tensor.detach(), part, rank, self.size) for rank in range(self.size)]
-        sent, received = torch.cat(cuts), torch.empty_like(cuts[0], memory_format=torch.contiguous_format)
-        compat.reduce_scatter_tensor(received, sent, self._group)
-        return received
-
     def check(self, condition: Tensor, message: str) -> None:
         """Raise an IndexError, or have the device stop, unless `condition`, of one element, is true."""
         if condition.device.type == "cpu":
@@ -126,71 +109,44 @@ class MeshRanks:
             torch.manual_seed(seed + self.rank)
             yield
 
+    def _reduce_copy(self, tensor: Tensor) -> Tensor:
+        """As `reduce`, of what others may use as well."""
+        return _linear(tensor, self.sum, self.enter)
 
-# Backward passes are differentiable themselves, so that gradients of gradients are right.
+    def _sum_in_place(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_contiguous():
+            return self.sum(tensor)
+        summed = tensor.detach()
+        dist.all_reduce(summed, group=self._group)
+        return summed
+
+    def _cut(self, whole: Tensor, part: Part) -> Tensor:
+        return cut(whole, part, self.rank, self.size).contiguous()
+
+    def _summed_part(self, tensor: Tensor, part: Part) -> Tensor:
+        if any(piece % self.size for piece in part.pieces):
+            return cut(self.sum(tensor), part, self.rank, self.size)
+        cuts = [cut(tensor.detach(), part, rank, self.size) for rank in range(self.size)]
+        sent, received = torch.cat(cuts), torch.empty_like(cuts[0], memory_format=torch.contiguous_format)
+        compat.reduce_scatter_tensor(received, sent, self._group)
+        return received
 
 
-class _Enter(torch.autograd.Function):
+_Map = Callable[[Tensor], Tensor]
+
+
+def _linear(tensor: Tensor, operation: _Map, adjoint: _Map) -> Tensor:
+    return _Linear.apply(tensor, operation, adjoint)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear operation among ranks; its gradient is another, differentiable itself."""
+
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: MeshRanks) -> Tensor:
-        ctx.ranks = ranks
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.reduce_copy(gradient), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: MeshRanks, in_place: bool) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.sum_in_place(tensor) if in_place else ranks.sum(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.enter(gradient) if gradient.requires_grad else gradient, None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
-        ctx.part, ctx.ranks = part, ranks
-        return ranks.whole(local, part)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.own(gradient, ctx.part), None, None
-
-
-class _Own(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
-        ctx.part, ctx.ranks = part, ranks
-        return cut(whole, part, ranks.rank, ranks.size).contiguous()
+    def forward(ctx: Any, tensor: Tensor, operation: _Map, adjoint: _Map) -> Tensor:
+        ctx.adjoint = adjoint
+        return operation(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.gather(gradient, ctx.part), None, None
-
-
-class _GatherEntering(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
-        ctx.part, ctx.ranks = part, ranks
-        return ranks.whole(local, part)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.reduce_to_part(gradient, ctx.part), None, None
-
-
-class _ReduceToPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, part: Part, ranks: MeshRanks) -> Tensor:
-        ctx.part, ctx.ranks = part, ranks
-        return ranks.summed_part(tensor, part)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.gather_entering(gradient, ctx.part), None, None
+        return ctx.adjoint(gradient), None, None

@@ -362,11 +362,19 @@ def called(func: Callable[..., Any]) -> str:
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    name = called(func)
-    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    in_place = in_place or name == "__set__" or bool(kwargs.get("inplace"))
-    in_place = in_place or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__"))
+    in_place = is_in_place(func) or bool(kwargs.get("inplace"))
     return (in_place and any_part(args[:1])) or any_part([kwargs.get("out")])
+
+
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether `func`, by its name, writes into its first argument."""
+    name = called(func)
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in _NOT_IN_PLACE)
+    return name.endswith("_")
+
+
+_NOT_IN_PLACE = ("__index__", "__int__", "__invert__", "__iter__")
 
 
 _RULES: dict[Callable[..., Any], Rule] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_largescale.workload.batch import map_tensors, tensors_in
-from lightning_largescale.workload.parts.engine import OnParts, Rule, called, names
+from lightning_largescale.workload.parts.engine import OnParts, Rule, called, is_in_place, names
 from lightning_largescale.workload.parts.part import Part, as_part, part_of
 
 _ARITHMETIC = names(
@@ -73,8 +73,7 @@ def _pointwise(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
     from_last = first.dim - dims
     if any(part.dim - dims != from_last or not part.alike(first) for part, dims in parts):
         return NotImplemented
-    changed = args[0] if _in_place(func) else kwargs.get("out")
-    if isinstance(changed, Tensor) and part_of(changed) is None:
+    if is_in_place(func) and part_of(args[0]) is None:
         return NotImplemented
     for part, _ in parts[1:]:
         first = first.joined(part)
@@ -98,11 +97,6 @@ def fitted(engine: OnParts, tensor: Tensor, part: Part, from_last: int) -> Tenso
     if -from_last > tensor.dim() or tensor.shape[from_last] == 1:
         return engine.entered(tensor)
     return engine.own(tensor, part.at(tensor.dim() + from_last))
-
-
-def _in_place(func: Callable[..., Any]) -> bool:
-    name = called(func)
-    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__invert__")
 
 
 def _of_the_first(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
