@@ -50,7 +50,7 @@ def shard_module(
     Ranks get slices of rank 0's values. Block by block the parameters move to `device`, are divided, and their full
     copy is freed. Names stay as they are, parameters become DTensors. A parameter without dimensions cannot be divided:
     it stays whole, its gradient averaged over all ranks. So do, under manual optimisation, the parameters that the
-    module itself holds.
+    module itself holds. On the meta device it is divided, and no more: no step can run there.
 
     Under mixed precision blocks gather their matrices in `gather_type`, what autocast makes of them anyway; vectors
     (norms, biases) and the root's parameters are gathered in float32, so that numbers are those of autocast alone.
@@ -66,23 +66,6 @@ def shard_module(
     Raises:
         PlanError: no parameters, or trainable ones in several dtypes within one group.
     """
-    state = divide_module(module, plan, mesh, device, gather_type=gather_type, parts=parts)
-    start_gathering(module, state)
-    enable_copies(module)
-    if device.type == "cpu":
-        release_free_memory()
-
-
-def divide_module(
-    module: nn.Module,
-    plan: Plan,
-    mesh: DeviceMesh,
-    device: torch.device,
-    *,
-    gather_type: torch.dtype | None = None,
-    parts: Mapping[str, Mapping[str, Part]] = {},
-) -> Sharded:
-    """What `shard_module` does before the module can run a step; on the meta device too, where it cannot."""
     _check_parameters(module)
     if device.type == "cpu" and plan.dp_shard > 1:
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
@@ -130,7 +113,12 @@ def divide_module(
         handle = scalar.requires_grad_().register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
         state.hooks.append(handle)
         scalar.requires_grad_(trained)
-    return state
+    if device.type == "meta":
+        return
+    start_gathering(module, state)
+    enable_copies(module)
+    if device.type == "cpu":
+        release_free_memory()
 
 
 def adapt(module: nn.Module, plan: Plan) -> bool:
