@@ -35,7 +35,6 @@ START_METHODS = ("popen", "fork", "spawn")
 # Running these again would run the whole session again, in every rank.
 _TEST_RUNNERS = ("pytest", "unittest")
 _LAUNCHER_PID = "LARGESCALE_LAUNCHER_PID"
-_POLL_SECONDS = 0.2
 
 
 def configure_launcher(
@@ -128,7 +127,9 @@ class _Children:
     def adopt(self, processes: list[subprocess.Popen[bytes]], first_rank: int) -> None:
         """Watch `processes`, global ranks `first_rank` + 1 and up, until they or this process end."""
         self._processes, self._first_rank = processes, first_rank
-        threading.Thread(target=self._watch, daemon=True, name="largescale-children").start()
+        # One each: nothing waits for the first of several processes on every system.
+        for process in processes:
+            threading.Thread(target=self._watch, args=(process,), daemon=True, name="largescale-child").start()
 
     def handled(self) -> None:
         """An exception is on its way to the user, so the watcher need not end this process."""
@@ -186,9 +187,10 @@ class _Children:
                 return Failure(rank=rank, what=self.describe(rank) or "", lost=True)
         return None
 
-    def _watch(self) -> None:
-        while (failure := self._failure()) is None and any(process.returncode is None for process in self._processes):
-            time.sleep(_POLL_SECONDS)  # nothing waits for the first of several processes on every system
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        if process.wait() == 0:
+            return
+        failure = self._failure()
         if failure is not None and not self._handled.wait(GRACE_SECONDS):
             end_process(f"rank {self._first_rank} stops: {failure}", lambda: self.end(failure))
 
