@@ -135,7 +135,6 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         ranks = self._gathered((free_bytes, held))
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
-        self._divisions, self._divided = workload.divisions, self._to_divide(trainer)
         if self._told_samples_among not in (0, best.tp):
             # A loader that was looked at has divided its samples for another plan.
             ask_for_loaders_again(trainer)

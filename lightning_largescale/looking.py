@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 from lightning_largescale import compat
@@ -18,10 +19,12 @@ from lightning_largescale.plan import PlanError
 from lightning_largescale.precision import is_own
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.stepping import SteppingStrategy
-from lightning_largescale.workload import Workload
+from lightning_largescale.workload import Divided, Workload
 from lightning_largescale.workload.trace import trace_workload
 
 _Value = TypeVar("_Value")
+# What tensor parallelism may divide, by the number of its ranks, of modules as they were when they were traced.
+_found: MutableMapping[LightningModule, dict[object, Mapping[int, Mapping[str, Divided]]]] = WeakKeyDictionary()
 _STEPS = {
     TrainerFn.FITTING: ("training_step", RunningStage.TRAINING),
     TrainerFn.VALIDATING: ("validation_step", RunningStage.VALIDATING),
@@ -36,6 +39,11 @@ class LookingStrategy(SteppingStrategy, ABC):
     # A batch to trace with, in place of one from the trainer's own loader.
     _sample_batch: Any = None
 
+    def _known_divisions(self, trainer: Trainer) -> Mapping[int, Mapping[str, Divided]]:
+        """What was found in this process that tensor parallelism may divide of the module, as it is, for the stage."""
+        found = _found.get(self._module(), {})
+        return found.get(_as_it_is(trainer, self._module()), {})
+
     def _traced(self, trainer: Trainer, precisions: tuple[str, ...], tp_sizes: tuple[int, ...]) -> Workload:
         """The step that is about to run, traced by rank 0; where that is possible in a fork, which leaves no trace."""
 
@@ -44,7 +52,7 @@ class LookingStrategy(SteppingStrategy, ABC):
 
         if not self._told_by_rank_zero(can_run_apart):
             batch, notes = self._batch(trainer, peek=self.is_global_zero)
-            return self._told_by_rank_zero(lambda: trace(batch, notes))
+            return self._remembered(trainer, self._told_by_rank_zero(lambda: trace(batch, notes)))
 
         def apart() -> Workload:
             try:
@@ -53,7 +61,14 @@ class LookingStrategy(SteppingStrategy, ABC):
                 # What ended a fork would end this process, so nothing of the module's is called.
                 return trace(None, (f"the step could not be traced apart ({error})",), ask=False)
 
-        return self._told_by_rank_zero(apart)
+        return self._remembered(trainer, self._told_by_rank_zero(apart))
+
+    def _remembered(self, trainer: Trainer, workload: Workload) -> Workload:
+        module = self._module()
+        of_stages = _found.setdefault(module, {})
+        as_it_is = _as_it_is(trainer, module)
+        of_stages[as_it_is] = {**of_stages.get(as_it_is, {}), **workload.divisions}
+        return workload
 
     def _batch(self, trainer: Trainer, *, peek: bool = True) -> tuple[Any, tuple[str, ...]]:
         """A batch to trace with, as the loader gives it, and what is to be said about it; None without `peek`."""
@@ -114,6 +129,11 @@ class LookingStrategy(SteppingStrategy, ABC):
         if isinstance(outcome, PlanError):
             raise outcome
         return outcome
+
+
+def _as_it_is(trainer: Trainer, module: LightningModule) -> object:
+    """The stage, and what of a module decides what can be divided."""
+    return trainer.state.fn, tuple((name, one.shape, one.requires_grad) for name, one in module.named_parameters())
 
 
 @contextlib.contextmanager

@@ -40,13 +40,12 @@ from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
-from lightning_largescale.parallel.tensor import compute_on_parts, step_on_parts
+from lightning_largescale.parallel.tensor import compute_divided, compute_plainly
 from lightning_largescale.parallel.user_styles import apply_styles, check_styles
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
 from lightning_largescale.record import record_plan
 from lightning_largescale.tuning import finders_search_together
-from lightning_largescale.workload.blocks import find_blocks
 from lightning_largescale.workload.divisions import check_division, division_words, share_divided
 from lightning_largescale.workload.model import Divided
 from lightning_largescale.workload.parts import Part
@@ -77,10 +76,6 @@ class LargeScaleStrategy(LookingStrategy):
         PlanError: the plan is not accepted; at setup, it does not fit the processes, the module, or the Trainer.
     """
 
-    # What tensor parallelism may divide, by the number of its ranks, as far as it has been looked for.
-    _divisions: Mapping[int, Mapping[str, Divided]] = {}
-    # What it was looked for in: the stage, and the module with its parameters as they were.
-    _divided: object = None
     # By how many ranks that share their samples a sampler was last told to divide; 0 where it was not told.
     _told_samples_among = 0
     # Attributes that the parent of forked ranks is told.
@@ -146,7 +141,7 @@ class LargeScaleStrategy(LookingStrategy):
         if plan.tp > 1 and self._compile is not False:
             raise PlanError(f"compile={self._compile!r} cannot be combined with tp={plan.tp}; leave one of them out.")
         mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
-        parts = self._parts(trainer, plan) if mesh is not None else {}
+        divided = self._divided(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
             if not plan.shards:
@@ -155,12 +150,8 @@ class LargeScaleStrategy(LookingStrategy):
         self._trim_heap = HeapTrimmer() if self.root_device.type == "cpu" and plan != Plan() else None
         on_parts = None
         if mesh is not None and (among := tensor_mesh(mesh)) is not None:
-            blocks = find_blocks(module)
-            for name, of_block in parts.items():
-                if name:
-                    share = plan.sequence_parallel and self._divisions[plan.tp][name].sequence is not None
-                    compute_on_parts(blocks[name], of_block, among, share_sequence=share)
-            on_parts = step_on_parts(module, parts.get("", {}), among)
+            on_parts = compute_divided(module, divided, among, share_sequence=plan.sequence_parallel)
+            self._undo.callback(self._compute_plainly, module)
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)
         if self._compile is not False:
@@ -169,16 +160,9 @@ class LargeScaleStrategy(LookingStrategy):
         if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
             map_from(0)
         if plan.shards:
-            self._shard(trainer, module, mesh, parts)
-            state = sharded_state(module)
-            assert state is not None
-            assert state.mesh is not None
             if mesh is not None:
-                state.on_parts = on_parts
-            self._tensor_mesh, self._compared = tensor_mesh(state.mesh), frozenset()
-            if self._tensor_mesh is not None:
-                equal_random_state(self._tensor_mesh, self.root_device, self.global_rank // plan.tp)
-                self._count_samples_once(module, state.mesh)
+                self._divide(module, mesh, {name: found.parts for name, found in divided.items()}, on_parts)
+            self._join(trainer, module)
         else:
             self._place(trainer, module, plan, fitting=fitting)
         if self.has_peers:
@@ -254,40 +238,43 @@ class LargeScaleStrategy(LookingStrategy):
         check_styles(module, styles)
         return styles
 
-    def _parts(self, trainer: Trainer, plan: Plan) -> dict[str, Mapping[str, Part]]:
-        """By block, and name in it, what tensor parallelism divides: a collective."""
+    def _divided(self, trainer: Trainer, plan: Plan) -> Mapping[str, Divided]:
+        """What tensor parallelism divides of each block, and of the rest: a collective."""
         if plan.tp == 1 or self._user_styles():
             return {}
-        looked_at = self._to_divide(trainer)
-        if plan.tp not in self._divisions or self._divided != looked_at:
-            precision = asked_precision(self.precision_plugin) or plan.precision
-            workload = self._traced(trainer, (precision,), (plan.tp,))
-            self._divisions, self._divided = workload.divisions, looked_at
-            if trainer.state.fn == TrainerFn.FITTING and share_divided(workload, plan.tp) < _ENOUGH:
-                others = tuple(size for size in range(2, 2 * plan.tp + 1) if size != plan.tp)
-                check_division(workload, self._traced(trainer, (precision,), others), plan.tp)
-            if shows_summary(trainer):
-                rank_zero_info(f"lightning_largescale: tp={plan.tp}, {division_words(workload, plan.tp)}")
-        return {name: divided.parts for name, divided in self._divisions.get(plan.tp, {}).items() if divided.parts}
+        found = self._known_divisions(trainer).get(plan.tp)
+        if found is not None:
+            return found
+        precision = asked_precision(self.precision_plugin) or plan.precision
+        workload = self._traced(trainer, (precision,), (plan.tp,))
+        if trainer.state.fn == TrainerFn.FITTING and share_divided(workload, plan.tp) < _ENOUGH:
+            others = tuple(size for size in range(2, 2 * plan.tp + 1) if size != plan.tp)
+            check_division(workload, self._traced(trainer, (precision,), others), plan.tp)
+        if shows_summary(trainer):
+            rank_zero_info(f"lightning_largescale: tp={plan.tp}, {division_words(workload, plan.tp)}")
+        return workload.divisions.get(plan.tp, {})
 
-    def _to_divide(self, trainer: Trainer) -> object:
-        module = self._module()
-        parameters = tuple((name, one.shape, one.requires_grad) for name, one in module.named_parameters())
-        return trainer.state.fn, id(module), parameters
+    @staticmethod
+    def _compute_plainly(module: LightningModule) -> None:
+        """Take back what a setup that failed has begun; a module that is divided computes on parts."""
+        if sharded_state(module) is None:
+            compute_plainly(module)
 
-    def _shard(
+    def _divide(
         self,
-        trainer: Trainer,
         module: LightningModule,
-        mesh: DeviceMesh | None,
+        mesh: DeviceMesh,
         parts: Mapping[str, Mapping[str, Part]],
+        on_parts: Callable[[Callable[[], Any]], Any] | None,
     ) -> None:
-        if mesh is not None:
-            check_equal_structure(module)
-            cast = cast_type(self.precision_plugin)
-            if (among := tensor_mesh(mesh)) is not None and (styles := self._user_styles()):
-                apply_styles(module, styles, among, self.root_device)
-            shard_module(module, self.plan, mesh, self.root_device, gather_type=cast, parts=parts)
+        check_equal_structure(module)
+        if (among := tensor_mesh(mesh)) is not None and (styles := self._user_styles()):
+            apply_styles(module, styles, among, self.root_device)
+        cast = cast_type(self.precision_plugin)
+        shard_module(module, self.plan, mesh, self.root_device, gather_type=cast, parts=parts, on_parts=on_parts)
+
+    def _join(self, trainer: Trainer, module: LightningModule) -> None:
+        """Make what surrounds a divided module ready for it."""
         callbacks = callbacks_of(trainer)
         shard_copies(find_copies(callbacks, module), module)
         average_shards(callbacks)
@@ -296,6 +283,12 @@ class LargeScaleStrategy(LookingStrategy):
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             self._undo.callback(setattr, loop, "inference_mode", loop.inference_mode)
             loop.inference_mode = False
+        state = sharded_state(module)
+        assert state is not None
+        self._tensor_mesh, self._compared = tensor_mesh(state.mesh), frozenset()
+        if self._tensor_mesh is not None:
+            equal_random_state(self._tensor_mesh, self.root_device, self.global_rank // self.plan.tp)
+            self._count_samples_once(module, state.mesh)
 
     def _place(self, trainer: Trainer, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
         self.model_to_device()

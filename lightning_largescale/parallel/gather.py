@@ -37,6 +37,7 @@ class Sharded:
 
     Attributes:
         plan: the plan in force, or the last that was.
+        mesh: that it is divided over.
         groups: the modules that own an FSDP group by name, the root last as "".
         owners: the group of each parameter by name, where it is not the root.
         synchronize: whether the next backward reduces gradients.
@@ -45,11 +46,11 @@ class Sharded:
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
         hooks: what was registered with parts of the module.
-        mesh: that it is divided over.
         on_parts: runs a step where tensor parallelism divides what lies outside of blocks; None where it does not.
     """
 
     plan: Plan
+    mesh: DeviceMesh
     groups: dict[str, FSDPModule] = field(default_factory=dict)
     owners: dict[str, FSDPModule] = field(default_factory=dict)
     synchronize: bool = True
@@ -58,7 +59,6 @@ class Sharded:
     in_backward: bool = False
     whole: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
-    mesh: DeviceMesh | None = None
     on_parts: Callable[[Callable[[], Any]], Any] | None = None
 
 

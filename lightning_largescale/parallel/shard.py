@@ -9,10 +9,10 @@ Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ def shard_module(
     *,
     gather_type: torch.dtype | None = None,
     parts: Mapping[str, Mapping[str, Part]] = {},
+    on_parts: Callable[[Callable[[], Any]], Any] | None = None,
 ) -> None:
     """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
 
@@ -62,6 +63,7 @@ def shard_module(
         device: of this rank.
         gather_type: of the matrices of blocks; None for that they are stored in.
         parts: by block, and name in it, what tensor parallelism divides; the rest is of the block "".
+        on_parts: runs a step where it divides some of the rest.
 
     Raises:
         PlanError: no parameters, or trainable ones in several dtypes within one group.
@@ -70,7 +72,7 @@ def shard_module(
     if device.type == "cpu" and plan.dp_shard > 1:
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
-    state = Sharded(plan=plan, mesh=mesh)
+    state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
     whole = {parameter for parameter in module.parameters() if parameter.dim() == 0}
     if not getattr(module, "automatic_optimization", True):
         # After the first backward of a step they would be shards: no forward gathers what the module itself holds.

@@ -21,6 +21,8 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.batch import map_tensors
+from lightning_largescale.workload.blocks import find_blocks
+from lightning_largescale.workload.model import Divided
 from lightning_largescale.workload.parts import SEQUENCE, OnParts, Part, as_part, cut, sequence_in
 
 
@@ -72,6 +74,21 @@ def compute_on_parts(
         own="forward" in vars(block),
         share_sequence=share_sequence,
     )
+
+
+def compute_divided(
+    module: nn.Module, divided: Mapping[str, Divided], mesh: DeviceMesh, *, share_sequence: bool
+) -> Callable[[Callable[[], Any]], Any] | None:
+    """Let the blocks of `module` compute with parts, as `divided` has them by name, and what `step_on_parts` gives.
+
+    Arguments as of `compute_on_parts`, of whose blocks those that can share the sequence do.
+    """
+    blocks = find_blocks(module)
+    for name, found in divided.items():
+        if name:
+            shared = share_sequence and found.sequence is not None
+            compute_on_parts(blocks[name], found.parts, mesh, share_sequence=shared)
+    return step_on_parts(module, divided[""].parts if "" in divided else {}, mesh)
 
 
 def step_on_parts(

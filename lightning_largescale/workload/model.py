@@ -207,7 +207,8 @@ class Workload:
         batch_samples: samples in the traced batch.
         batch_bytes: of its tensors.
         blocks: names of the repeated blocks.
-        divisions: by a number of ranks of tensor parallelism, what these divide of each block, by its name.
+        divisions: by a number of ranks of tensor parallelism, what these divide of each block, by its name; "" is what
+            lies outside of blocks.
         stage: "fit", "validate", "test" or "predict".
         approximate: why the numbers are not exact, a sentence each; empty when they are.
     """
