@@ -5,7 +5,7 @@ Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", secti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.forward import Forward
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_blocks
 
@@ -41,20 +42,12 @@ def apply_recompute(module: nn.Module, plan: Plan) -> None:
     plan.check_blocks(blocks)
     copies: _Copies = WeakTensorKeyDictionary()
     for name in plan.checkpointed_blocks or blocks:
-        block = blocks[name]
-        # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
-        block.forward = _Recomputed(block, block.forward, copies, own="forward" in vars(block))
+        _Recomputed(blocks[name], copies).replace()
 
 
 def remove_recompute(module: nn.Module) -> None:
     """Give every block of `module` the forward it had before `apply_recompute`; then it can be copied and pickled."""
-    for block in module.modules():
-        forward = vars(block).get("forward")
-        if isinstance(forward, _Recomputed):
-            if forward.own:
-                block.forward = forward.original
-            else:
-                del block.forward
+    _Recomputed.restore(module)
 
 
 # The copy of a buffer at one of its versions.
@@ -71,23 +64,23 @@ _WRITES_UNSEEN = (
 )
 
 
-class _Recomputed:
-    """A block's forward under activation checkpointing; `own` says that it replaces one set on the block itself.
+class _Recomputed(Forward):
+    """A block's forward under activation checkpointing.
 
     What the forward does to buffers (running statistics, codebooks) it does once: it runs again on copies of them as
     they were. `copies` are shared by all blocks, so that a constant is copied once.
     """
 
-    def __init__(self, block: nn.Module, original: Callable[..., Any], copies: _Copies, *, own: bool) -> None:
-        self.original, self.own = original, own
-        self._block, self._copies = block, copies
+    def __init__(self, block: nn.Module, copies: _Copies) -> None:
+        super().__init__(block)
+        self._copies = copies
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         before = {
             (owner, name): self._as_it_is(owner, tensor)
-            for owner in self._block.modules()
+            for owner in self._module.modules()
             for name, tensor in owner.named_buffers(recurse=False)
         }
         if not before:

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.forward import Forward
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.batch import map_tensors
@@ -64,16 +65,8 @@ def compute_on_parts(
 
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
     """
-    if not parts:
-        return
-    # The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
-    block.forward = _OnParts(
-        block.forward,
-        _places(block, parts),
-        MeshRanks(mesh),
-        own="forward" in vars(block),
-        share_sequence=share_sequence,
-    )
+    if parts:
+        _OnParts(block, _places(block, parts), MeshRanks(mesh), share_sequence=share_sequence).replace()
 
 
 def compute_divided(
@@ -110,13 +103,7 @@ def step_on_parts(
 
 def compute_plainly(module: nn.Module) -> None:
     """Give every block of `module` the forward it had before `compute_on_parts`."""
-    for block in module.modules():
-        forward = vars(block).get("forward")
-        if isinstance(forward, _OnParts):
-            if forward.own:
-                block.forward = forward.original
-            else:
-                del block.forward
+    _OnParts.restore(module)
 
 
 def _divided(parameter: nn.Parameter, part: Part, ranks: MeshRanks, mesh: DeviceMesh) -> nn.Parameter:
@@ -174,16 +161,11 @@ class _StepOnParts:
             return _whole(engine, step())
 
 
-class _OnParts:
-    """A block's forward, its divided parameters being parts, and what comes out of it whole.
+class _OnParts(Forward):
+    """A block's forward, its divided parameters being parts, and what comes out of it whole."""
 
-    `own` says that it replaces one set on the block itself.
-    """
-
-    def __init__(
-        self, original: Callable[..., Any], places: _Places, ranks: MeshRanks, *, own: bool, share_sequence: bool
-    ) -> None:
-        self.original, self.own = original, own
+    def __init__(self, block: nn.Module, places: _Places, ranks: MeshRanks, *, share_sequence: bool) -> None:
+        super().__init__(block)
         self._places, self._ranks, self._share_sequence = places, ranks, share_sequence
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
