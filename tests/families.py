@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningModule
-from models import GLOBAL_BATCH
+from models import divided_loader
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 VOCAB, WIDTH, HEADS, LENGTH = 66, 32, 4, 8
 _USUAL = {
@@ -163,9 +163,4 @@ class Family(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def train_dataloader(self):
-        data = Samples(self.name)
-        if self.trainer.world_size == 1:
-            return DataLoader(data, batch_size=GLOBAL_BATCH)
-        among = self.trainer.distributed_sampler_kwargs
-        sampler = DistributedSampler(data, shuffle=False, **among)
-        return DataLoader(data, batch_size=GLOBAL_BATCH // among["num_replicas"], sampler=sampler)
+        return divided_loader(self.trainer, Samples(self.name))

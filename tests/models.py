@@ -96,15 +96,18 @@ class Language(LightningModule):
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.lr)
 
     def loader(self):
-        """The global batch divided among ranks: the same samples in a step whatever the number of processes."""
-        data = Tokens(self.samples)
-        if self.trainer.world_size == 1:
-            return DataLoader(data, batch_size=GLOBAL_BATCH)
-        among = self.trainer.distributed_sampler_kwargs
-        sampler = DistributedSampler(data, shuffle=False, **among)
-        return DataLoader(data, batch_size=GLOBAL_BATCH // among["num_replicas"], sampler=sampler)
+        return divided_loader(self.trainer, Tokens(self.samples))
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+
+def divided_loader(trainer, data):
+    """The global batch divided among ranks: the same samples in a step whatever the number of processes."""
+    if trainer.world_size == 1:
+        return DataLoader(data, batch_size=GLOBAL_BATCH)
+    among = trainer.distributed_sampler_kwargs
+    sampler = DistributedSampler(data, shuffle=False, **among)
+    return DataLoader(data, batch_size=GLOBAL_BATCH // among["num_replicas"], sampler=sampler)
 
 
 QUIET = {

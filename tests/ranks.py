@@ -10,6 +10,7 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,6 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_largescale import compat
 
 # What Lightning and torch advise or deprecate among themselves, which no test here is about.
 ADVICE = (
@@ -110,6 +115,14 @@ def connected(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     finally:
         dist.destroy_process_group()
+
+
+def mesh_of(shape: tuple[int, ...] | None = None) -> DeviceMesh:
+    """Of all ranks of a launch, connected as a Trainer would and from then on; with a dimension for tp and dp_shard."""
+    if not dist.is_initialized():
+        compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    shape = shape or (dist.get_world_size(),)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp_shard", "tp")[-len(shape) :])
 
 
 def run_connected(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
 from lightning_largescale.parallel.order import divided_dims, full, order_of
+from lightning_largescale.parallel.whole import make_whole
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -178,6 +179,31 @@ def test_another_module_by_the_same_trainer(two):
     expected = twice(None, 1)
     for losses in two.run(twice, Plan(tp=2), 2):
         assert losses == [pytest.approx(of_one, rel=1e-4) for of_one in expected]
+
+
+class CountsTraces(LargeScaleStrategy):
+    """Counts how often it traces a step."""
+
+    traced = 0
+
+    def _traced(self, *args):
+        self.traced += 1
+        return super()._traced(*args)
+
+
+def twice_by_trainers(name):
+    """How often each of two Trainers in turn traced one module, whole again in between, and of another later."""
+    model, counts = Family(name), []
+    for one in (model, model, Family(name)):
+        strategy = CountsTraces(Plan(tp=2))
+        trainer(strategy, devices=2, max_steps=1).fit(one)
+        make_whole(one)
+        counts.append(strategy.traced)
+    return counts
+
+
+def test_a_module_is_traced_once_in_a_process(two):
+    assert two.run(twice_by_trainers, "gpt2") == [[1, 0, 1]] * 2
 
 
 def test_nothing_to_divide(two):

@@ -1,26 +1,15 @@
 """Full tensors of what is divided, and back, on meshes of one and two dimensions."""
 
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from ranks import mesh_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_largescale import compat
 from lightning_largescale.parallel.order import as_ordered, divided, divided_dims, full, order_of
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.workload.parts import Part
-
-
-def mesh_of(shape):
-    if not dist.is_initialized():
-        compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
-    return init_device_mesh("cpu", shape, mesh_dim_names=("dp_shard", "tp")[-len(shape) :])
 
 
 def there_and_back(shape, rows, pieces, dim):

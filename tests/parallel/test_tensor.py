@@ -1,20 +1,16 @@
 """Tensor parallelism of single blocks: what a plain run computes, forward and backward, each rank with its part."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from ranks import quiet
+from ranks import mesh_of, quiet
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from workload.tensor_blocks import KNOWN, UNSAFE, UNUSUAL, called
 
-from lightning_largescale import compat
 from lightning_largescale.parallel.order import full, order_of
 from lightning_largescale.parallel.tensor import compute_on_parts, divide_over
 from lightning_largescale.workload.parts import Part
@@ -43,7 +39,7 @@ def trained(block, args, kwargs):
 
 
 def divided_and_trained(case, ways):
-    mesh = connected_mesh()
+    mesh = mesh_of()
     block, args, kwargs = built(case)
     expected = trained(block, args, kwargs)
     sizes = {name: parameter.numel() for name, parameter in block.named_parameters()}
@@ -81,6 +77,40 @@ def test_blocks_on_four_ranks(four, case):
     assert set(four.run(divided_and_trained, case, 4)) != {0}
 
 
+class Collectives(TorchDispatchMode):
+    """Counts them, whoever calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def communicated(case):
+    """The collectives of a forward and a backward."""
+    mesh = mesh_of()
+    block, args, kwargs = built(case)
+    parts = divide(block, args, kwargs, mesh.size()).parts
+    compute_on_parts(block, parts, mesh)
+    divide_over(block, parts, mesh)
+    with Collectives() as forward:
+        output = block(*args, **kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    with Collectives() as backward:
+        output.square().mean().backward()
+    return forward.names, backward.names
+
+
+@pytest.mark.parametrize("case", ["gpt", "llama", "bert", "gpt2", "opt", "vit"])
+def test_blocks_communicate_no_more_than_those_divided_by_hand(two, case):
+    # Megatron-LM (Shoeybi et al. 2019, section 3): attention and MLP sum once in forward and once in backward.
+    assert two.run(communicated, case) == [(["allreduce_"] * 2,) * 2] * 2
+
+
 class Classes(nn.Module):
     """A table and a head of an odd number of entries, and the losses of a vocabulary."""
 
@@ -110,7 +140,7 @@ LOSSES = {
 
 def vocabulary(options):
     """Losses and gradients, plain and divided."""
-    mesh = connected_mesh()
+    mesh = mesh_of()
     tokens = torch.tensor([[0, 1, 5, 3], [10, 6, 7, 9]])
     plain, divided = Classes(), Classes()
     parts = {"table.weight": Part(0, (11,)), "head.weight": Part(0, (11,)), "head.bias": Part(0, (11,))}
@@ -125,12 +155,6 @@ def vocabulary(options):
     return found
 
 
-def connected_mesh():
-    if not dist.is_initialized():
-        compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_vocabularies_that_are_uneven(two, four, name):
     for expected, found in [*two.run(vocabulary, LOSSES[name]), *four.run(vocabulary, LOSSES[name])]:
@@ -139,7 +163,7 @@ def test_vocabularies_that_are_uneven(two, four, name):
 
 
 def out_of_range(token, targets):
-    mesh = connected_mesh()
+    mesh = mesh_of()
     module = Classes()
     parts = {"table.weight": Part(0, (11,)), "head.weight": Part(0, (11,)), "head.bias": Part(0, (11,))}
     compute_on_parts(module, parts, mesh)

@@ -1,16 +1,12 @@
 """What ranks of tensor parallelism say to one another, and its gradients."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from torch.distributed.device_mesh import init_device_mesh
+from ranks import mesh_of
 from torch.distributed.tensor import DTensor
 from workload.tensor_blocks import called
 
-from lightning_largescale import compat
 from lightning_largescale.parallel.order import full, order_of
 from lightning_largescale.parallel.tensor import compute_on_parts, divide_over
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
@@ -18,15 +14,9 @@ from lightning_largescale.workload.parts import Part
 from lightning_largescale.workload.shardable import divide
 
 
-def mesh():
-    if not dist.is_initialized():
-        compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
 def communicated():
     """Each operation's result, and the gradient of its input where each rank's result is weighed by its rank + 1."""
-    ranks, found = MeshRanks(mesh()), {}
+    ranks, found = MeshRanks(mesh_of()), {}
     part, uneven = Part(1, (4,)), Part(1, (3,))
     weight = ranks.rank + 1.0
     operations = {
@@ -63,7 +53,7 @@ def test_each_operation_and_its_gradient(two):
 
 
 def drawn():
-    ranks = MeshRanks(mesh())
+    ranks = MeshRanks(mesh_of())
     torch.manual_seed(3)
     with ranks.own_random(torch.device("cpu")):
         own = torch.rand(4).tolist()
@@ -84,8 +74,8 @@ def penalised(case):
         block, args, kwargs = called(case)
         if parts:
             divided = divide(block, args, kwargs, dist.get_world_size() if dist.is_initialized() else 2).parts
-            compute_on_parts(block, divided, mesh())
-            divide_over(block, divided, mesh())
+            compute_on_parts(block, divided, mesh_of())
+            divide_over(block, divided, mesh_of())
         loss = block(*args, **kwargs).square().mean()
         [gradient] = torch.autograd.grad(loss, args[0], create_graph=True)
         (loss + gradient.square().sum()).backward()
