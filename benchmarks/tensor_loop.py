@@ -10,14 +10,8 @@ median step times, pair by pair. Collectives of one step are counted.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +19,7 @@ import families
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from overhead import StepTimes
+from pairs import compare_apart, fit, row, say
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -94,7 +88,8 @@ class Counted(Callback):
             self.mode.__exit__(None, None, None)
 
 
-def by_hand(module: LightningModule, steps: int) -> tuple[float, int]:
+def by_hand(steps: int) -> list[Any]:
+    module = gpt()
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     plan = {f"blocks.*.{name}": ColwiseParallel() for name in ("q", "k", "v", "up")}
@@ -113,71 +108,28 @@ def by_hand(module: LightningModule, steps: int) -> tuple[float, int]:
                 loss.backward()
             optimizer.step()
         seconds.append(time.perf_counter() - began)
-    return median(seconds[2:-1]), counted.count
+    return [median(seconds[2:-1]), counted.count]
 
 
-def by_plan(module: LightningModule, steps: int) -> tuple[float, int]:
-    times, counted = StepTimes(), Counted(steps)
-    trainer = Trainer(
-        strategy=ls.LargeScaleStrategy(ls.Plan(tp=2)),
-        accelerator="cpu",
-        devices=2,
-        max_steps=steps + 1,
-        callbacks=[times, counted],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, families.batches("gpt", BATCH, steps + 1, length=LENGTH))
-    return median(times.seconds[2 : steps - 1]), counted.mode.count
-
-
-def run(name: str, steps: int) -> tuple[float, int]:
-    """Seconds of a step, the median of those of rank 0 in a launch of two processes, and collectives in one."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [__file__, "--loop", name, "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    if not lines:
-        sys.exit(f"{name} did not finish:\n{done.stderr[-3000:]}")
-    seconds, count = json.loads(lines[0].removeprefix("FOUND "))
-    return seconds, count
+def by_plan(steps: int) -> list[Any]:
+    counted, strategy = Counted(steps), ls.LargeScaleStrategy(ls.Plan(tp=2))
+    batches = families.batches("gpt", BATCH, steps + 1, length=LENGTH)
+    seconds = fit(gpt(), strategy, batches, devices=2, callback=counted)
+    return [median(seconds[2:-1]), counted.mode.count]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--loop", choices=("hand", "plan"), help="one loop, for the processes that this script starts")
-    options = parser.parse_args()
-    if options.loop:
-        torch.manual_seed(0)
-        found = {"hand": by_hand, "plan": by_plan}[options.loop](gpt(), options.steps)
-        if dist.get_rank() == 0:
-            print(f"FOUND {json.dumps(found)}", flush=True)
-        return
-    ratios, counts = [], {}
-    for pair in range(options.pairs):
-        found = {name: run(name, options.steps) for name in ("hand", "plan")[:: 1 - 2 * (pair % 2)]}
-        ratios.append(found["plan"][0] / found["hand"][0])
-        counts = {name: count for name, (_, count) in found.items()}
-        print(f"pair {pair}: {ratios[-1]:.3f}", found, flush=True)
-    text = (
-        "# A tensor parallel plan under the Trainer against a hand-written parallelize_module\n\n"
+    options, ratios, found = compare_apart(__doc__, {"hand": by_hand, "plan": by_plan}, processes=2)
+    counts = {name: count for name, (_, count) in found[-1].items()}
+    say(
+        options,
+        "A tensor parallel plan under the Trainer against a hand-written parallelize_module",
         f"{LAYERS}-layer GPT, width {WIDTH}, batch {BATCH} x {LENGTH}, tp=2: 2 processes of 1 thread, gloo,"
         f" torch {torch.__version__}; {options.pairs} interleaved pairs of {options.steps} steps, each loop in"
-        " processes of its own, the first two steps left out.\n\n"
-        "| figure | median | least | most |\n|---|--:|--:|--:|\n"
-        f"| step time, plan / hand-written | {median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |\n\n"
-        f"Collectives in a step: {counts['plan']} of the plan, {counts['hand']} written by hand.\n"
+        " processes of its own, the first two steps left out.",
+        [row("step time, plan / hand-written", ratios)],
+        f"Collectives in a step: {counts['plan']} of the plan, {counts['hand']} written by hand.",
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text)
 
 
 if __name__ == "__main__":
