@@ -14,7 +14,7 @@ import functools
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware
@@ -217,6 +217,19 @@ class Plan:
     def shards(self) -> bool:
         """Whether the ranks hold parts of the parameters, and not all of them."""
         return self.dp_shard > 1 or self.tp > 1
+
+    @property
+    def heap(self) -> Literal["left", "trimmed", "watched", "mapped"]:
+        """What is done on the CPU about the holes that steps leave in a process's heap: nothing, it is trimmed between
+        steps, it is trimmed whenever it outgrows what the step needs, or tensors are kept out of it.
+
+        Source: parallel/heap.py, which says why.
+        """
+        if self.dp_shard > 1:
+            return "mapped"
+        if self.activation_checkpointing != "none":
+            return "watched"
+        return "trimmed" if self.world_size > 1 else "left"
 
     def describe(self) -> str:
         """The plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""

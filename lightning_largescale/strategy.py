@@ -32,7 +32,7 @@ from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state
-from lightning_largescale.parallel.heap import map_from
+from lightning_largescale.parallel.heap import HeapWatch
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
 from lightning_largescale.parallel.mesh import build_mesh, data_group, tensor_mesh, warn_of_distance
@@ -147,7 +147,7 @@ class LargeScaleStrategy(LookingStrategy):
             if not plan.shards:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
-        self._trim_heap = HeapTrimmer() if self.root_device.type == "cpu" and plan != Plan() else None
+        self._trim_heap = HeapTrimmer() if self._heap_is("trimmed", "mapped") else None
         on_parts = None
         if mesh is not None and (among := tensor_mesh(mesh)) is not None:
             on_parts = compute_divided(module, divided, among, share_sequence=plan.sequence_parallel)
@@ -157,8 +157,8 @@ class LargeScaleStrategy(LookingStrategy):
         if self._compile is not False:
             options = {} if self._compile is True else self._compile
             self._undo.callback(compile_blocks(module, options))
-        if plan.activation_checkpointing != "none" and self.root_device.type == "cpu":
-            map_from(0)
+        if self._heap_is("watched"):
+            self._watch_heap()
         if plan.shards:
             if mesh is not None:
                 self._divide(module, mesh, {name: found.parts for name, found in divided.items()}, on_parts)
@@ -173,6 +173,16 @@ class LargeScaleStrategy(LookingStrategy):
             self.setup_optimizers(trainer)
             self._record(trainer)
         self.setup_precision_plugin()
+
+    def _heap_is(self, *ways: str) -> bool:
+        """Whether one of these is what is done about the holes in this process's heap."""
+        return self.root_device.type == "cpu" and self.plan.heap in ways
+
+    def _watch_heap(self, limit_bytes: int = 0) -> None:
+        """Until teardown, give holes back above that limit."""
+        watch = HeapWatch(limit_bytes)
+        watch.start()
+        self._undo.callback(watch.stop)
 
     def _record(self, trainer: Trainer) -> None:
         """Leave the plan with the trainer's loggers."""

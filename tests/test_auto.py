@@ -6,12 +6,13 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from contextlib import redirect_stdout
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from models import Language, trainer
 from ranks import quiet
 
@@ -299,15 +300,27 @@ def test_what_is_not_allowed_is_priced_for_the_advice():
     assert statuses in ({"not allowed"}, {"not possible"})
 
 
-def guarded(devices):
-    run = trainer("largescale_auto", devices=devices, max_steps=1)
+class Watched(Callback):
+    """Whether the heap is watched while a step runs."""
+
+    def on_train_batch_end(self, *args):
+        self.found = any("heap watch" in thread.name for thread in threading.enumerate())
+
+
+def watched(strategy, devices):
+    callback = Watched()
+    run = trainer(strategy, devices=devices, max_steps=1, callbacks=[callback])
     run.fit(Language())
-    return run.strategy.plan == Plan(), run.strategy._guard is not None
+    assert not any("heap watch" in thread.name for thread in threading.enumerate())
+    return run.strategy.plan, callback.found
 
 
-def test_only_a_plain_run_has_its_heap_guarded(two):
-    assert guarded(1) == (True, True)
-    assert two.run(guarded, 2) == [(False, False)] * 2
+def test_a_heap_is_watched_under_plans_that_recompute_and_where_a_plain_run_was_predicted(two):
+    assert watched("largescale_auto", 1) == (Plan(), True)
+    assert two.run(watched, "largescale_auto", 2) == [(Plan(dp_replicate=2), False)] * 2
+    full = Plan(activation_checkpointing="full")
+    assert watched(LargeScaleStrategy(full), 1) == (full, True)
+    assert watched(LargeScaleStrategy(Plan()), 1) == (Plan(), False)
 
 
 def test_a_clock_that_a_test_has_replaced_is_not_asked(monkeypatch):

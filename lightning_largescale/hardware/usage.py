@@ -58,7 +58,7 @@ def peak_bytes(kind: str) -> int | None:
 def release_free_memory() -> None:
     """Give what was freed back to the system: unreachable objects, and the holes in the heap where glibc keeps it."""
     gc.collect()
-    _trim()
+    trim_heap()
 
 
 class HeapTrimmer:
@@ -79,12 +79,16 @@ class HeapTrimmer:
         """Trim, unless that would be too soon."""
         began = monotonic()
         if began >= self._due:
-            _trim()
+            trim_heap()
             ended = monotonic()
             self._due = ended + (ended - began) / self._share
 
 
-def _trim() -> None:
+def trim_heap() -> None:
+    """Give the holes in the heap back to the system, where glibc keeps it.
+
+    Source: man page malloc_trim(3).
+    """
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):

@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.sizes import Sizes, maps_tensors, saving
+from lightning_largescale.planner.sizes import Sizes, saving
 from lightning_largescale.workload import Segment, Workload
 
 # Holes between the tensors of a step, as a share of the bytes that come and go in it (benchmarks/results). On CPU: of
-# glibc's heap; where it is trimmed between steps; and under plans that map their tensors instead. On CUDA: of the
-# caching allocator's segments, not measured yet.
-_HEAP_SHARE, _TRIMMED_SHARE, _MAPPED_SHARE, _CUDA_SHARE = 0.6, 0.15, 0.05, 0.06
-# Of glibc's heap: what grows it although it has holes, as seen where they were many (same rows).
-_UNSERVED_SHARE = 0.4
+# glibc's heap, by what is done about them (`Plan.heap`). On CUDA: of the caching allocator's segments, not measured
+# yet.
+_HEAP_SHARES = {"left": 0.6, "trimmed": 0.15, "watched": 0.15, "mapped": 0.05}
+_CUDA_SHARE = 0.06
 _COMES_AND_GOES = (
     "activations",
     "gathered parameters",
@@ -53,14 +52,6 @@ class MemoryEstimate:
     def peak_bytes(self) -> int:
         """The sum of the terms, bytes."""
         return sum(self.terms.values())
-
-    @property
-    def between_steps_bytes(self) -> int:
-        """What the process may hold between two steps, holes in its heap included, so that the next stays within the
-        peak: of what it makes anew, all that comes and goes but gradients, `_UNSERVED_SHARE` finds no hole.
-        """
-        made = _moving_bytes(self.terms) - self.terms.get("gradients", 0)
-        return self.peak_bytes - int(_UNSERVED_SHARE * made)
 
 
 def peak_memory(
@@ -111,13 +102,12 @@ def first_excess(
 def allocator_share(plan: Plan, kind: str) -> float:
     """Bytes lost in holes for each byte that comes and goes in a step.
 
-    Source: measured, benchmarks/results; parallel/heap.py for what plans that save memory do about it.
+    Source: measured, benchmarks/results; parallel/heap.py for what is done about it.
     """
     if kind == "cuda":
         return _CUDA_SHARE
-    if maps_tensors(plan, kind):
-        return _MAPPED_SHARE
-    return _TRIMMED_SHARE if plan.dp_replicate > 1 and plan.tp == 1 else _HEAP_SHARE
+    # Trimmed between its steps, tensor parallelism leaves as many in each.
+    return _HEAP_SHARES["left" if plan.heap == "trimmed" and plan.tp > 1 else plan.heap]
 
 
 def _moving_bytes(terms: Mapping[str, int]) -> int:

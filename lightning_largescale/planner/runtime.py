@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from lightning_largescale.hardware import Hardware, Link, Rates
 from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.planner.links import Links, plan_links
-from lightning_largescale.planner.sizes import Sizes, maps_tensors
+from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import Segment, Workload
 
 # gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
 # hidden there.
 _OVERLAPS = {"cpu": False, "cuda": True}
+# Of the memory that a step takes, what is fresh under plans that do something about their heap in the midst of it.
+_AFRESH = {"mapped": 1.0, "watched": 0.25}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,14 +202,15 @@ def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
 
 
 def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
-    """Seconds until the system has handed out what a step maps afresh, under plans that give back what they free.
+    """Seconds until the system has handed out what a step makes in memory that is fresh, under plans that give back
+    what they free.
 
     Large tensors that operations make, in the trace; a group gathered, which takes the flat buffer and the parameters;
     its gradients' flat copy. What the optimizer's step makes is left out.
 
     Source: torch.distributed.fsdp, `foreach_all_gather` and `foreach_reduce`; man page mallopt(3), M_MMAP_THRESHOLD.
     """
-    if rates.fresh_memory is None or not maps_tensors(sizes.plan, sizes.kind):
+    if rates.fresh_memory is None or sizes.kind != "cpu" or sizes.plan.heap not in _AFRESH:
         return 0.0
     made = sum(segment.forward_large_bytes + segment.backward_large_bytes for segment in sizes.step.segments)
     made += sum(segment.forward_large_bytes for segment in sizes.step.segments if sizes.recomputes(segment))
@@ -216,7 +219,7 @@ def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
         twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
         made += sum(2 * sizes.gathered(block) * (2 if twice and block else 1) for block in sizes.groups)
         reduced = sum(sizes.gradient(block, whole=True) for block in sizes.groups)
-    return (made * micro_batches + reduced) / rates.fresh_memory
+    return _AFRESH[sizes.plan.heap] * (made * micro_batches + reduced) / rates.fresh_memory
 
 
 def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:

@@ -58,5 +58,5 @@ def fewest_blocks(
                 break
     if len(chosen) >= len(blocks):
         return None
-    # That it recomputes at all, so that its tensors are mapped, may be what makes a plan fit.
+    # That it recomputes at all, so that its heap is watched, may be what makes a plan fit.
     return tuple(block for block in blocks if block in (chosen or {blocks[0]}))

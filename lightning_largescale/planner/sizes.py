@@ -282,11 +282,6 @@ def divided_step(step: Step, costs: Mapping[str, Divided]) -> Step:
     return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
 
 
-def maps_tensors(plan: Plan, kind: str) -> bool:
-    """Whether what a step frees goes back to the system at once, to be mapped again by the next that needs it."""
-    return kind == "cpu" and (plan.dp_shard > 1 or plan.activation_checkpointing != "none")
-
-
 def saving(segment: Segment) -> int:
     """What recomputing `segment` does not keep of what it saves, bytes."""
     return max(0, segment.saved_bytes - segment.input_bytes)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import platform
+import threading
 
 import pytest
+
+from lightning_largescale.parallel.heap import HeapWatch
 
 # In a process of its own: a heap with holes from before is filled first, and its holes are not mappings.
 RETURNED_BYTES = """
@@ -25,24 +28,41 @@ def test_holes_are_given_back(run_python):
     assert int(run_python(RETURNED_BYTES)) > 0.95 * 64 * 2**20
 
 
-GROWN_BYTES = """
+HELD_BYTES = """
 import os, torch
 from lightning_largescale.hardware.usage import held_bytes
-from lightning_largescale.parallel.heap import HeapGuard
+from lightning_largescale.parallel.heap import HeapWatch
 del (first := [torch.ones(4 * 2**20)])[:]
 base = held_bytes("cpu")
-small = [torch.ones(2 * 2**20) for _ in range(16)]
-del small[::2]
-HeapGuard(base + int(os.environ["LIMIT_BYTES"]))()
-large = [torch.ones(4 * 2**20) for _ in range(8)]  # larger than the holes that there are
-del large[::2]
-print((held_bytes("cpu") - base) >> 20)
+watch = HeapWatch(base + (int(os.environ["LIMIT_MIB"]) << 20))
+tensors = [torch.ones(2 * 2**20) for _ in range(32)]
+watch.look()
+del tensors[::2]
+soon = watch.look()
+held = held_bytes("cpu") - base
+more = [torch.ones(4 * 2**20) for _ in range(8)]  # larger than the holes that there are
+watch.look()
+print(held >> 20, (held_bytes("cpu") - base) >> 20, soon)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
-def test_a_plain_run_is_left_alone_until_it_outgrows_its_plan(run_python):
-    alone, guarded = (int(run_python(GROWN_BYTES, LIMIT_BYTES=str(limit))) for limit in (2**30, 2**20))
-    # Live are eight tensors of 8 MiB and four of 16; as many of either were freed.
-    assert alone > 240
-    assert 120 <= guarded < 140
+def test_holes_are_given_back_once_a_process_holds_more_than_its_limit(run_python):
+    def held(limit):
+        return run_python(HELD_BYTES, LIMIT_MIB=str(limit)).split()
+
+    # 32 tensors of 8 MiB, of which half are freed; then 8 of 16.
+    before, after, soon = map(float, held(1024))
+    assert (before, after) == (pytest.approx(256, abs=8), pytest.approx(384, abs=8))
+    assert soon > 0.1
+    before, after, _ = map(float, held(200))
+    assert (before, after) == (pytest.approx(256, abs=8), pytest.approx(256, abs=8))
+    before, after, _ = map(float, held(0))
+    assert (before, after) == (pytest.approx(256, abs=8), pytest.approx(256, abs=8))
+
+
+def test_a_watch_ends():
+    watch = HeapWatch()
+    watch.start()
+    watch.stop()
+    assert not any("heap watch" in thread.name for thread in threading.enumerate())

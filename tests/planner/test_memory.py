@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planner.builders import MIB, hardware, parameter, step, workload
@@ -92,10 +93,17 @@ def test_every_moment_is_a_sum_and_recomputing_never_needs_more_than_one_block_e
     )
 
 
-def test_between_steps_less_is_held_by_what_finds_no_hole():
-    estimate = terms()
-    assert estimate.terms["gradients"] > 0
-    assert estimate.peak_bytes - estimate.between_steps_bytes == int(0.4 * estimate.terms["activations"])
+def test_holes_by_what_is_done_about_them():
+    def share(plan, world):
+        found = terms(plan, world=world)
+        moving = ("activations", "gradients", "gathered parameters", "unreduced gradients", "communication")
+        return found.terms["allocator"] / sum(found.terms.get(name, 0) for name in moving)
+
+    assert share(Plan(), 1) == pytest.approx(0.6, rel=1e-3)
+    assert share(Plan(dp_replicate=2), 2) == pytest.approx(0.15, rel=1e-3)
+    assert share(Plan(activation_checkpointing="full"), 1) == pytest.approx(0.15, rel=1e-3)
+    assert share(Plan(dp_shard=2, activation_checkpointing="full"), 2) == pytest.approx(0.05, rel=1e-3)
+    assert share(Plan(tp=2), 2) == pytest.approx(0.6, rel=1e-3)
 
 
 def test_recomputed_blocks_keep_a_copy_of_their_buffers():
