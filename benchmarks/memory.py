@@ -33,6 +33,7 @@ SOME = {
 PLAIN, REPLICATE = {}, {"dp_replicate": 2}
 ZERO2, ZERO3 = {"dp_shard": 2, "reshard_after_forward": False}, {"dp_shard": 2}
 TENSOR = {"tp": 2}
+WRAPS = {"wrapped_modules": ["model.token", "model.head"]}
 CASES = [
     ("gpt", 256, 4, PLAIN),
     ("gpt", 512, 4, PLAIN),
@@ -46,6 +47,8 @@ CASES = [
     ("gpt", 512, 4, ZERO2),
     ("gpt", 512, 4, ZERO3),
     ("gpt", 768, 4, ZERO3),
+    ("gpt", 768, 4, ZERO3 | WRAPS),
+    ("gpt", 768, 4, ZERO3 | FULL | WRAPS),
     ("gpt", 768, 4, ZERO3 | FULL),
     ("gpt", 512, 4, TENSOR),
     ("gpt", 768, 8, TENSOR | FULL),

@@ -72,6 +72,9 @@ class Plan:
         dp_shard: devices that a model's parameters, gradients and optimizer state are divided among.
         reshard_after_forward: gathered parameters are dropped after a block's forward and gathered again in backward
             (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
+        wrapped_modules: names of modules outside of repeated blocks (large embeddings and heads) that are gathered by
+            themselves, as blocks are; what lies outside of both stays gathered for the whole step. Means nothing with
+            `dp_shard=1`.
         tp: devices that the matrices of blocks are divided among, each computing its part of every sample.
         sequence_parallel: between these matrices, where each of them would compute the same (norms, residuals), each
             computes and keeps a part of the sequence. Means nothing with `tp=1`.
@@ -98,6 +101,7 @@ class Plan:
     precision: str = "32-true"
     activation_checkpointing: str = "none"
     checkpointed_blocks: tuple[str, ...] | None = None
+    wrapped_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "tp"):
@@ -113,6 +117,7 @@ class Plan:
             if value not in accepted:
                 raise PlanError(f"{name}={value!r} is not accepted; give {_either(accepted)}.")
         self._check_checkpointed_blocks()
+        self._check_wrapped_modules()
 
     def _check_checkpointed_blocks(self) -> None:
         blocks = self.checkpointed_blocks
@@ -123,14 +128,21 @@ class Plan:
                     f" activation_checkpointing={self.activation_checkpointing!r}; give 'selective', or no blocks."
                 )
             return
-        named = isinstance(blocks, list | tuple) and all(isinstance(name, str) for name in blocks)
-        if not named or not blocks or len(set(blocks)) < len(blocks):
+        if not _are_names(blocks) or not blocks:
             raise PlanError(
                 f"checkpointed_blocks={blocks!r} is not accepted with activation_checkpointing='selective';"
                 " give the names of the blocks, at least one and each once."
             )
         # From JSON and YAML they come as a list.
         object.__setattr__(self, "checkpointed_blocks", tuple(blocks))
+
+    def _check_wrapped_modules(self) -> None:
+        names = self.wrapped_modules
+        if not _are_names(names):
+            raise PlanError(
+                f"wrapped_modules={names!r} is not accepted; give the names of modules, each once, or none."
+            )
+        object.__setattr__(self, "wrapped_modules", tuple(names))
 
     @property
     def world_size(self) -> int:
@@ -167,6 +179,13 @@ class Plan:
                 f" and {workload.name} has none; use 'none'."
             )
         self.check_blocks(workload.blocks)
+        for name in self.wrapped_modules:
+            if name not in workload.wraps:
+                accepted = f"accepted are {', '.join(map(repr, workload.wraps))}" if workload.wraps else "there is none"
+                raise PlanError(
+                    f"wrapped_modules has {name!r}, which is no module of {workload.name} that is large, outside of its"
+                    f" repeated blocks, and alone in reading its parameters; {accepted}."
+                )
 
     def check_blocks(self, blocks: Collection[str]) -> None:
         """Check the names in `checkpointed_blocks` against those of a model's repeated blocks.
@@ -249,7 +268,9 @@ class Plan:
         if recompute is None:
             count = len(self.checkpointed_blocks or ())
             recompute = f", activation checkpointing of {count} block{'s' if count > 1 else ''}"
-        return f"{layout}{recompute}, {self.precision}"
+        count = len(self.wrapped_modules)
+        wraps = f", {count} more module{'s' if count > 1 else ''} gathered by themselves" if count else ""
+        return f"{layout}{wraps}{recompute}, {self.precision}"
 
     def to_json(self) -> str:
         """JSON text with the version of its format; `from_json` reads it back to an equal plan."""
@@ -330,6 +351,12 @@ class Plan:
             return cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+
+
+def _are_names(value: object) -> bool:
+    """Whether `value` is a list or tuple of texts, each once."""
+    named = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return named and len(set(value)) == len(value)  # type: ignore[arg-type, call-overload]
 
 
 def _either(values: tuple[str, ...]) -> str:

@@ -150,7 +150,9 @@ class LargeScaleStrategy(LookingStrategy):
         self._trim_heap = HeapTrimmer() if self._heap_is("trimmed", "mapped") else None
         on_parts = None
         if mesh is not None and (among := tensor_mesh(mesh)) is not None:
-            on_parts = compute_divided(module, divided, among, share_sequence=plan.sequence_parallel)
+            on_parts = compute_divided(
+                module, divided, among, share_sequence=plan.sequence_parallel, wraps=plan.wrapped_modules
+            )
             self._undo.callback(self._compute_plainly, module)
         apply_recompute(module, plan)
         self._undo.callback(remove_recompute, module)

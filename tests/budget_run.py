@@ -23,13 +23,15 @@ def main() -> None:
     devices, budget, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     if budget:
         enter(folder, budget)
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Trainer, seed_everything
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     import families
 
     import lightning_largescale as ls
 
+    # Ranks of tensor parallelism are to have the same data.
+    seed_everything(0, verbose=False)
     strategy = ls.LargeScaleAutoStrategy(memory_budget=budget or "1TiB")
     trainer = Trainer(
         strategy=strategy,

@@ -569,6 +569,25 @@ def test_gather_for_backward_of(two):
     assert two.run(backward_of_frozen) == [True, True]
 
 
+def hooks_of_a_sharded_module():
+    compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    block = nn.Linear(4, 4)
+    fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        register = torch.Tensor.register_hook
+        patch.setattr(
+            torch.Tensor, "register_hook", lambda tensor, hook: (given.append(hook), register(tensor, hook))[1]
+        )
+        output = block(torch.ones(2, 4))
+        output.register_hook(lambda gradient: gradient)
+    return [compat.is_of_sharding(hook) for hook in given]
+
+
+def test_is_of_sharding(two):
+    assert two.run(hooks_of_a_sharded_module) == [[True, False]] * 2
+
+
 def test_foreach_kind():
     kinds = {torch._foreach_norm: "norms", torch._foreach_mul_: "in place", torch._foreach_mul: None, torch.stack: None}
     assert {function: compat.foreach_kind(function) for function in kinds} == kinds

@@ -42,6 +42,10 @@ def test_default_is_the_plain_run():
             "ZeRO-3 over 4 devices, full activation checkpointing, 32-true",
         ),
         ({"dp_shard": 4, "reshard_after_forward": False}, "ZeRO-2 over 4 devices, 32-true"),
+        (
+            {"dp_shard": 2, "wrapped_modules": ["embedding", "head"]},
+            "ZeRO-3 over 2 devices, 2 more modules gathered by themselves, 32-true",
+        ),
         ({"tp": 4}, "tensor parallel over 4 devices, 32-true"),
         ({"tp": 4, "sequence_parallel": True}, "tensor and sequence parallel over 4 devices, 32-true"),
         ({"dp_shard": 2, "tp": 4}, "ZeRO-3 over 2 devices, each tensor parallel over 4 devices, 32-true"),
@@ -65,6 +69,7 @@ def test_signature_is_kept_for_tools_that_read_it():
         "precision",
         "activation_checkpointing",
         "checkpointed_blocks",
+        "wrapped_modules",
     ]
 
 
@@ -90,6 +95,8 @@ BAD = [
     ),
     ({"activation_checkpointing": "selective", "checkpointed_blocks": "a"}, "checkpointed_blocks='a' is not accepted"),
     ({"activation_checkpointing": "selective", "checkpointed_blocks": ["a", "a"]}, "at least one and each once"),
+    ({"wrapped_modules": "head"}, "wrapped_modules='head' is not accepted; give the names of modules, each once"),
+    ({"wrapped_modules": ["head", "head"]}, "is not accepted; give the names of modules, each once, or none"),
     (
         {"checkpointed_blocks": ["a"]},
         "checkpointed_blocks=['a'] contradicts activation_checkpointing='none'; give 'sel",

@@ -97,6 +97,31 @@ def test_some_blocks_recompute(two, layout):
         assert_parity(losses, plain("simple"))
 
 
+WRAPPED = {"wrapped_modules": ("embedding", "head")}
+
+
+@pytest.mark.parametrize("case", ["clipping", "accumulation", "frozen"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp_shard": 2},
+        {"dp_shard": 2, "reshard_after_forward": False},
+        {"dp_shard": 2, "activation_checkpointing": "full"},
+        {"tp": 2},
+    ],
+    ids=["ZeRO-3", "ZeRO-2", "full", "TP"],
+)
+def test_embedding_and_head_gathered_by_themselves(two, layout, case):
+    for losses in two.run(fit, Plan(**layout, **WRAPPED), 2, case):
+        assert_parity(losses, plain(case))
+
+
+@pytest.mark.parametrize("layout", ["TP and ZeRO-3", "HSDP"])
+def test_embedding_and_head_gathered_by_themselves_on_four_ranks(four, layout):
+    for losses in four.run(fit, dataclasses.replace(PLANS[layout](4), **WRAPPED), 4, "clipping"):
+        assert_parity(losses, plain("clipping"))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_one_process_trains_like_lightning_bit_for_bit(case, recompute):
@@ -123,7 +148,9 @@ def life(plan, devices):
     return model.losses + model.evaluated, len(predicted), metric
 
 
-@pytest.mark.parametrize("plan", [PLANS[name](2) for name in ("ZeRO-3", "ZeRO-2", "replicate", "TP")])
+@pytest.mark.parametrize(
+    "plan", [*(PLANS[name](2) for name in ("ZeRO-3", "ZeRO-2", "replicate", "TP")), Plan(dp_shard=2, **WRAPPED)]
+)
 def test_every_stage_by_itself_and_after_others(two, plan):
     losses, predicted, metric = life(None, 1)
     for found, number, logged in two.run(life, plan, 2):

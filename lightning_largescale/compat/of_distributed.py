@@ -146,6 +146,16 @@ def gather_for_backward_of(block: Any, tensors: list[Any]) -> None:
         tensor.register_hook(fully_shard.state(block)._pre_backward)  # type: ignore[attr-defined]
 
 
+def is_of_sharding(hook: Any) -> bool:
+    """Whether `hook`, of a tensor's gradient, is FSDP2's, which takes it for a sign and returns it as it is.
+
+    Replaced by a public way to tell when a module's backward begins.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    return isinstance(getattr(hook, "__self__", None), FSDPState)
+
+
 def forget_sharded_step(module: Any) -> None:
     """Let FSDP2 forget the step of `module`, the root, that was under way: gradients not yet reduced are dropped.
 

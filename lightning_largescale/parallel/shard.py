@@ -1,15 +1,16 @@
 """FSDP2 over the repeated blocks: parameters, gradients and optimizer state divided, gathered block by block.
 
-One group a block, and the module itself as the root, which keeps its parameters gathered from the start of a step to
-the end of its backward.
+One group a block, one each of the modules that a plan wraps, and the module itself as the root, which keeps its
+parameters gathered from the start of a step to the end of its backward.
 
 Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully_shard.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -29,7 +30,7 @@ from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
-from lightning_largescale.workload.blocks import Group, find_groups
+from lightning_largescale.workload.blocks import Group, find_blocks, find_groups
 from lightning_largescale.workload.parts import Part
 
 # Bytes of full copies freed between two returns of memory to the system: a return walks the heap.
@@ -66,9 +67,10 @@ def shard_module(
         on_parts: runs a step where it divides some of the rest.
 
     Raises:
-        PlanError: no parameters, or trainable ones in several dtypes within one group.
+        PlanError: no parameters, trainable ones in several dtypes within one group, or `wrapped_modules` that are no
+            modules of `module`, or overlap blocks or each other.
     """
-    _check_parameters(module)
+    groups = _groups(module, plan)
     if device.type == "cpu" and plan.dp_shard > 1:
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
@@ -79,8 +81,12 @@ def shard_module(
         whole |= {*module.parameters(recurse=False)}
     root_too: set[nn.Parameter] = set()
     freed = 0
-    for name, group in find_groups(module).items():
+    rest = dict(parts.get("", {}))
+    for name, group in groups.items():
         if name:
+            wraps = name in plan.wrapped_modules
+            # Tensor parallelism knows blocks and the rest.
+            own = {path: rest.pop(path) for path in group.parameters if wraps and path in rest}
             freed += _shard_block(
                 module,
                 name,
@@ -90,8 +96,8 @@ def shard_module(
                 root_too=root_too,
                 mesh=mesh,
                 device=device,
-                gather_type=gather_type,
-                parts=parts.get(name, {}),
+                gather_type=None if wraps else gather_type,
+                parts={path.removeprefix(f"{name}."): part for path, part in own.items()} or parts.get(name, {}),
             )
         if freed >= _RELEASE_BYTES and device.type == "cpu":
             freed = 0
@@ -99,7 +105,7 @@ def shard_module(
     module.to(device)
     equal_weights(itertools.chain(module.parameters(), module.buffers()))
     if (among := tensor_mesh(mesh)) is not None:
-        rest = {name: part for name, part in parts.get("", {}).items() if module.get_parameter(name) not in whole}
+        rest = {name: part for name, part in rest.items() if module.get_parameter(name) not in whole}
         divide_over(module, rest, among)
     with _held_by(module, root_too):
         fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole)
@@ -128,24 +134,53 @@ def adapt(module: nn.Module, plan: Plan) -> bool:
     state = sharded_state(module)
     assert state is not None
     before = state.plan
-    if any(getattr(before, name) != getattr(plan, name) for name in ("dp_replicate", "dp_shard", "tp", "precision")):
+    alike = ("dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules")
+    if any(getattr(before, name) != getattr(plan, name) for name in alike):
         return False
     set_plan(state, plan)
     return True
 
 
-def _check_parameters(module: nn.Module) -> None:
+def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
+    """What is gathered together, by name.
+
+    Raises:
+        PlanError: as `shard_module`.
+    """
     if not any(True for _ in module.parameters()):
         raise PlanError(
             f"{type(module).__name__} has no parameters to divide; give it at least one, or use dp_replicate."
         )
-    for name, group in find_groups(module).items():
+    _check_wraps(module, plan.wrapped_modules)
+    groups = find_groups(module, plan.wrapped_modules)
+    for name, group in groups.items():
         own = [module.get_parameter(parameter) for parameter in group.parameters]
         dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.requires_grad}
         if len(dtypes) > 1:
             raise PlanError(
                 f"{name or type(module).__name__} has trainable parameters of {' and '.join(sorted(dtypes))}, and"
                 " dp_shard needs one dtype in each block; convert them, or replicate with dp_replicate."
+            )
+    return groups
+
+
+def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
+    paths = {name: found for name, found in module.named_modules() if name}
+    blocks = set(find_blocks(module).values())
+    for name in names:
+        if name not in paths:
+            near = difflib.get_close_matches(name, paths, 1)
+            raise PlanError(
+                f"wrapped_modules has {name!r} and {type(module).__name__} has no such module; give names that"
+                f" named_modules has{f', such as {near[0]!r}' if near else ''}."
+            )
+        inside = [outer for outer, found in paths.items() if found in blocks or outer in names]
+        within = next((outer for outer in inside if name == outer and paths[name] in blocks), None)
+        within = within or next((outer for outer in inside if name.startswith(f"{outer}.")), None)
+        if within is not None or not blocks.isdisjoint(paths[name].modules()):
+            raise PlanError(
+                f"wrapped_modules has {name!r}, which {f'lies in {within!r}' if within else 'has repeated blocks'};"
+                " give modules outside of repeated blocks and of each other."
             )
 
 

@@ -70,22 +70,28 @@ def compute_on_parts(
 
 
 def compute_divided(
-    module: nn.Module, divided: Mapping[str, Divided], mesh: DeviceMesh, *, share_sequence: bool
+    module: nn.Module,
+    divided: Mapping[str, Divided],
+    mesh: DeviceMesh,
+    *,
+    share_sequence: bool,
+    wraps: Sequence[str] = (),
 ) -> Callable[[Callable[[], Any]], Any] | None:
     """Let the blocks of `module` compute with parts, as `divided` has them by name, and what `step_on_parts` gives.
 
-    Arguments as of `compute_on_parts`, of whose blocks those that can share the sequence do.
+    Arguments as of `compute_on_parts`, of whose blocks those that can share the sequence do. What modules in `wraps`
+    have is there only while they run.
     """
     blocks = find_blocks(module)
     for name, found in divided.items():
         if name:
             shared = share_sequence and found.sequence is not None
             compute_on_parts(blocks[name], found.parts, mesh, share_sequence=shared)
-    return step_on_parts(module, divided[""].parts if "" in divided else {}, mesh)
+    return step_on_parts(module, divided[""].parts if "" in divided else {}, mesh, wraps=wraps)
 
 
 def step_on_parts(
-    module: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh
+    module: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh, *, wraps: Sequence[str] = ()
 ) -> Callable[[Callable[[], Any]], Any] | None:
     """What runs a step of `module` with parts of what is divided outside of its blocks; None without any parts.
 
@@ -98,7 +104,8 @@ def step_on_parts(
         names = [name for name, _ in owner.named_parameters(recurse=False) if prefix + name in parts]
         if path:
             compute_on_parts(owner, {name: parts[prefix + name] for name in names}, mesh)
-    return _StepOnParts(_places(module, parts), MeshRanks(mesh))
+    always = {name: part for name, part in parts.items() if not name.startswith(tuple(f"{wrap}." for wrap in wraps))}
+    return _StepOnParts(_places(module, always), MeshRanks(mesh))
 
 
 def compute_plainly(module: nn.Module) -> None:

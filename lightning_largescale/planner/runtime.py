@@ -242,16 +242,19 @@ def _segment_seconds(segment: Segment, rates: Rates, plan: Plan, *, backward: bo
 def _hidden_seconds(sizes: Sizes, links: Links, terms: Mapping[str, float]) -> float:
     """Communication under compute: gathers under the pass that they are for, reductions under the last backward.
 
-    The first gather of a forward and the last reduction have no compute to hide under.
+    The first gathers of a forward and the last reductions, the root's and that of an embedding by itself, have no
+    compute to hide under.
     """
     micro = sizes.accumulate
     forward, backward = terms["forward"] / micro, (terms["backward"] + terms["recomputation"]) / micro
     gathers, again = (all_gathers_seconds(sizes, links, backward=passed) for passed in (False, True))
     reductions = terms["reduce-scatter"] + terms["all-reduce"]
-    if sizes.sharded:
-        gathers -= _group_all_gather_seconds(sizes, None, links)
-    if sizes.sharded and reductions:
-        reductions -= _group_reduce_scatter_seconds(sizes, None, links) + _group_all_reduce_seconds(sizes, None, links)
+    first = {segment.block for segment in sizes.step.segments[:1]} & {*sizes.plan.wrapped_modules}
+    for block in {None, *first} if sizes.sharded else ():
+        gathers -= _group_all_gather_seconds(sizes, block, links)
+        if reductions:
+            reductions -= _group_reduce_scatter_seconds(sizes, block, links)
+            reductions -= _group_all_reduce_seconds(sizes, block, links)
     in_forward = micro * min(forward, max(0.0, gathers))
     in_backward = (micro - 1) * min(backward, again) + min(backward, again + max(0.0, reductions))
     return in_forward + in_backward

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
@@ -102,13 +102,23 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
     for precision in usable:
         for activation_checkpointing in checkpointing:
             for layout in _layouts(workload, hardware):
-                for reshard in (True, False) if layout.dp_shard > 1 else (True,):
+                for groups in _groups(workload, layout):
                     yield dataclasses.replace(
                         layout,
-                        reshard_after_forward=reshard,
                         precision=precision,
                         activation_checkpointing=activation_checkpointing,
+                        **groups,
                     )
+
+
+def _groups(workload: Workload, layout: Plan) -> Iterator[dict[str, Any]]:
+    """What may be gathered by itself, and until when, where `layout` shards."""
+    if layout.dp_shard == 1:
+        yield {}
+        return
+    # What is kept until its backward costs no more by itself, and less memory.
+    for reshard, wraps in dict.fromkeys(((True, ()), (True, workload.wraps), (False, workload.wraps))):
+        yield {"reshard_after_forward": reshard, "wrapped_modules": wraps}
 
 
 def check_allow(allow: Sequence[str]) -> None:

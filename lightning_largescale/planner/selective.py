@@ -45,8 +45,9 @@ def fewest_blocks(
         before, over = excess
         gains: dict[str, int] = {}
         for segment in segments[:before]:
-            if segment.block is not None and segment.block not in chosen:
-                gains[segment.block] = gains.get(segment.block, 0) + saving(segment)
+            block = segment.block
+            if block is not None and block in blocks and block not in chosen:
+                gains[block] = gains.get(block, 0) + saving(segment)
         # Of equal ones the first that is executed: it helps at the most moments.
         order = sorted((block for block in gains if gains[block] > 0), key=lambda block: -gains[block])
         if not order:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.workload import Divided, Parameter, Segment, Step, Workload
+from lightning_largescale.workload.model import only_blocks
 
 
 def local_bytes(parameter: Parameter, dp_shard: int, tp: int = 1, tp_dim: int | None = None) -> int:
@@ -58,11 +59,13 @@ class Sizes:
             block: (found.sequence if plan.sequence_parallel else None) or found
             for block, found in self.divisions.items()
         }
-        self.step: Step = workload.steps[plan.precision]
+        # Groups of the plan: other modules go with the root.
+        self._groups_of = {*workload.blocks, *plan.wrapped_modules}
+        self.step: Step = only_blocks(workload.steps[plan.precision], self._groups_of)
         if self._mixed:
             self.step = without_copies(self.step)
         if self.divisions:
-            self.step = divided_step(self.step, self.tensor_costs)
+            self.step = divided_step(self.step, self.tensor_costs, plan.wrapped_modules)
         self._gathered: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
@@ -125,7 +128,8 @@ class Sizes:
         """Whole parameters of one group while it computes, padding included; the root group's under None."""
         if block not in self._gathered:
             whole = sum(self.local(p) * self.plan.dp_shard for p in self._group(block))
-            self._gathered[block] = whole // 2 if self._mixed and block is not None else whole
+            halves = self._mixed and block in self.workload.blocks
+            self._gathered[block] = whole // 2 if halves else whole
         return self._gathered[block]
 
     def gradient(self, block: str | None, *, whole: bool) -> int:
@@ -193,7 +197,9 @@ class Sizes:
         groups: dict[str | None, list[Parameter]] = {}
         for parameter in self.workload.parameters:
             # Under mixed precision blocks gather matrices in half the bytes; vectors go with the root, in fp32.
-            block = parameter.block if len(parameter.shape) > 1 or not self._mixed else None
+            block = parameter.block if parameter.block in self._groups_of else None
+            if self._mixed and len(parameter.shape) < 2 and block not in self.plan.wrapped_modules:
+                block = None
             groups.setdefault(block, []).append(parameter)
         return groups
 
@@ -231,8 +237,9 @@ def without_copies(step: Step) -> Step:
     return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
 
 
-def divided_step(step: Step, costs: Mapping[str, Divided]) -> Step:
-    """`step` as one rank of tensor parallelism runs it: of a block that is divided it computes and saves a share.
+def divided_step(step: Step, costs: Mapping[str, Divided], wraps: Collection[str] = ()) -> Step:
+    """`step` as one rank of tensor parallelism runs it: of a block that is divided it computes and saves a share, and
+    so of what lies outside of blocks, `wraps` among it.
 
     What a block holds for a while is taken to be divided as what it saves.
 
@@ -242,7 +249,7 @@ def divided_step(step: Step, costs: Mapping[str, Divided]) -> Step:
     # Bytes less that are live before a segment, and after it.
     before = 0
     for segment in step.segments:
-        found = costs.get(segment.block or "", Divided())
+        found = costs.get("" if segment.block is None or segment.block in wraps else segment.block, Divided())
         saved = int(segment.saved_bytes * found.saved_share)
         after = before + segment.saved_bytes - saved
         inside = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_largescale.workload.blocks import Group, find_blocks, find_groups
+from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, find_wraps
 from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Segment, Step, Workload
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "Workload",
     "find_blocks",
     "find_groups",
+    "find_wraps",
 ]

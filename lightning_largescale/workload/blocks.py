@@ -1,4 +1,5 @@
-"""The repeated blocks of any nn.Module, and the groups of parameters that FSDP gathers together.
+"""The repeated blocks of any nn.Module, other modules worth gathering by themselves, and the groups of parameters that
+FSDP gathers together.
 
 A chain is a ModuleList, Sequential or ModuleDict. Its members of one class are repeated blocks when there are two or
 more of them and they own matrices (a parameter of two or more dimensions). What follows from that:
@@ -15,13 +16,17 @@ more of them and they own matrices (a parameter of two or more dimensions). What
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lightning_largescale import compat
 
 _CHAINS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+# Of a model without repeated blocks, how many groups of about one size are aimed at.
+_GROUPS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +51,47 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def find_groups(module: nn.Module) -> dict[str, Group]:
-    """The FSDP groups of `module`: one a block by the block's name, then `""`, the root, with all that is left.
+def find_wraps(module: nn.Module) -> dict[str, nn.Module]:
+    """Modules outside of repeated blocks that are large enough to be gathered by themselves, by name.
+
+    Embeddings and heads are, at half a block's bytes or more. A model without repeated blocks is taken apart into
+    modules of about an eighth of its bytes: a larger one that has large parts gives way to these. What several modules
+    use (tied) counts for none. Whether nothing reads their parameters from outside, only the step can tell.
+
+    Source: torch.distributed.fsdp.wrap.size_based_auto_wrap_policy, which this is like.
+    """
+    blocks = find_blocks(module)
+    groups = find_groups(module)
+    sizes = {
+        name: sum(module.get_parameter(parameter).nbytes for parameter in group.parameters)
+        for name, group in groups.items()
+    }
+    aim = max((sizes[name] for name in blocks), default=sizes[""] // _GROUPS)
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    # By the only name they have.
+    rest = {name: module.get_parameter(name).nbytes for name in groups[""].parameters}
+    rest = {name: size for name, size in rest.items() if len(names[id(module.get_parameter(name))]) == 1}
+    found: dict[str, nn.Module] = {}
+    if aim:
+        _split("", module, rest, aim, frozenset(map(id, blocks.values())), found)
+    return found
+
+
+def find_groups(module: nn.Module, wraps: Collection[str] = ()) -> dict[str, Group]:
+    """The FSDP groups of `module`: one a block by the block's name, one for each of `wraps`, then `""`, the root, with
+    all that is left.
 
     A parameter that several blocks, or a block and the rest, use belongs to the root: a group frees its own after
     forward, and the other user would find it gone.
+
+    Args:
+        module: any.
+        wraps: names of modules outside of its blocks.
     """
     blocks = find_blocks(module)
+    blocks |= {name: module.get_submodule(name) for name in wraps}
     paths = _block_paths(module, blocks)
     owners: dict[int, set[str]] = {}
     names: dict[int, list[str]] = {}
@@ -72,6 +111,29 @@ def find_groups(module: nn.Module) -> dict[str, Group]:
     return {
         name: Group(modules=(modules[name],), parameters=tuple(own[name]), shared=tuple(shared[name])) for name in own
     }
+
+
+def _split(
+    prefix: str,
+    module: nn.Module,
+    sizes: dict[str, int],
+    aim: int,
+    blocks: frozenset[int],
+    found: dict[str, nn.Module],
+) -> None:
+    """Add `module`, or the large ones of its parts, to `found`; `sizes` has the parameters that count."""
+    children = {f"{prefix}{name}": child for name, child in compat.all_children(module)}
+    within = {path: sum(size for name, size in sizes.items() if name.startswith(f"{path}.")) for path in children}
+    for path, child in children.items():
+        if id(child) in blocks or within[path] < aim / 2 or isinstance(child, torch.jit.ScriptModule):
+            continue
+        parts: dict[str, nn.Module] = {}
+        has_blocks = any(id(part) in blocks for part in child.modules())
+        if has_blocks or within[path] > 2 * aim or not _has_forward(child):
+            _split(f"{path}.", child, sizes, aim, blocks, parts)
+        if not parts and not has_blocks and _has_forward(child):
+            parts = {path: child}
+        found.update({name: part for name, part in parts.items() if part not in found.values()})
 
 
 def _block_paths(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, str]:

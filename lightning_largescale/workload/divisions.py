@@ -88,7 +88,7 @@ def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[i
 
 def share_divided(workload: Workload, ranks: int) -> float:
     """Of the elements of matrices in blocks, those that are divided among `ranks`."""
-    matrices = [parameter for parameter in workload.parameters if parameter.block and len(parameter.shape) > 1]
+    matrices = [p for p in workload.parameters if p.block in workload.blocks and len(p.shape) > 1]
     divided = {f"{block}.{name}" for block, found in workload.divisions.get(ranks, {}).items() for name in found.parts}
     total = sum(parameter.numel for parameter in matrices)
     return sum(parameter.numel for parameter in matrices if parameter.name in divided) / total if total else 0.0

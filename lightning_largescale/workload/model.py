@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ class Parameter:
         bytes: of the full parameter.
         trainable: `requires_grad`.
         used: it received a gradient in the trace; False throughout in evaluation.
-        block: name of the repeated block whose FSDP group owns it, None for the root group.
+        block: name of the repeated block whose FSDP group owns it, or of the one of `Workload.wraps`; None for the root
+            group.
         aliases: its other names.
         embedding: it is the table of an embedding.
     """
@@ -58,7 +59,8 @@ class Segment:
     gradient counts until it is in `.grad`. The backward of a segment is that of the autograd nodes its forward made.
 
     Attributes:
-        block: name of the block, None for what lies between; a block run twice appears twice.
+        block: name of the block, or of one of `Workload.wraps`; None for what lies between. A block run twice appears
+            twice.
         forward_flops: floating-point operations of matrix products and convolutions.
         backward_flops: the same in backward.
         forward_moved_bytes: what the operations read and write.
@@ -207,6 +209,7 @@ class Workload:
         batch_samples: samples in the traced batch.
         batch_bytes: of its tensors.
         blocks: names of the repeated blocks.
+        wraps: names of modules outside of them that are large and whose parameters nothing else reads in the step.
         divisions: by a number of ranks of tensor parallelism, what these divide of each block, by its name; "" is what
             lies outside of blocks.
         stage: "fit", "validate", "test" or "predict".
@@ -221,6 +224,7 @@ class Workload:
     batch_samples: int
     batch_bytes: int
     blocks: tuple[str, ...]
+    wraps: tuple[str, ...] = ()
     divisions: Mapping[int, Mapping[str, Divided]] = field(default_factory=dict)
     stage: str = "fit"
     approximate: tuple[str, ...] = ()
@@ -323,6 +327,7 @@ class Workload:
                     for name, step in fields["steps"].items()
                 },
                 "blocks": tuple(fields["blocks"]),
+                "wraps": tuple(fields["wraps"]),
                 "divisions": {
                     int(ranks): {block: _divided(found) for block, found in blocks.items()}
                     for ranks, blocks in fields["divisions"].items()
@@ -345,6 +350,12 @@ def _divided(fields: Mapping[str, Any]) -> Divided:
     sizes = {name: tuple(fields[name]) for name in _COMMUNICATED}
     sequence = None if fields["sequence"] is None else _divided(fields["sequence"])
     return Divided(**{**fields, "parts": parts, **sizes, "sequence": sequence})
+
+
+def only_blocks(step: Step, names: Collection[str]) -> Step:
+    """`step` with segments of the blocks in `names` only; what others ran lies between these."""
+    segments = (s if s.block in names else dataclasses.replace(s, block=None) for s in step.segments)
+    return dataclasses.replace(step, segments=tuple(segments))
 
 
 def combine_steps(steps: Sequence[Step], rule: Callable[..., float]) -> Step:

@@ -57,7 +57,6 @@ class SegmentLog:
         self._starts: list[int] = []
         self._owners: list[int] = []
         self._pending = compat.sequence_number()
-        self._block: str | None = None
         self._index: int | None = None  # of the segment whose forward is running; None: the next operation opens a rest
         self._latest: int | None = None  # of the segment whose backward ran last
         self._active: Phase | None = None
@@ -74,6 +73,11 @@ class SegmentLog:
         if compat.current_node_sequence() is None:
             self._pending = compat.sequence_number()
             self._index = None
+
+    @property
+    def block(self) -> str | None:
+        """Name of the block whose forward is running; None outside of blocks."""
+        return None if self._index is None else self.segments[self._index].block
 
     def current(self) -> OpenSegment:
         """The segment whose forward is running."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from lightning_largescale import compat
 from lightning_largescale.arithmetic import lightning_plugin
 from lightning_largescale.plan import MATMUL_TYPE
 from lightning_largescale.workload.batch import tensors_in
-from lightning_largescale.workload.blocks import find_blocks, find_groups
+from lightning_largescale.workload.blocks import find_blocks, find_groups, find_wraps
 from lightning_largescale.workload.model import Segment, Step
+from lightning_largescale.workload.reads import Reads
 from lightning_largescale.workload.state import Snapshot
 from lightning_largescale.workload.tracker import CannotTraceError, Tracker
 
@@ -57,10 +58,13 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
-    """What a run of the step told; `used` holds names of the parameters that received a gradient."""
+    """What a run of the step told: `used` holds names of the parameters that received a gradient, `wraps` those of the
+    modules outside of blocks that may be gathered by themselves.
+    """
 
     step: Step
     used: frozenset[str]
+    wraps: frozenset[str] = frozenset()
     approximate: tuple[str, ...] = ()
 
 
@@ -79,6 +83,7 @@ def run_step(
     tracker = Tracker(to_fake=to_fake)
     tracker.leave_out([*swapped, *tensors_in(request.batch)])
     tracker.tell_copies_of(_block_matrices(request.module))
+    tracker.follow(_reads(request.module))
     try:
         with _safe_kernels(request.precision) if to_fake is None else contextlib.nullcontext():
             step = _run(request, tracker, blocks, notes)
@@ -86,7 +91,7 @@ def run_step(
         tracker.put_back()
     names = {id(parameter): name for name, parameter in request.module.named_parameters()}
     used = frozenset(names[key] for key in tracker.used if key in names)
-    return Traced(step=step, used=used, approximate=tuple(notes))
+    return Traced(step=step, used=used, wraps=tracker.reads.closed, approximate=tuple(notes))
 
 
 def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes: list[str]) -> Step:
@@ -114,7 +119,7 @@ def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes
         notes.append("the step forbids hooks on saved tensors; what each forward left alive counts as saved")
     if tracker.values_read:
         notes.append(f"{request.step} reads numbers off tensors; it was traced as if each were 1.0")
-    return _step(request.precision, tracker, output_bytes)
+    return _step(request.precision, tracker, blocks, output_bytes)
 
 
 def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -125,11 +130,18 @@ def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in own if parameter.dim() > 1]
 
 
-def _step(precision: str, tracker: Tracker, output_bytes: int) -> Step:
+def _reads(module: nn.Module) -> Reads:
+    """What tells which modules outside of blocks may be gathered by themselves."""
+    wraps = find_wraps(module)
+    groups = find_groups(module, wraps)
+    return Reads(wraps, {name: [module.get_parameter(own) for own in groups[name].parameters] for name in wraps})
+
+
+def _step(precision: str, tracker: Tracker, blocks: Collection[str], output_bytes: int) -> Step:
     segments = tracker.log.finished()
     tail: list[Segment] = []
     for segment in reversed(segments):
-        if segment.block is not None:
+        if segment.block in blocks:
             break
         tail.append(segment)
     return Step(

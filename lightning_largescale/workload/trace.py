@@ -18,11 +18,11 @@ from lightning_largescale import compat
 from lightning_largescale.arithmetic import STORED_TYPE, lightning_plugin
 from lightning_largescale.plan import MATMUL_TYPE, PlanError
 from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensor_bytes, tensors_in
-from lightning_largescale.workload.blocks import find_blocks, find_groups
+from lightning_largescale.workload.blocks import find_blocks, find_groups, find_wraps
 from lightning_largescale.workload.divisions import divide_blocks
 from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.metrics import forgive_metrics
-from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Workload
+from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Workload, only_blocks
 from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
 from lightning_largescale.workload.sample import trace_on_samples
 from lightning_largescale.workload.stand_in import attach, optimizers_of
@@ -64,17 +64,20 @@ def trace_workload(
         warnings.simplefilter("ignore")
         traced, left_out = _traced(requests)
         used = frozenset(name for one in traced.values() for name in one.used)
+        wraps = frozenset.intersection(*(one.wraps for one in traced.values()))
         optimizers, notes = _optimizers(next(iter(requests.values())), used, ask=ask)
         divisions = _divisions(next(iter(requests.values())), tp_sizes)
+    blocks = tuple(find_blocks(module))
     return Workload(
         name=type(compat.compiled_module(module)).__name__,
-        parameters=_parameters(module, used),
+        parameters=_parameters(module, used, wraps),
         buffer_bytes=sum(map(tensor_bytes, module.buffers())),
         optimizers=optimizers,
-        steps={precision: one.step for precision, one in traced.items()},
+        steps={precision: only_blocks(one.step, {*blocks, *wraps}) for precision, one in traced.items()},
         batch_samples=batch_samples(batch),
         batch_bytes=batch_bytes(batch),
-        blocks=tuple(find_blocks(module)),
+        blocks=blocks,
+        wraps=tuple(name for name in find_wraps(module) if name in wraps),
         divisions=divisions,
         stage=STAGES[step],
         approximate=(*_said(traced), *left_out, *notes, *_of_the_batch(batch)),
@@ -250,8 +253,8 @@ def _configured(module: LightningModule) -> list[Optimizer]:
             return optimizers_of(module.configure_optimizers())
 
 
-def _parameters(module: nn.Module, used: frozenset[str]) -> tuple[Parameter, ...]:
-    owner = {name: block for block, group in find_groups(module).items() for name in group.parameters}
+def _parameters(module: nn.Module, used: frozenset[str], wraps: frozenset[str]) -> tuple[Parameter, ...]:
+    owner = {name: block for block, group in find_groups(module, wraps).items() for name in group.parameters}
     tables = {id(child.weight) for child in module.modules() if isinstance(child, (nn.Embedding, nn.EmbeddingBag))}
     names: dict[int, list[str]] = {}
     by_id: dict[int, nn.Parameter] = {}

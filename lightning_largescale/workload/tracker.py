@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import tensor_bytes
 from lightning_largescale.workload.model import LARGE_BYTES
+from lightning_largescale.workload.reads import Reads, storage_keys
 from lightning_largescale.workload.segments import SegmentLog
 
 _aten = torch.ops.aten
@@ -58,6 +59,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, *, to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None, value: float = 1.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.log = SegmentLog()
+        self.reads = Reads({}, {})
         self.live = 0
         self.copies = 0
         self.peak = 0
@@ -78,7 +80,11 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
     def tell_copies_of(self, parameters: Iterable[torch.Tensor]) -> None:
         """Count the copies that casts make of `parameters` also by themselves; they are left out and live on."""
-        self._gathered = {key for parameter in parameters for key in _keys(parameter)}
+        self._gathered = {key for parameter in parameters for key in storage_keys(parameter)}
+
+    def follow(self, reads: Reads) -> None:
+        """Tell `reads` what operations take."""
+        self.reads = reads
 
     def storage_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
         """Bytes of the storages of `tensors` that count, each once."""
@@ -107,9 +113,11 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             self._note(tensor, counts=False)
         out = func(*args, **kwargs)
+        if not self.log.in_backward:
+            self.reads.see(inputs)
         outputs = list(_tensors(out))
         made = [tensor for tensor in outputs if self._note(tensor, counts=True)]
-        copies = func is _aten._to_copy.default and not self._gathered.isdisjoint(_keys(inputs[0]))
+        copies = func is _aten._to_copy.default and not self._gathered.isdisjoint(storage_keys(inputs[0]))
         if copies:
             self._mark_copy(outputs[0])
         self.peak = max(self.peak, self.live)
@@ -144,6 +152,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
                 if parameter.requires_grad:
                     hook = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
                     stack.callback(hook.remove)
+            stack.enter_context(self.reads.watching(self.log))
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if saved:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._saved, _same))
@@ -178,7 +187,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
     def _known(self, tensor: torch.Tensor) -> list[_Storage]:
         """What is known of the storages of `tensor`."""
-        return [self._storages[key] for key in _keys(tensor) if key in self._storages]
+        return [self._storages[key] for key in storage_keys(tensor) if key in self._storages]
 
     def _mark_copy(self, tensor: torch.Tensor) -> None:
         for storage in self._known(tensor):
@@ -264,11 +273,6 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 
 _mutated_arguments = functools.cache(compat.mutated_arguments)
-
-
-def _keys(tensor: torch.Tensor) -> list[int]:
-    """By which the storages of `tensor` are known."""
-    return [id(part.untyped_storage()) for part in compat.dense_parts(tensor)]
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,55 @@ def test_memory_is_divided(two, reshard, recompute):
         assert found["gathered"] == (1 if reshard else 5)
 
 
+class Apart(Language):
+    """Notes which of its parts are gathered as each of them computes, and as its gradient does."""
+
+    def on_fit_start(self):
+        self.gathered = set()
+        for part in (self.embedding, self.blocks[1].up, self.head):
+            part.register_forward_pre_hook(lambda part, inputs: self.look())
+            part.register_forward_hook(lambda part, inputs, output: output.register_hook(self.look) and None)
+
+    def look(self, gradient=None):
+        parts = {"embedding": self.embedding, "block": self.blocks[1].up, "head": self.head, "norm": self.norm}
+        self.gathered.add(frozenset(name for name, one in parts.items() if not isinstance(one.weight, DTensor)))
+
+
+def gathered_apart(plan):
+    model = Apart()
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2).fit(model)
+    return model.gathered
+
+
+def test_what_is_wrapped_is_gathered_while_it_computes(two):
+    wrapped = ("embedding", "head")
+    once = {frozenset({"norm", name}) for name in ("embedding", "block", "head")}
+    for found in two.run(gathered_apart, Plan(dp_shard=2, wrapped_modules=wrapped)):
+        # Backward gathers the next ahead.
+        assert once <= found <= once | {one | other for one in once for other in once}
+        assert frozenset({"norm", "embedding", "head"}) not in found
+    for found in two.run(gathered_apart, Plan(dp_shard=2)):
+        assert all({"norm", "embedding", "head"} <= names for names in found)
+
+
+def fit_wrapped(*names):
+    trainer(LargeScaleStrategy(Plan(dp_shard=2, wrapped_modules=names)), devices=2).fit(Language())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("haed",), "wrapped_modules has 'haed' and Language has no such module; .*, such as 'head'"),
+        (("blocks.1.up",), "wrapped_modules has 'blocks.1.up', which lies in 'blocks.1'; give modules outside"),
+        (("blocks.1",), "wrapped_modules has 'blocks.1', which lies in 'blocks.1'; give modules outside"),
+        (("blocks",), "wrapped_modules has 'blocks', which has repeated blocks; give modules outside"),
+    ],
+)
+def test_what_cannot_be_wrapped(two, names, message):
+    with pytest.raises(PlanError, match=message):
+        two.run(fit_wrapped, *names)
+
+
 @pytest.mark.slow
 def test_memory_is_divided_among_the_shards_of_each_replica(four):
     for found in four.run(measure, Plan(dp_replicate=2, dp_shard=2)):

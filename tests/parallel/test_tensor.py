@@ -77,6 +77,43 @@ def test_blocks_on_four_ranks(four, case):
     assert set(four.run(divided_and_trained, case, 4)) != {0}
 
 
+class Hooked(nn.Module):
+    """A block that notes, and halves, the gradient of what lies between its matrices."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        hidden = self.up(x)
+        hidden.register_hook(self.note)
+        return self.down(torch.relu(hidden))
+
+    def note(self, gradient):
+        self.noted = gradient.clone()
+        return gradient / 2
+
+
+def hooked():
+    x = torch.ones(3, 8, requires_grad=True)
+    plain = Hooked()
+    plain(x).square().sum().backward()
+    block, mesh = Hooked(), mesh_of()
+    found = divide(block, (x.detach(),), {}, 2)
+    assert len(found.parts) == 3
+    compute_on_parts(block, found.parts, mesh)
+    divide_over(block, found.parts, mesh)
+    again = torch.ones(3, 8, requires_grad=True)
+    block(again).square().sum().backward()
+    torch.testing.assert_close(block.noted, plain.noted)
+    torch.testing.assert_close(again.grad, x.grad)
+
+
+def test_hooks_are_given_whole_gradients(two):
+    two.run(hooked)
+
+
 class Collectives(TorchDispatchMode):
     """Counts them, whoever calls them."""
 

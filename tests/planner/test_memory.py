@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner.builders import MIB, hardware, parameter, step, workload
+from planner.builders import MIB, hardware, parameter, segment, step, workload
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.memory import peak_memory
@@ -110,3 +110,33 @@ def test_recomputed_blocks_keep_a_copy_of_their_buffers():
     work = workload(buffer_bytes=MIB)
     assert terms(work=work).terms["buffers"] == MIB
     assert terms(Plan(activation_checkpointing="full"), work=work).terms["buffers"] == 2 * MIB
+
+
+def wrapped(**changes):
+    """A model whose embedding, of 8 MiB, runs before its blocks as a segment of its own."""
+    first = segment("embedding", saved=0, entry=0, peak=MIB, exit_=0, backward_peak=MIB)
+    steps = {"32-true": dataclasses.replace(step(), segments=(first, *step().segments))}
+    parameters = tuple(
+        dataclasses.replace(one, block="embedding") if one.name == "embedding" else one for one in workload().parameters
+    )
+    return workload(steps=steps, parameters=parameters, wraps=("embedding",), **changes)
+
+
+def test_what_is_wrapped_is_gathered_with_the_blocks_and_else_with_the_root():
+    work = wrapped()
+    plan = Plan(dp_shard=2)
+    # Without a plan that wraps it, it is as if it were not known.
+    plain = peak_memory(work, plan, hardware(2))
+    assert plain.terms == terms(plan, world=2).terms
+    assert peak_memory(work, Plan(), hardware(1)).terms == terms().terms
+    least = peak_memory(work, dataclasses.replace(plan, wrapped_modules=("embedding",)), hardware(2))
+    assert plain.moment == least.moment == "backward of what follows blocks.3"
+    # The embedding's 8 MiB, its gradient's, and holes of one in twenty.
+    assert plain.terms["gathered parameters"] - least.terms["gathered parameters"] == 8 * MIB
+    assert plain.terms["unreduced gradients"] == 8 * MIB
+    assert "unreduced gradients" not in least.terms
+    # Kept until its backward, it is there as the root is, but for its gradient.
+    kept = dataclasses.replace(plan, reshard_after_forward=False)
+    least = peak_memory(work, dataclasses.replace(kept, wrapped_modules=("embedding",)), hardware(2))
+    assert least.terms["gathered parameters"] == MODEL
+    assert least.peak_bytes <= peak_memory(work, kept, hardware(2)).peak_bytes

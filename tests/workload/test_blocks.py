@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from workload.families import FAMILIES, GPT, Block, EncoderDecoder
 
-from lightning_largescale.workload import find_blocks, find_groups
+from lightning_largescale.workload import find_blocks, find_groups, find_wraps
 
 
 class Residual(nn.Module):
@@ -130,3 +130,44 @@ def test_compiled_blocks_count_as_what_they_wrap():
     module = nn.ModuleList([torch.compile(Other()), Other()])
     assert list(find_blocks(module)) == ["0", "1"]
     assert find_groups(module)["0"].parameters == ("0._orig_mod.layer.weight", "0._orig_mod.layer.bias")
+
+
+class Path(nn.Module):
+    """Layers by name: no chain, so nothing repeats."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Module()
+        self.down.one, self.down.two = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.middle = Residual()
+        self.up1, self.up2, self.up3 = (nn.Linear(64, 64) for _ in range(3))
+        self.large = nn.Linear(64, 512)
+        self.norm = nn.LayerNorm(64)
+
+
+def test_large_modules_outside_of_blocks_are_wrapped():
+    module = GPT(vocabulary=512)
+    assert list(find_wraps(module)) == ["tokens", "head"]
+    assert list(find_wraps(GPT(vocabulary=512, tied=True))) == []
+    assert list(find_wraps(nn.ModuleDict({"model": module}))) == ["model.tokens", "model.head"]
+    # Half a block is large.
+    block = sum(parameter.nbytes for parameter in module.blocks[0].parameters())
+    for share, found in ((0.45, []), (0.55, ["extra"])):
+        module = GPT(vocabulary=2)
+        module.extra = nn.Embedding(int(share * block / 4), 1)
+        assert list(find_wraps(module)) == found
+
+
+def test_a_model_without_repeats_is_taken_apart_into_modules_of_about_one_size():
+    # The two in `down` make one: together they are no larger than what is aimed at.
+    assert list(find_wraps(Path())) == ["down.one", "down.two", "up1", "up2", "up3", "large"]
+    groups = find_groups(Path(), ("up1", "large"))
+    assert groups["up1"].parameters == ("up1.weight", "up1.bias")
+    assert "up2.weight" in groups[""].parameters
+    assert list(groups) == ["up1", "large", ""]
+
+
+def test_a_weight_of_several_modules_is_in_no_wrap():
+    module = Path()
+    module.up1.weight = module.up2.weight
+    assert list(find_wraps(module)) == ["down.one", "down.two", "up3", "large"]

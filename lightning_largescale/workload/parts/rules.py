@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_largescale.workload.parts import attention, pointwise, products, reductions, views, vocabulary
+from lightning_largescale.workload.parts import attention, hooks, pointwise, products, reductions, views, vocabulary
 from lightning_largescale.workload.parts.engine import Rule
 
 
 def all_rules() -> dict[Callable[..., Any], Rule]:
     """Rules by function: where two modules have one, the later one's."""
-    modules = (pointwise, views, reductions, products, attention, vocabulary)
+    modules = (pointwise, views, reductions, products, attention, vocabulary, hooks)
     return {func: rule for module in modules for func, rule in module.rules().items()}

@@ -1,0 +1,37 @@
+"""Hooks on parts: code that asks for the gradient of a tensor is given that of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_largescale import compat
+from lightning_largescale.workload.parts.engine import OnParts, Rule
+from lightning_largescale.workload.parts.part import cut, part_of
+
+
+def rules() -> dict[Callable[..., Any], Rule]:
+    """Rules by function."""
+    return {torch.Tensor.register_hook: _register_hook, torch.Tensor._base.__get__: _base}  # type: ignore[union-attr]
+
+
+def _register_hook(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    tensor, hook = args
+    part = part_of(tensor)
+    if part is None or compat.is_of_sharding(hook):
+        # Of what gathers parameters for a backward: it passes the gradient on.
+        return func(tensor, hook)
+    ranks = engine.ranks
+
+    def on_whole(gradient: Tensor) -> Tensor | None:
+        changed = hook(ranks.gather(gradient, part))
+        return None if changed is None else cut(changed, part, ranks.rank, ranks.size)
+
+    return func(tensor, on_whole)
+
+
+def _base(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return func(*args)
