@@ -26,6 +26,7 @@ from lightning_largescale.planner.memory import peak_memory
 
 STEPS = 6
 FULL = {"activation_checkpointing": "full"}
+CHEAP = FULL | {"checkpointed_operations": "cheap"}
 SOME = {
     "activation_checkpointing": "selective",
     "checkpointed_blocks": ["model.blocks.0", "model.blocks.1", "model.blocks.2", "model.blocks.3"],
@@ -40,6 +41,7 @@ CASES = [
     ("gpt", 512, 4, FULL),
     ("gpt", 384, 8, FULL),
     ("gpt", 512, 4, SOME),
+    ("gpt", 512, 4, CHEAP),
     ("gpt", 768, 2, PLAIN),
     ("gpt", 768, 8, FULL),
     ("gpt", 512, 4, REPLICATE),
@@ -52,6 +54,7 @@ CASES = [
     ("gpt", 768, 4, ZERO3 | FULL),
     ("gpt", 512, 4, TENSOR),
     ("gpt", 768, 8, TENSOR | FULL),
+    ("gpt", 768, 8, TENSOR | CHEAP),
     ("gpt-tied", 512, 4, TENSOR),
     ("gpt-tied", 512, 4, PLAIN),
     ("gpt-tied", 512, 4, ZERO3),
@@ -63,17 +66,21 @@ CASES = [
     ("mlp", 2048, 512, REPLICATE),
     ("conv", 128, 16, PLAIN),
     ("conv", 128, 32, FULL),
+    ("conv", 128, 32, CHEAP),
     ("conv", 64, 16, FULL),
     ("conv", 256, 8, ZERO3),
     ("llama", 512, 4, PLAIN),
     ("llama", 512, 4, ZERO3),
     ("llama", 512, 4, TENSOR),
     ("llama", 512, 4, FULL),
+    ("llama", 512, 4, CHEAP),
     ("bert", 512, 4, PLAIN),
     ("bert", 512, 4, FULL),
+    ("bert", 512, 4, CHEAP),
     ("bert", 512, 8, ZERO2),
     ("vit", 512, 16, PLAIN),
     ("vit", 512, 16, FULL),
+    ("vit", 512, 16, CHEAP),
     ("vit", 384, 64, FULL),
     ("vit", 512, 16, ZERO3 | FULL),
 ]

@@ -64,11 +64,13 @@ def arguments(description: str | None, *, pairs: int = 6, steps: int = 8) -> arg
 def take_turns(
     pairs: int, ways: dict[str, Callable[[], Any]], seconds: Callable[[Any], float] = float
 ) -> tuple[list[float], list[dict[str, Any]]]:
-    """What each of two ways found in each pair, and by how much longer the second took; each begins every other."""
+    """What each of the ways found in each turn, and by how much longer the second took than the first; every other turn
+    begins with the last.
+    """
     ratios, found = [], []
-    first, second = ways
+    first, second, *_ = ways
     for pair in range(pairs):
-        found.append({name: ways[name]() for name in (first, second)[:: 1 - 2 * (pair % 2)]})
+        found.append({name: ways[name]() for name in [*ways][:: 1 - 2 * (pair % 2)]})
         ratios.append(seconds(found[-1][second]) / seconds(found[-1][first]))
         print(f"pair {pair}: {ratios[-1]:.3f}", found[-1], flush=True)
     return ratios, found

@@ -35,6 +35,7 @@ MATMUL_TYPE = {
 _ACCEPTED: dict[str, tuple[str, ...]] = {
     "precision": tuple(MATMUL_TYPE),
     "activation_checkpointing": ("none", "selective", "full"),
+    "checkpointed_operations": ("all", "cheap"),
 }
 
 
@@ -84,6 +85,8 @@ class Plan:
             backward; "selective": some do.
         checkpointed_blocks: names of the blocks that do under "selective", as `named_modules` has them; None with the
             others.
+        checkpointed_operations: what these blocks run again: "all" of their forward, or what is "cheap": then they keep
+            the results of matrix products, convolutions and attention.
 
     Raises:
         PlanError: an unknown field, or a field whose value is not of the accepted type or range.
@@ -101,6 +104,7 @@ class Plan:
     precision: str = "32-true"
     activation_checkpointing: str = "none"
     checkpointed_blocks: tuple[str, ...] | None = None
+    checkpointed_operations: str = "all"
     wrapped_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -116,6 +120,11 @@ class Plan:
             value = getattr(self, name)
             if value not in accepted:
                 raise PlanError(f"{name}={value!r} is not accepted; give {_either(accepted)}.")
+        if self.activation_checkpointing == "none" and self.checkpointed_operations != "all":
+            raise PlanError(
+                f"checkpointed_operations={self.checkpointed_operations!r} contradicts activation_checkpointing='none';"
+                " give 'full' or 'selective', or 'all' operations."
+            )
         self._check_checkpointed_blocks()
         self._check_wrapped_modules()
 
@@ -270,6 +279,8 @@ class Plan:
             recompute = f", activation checkpointing of {count} block{'s' if count > 1 else ''}"
         count = len(self.wrapped_modules)
         wraps = f", {count} more module{'s' if count > 1 else ''} gathered by themselves" if count else ""
+        if self.checkpointed_operations == "cheap":
+            recompute += " but for products"
         return f"{layout}{wraps}{recompute}, {self.precision}"
 
     def to_json(self) -> str:

@@ -588,6 +588,25 @@ def test_is_of_sharding(two):
     assert two.run(hooks_of_a_sharded_module) == [[True, False]] * 2
 
 
+class Aliased(compat.DispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.alias = compat.alias(made)
+        return made
+
+
+def test_alias():
+    with Aliased() as mode:
+        made = torch.ones(2, 2, requires_grad=True) @ torch.ones(2, 2)
+    assert mode.alias.data_ptr() == made.data_ptr()
+    assert mode.alias.grad_fn is None
+    before = compat.version(mode.alias)
+    with torch.no_grad():
+        made.add_(1)
+    assert compat.version(mode.alias) == before + 1
+
+
 def test_foreach_kind():
     kinds = {torch._foreach_norm: "norms", torch._foreach_mul_: "in place", torch._foreach_mul: None, torch.stack: None}
     assert {function: compat.foreach_kind(function) for function in kinds} == kinds

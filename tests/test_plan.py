@@ -46,6 +46,10 @@ def test_default_is_the_plain_run():
             {"dp_shard": 2, "wrapped_modules": ["embedding", "head"]},
             "ZeRO-3 over 2 devices, 2 more modules gathered by themselves, 32-true",
         ),
+        (
+            {"activation_checkpointing": "full", "checkpointed_operations": "cheap"},
+            "plain, one device, full activation checkpointing but for products, 32-true",
+        ),
         ({"tp": 4}, "tensor parallel over 4 devices, 32-true"),
         ({"tp": 4, "sequence_parallel": True}, "tensor and sequence parallel over 4 devices, 32-true"),
         ({"dp_shard": 2, "tp": 4}, "ZeRO-3 over 2 devices, each tensor parallel over 4 devices, 32-true"),
@@ -69,6 +73,7 @@ def test_signature_is_kept_for_tools_that_read_it():
         "precision",
         "activation_checkpointing",
         "checkpointed_blocks",
+        "checkpointed_operations",
         "wrapped_modules",
     ]
 
@@ -95,6 +100,11 @@ BAD = [
     ),
     ({"activation_checkpointing": "selective", "checkpointed_blocks": "a"}, "checkpointed_blocks='a' is not accepted"),
     ({"activation_checkpointing": "selective", "checkpointed_blocks": ["a", "a"]}, "at least one and each once"),
+    ({"checkpointed_operations": "some"}, "checkpointed_operations='some' is not accepted; give 'all' or 'cheap'"),
+    (
+        {"checkpointed_operations": "cheap"},
+        "checkpointed_operations='cheap' contradicts activation_checkpointing='none'; give 'full' or 'selective'",
+    ),
     ({"wrapped_modules": "head"}, "wrapped_modules='head' is not accepted; give the names of modules, each once"),
     ({"wrapped_modules": ["head", "head"]}, "is not accepted; give the names of modules, each once, or none"),
     (

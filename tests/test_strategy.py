@@ -97,6 +97,17 @@ def test_some_blocks_recompute(two, layout):
         assert_parity(losses, plain("simple"))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}],
+    ids=["ZeRO-3", "replicate", "TP", "sequence"],
+)
+def test_what_is_cheap_recomputes(two, layout):
+    chosen = Plan(**layout, activation_checkpointing="full", checkpointed_operations="cheap")
+    for losses in two.run(fit, chosen, 2, "clipping"):
+        assert_parity(losses, plain("clipping"))
+
+
 WRAPPED = {"wrapped_modules": ("embedding", "head")}
 
 

@@ -45,6 +45,7 @@ from lightning_largescale.compat.of_lightning import (
 )
 from lightning_largescale.compat.of_torch import (
     DispatchMode,
+    alias,
     all_children,
     assert_async,
     compiled_module,
@@ -73,6 +74,7 @@ __all__ = [
     "SubprocessScriptLauncher",
     "TunerExit",
     "abort_process_groups",
+    "alias",
     "all_children",
     "all_gather_tensor",
     "asked_by_batch_size_finder",

@@ -158,6 +158,16 @@ def mutated_arguments(function: Any) -> tuple[str | int, ...]:
     )
 
 
+def alias(tensor: Any) -> Any:
+    """A tensor with the data of `tensor` and without its graph, made inside a dispatch mode; a write into either counts
+    as a version of both.
+
+    Replaced by `Tensor.detach`, were it to share versions below autograd, as torch.utils.checkpoint needs it too.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
 def dense_parts(tensor: Any) -> list[Any]:
     """The dense tensors that hold the data of `tensor`: itself; indices and values of a sparse one; else none.
 

@@ -5,18 +5,19 @@ Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", secti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.forward import Forward
+from lightning_largescale.parallel.kept import Contexts, keep_products
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_blocks
 
@@ -42,7 +43,7 @@ def apply_recompute(module: nn.Module, plan: Plan) -> None:
     plan.check_blocks(blocks)
     copies: _Copies = WeakTensorKeyDictionary()
     for name in plan.checkpointed_blocks or blocks:
-        _Recomputed(blocks[name], copies).replace()
+        _Recomputed(blocks[name], copies, keeps=plan.checkpointed_operations == "cheap").replace()
 
 
 def remove_recompute(module: nn.Module) -> None:
@@ -68,12 +69,13 @@ class _Recomputed(Forward):
     """A block's forward under activation checkpointing.
 
     What the forward does to buffers (running statistics, codebooks) it does once: it runs again on copies of them as
-    they were. `copies` are shared by all blocks, so that a constant is copied once.
+    they were. `copies` are shared by all blocks, so that a constant is copied once. `keeps`: results of products, which
+    are not computed again.
     """
 
-    def __init__(self, block: nn.Module, copies: _Copies) -> None:
+    def __init__(self, block: nn.Module, copies: _Copies, *, keeps: bool) -> None:
         super().__init__(block)
-        self._copies = copies
+        self._copies, self._keeps = copies, keeps
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -83,9 +85,9 @@ class _Recomputed(Forward):
             for owner in self._module.modules()
             for name, tensor in owner.named_buffers(recurse=False)
         }
-        if not before:
-            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
-        contexts = partial(_contexts, before)
+        contexts = keep_products if self._keeps else noop_context_fn
+        if before:
+            contexts = partial(_bound_in_backward, contexts, before)
         return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     def _as_it_is(self, owner: nn.Module, tensor: Tensor) -> Tensor:
@@ -101,19 +103,25 @@ class _Recomputed(Forward):
 _Buffers = dict[tuple[nn.Module, str], Tensor]
 
 
-def _contexts(before: _Buffers) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For the first forward, and for the one in backward."""
-    return nullcontext(), _bound(before)
+def _bound_in_backward(contexts: Callable[[], Contexts], before: _Buffers) -> Contexts:
+    """`contexts`, within the second of which modules have the buffers of `before`."""
+    first, again = contexts()
+    return first, _Bound(before, again)
 
 
-@contextmanager
-def _bound(buffers: _Buffers) -> Iterator[None]:
-    """Within, modules have these buffers in the place of their own."""
-    present = {(owner, name): getattr(owner, name) for owner, name in buffers}
-    for (owner, name), tensor in buffers.items():
-        setattr(owner, name, tensor)
-    try:
-        yield
-    finally:
-        for (owner, name), tensor in present.items():
+class _Bound:
+    """Within, and within `inner`, modules have these buffers in the place of their own; in each backward anew."""
+
+    def __init__(self, buffers: _Buffers, inner: AbstractContextManager[Any]) -> None:
+        self._buffers, self._inner = buffers, inner
+
+    def __enter__(self) -> None:
+        self._present = {(owner, name): getattr(owner, name) for owner, name in self._buffers}
+        for (owner, name), tensor in self._buffers.items():
+            setattr(owner, name, tensor)
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        for (owner, name), tensor in self._present.items():
             setattr(owner, name, tensor)

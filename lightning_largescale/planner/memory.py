@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.sizes import Sizes, saving
+from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import Segment, Workload
 
 # Holes between the tensors of a step, as a share of the bytes that come and go in it (benchmarks/results). On CPU: of
 # glibc's heap, by what is done about them (`Plan.heap`). On CUDA: of the caching allocator's segments, not measured
 # yet.
 _HEAP_SHARES = {"left": 0.6, "trimmed": 0.15, "watched": 0.15, "mapped": 0.05}
-_CUDA_SHARE = 0.06
+_TENSOR_SHARE, _CUDA_SHARE = 0.45, 0.06
 _COMES_AND_GOES = (
     "activations",
     "gathered parameters",
@@ -106,8 +106,8 @@ def allocator_share(plan: Plan, kind: str) -> float:
     """
     if kind == "cuda":
         return _CUDA_SHARE
-    # Trimmed between its steps, tensor parallelism leaves as many in each.
-    return _HEAP_SHARES["left" if plan.heap == "trimmed" and plan.tp > 1 else plan.heap]
+    # Trimmed between its steps, tensor parallelism leaves more in each than replicas do.
+    return _TENSOR_SHARE if plan.heap == "trimmed" and plan.tp > 1 else _HEAP_SHARES[plan.heap]
 
 
 def _moving_bytes(terms: Mapping[str, int]) -> int:
@@ -178,8 +178,9 @@ def live_in_backward(sizes: Sizes, index: int) -> int:
     segment, dropped = sizes.step.segments[index], sizes.dropped[index]
     live = segment.backward_peak_bytes - dropped
     if sizes.recomputes(segment):
-        again = segment.forward_peak_bytes - segment.forward_entry_bytes
-        live = max(live, segment.backward_entry_bytes - dropped - saving(segment) + again)
+        # What was kept is there already.
+        again = max(0, segment.forward_peak_bytes - segment.forward_entry_bytes - sizes.kept(segment))
+        live = max(live, segment.backward_entry_bytes - dropped - sizes.saving(segment) + again)
     return max(0, live)
 
 

@@ -12,12 +12,12 @@ Source: Williams et al. 2009, "Roofline", section 3; Thakur et al. 2005, "Optimi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lightning_largescale.hardware import Hardware, Link, Rates
 from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.planner.links import Links, plan_links
-from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.sizes import Sizes, communicated_share
 from lightning_largescale.workload import Segment, Workload
 
 # gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
@@ -119,8 +119,20 @@ def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
     """
     if sizes.workload.stage != "fit":
         return 0.0
-    again = [segment for segment in sizes.step.segments if sizes.recomputes(segment)]
+    again = [_again(sizes, segment) for segment in sizes.step.segments if sizes.recomputes(segment)]
     return sum(_segment_seconds(segment, rates, sizes.plan, backward=False) for segment in again)
+
+
+def _again(sizes: Sizes, segment: Segment) -> Segment:
+    """What runs of a forward when it runs again: without products, if their results were kept."""
+    if sizes.plan.checkpointed_operations == "all":
+        return segment
+    return replace(
+        segment,
+        forward_flops=0,
+        forward_moved_bytes=segment.forward_moved_bytes - segment.moved_product_bytes,
+        forward_large_bytes=max(0, segment.forward_large_bytes - segment.product_bytes),
+    )
 
 
 def all_gathers_seconds(sizes: Sizes, links: Links, *, backward: bool) -> float:
@@ -167,8 +179,7 @@ def tensor_seconds(sizes: Sizes, links: Links) -> float:
     """
     if not sizes.tensor_costs:
         return 0.0
-    # What was looked at is the step in float32.
-    element = 0.5 if sizes.plan.precision != "32-true" and MATMUL_TYPE[sizes.plan.precision] != "float64" else 1.0
+    element = communicated_share(sizes.plan.precision)
     summed: list[int] = []
     halves: list[int] = []
     trains = sizes.workload.stage == "fit"
@@ -213,7 +224,8 @@ def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
     if rates.fresh_memory is None or sizes.kind != "cpu" or sizes.plan.heap not in _AFRESH:
         return 0.0
     made = sum(segment.forward_large_bytes + segment.backward_large_bytes for segment in sizes.step.segments)
-    made += sum(segment.forward_large_bytes for segment in sizes.step.segments if sizes.recomputes(segment))
+    again = [_again(sizes, segment) for segment in sizes.step.segments if sizes.recomputes(segment)]
+    made += sum(segment.forward_large_bytes for segment in again)
     reduced = 0
     if sizes.sharded:
         twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"

@@ -98,17 +98,26 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
     Source: the module's docstring.
     """
     usable = [name for name in workload.steps if _computes(hardware, name)]
-    checkpointing = ("none", "full") if workload.blocks and workload.stage == "fit" else ("none",)
     for precision in usable:
-        for activation_checkpointing in checkpointing:
+        for checkpointing in _checkpointing(workload, precision):
             for layout in _layouts(workload, hardware):
                 for groups in _groups(workload, layout):
                     yield dataclasses.replace(
                         layout,
                         precision=precision,
-                        activation_checkpointing=activation_checkpointing,
+                        **checkpointing,
                         **groups,
                     )
+
+
+def _checkpointing(workload: Workload, precision: str) -> Iterator[dict[str, Any]]:
+    """Whether blocks run again, and what of them."""
+    yield {}
+    if not workload.blocks or workload.stage != "fit":
+        return
+    yield {"activation_checkpointing": "full"}
+    if any(segment.product_bytes for segment in workload.steps[precision].segments if segment.block):
+        yield {"activation_checkpointing": "full", "checkpointed_operations": "cheap"}
 
 
 def _groups(workload: Workload, layout: Plan) -> Iterator[dict[str, Any]]:
@@ -160,15 +169,18 @@ class _Pricing:
         """Plans between those that recompute nothing and need too much, and those that recompute all."""
         known = {plan for plan, _ in rows}
         for plan, estimate in rows:
-            whole = dataclasses.replace(plan, activation_checkpointing="full")
-            if estimate.memory.peak_bytes <= budget_bytes or plan == whole or whole not in known:
+            if estimate.memory.peak_bytes <= budget_bytes or plan.activation_checkpointing != "none":
                 continue
-            sizes = Sizes(workload, whole, hardware.kind, self.accumulate)
-            excess = functools.partial(first_excess, sizes, budget_bytes, baseline_bytes=self.baseline_bytes)
-            names = fewest_blocks(workload.blocks, sizes.step.segments, excess)
-            if names is not None:
-                part = dataclasses.replace(plan, activation_checkpointing="selective", checkpointed_blocks=names)
-                yield part, self.estimate(workload, hardware, part)
+            for operations in ("all", "cheap"):
+                whole = dataclasses.replace(plan, activation_checkpointing="full", checkpointed_operations=operations)
+                if whole not in known:
+                    continue
+                sizes = Sizes(workload, whole, hardware.kind, self.accumulate)
+                excess = functools.partial(first_excess, sizes, budget_bytes, baseline_bytes=self.baseline_bytes)
+                names = fewest_blocks(workload.blocks, sizes.step.segments, sizes.saving, excess)
+                if names is not None:
+                    part = dataclasses.replace(whole, activation_checkpointing="selective", checkpointed_blocks=names)
+                    yield part, self.estimate(workload, hardware, part)
 
     def any_fits(self, workload: Workload, hardware: Hardware, precisions: set[str], budget_bytes: int) -> bool:
         """Whether the peak of any plan of these precisions is within the budget."""

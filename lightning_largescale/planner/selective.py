@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lightning_largescale.planner.sizes import saving
 from lightning_largescale.workload import Segment
 
 # A block less that is kept takes its bytes, and the allocator's share of them, off a moment: never more than these
@@ -25,6 +24,7 @@ _MOST = 2
 def fewest_blocks(
     blocks: Sequence[str],
     segments: Sequence[Segment],
+    saving: Callable[[Segment], int],
     first_excess: Callable[[frozenset[str]], tuple[int, int] | None],
 ) -> tuple[str, ...] | None:
     """As few of `blocks` as need to be recomputed, at least one.
@@ -32,6 +32,7 @@ def fewest_blocks(
     Args:
         blocks: names of the repeated blocks.
         segments: of the step, as the plan runs it.
+        saving: what recomputing one does not keep, bytes.
         first_excess: where a plan that recomputes these blocks needs too much: the number of segments before, and the
             bytes above; None where it fits.
 

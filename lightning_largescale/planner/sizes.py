@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 
-from lightning_largescale.plan import Plan
+from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.workload import Divided, Parameter, Segment, Step, Workload
 from lightning_largescale.workload.model import only_blocks
 
@@ -157,10 +157,18 @@ class Sizes:
         """Whether the forward of `segment` runs again in backward."""
         return segment.block in self._recomputed
 
+    def kept(self, segment: Segment) -> int:
+        """What recomputing `segment` keeps of the results that it makes, bytes."""
+        return segment.product_bytes if self.plan.checkpointed_operations == "cheap" else 0
+
+    def saving(self, segment: Segment) -> int:
+        """What recomputing `segment` does not keep of what it saves, bytes."""
+        return max(0, segment.saved_bytes - segment.input_bytes - self.kept(segment))
+
     @cached_property
     def dropped(self) -> list[int]:
         """What recomputation does not keep of the segments before each."""
-        savings = (saving(segment) if self.recomputes(segment) else 0 for segment in self.step.segments)
+        savings = (self.saving(segment) if self.recomputes(segment) else 0 for segment in self.step.segments)
         return [*accumulate(savings, initial=0)][:-1]
 
     @cached_property
@@ -268,7 +276,13 @@ def divided_step(step: Step, costs: Mapping[str, Divided], wraps: Collection[str
                 (found.flops_share, ("forward_flops", "backward_flops")),
                 (
                     found.saved_share,
-                    ("forward_moved_bytes", "backward_moved_bytes", "forward_large_bytes", "backward_large_bytes"),
+                    (
+                        "forward_moved_bytes",
+                        "backward_moved_bytes",
+                        "forward_large_bytes",
+                        "backward_large_bytes",
+                        "moved_product_bytes",
+                    ),
                 ),
             )
             for name in names
@@ -279,6 +293,7 @@ def divided_step(step: Step, costs: Mapping[str, Divided], wraps: Collection[str
                 **inside,  # type: ignore[arg-type]
                 **scaled,  # type: ignore[arg-type]
                 saved_bytes=saved,
+                product_bytes=_kept_of_products(segment, found, step.precision),
                 forward_entry_bytes=max(0, segment.forward_entry_bytes - before),
                 forward_exit_bytes=max(0, segment.forward_exit_bytes - after),
                 backward_entry_bytes=max(0, segment.backward_entry_bytes - after),
@@ -289,9 +304,19 @@ def divided_step(step: Step, costs: Mapping[str, Divided], wraps: Collection[str
     return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
 
 
-def saving(segment: Segment) -> int:
-    """What recomputing `segment` does not keep of what it saves, bytes."""
-    return max(0, segment.saved_bytes - segment.input_bytes)
+def communicated_share(precision: str) -> float:
+    """Of the bytes that a division says are communicated, those in `precision`: what was looked at is float32."""
+    return 0.5 if precision != "32-true" and MATMUL_TYPE[precision] != "float64" else 1.0
+
+
+def _kept_of_products(segment: Segment, found: Divided, precision: str) -> int:
+    """Results of products on one rank that are still theirs later on: sums over the ranks are made in their place, but
+    for those of which each rank gets a part.
+    """
+    share = communicated_share(precision)
+    scattered = int(share * sum(found.forward_halves)) // 2
+    summed = int(share * sum(found.forward_reduced)) + scattered
+    return int(max(0, segment.product_bytes - summed) * found.flops_share) + scattered
 
 
 def _running(blocks: list[str | None], size: Callable[[str], int]) -> list[int]:

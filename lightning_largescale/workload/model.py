@@ -80,6 +80,8 @@ class Segment:
         forward_copy_bytes: what such copies, of all segments, add to `forward_peak_bytes`.
         backward_copy_bytes: what they add to `backward_peak_bytes`.
         moved_copy_bytes: part of `forward_moved_bytes` that those casts read and write.
+        product_bytes: results of matrix products, convolutions and attention in the forward.
+        moved_product_bytes: part of `forward_moved_bytes` that these read and write.
     """
 
     block: str | None
@@ -101,6 +103,8 @@ class Segment:
     forward_copy_bytes: int = 0
     backward_copy_bytes: int = 0
     moved_copy_bytes: int = 0
+    product_bytes: int = 0
+    moved_product_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,8 @@ class Phase:
     moved: int = 0
     large: int = 0
     moved_copies: int = 0
+    products: int = 0
+    moved_products: int = 0
 
     def reach(self, live: int, own: int) -> None:
         """Now so much is live (bytes)."""
@@ -183,4 +185,6 @@ def _row(segment: OpenSegment, forward: Phase, backward: Phase) -> Segment:
         forward_copy_bytes=forward.peak - forward.own_peak,
         backward_copy_bytes=backward.peak - backward.own_peak,
         moved_copy_bytes=forward.moved_copies,
+        product_bytes=forward.products,
+        moved_product_bytes=forward.moved_products,
     )

@@ -129,6 +129,9 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             phase.large += sum(size for size in map(tensor_bytes, made) if size >= LARGE_BYTES)
             phase.moved_copies += moved if copies else 0
             phase.flops += _flops(func, args, kwargs, out)
+            if is_product(func):
+                phase.products += sum(map(tensor_bytes, made))
+                phase.moved_products += moved
         return out
 
     @contextmanager
@@ -333,6 +336,11 @@ class FlopsOf(compat.DispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         self.flops += _flops(func, args, kwargs or {}, out)
         return out
+
+
+def is_product(func: Any) -> bool:
+    """Whether `func` is a matrix product, a convolution, attention, or what else has FLOPs that count."""
+    return func.overloadpacket in _OUR_FLOPS or func.overloadpacket in flop_registry
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:

@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from planner.builders import MIB, hardware, workload
+from planner.builders import MIB, hardware, step, workload
 
 from lightning_largescale.hardware import Link
 from lightning_largescale.plan import Plan
@@ -30,6 +30,16 @@ def test_terms_by_hand():
     assert time.terms["backward"] == pytest.approx(2 * time.terms["forward"])
     assert time.terms["optimizer step"] == pytest.approx(10 * MODEL / 10e9)
     assert time.step_seconds == pytest.approx(sum(time.terms.values()))
+
+
+def test_what_is_cheap_runs_again_without_the_products():
+    segments = [
+        dataclasses.replace(one, product_bytes=16 * MIB, moved_product_bytes=24 * MIB) if one.block else one
+        for one in step().segments
+    ]
+    work = workload(steps={"32-true": dataclasses.replace(step(), segments=tuple(segments))})
+    time = step_time(work, Plan(activation_checkpointing="full", checkpointed_operations="cheap"), hardware(1))
+    assert time.terms["recomputation"] == pytest.approx(4 * (64 - 24) * MIB / 10e9)
 
 
 def test_recomputation_is_the_blocks_forward_again():

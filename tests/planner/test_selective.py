@@ -30,6 +30,7 @@ def unequal(saved, head):
                 forward_entry_bytes=live,
                 forward_peak_bytes=live + kept + extra,
                 forward_exit_bytes=live + kept,
+                product_bytes=kept // 3,
                 backward_entry_bytes=live + kept,
                 backward_peak_bytes=live + kept + extra,
                 backward_exit_bytes=live,
@@ -43,25 +44,33 @@ def fits(work, plan, budget):
     return peak_memory(work, plan, hardware(1, kind="cuda")).peak_bytes <= budget
 
 
-def in_part(names):
-    return Plan(activation_checkpointing="selective", checkpointed_blocks=names)
+def in_part(names, operations="all"):
+    return Plan(activation_checkpointing="selective", checkpointed_blocks=names, checkpointed_operations=operations)
 
 
-@given(saved=st.lists(st.integers(1, 64), min_size=2, max_size=6), head=st.integers(0, 32), share=st.floats(0.0, 1.0))
-def test_no_smaller_set_of_blocks_fits(saved, head, share):
+@given(
+    saved=st.lists(st.integers(1, 64), min_size=2, max_size=6),
+    head=st.integers(0, 32),
+    share=st.floats(0.0, 1.0),
+    operations=st.sampled_from(["all", "cheap"]),
+)
+def test_no_smaller_set_of_blocks_fits(saved, head, share, operations):
     work, machine = unequal(saved, head), hardware(1, kind="cuda")
-    most, least = (peak_memory(work, plan, machine).peak_bytes for plan in (PLAIN, FULL))
+    full = dataclasses.replace(FULL, checkpointed_operations=operations)
+    most, least = (peak_memory(work, plan, machine).peak_bytes for plan in (PLAIN, full))
     budget = int(least + share * (most - least))
     if most <= budget:
         return
-    excess = functools.partial(first_excess, Sizes(work, FULL, machine.kind), budget)
-    names = fewest_blocks(work.blocks, work.steps["32-true"].segments, excess)
+    sizes = Sizes(work, full, machine.kind)
+    names = fewest_blocks(
+        work.blocks, sizes.step.segments, sizes.saving, functools.partial(first_excess, sizes, budget)
+    )
     sets = [names for size in range(1, len(saved)) for names in itertools.combinations(work.blocks, size)]
-    smallest = next((len(names) for names in sets if fits(work, in_part(names), budget)), None)
+    smallest = next((len(names) for names in sets if fits(work, in_part(names, operations), budget)), None)
     if names is None:
         assert smallest is None
     else:
-        assert fits(work, in_part(names), budget)
+        assert fits(work, in_part(names, operations), budget)
         assert len(names) == smallest
 
 
@@ -85,7 +94,7 @@ def test_copies_of_weights_that_a_sharded_run_does_not_make_are_no_gain():
     )
     work = dataclasses.replace(work, steps={**work.steps, "bf16-mixed": dataclasses.replace(mixed, segments=segments)})
     sizes = Sizes(work, Plan(dp_shard=2, precision="bf16-mixed"), "cuda")
-    chosen = fewest_blocks(work.blocks, sizes.step.segments, lambda names: None if names else (3, MIB))
+    chosen = fewest_blocks(work.blocks, sizes.step.segments, sizes.saving, lambda names: None if names else (3, MIB))
     assert chosen == ("blocks.1",)
 
 
