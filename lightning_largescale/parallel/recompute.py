@@ -85,6 +85,9 @@ class _Recomputed(Forward):
             for owner in self._module.modules()
             for name, tensor in owner.named_buffers(recurse=False)
         }
+        if not before and not self._keeps:
+            # torch.compile takes no contexts that do nothing.
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         contexts = keep_products if self._keeps else noop_context_fn
         if before:
             contexts = partial(_bound_in_backward, contexts, before)
