@@ -277,8 +277,9 @@ class Plan:
         if recompute is None:
             count = len(self.checkpointed_blocks or ())
             recompute = f", activation checkpointing of {count} block{'s' if count > 1 else ''}"
-        count = len(self.wrapped_modules)
-        wraps = f", {count} more module{'s' if count > 1 else ''} gathered by themselves" if count else ""
+        count = len(self.wrapped_modules) if self.dp_shard > 1 else 0
+        by = "s gathered by themselves" if count > 1 else " gathered by itself"
+        wraps = f", {count} more module{by}" if count else ""
         if self.checkpointed_operations == "cheap":
             recompute += " but for products"
         return f"{layout}{wraps}{recompute}, {self.precision}"

@@ -76,6 +76,7 @@ class LargeScaleStrategy(LookingStrategy):
         PlanError: the plan is not accepted; at setup, it does not fit the processes, the module, or the Trainer.
     """
 
+    _watch: HeapWatch | None = None
     # By how many ranks that share their samples a sampler was last told to divide; 0 where it was not told.
     _told_samples_among = 0
     # Attributes that the parent of forked ranks is told.
@@ -181,10 +182,18 @@ class LargeScaleStrategy(LookingStrategy):
         return self.root_device.type == "cpu" and self.plan.heap in ways
 
     def _watch_heap(self, limit_bytes: int = 0) -> None:
-        """Until teardown, give holes back above that limit."""
-        watch = HeapWatch(limit_bytes)
-        watch.start()
-        self._undo.callback(watch.stop)
+        """Until teardown, or the next watch, give holes back above that limit."""
+        if self._watch is None:
+            self._undo.callback(self._watch_no_longer)
+        else:
+            self._watch.stop()
+        self._watch = HeapWatch(limit_bytes)
+        self._watch.start()
+
+    def _watch_no_longer(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
 
     def _record(self, trainer: Trainer) -> None:
         """Leave the plan with the trainer's loggers."""

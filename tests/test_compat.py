@@ -588,6 +588,20 @@ def test_is_of_sharding(two):
     assert two.run(hooks_of_a_sharded_module) == [[True, False]] * 2
 
 
+def test_argument():
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    x = torch.ones(1, 1, 2, 4)
+    assert compat.argument(attend, "dropout_p", (x, x, x), {}, None) == 0.0
+    assert compat.argument(attend, "dropout_p", (x, x, x, 0.5), {}, None) == 0.5
+    assert compat.argument(attend, "dropout_p", (x, x, x), {"dropout_p": 0.25}, None) == 0.25
+    assert compat.argument(torch.ops.aten.mm.default, "dropout_p", (x, x), {}, 1.0) == 1.0
+
+
+def test_is_operator():
+    assert compat.is_operator(torch.ops.aten.mm.default)
+    assert not compat.is_operator(torch.ops.higher_order.cond)
+
+
 class Aliased(compat.DispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))

@@ -50,7 +50,11 @@ def test_default_is_the_plain_run():
             {"activation_checkpointing": "full", "checkpointed_operations": "cheap"},
             "plain, one device, full activation checkpointing but for products, 32-true",
         ),
-        ({"tp": 4}, "tensor parallel over 4 devices, 32-true"),
+        (
+            {"dp_shard": 2, "wrapped_modules": ["head"]},
+            "ZeRO-3 over 2 devices, 1 more module gathered by itself, 32-true",
+        ),
+        ({"tp": 4, "wrapped_modules": ["head"]}, "tensor parallel over 4 devices, 32-true"),
         ({"tp": 4, "sequence_parallel": True}, "tensor and sequence parallel over 4 devices, 32-true"),
         ({"dp_shard": 2, "tp": 4}, "ZeRO-3 over 2 devices, each tensor parallel over 4 devices, 32-true"),
         (

@@ -158,6 +158,25 @@ def mutated_arguments(function: Any) -> tuple[str | int, ...]:
     )
 
 
+def argument(function: Any, name: str, args: Any, kwargs: Any, without: Any) -> Any:
+    """What a call of an operator has as its argument `name`; `without` where it has no such argument.
+
+    Replaced by a public `OpOverload.schema`.
+    """
+    for place, known in enumerate(function._schema.arguments):
+        if known.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, known.default_value)
+    return without
+
+
+def is_operator(function: Any) -> bool:
+    """Whether `function`, as a dispatch mode is given it, is an operator with a schema, and not one of higher order.
+
+    Replaced by a public name of the class of operators.
+    """
+    return isinstance(function, torch._ops.OpOverload)
+
+
 def alias(tensor: Any) -> Any:
     """A tensor with the data of `tensor` and without its graph, made inside a dispatch mode; a write into either counts
     as a version of both.

@@ -159,11 +159,13 @@ def gather_along(module: nn.Module) -> None:
 
     def visit() -> None:
         for name in order:
+            if name in state.plan.wrapped_modules:
+                continue
             state.groups[name].unshard()
             if state.plan.reshard_after_forward:
                 state.groups[name].reshard()
 
-    run_gathered(module, visit)
+    run_gathered(module, partial(_with_wraps_gathered, state, visit))
     state.gathered.extend(order)
 
 
@@ -187,6 +189,8 @@ def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     step = partial(getattr(module, name), *args, **kwargs)
     if state is not None and state.on_parts is not None:
         step = partial(state.on_parts, step)
+    if state is not None and name != "training_step":
+        step = partial(_with_wraps_gathered, state, step)
     try:
         result = run_gathered(module, step)
     except RuntimeError as error:
@@ -200,8 +204,8 @@ def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
 
 def _computed_with_shards(step: str, why: str) -> PlanError:
     return PlanError(
-        f"{step} computed with parameters of blocks outside of these, and dp_shard has them divided; compute that in"
-        f" `with self.trainer.strategy.full_parameters():` ({why})."
+        f"{step} computed with parameters of blocks, or of wrapped modules, outside of these, and dp_shard has them"
+        f" divided; compute that in `with self.trainer.strategy.full_parameters():`, or wrap no such module ({why})."
     )
 
 
@@ -222,6 +226,22 @@ def no_reduction(module: nn.Module) -> Iterator[None]:
     finally:
         state.synchronize = True
         module.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+
+def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result:
+    """Run an evaluation with the modules that the plan wraps gathered for all of it, as the root is: that nothing else
+    reads their parameters was seen of training.
+    """
+    wraps = [state.groups[name] for name in state.plan.wrapped_modules if name in state.groups]
+    for group in wraps:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        return step()
+    finally:
+        for group in wraps:
+            group.set_reshard_after_forward(state.plan.reshard_after_forward, recurse=False)
+            group.reshard()
 
 
 def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:

@@ -3,7 +3,9 @@
 Matrix products, convolutions and attention take most of a block's time and make a part of what it saves. A block that
 recomputes may keep their results, and its second forward takes these in their place. A result that was written into
 since, by the block, by a collective or by what came after, is no longer what the product made: then the product runs
-again. So does one that draws random numbers, or later ones would be others.
+again. So does one that draws random numbers, or later ones would be others. Results are taken in the order in which
+they were made, as long as products are given what they were given then. Of a write past torch (into an array that
+shares its memory) nothing is known.
 
 Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 5 (selective
     activation recomputation); torch.utils.checkpoint.create_selective_checkpoint_contexts, which refuses writes into
@@ -18,10 +20,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
+from lightning_largescale.workload.reads import storage_keys
 from lightning_largescale.workload.tracker import is_product
 
 # Of a block's first forward, and of those in backward.
@@ -42,17 +47,26 @@ def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 
 
 class _Result:
-    """What one product made, and whether it still is that."""
+    """What one product made of what, and whether it still is that."""
 
-    def __init__(self, made: Any) -> None:
+    def __init__(self, given: Any, made: Any) -> None:
         # Aliases, or what was made would hold the graph that holds this.
         self.made = map_tensors(made, compat.alias)
-        self.versions = [compat.version(tensor) for tensor in tensors_in(self.made)]
-        self.storages = {id(tensor.untyped_storage()) for tensor in tensors_in(self.made)}
+        self._versions = [compat.version(tensor) for tensor in tensors_in(self.made)]
+        self.storages = _storages(self.made)
+        self._given = [(tensor.shape, tensor.dtype, _weakly(tensor)) for tensor in tensors_in(given)]
+
+    def is_of(self, given: Any) -> bool:
+        """Whether it may be of what is `given`: as far as that is still there, it is the same."""
+        now = tensors_in(given)
+        return len(now) == len(self._given) and all(
+            tensor.shape == shape and tensor.dtype == dtype and (reference.expired() or reference == _weakly(tensor))
+            for tensor, (shape, dtype, reference) in zip(now, self._given, strict=True)
+        )
 
     @property
     def is_whole(self) -> bool:
-        return self.versions == [compat.version(tensor) for tensor in tensors_in(self.made)]
+        return self._versions == [compat.version(tensor) for tensor in tensors_in(self.made)]
 
 
 class _Kept:
@@ -68,40 +82,48 @@ class _Kept:
         collective = func.namespace == "c10d"
         if not places and not collective:
             return
-        written = (args, kwargs) if collective else [_argument(place, args, kwargs) for place in places]
-        storages = {id(tensor.untyped_storage()) for tensor in tensors_in(written)}
+        storages = _storages((args, kwargs) if collective else [_argument(place, args, kwargs) for place in places])
         for results in self.results.values():
             for index, result in enumerate(results):
                 if result is not None and not storages.isdisjoint(result.storages):
                     results[index] = None
 
 
-class _Keeping(compat.DispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(compat.DispatchMode):  # type: ignore[no-untyped-call]
+    # As torch's own modes of this kind: functions that torch compiles, and those of higher order, go by.
+    supports_higher_order_operators = True
+
     def __init__(self, kept: _Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = kept
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+class _Keeping(_Mode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
+        if not compat.is_operator(func):
+            return made
         self._kept.note_writes(func, args, kwargs)
         if _is_kept(func):
-            self._kept.results[func].append(None if _draws(func, args, kwargs) else _Result(made))
+            draws = _draws(func, args, kwargs)
+            self._kept.results[func].append(None if draws else _Result((args, kwargs), made))
         return made
 
 
-class _Taking(compat.DispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, kept: _Kept) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._kept = kept
-
+class _Taking(_Mode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> Any:
         self._next: dict[Any, int] = defaultdict(int)
+        self._follows = True
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _is_kept(func):
+        if not (compat.is_operator(func) and _is_kept(func) and self._follows):
             return func(*args, **kwargs)
         results, index = self._kept.results[func], self._next[func]
         self._next[func] += 1
@@ -109,7 +131,18 @@ class _Taking(compat.DispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         # Taken once, so that it is freed when its backward is done; a second backward runs the product.
         result, results[index] = results[index], None
+        if result is not None and not result.is_of((args, kwargs)):
+            # It computes other things than the first time, such as what it keeps from then on.
+            self._follows, result = False, None
         return func(*args, **kwargs) if result is None or not result.is_whole else result.made
+
+
+def _storages(tree: Any) -> set[int]:
+    return {key for tensor in tensors_in(tree) for key in storage_keys(tensor)}
+
+
+def _weakly(tensor: Tensor) -> Any:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _is_kept(func: Any) -> bool:
@@ -128,8 +161,4 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call draws random numbers: attention does where it drops out."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            given = args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value)
-            return bool(given)
-    return True
+    return bool(compat.argument(func, "dropout_p", args, kwargs, 1.0))

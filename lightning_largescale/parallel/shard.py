@@ -30,7 +30,7 @@ from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
-from lightning_largescale.workload.blocks import Group, find_blocks, find_groups
+from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, has_forward
 from lightning_largescale.workload.parts import Part
 
 # Bytes of full copies freed between two returns of memory to the system: a return walks the heap.
@@ -68,7 +68,7 @@ def shard_module(
 
     Raises:
         PlanError: no parameters, trainable ones in several dtypes within one group, or `wrapped_modules` that are no
-            modules of `module`, or overlap blocks or each other.
+            modules of `module`, are never called, or overlap blocks or each other.
     """
     groups = _groups(module, plan)
     if device.type == "cpu" and plan.dp_shard > 1:
@@ -181,6 +181,11 @@ def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
             raise PlanError(
                 f"wrapped_modules has {name!r}, which {f'lies in {within!r}' if within else 'has repeated blocks'};"
                 " give modules outside of repeated blocks and of each other."
+            )
+        if not has_forward(paths[name]):
+            raise PlanError(
+                f"wrapped_modules has {name!r}, a {type(paths[name]).__name__}, which is not called itself; give the"
+                " modules in it."
             )
 
 

@@ -261,7 +261,8 @@ def _hidden_seconds(sizes: Sizes, links: Links, terms: Mapping[str, float]) -> f
     forward, backward = terms["forward"] / micro, (terms["backward"] + terms["recomputation"]) / micro
     gathers, again = (all_gathers_seconds(sizes, links, backward=passed) for passed in (False, True))
     reductions = terms["reduce-scatter"] + terms["all-reduce"]
-    first = {segment.block for segment in sizes.step.segments[:1]} & {*sizes.plan.wrapped_modules}
+    blocks = (segment.block for segment in sizes.step.segments if segment.block is not None)
+    first = {next(blocks, None)} & {*sizes.plan.wrapped_modules}
     for block in {None, *first} if sizes.sharded else ():
         gathers -= _group_all_gather_seconds(sizes, block, links)
         if reductions:

@@ -125,8 +125,10 @@ def _groups(workload: Workload, layout: Plan) -> Iterator[dict[str, Any]]:
     if layout.dp_shard == 1:
         yield {}
         return
+    # An evaluation keeps them gathered.
+    found = workload.wraps if workload.stage == "fit" else ()
     # What is kept until its backward costs no more by itself, and less memory.
-    for reshard, wraps in dict.fromkeys(((True, ()), (True, workload.wraps), (False, workload.wraps))):
+    for reshard, wraps in dict.fromkeys(((True, ()), (True, found), (False, found))):
         yield {"reshard_after_forward": reshard, "wrapped_modules": wraps}
 
 

@@ -129,9 +129,9 @@ def _split(
             continue
         parts: dict[str, nn.Module] = {}
         has_blocks = any(id(part) in blocks for part in child.modules())
-        if has_blocks or within[path] > 2 * aim or not _has_forward(child):
+        if has_blocks or within[path] > 2 * aim or not has_forward(child):
             _split(f"{path}.", child, sizes, aim, blocks, parts)
-        if not parts and not has_blocks and _has_forward(child):
+        if not parts and not has_blocks and has_forward(child):
             parts = {path: child}
         found.update({name: part for name, part in parts.items() if part not in found.values()})
 
@@ -160,7 +160,7 @@ def _search(prefix: str, module: nn.Module, blocks: dict[str, nn.Module], seen: 
     repeated = _repeated_classes(module, [member for _, member in members])
     for name, member in members:
         path = f"{prefix}.{name}" if prefix else name
-        if compat.compiled_module(member).__class__ in repeated and _has_forward(member):
+        if compat.compiled_module(member).__class__ in repeated and has_forward(member):
             if id(member) not in seen:
                 seen.add(id(member))
                 blocks[path] = member
@@ -179,5 +179,6 @@ def _owns_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
-def _has_forward(module: nn.Module) -> bool:
+def has_forward(module: nn.Module) -> bool:
+    """Whether `module` can be called; containers cannot."""
     return type(compat.compiled_module(module)).forward is not nn.Module.forward

@@ -1,4 +1,4 @@
-"""Which modules read their parameters alone, as a step shows it."""
+"""Which modules FSDP may gather by themselves, as a step shows it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from lightning_largescale.workload.segments import SegmentLog
 
 
 class Reads:
-    """Follows some modules through a step: each forward is a segment of its own, unless a block runs it, and operations
-    that take their parameters at other times are noted. In backward they may: autograd holds what it saved.
+    """Follows some modules through a step: each forward is a segment of its own, unless a block runs it.
+
+    One may be gathered by itself if nothing takes its parameters but its own forward, and its own backward once the
+    gradient of what it returned is there, as FSDP2 looks for that. Nor may it write into what it is given, or others
+    into a view that it returned: FSDP2 has nodes of its own there.
 
     Args:
         modules: by name; none inside another.
@@ -28,45 +31,63 @@ class Reads:
         self._owners = {key: name for name, own in owned.items() for tensor in own for key in storage_keys(tensor)}
         self._running: list[str] = []
         self._ran: set[str] = set()
-        self._read: set[str] = set()
+        self._refused: set[str] = set()
+        # Whose gradients came, and what may not be written into, by whom of these: in its forward, or after it.
+        self._in_backward: set[str] = set()
+        self._given: dict[int, str] = {}
+        self._returned: dict[int, str] = {}
 
     @property
     def closed(self) -> frozenset[str]:
-        """Names of those that ran and whose parameters nothing else read."""
-        return frozenset(self._ran - self._read)
+        """Names of those that may be."""
+        return frozenset(self._ran - self._refused)
 
-    def see(self, inputs: Iterable[torch.Tensor]) -> None:
-        """Note what an operation of the forward takes."""
+    def see(self, inputs: Iterable[torch.Tensor], written: Iterable[torch.Tensor], *, in_backward: bool) -> None:
+        """Note what an operation takes, and of that what it writes into."""
         if not self._owners:
             return
-        for tensor in inputs:
+        allowed = {*self._running, *(self._in_backward if in_backward else ())}
+        taken = {self._owners[key] for tensor in inputs for key in storage_keys(tensor) if key in self._owners}
+        self._refused |= taken - allowed
+        for tensor in written:
             for key in storage_keys(tensor):
-                owner = self._owners.get(key)
-                if owner is not None and owner not in self._running:
-                    self._read.add(owner)
+                if self._given.get(key) in self._running:
+                    self._refused.add(self._given[key])
+                if key in self._returned:
+                    self._refused.add(self._returned[key])
 
     @contextmanager
     def watching(self, log: SegmentLog) -> Iterator[None]:
         """Under this context the step runs."""
         with ExitStack() as stack:
             for name, module in self._modules.items():
-                enter = module.register_forward_pre_hook(partial(self._enter, log, name))
+                enter = module.register_forward_pre_hook(partial(self._enter, log, name), with_kwargs=True)
                 leave = module.register_forward_hook(partial(self._leave, log, name), always_call=True)
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
             yield
 
-    def _enter(self, log: SegmentLog, name: str, *_: Any) -> None:
+    def _enter(self, log: SegmentLog, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         if log.block is None:
             log.enter_block(name)
         self._running.append(name)
         self._ran.add(name)
+        for tensor in _with_gradients((args, kwargs)):
+            self._given |= dict.fromkeys(storage_keys(tensor), name)
 
-    def _leave(self, log: SegmentLog, name: str, *_: Any) -> None:
+    def _leave(self, log: SegmentLog, name: str, _: nn.Module, args: Any, output: Any) -> None:
         if name in self._running:
             self._running.remove(name)
         if log.block == name and name not in self._running:
             log.leave_block()
+        for tensor in _with_gradients(output):
+            tensor.register_hook(lambda gradient: self._in_backward.add(name))  # type: ignore[no-untyped-call]
+            if tensor._base is not None:
+                self._returned |= dict.fromkeys(storage_keys(tensor), name)
+
+
+def _with_gradients(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in compat.leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
 
 def storage_keys(tensor: torch.Tensor) -> list[int]:

@@ -113,8 +113,8 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             self._note(tensor, counts=False)
         out = func(*args, **kwargs)
-        if not self.log.in_backward:
-            self.reads.see(inputs)
+        written = (_argument(place, args, kwargs) for place in _mutated_arguments(func))
+        self.reads.see(inputs, _tensors([*written]), in_backward=self.log.in_backward)
         outputs = list(_tensors(out))
         made = [tensor for tensor in outputs if self._note(tensor, counts=True)]
         copies = func is _aten._to_copy.default and not self._gathered.isdisjoint(storage_keys(inputs[0]))
@@ -266,8 +266,8 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
     def _keep_originals(self, func: Any, args: Any, kwargs: Any) -> None:
         """Copy what an operation is about to overwrite of the tensors that the step did not make, once each."""
         for place in _mutated_arguments(func):
-            written = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
-            for tensor in (part for one in _tensors(written) for part in compat.dense_parts(one)):
+            written = _tensors(_argument(place, args, kwargs))
+            for tensor in (part for one in written for part in compat.dense_parts(one)):
                 key = id(tensor.untyped_storage())
                 known = self._storages.get(key)
                 if (known is None or known.bytes == 0) and key not in self.overwritten:
@@ -276,6 +276,10 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 
 _mutated_arguments = functools.cache(compat.mutated_arguments)
+
+
+def _argument(place: int | str, args: Any, kwargs: Any) -> Any:
+    return args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
@@ -340,7 +344,8 @@ class FlopsOf(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 def is_product(func: Any) -> bool:
     """Whether `func` is a matrix product, a convolution, attention, or what else has FLOPs that count."""
-    return func.overloadpacket in _OUR_FLOPS or func.overloadpacket in flop_registry
+    packet = getattr(func, "overloadpacket", None)
+    return packet in _OUR_FLOPS or packet in flop_registry
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:

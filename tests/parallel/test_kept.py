@@ -73,7 +73,24 @@ def convolved(block, x):
     return x + block.down(F.silu(F.conv1d(x.transpose(1, 2), kernel).transpose(1, 2)))
 
 
+def remembered(block, x):
+    # A product that the second forward has no need of, of the shape of another.
+    if not hasattr(block, "table"):
+        with torch.no_grad():
+            block.table = block.up.weight.T @ block.down.weight.T
+    mixed = torch.mm(x.flatten(0, 1)[:DIM], block.table)
+    return x + torch.tanh(torch.mm(mixed, block.table)).mean() * block.norm(x)
+
+
+def sparse(block, x):
+    scales = torch.eye(DIM).to_sparse()
+    scales.mul_(0.5)
+    return x + block.down(F.gelu(block.up(x @ scales.to_dense())))
+
+
 BRANCHES = [
+    remembered,
+    sparse,
     attention,
     written_by_the_block,
     written_in_part,
@@ -161,6 +178,35 @@ def test_what_is_kept_goes_with_the_graph():
         assert results() == 0
     finally:
         gc.enable()
+
+
+def fold(x):
+    return torch.tanh(x @ x.transpose(-1, -2)) @ x
+
+
+class Folded(nn.Module):
+    """A block with a function of its own that torch compiles, as attention that is written out is."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(DIM, DIM)
+        self.fold = torch.compile(fold, backend="aot_eager", fullgraph=True)
+
+    def forward(self, x):
+        return x + self.fold(self.up(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_functions_that_are_compiled_inside_of_blocks():
+    losses = []
+    for plan in (Plan(), CHEAP):
+        torch.manual_seed(0)
+        model = Language()
+        model.blocks = nn.ModuleList(Folded() for _ in range(3))
+        apply_recompute(model, plan)
+        losses.append(train(model))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 # torch.compile's own import warns of torch.jit, and its look at a block's input of a gradient that is none.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from models import Language, trainer
+from models import DIM, Language, Tokens, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -109,14 +109,54 @@ def test_what_is_wrapped_is_gathered_while_it_computes(two):
         assert all({"norm", "embedding", "head"} <= names for names in found)
 
 
+class Heads(Language):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(DIM, 2), nn.Embedding(2, DIM)])
+
+
 def fit_wrapped(*names):
-    trainer(LargeScaleStrategy(Plan(dp_shard=2, wrapped_modules=names)), devices=2).fit(Language())
+    trainer(LargeScaleStrategy(Plan(dp_shard=2, wrapped_modules=names)), devices=2).fit(Heads())
+
+
+class Evaluated(Language):
+    """Reads in its validation what no training step reads; ranks have other numbers of batches."""
+
+    def validation_step(self, batch, index):
+        self.loss(batch)
+        self.evaluated.append(float(self.head.weight.norm()) + float(self.embedding.weight[0].sum()))
+
+    def val_dataloader(self):
+        data = Tokens(4 if self.trainer.global_rank else 8)
+        return torch.utils.data.DataLoader(data, batch_size=4)
+
+    def on_validation_end(self):
+        self.sharded = [isinstance(weight, DTensor) for weight in (self.head.weight, self.embedding.weight)]
+
+
+def evaluate(plan, devices):
+    model = Evaluated()
+    strategy = LargeScaleStrategy(plan) if plan else "auto"
+    run = trainer(strategy, devices=devices, max_steps=4, val_check_interval=2, limit_val_batches=2)
+    run.fit(model)
+    return model.losses, model.evaluated, model.sharded
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_an_evaluation_reads_what_is_wrapped_as_what_is_not(two, reshard):
+    losses, norms, _ = evaluate(None, 1)
+    plan = Plan(dp_shard=2, wrapped_modules=("embedding", "head"), reshard_after_forward=reshard)
+    first, second = two.run(evaluate, plan, 2)
+    assert first == (pytest.approx(losses, rel=1e-5), pytest.approx(norms, rel=1e-5), [True, True])
+    # Half the batches: one in the sanity check, one in each validation.
+    assert second == (pytest.approx(losses, rel=1e-5), pytest.approx(norms[::2], rel=1e-5), [True, True])
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("haed",), "wrapped_modules has 'haed' and Language has no such module; .*, such as 'head'"),
+        (("haed",), "wrapped_modules has 'haed' and Heads has no such module; .*, such as 'head'"),
+        (("heads",), "wrapped_modules has 'heads', a ModuleList, which is not called itself; give the modules in it"),
         (("blocks.1.up",), "wrapped_modules has 'blocks.1.up', which lies in 'blocks.1'; give modules outside"),
         (("blocks.1",), "wrapped_modules has 'blocks.1', which lies in 'blocks.1'; give modules outside"),
         (("blocks",), "wrapped_modules has 'blocks', which has repeated blocks; give modules outside"),

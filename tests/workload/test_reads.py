@@ -1,5 +1,8 @@
 """Which modules outside of blocks may be gathered by themselves, as the step shows it."""
 
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -55,6 +58,35 @@ class Named(nn.Module):
         return self.one(x) if self.kind(x.argmax() if self.kind is int else x.sum()) > -1 else x
 
 
+class Split(nn.Module):
+    """No repeats: an encoder and a decoder, the first of which gives its result away as `way` says."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.encoder = nn.Sequential(OrderedDict(act=nn.ReLU(inplace=way == "writes"), one=nn.Linear(64, 64)))
+        self.encoder.forward = self.encode
+        self.first, self.decoder, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.way = way
+
+    def encode(self, x):
+        made = self.encoder.one(self.encoder.act(x))
+        if self.way == "object":
+            return SimpleNamespace(made=made)
+        if self.way == "view":
+            return made[:]
+        if self.way == "aside":
+            self.aside = self.encoder.one(2 * x).square().mean()
+        return {"made": made}
+
+    def forward(self, x):
+        made = self.encoder(self.first(x))
+        if self.way == "view":
+            made += 1
+        made = made if self.way == "view" else made.made if self.way == "object" else made["made"]
+        result = self.last(self.decoder(made))
+        return self.aside + 0 * result.sum().detach() if self.way == "aside" else result
+
+
 def batch():
     x = torch.randint(LARGE, (2, 16))
     return x, x
@@ -96,6 +128,16 @@ def test_blocks_that_call_a_wrap_stay_one_segment():
     step = Workload.trace(Lent(), batch(), precisions=("32-true",)).steps["32-true"]
     ran = [segment.block for segment in step.segments if segment.block]
     assert ran == ["tokens", "blocks.0", "blocks.1", "blocks.2", "head"]
+
+
+@pytest.mark.parametrize(
+    ("way", "found"), [("told", True), ("object", False), ("writes", False), ("view", False), ("aside", False)]
+)
+def test_what_fsdp_cannot_follow_is_no_wrap(way, found):
+    work = Workload.trace(Split(way), torch.randn(4, 64), step="forward", precisions=("32-true",))
+    assert work.approximate == ()
+    assert {"encoder", "encoder.one"}.isdisjoint(work.wraps) == (not found)
+    assert "first" in work.wraps
 
 
 @pytest.mark.parametrize("kind", [float, int])

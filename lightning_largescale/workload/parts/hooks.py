@@ -33,5 +33,6 @@ def _register_hook(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
     return func(tensor, on_whole)
 
 
+# FSDP2 warns of outputs that are views.
 def _base(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return func(*args)
