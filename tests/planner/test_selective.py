@@ -75,7 +75,7 @@ def test_no_smaller_set_of_blocks_fits(saved, head, share, operations):
 
 
 def test_one_block_where_only_the_heap_is_in_the_way():
-    # On the CPU a plan that recomputes maps its tensors: the holes of the optimizer's step are gone by that alone.
+    # On the CPU a plan that recomputes has its heap watched: most holes of the optimizer's step are gone by that alone.
     work, machine = workload(blocks=4, steps={"32-true": step(blocks=4, saved=2, head=0)}), hardware(1)
     report = find_plans(work, machine)
     most, least = (report.estimate_of(plan).memory for plan in (PLAIN, FULL))
