@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def record_plan(trainer: Trainer, plan: Plan, *, report: str | None = None) -> N
         return
     if trainer.enable_autolog_hparams:
         own = _own_hparams(trainer)
-        hparams = {KEY: dataclasses.asdict(plan), **own}
+        # Lightning's CSV logger writes YAML that has no tuples when it is read.
+        fields = {name: [*value] if isinstance(value, tuple) else value for name, value in asdict(plan).items()}
+        hparams = {KEY: fields, **own}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and not own:
                 # It would log its "hp_metric" too, which a user without hyper-parameters does not expect.
