@@ -75,8 +75,16 @@ def test_one_process_trains_as_lightnings_plugin_bit_for_bit(precision):
     assert fit(Plan(precision=precision), 1) == expected
 
 
-@pytest.mark.parametrize("layout", PLANS)
-@pytest.mark.parametrize("precision", MATMUL_TYPE)
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [
+        pytest.param(
+            precision, layout, marks=pytest.mark.slow if layout == "wrapped" and precision != "bf16-mixed" else ()
+        )
+        for precision in MATMUL_TYPE
+        for layout in PLANS
+    ],
+)
 def test_two_processes_train_as_lightnings_plugin(two, precision, layout):
     expected, seen = fit(None, 1, precision)
     plan = Plan(precision=precision, **PLANS[layout])

@@ -99,7 +99,12 @@ def test_some_blocks_recompute(two, layout):
 
 @pytest.mark.parametrize(
     "layout",
-    [{"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}],
+    [
+        {"dp_shard": 2},
+        pytest.param({"dp_replicate": 2}, marks=pytest.mark.slow),
+        {"tp": 2},
+        pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
+    ],
     ids=["ZeRO-3", "replicate", "TP", "sequence"],
 )
 def test_what_is_cheap_recomputes(two, layout):
@@ -111,7 +116,9 @@ def test_what_is_cheap_recomputes(two, layout):
 WRAPPED = {"wrapped_modules": ("embedding", "head")}
 
 
-@pytest.mark.parametrize("case", ["clipping", "accumulation", "frozen"])
+@pytest.mark.parametrize(
+    "case", ["clipping", *(pytest.param(case, marks=pytest.mark.slow) for case in ("accumulation", "frozen"))]
+)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -127,7 +134,7 @@ def test_embedding_and_head_gathered_by_themselves(two, layout, case):
         assert_parity(losses, plain(case))
 
 
-@pytest.mark.parametrize("layout", ["TP and ZeRO-3", "HSDP"])
+@pytest.mark.parametrize("layout", ["TP and ZeRO-3", pytest.param("HSDP", marks=pytest.mark.slow)])
 def test_embedding_and_head_gathered_by_themselves_on_four_ranks(four, layout):
     for losses in four.run(fit, dataclasses.replace(PLANS[layout](4), **WRAPPED), 4, "clipping"):
         assert_parity(losses, plain("clipping"))
