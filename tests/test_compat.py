@@ -597,6 +597,13 @@ def test_argument():
     assert compat.argument(torch.ops.aten.mm.default, "dropout_p", (x, x), {}, 1.0) == 1.0
 
 
+def test_is_transformed():
+    seen = []
+    torch.func.grad(lambda x: (seen.append(compat.is_transformed(x)), x.sum())[1])(torch.ones(2))
+    assert seen == [True]
+    assert not compat.is_transformed(torch.ones(2))
+
+
 def test_is_operator():
     assert compat.is_operator(torch.ops.aten.mm.default)
     assert not compat.is_operator(torch.ops.higher_order.cond)

@@ -169,6 +169,14 @@ def argument(function: Any, name: str, args: Any, kwargs: Any, without: Any) -> 
     return without
 
 
+def is_transformed(tensor: Any) -> bool:
+    """Whether `tensor` is what torch.func hands to a function that it transforms: it has no storage.
+
+    Replaced by a public name of torch.func's, which has none.
+    """
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def is_operator(function: Any) -> bool:
     """Whether `function`, as a dispatch mode is given it, is an operator with a schema, and not one of higher order.
 

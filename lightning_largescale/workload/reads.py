@@ -72,7 +72,12 @@ class Reads:
             log.enter_block(name)
         self._running.append(name)
         self._ran.add(name)
-        for tensor in _with_gradients((args, kwargs)):
+        given = _with_gradients((args, kwargs))
+        if any(compat.is_transformed(tensor) for tensor in given):
+            # Derivatives that torch.func takes inside the step, of which FSDP2 knows nothing.
+            self._refused.add(name)
+            return
+        for tensor in given:
             self._given |= dict.fromkeys(storage_keys(tensor), name)
 
     def _leave(self, log: SegmentLog, name: str, _: nn.Module, args: Any, output: Any) -> None:
@@ -80,7 +85,7 @@ class Reads:
             self._running.remove(name)
         if log.block == name and name not in self._running:
             log.leave_block()
-        for tensor in _with_gradients(output):
+        for tensor in _with_gradients(output) if name not in self._refused else ():
             tensor.register_hook(lambda gradient: self._in_backward.add(name))  # type: ignore[no-untyped-call]
             if tensor._base is not None:
                 self._returned |= dict.fromkeys(storage_keys(tensor), name)
