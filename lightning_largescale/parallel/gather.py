@@ -232,7 +232,8 @@ def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result
     """Run an evaluation with the modules that the plan wraps gathered for all of it, as the root is: that nothing else
     reads their parameters was seen of training.
     """
-    wraps = [state.groups[name] for name in state.plan.wrapped_modules if name in state.groups]
+    names = () if state.whole else state.plan.wrapped_modules
+    wraps = [state.groups[name] for name in names if name in state.groups]
     for group in wraps:
         group.set_reshard_after_forward(False, recurse=False)
         group.unshard()

@@ -14,7 +14,6 @@ Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Tra
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,7 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.reads import storage_keys
-from lightning_largescale.workload.tracker import is_product
+from lightning_largescale.workload.tracker import is_product, writes, written
 
 # Of a block's first forward, and of those in backward.
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -54,14 +53,16 @@ class _Result:
         self.made = map_tensors(made, compat.alias)
         self._versions = [compat.version(tensor) for tensor in tensors_in(self.made)]
         self.storages = _storages(self.made)
-        self._given = [(tensor.shape, tensor.dtype, _weakly(tensor)) for tensor in tensors_in(given)]
+        self._given = [(tensor.shape, tensor.dtype, _references(tensor)) for tensor in tensors_in(given)]
 
     def is_of(self, given: Any) -> bool:
         """Whether it may be of what is `given`: as far as that is still there, it is the same."""
         now = tensors_in(given)
         return len(now) == len(self._given) and all(
-            tensor.shape == shape and tensor.dtype == dtype and (reference.expired() or reference == _weakly(tensor))
-            for tensor, (shape, dtype, reference) in zip(now, self._given, strict=True)
+            tensor.shape == shape
+            and tensor.dtype == dtype
+            and (any(one.expired() for one in references) or references == _references(tensor))
+            for tensor, (shape, dtype, references) in zip(now, self._given, strict=True)
         )
 
     @property
@@ -77,12 +78,11 @@ class _Kept:
 
     def note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         """Keep no longer what `func` writes into."""
-        places = _mutated_arguments(func)
         # Collectives write into tensors past their versions.
         collective = func.namespace == "c10d"
-        if not places and not collective:
+        if not collective and not writes(func):
             return
-        storages = _storages((args, kwargs) if collective else [_argument(place, args, kwargs) for place in places])
+        storages = _storages((args, kwargs) if collective else written(func, args, kwargs))
         for results in self.results.values():
             for index, result in enumerate(results):
                 if result is not None and not storages.isdisjoint(result.storages):
@@ -141,20 +141,14 @@ def _storages(tree: Any) -> set[int]:
     return {key for tensor in tensors_in(tree) for key in storage_keys(tensor)}
 
 
-def _weakly(tensor: Tensor) -> Any:
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+def _references(tensor: Tensor) -> list[Any]:
+    """Weak ones, to the storages of `tensor`."""
+    return [StorageWeakRef(part.untyped_storage()) for part in compat.dense_parts(tensor)]  # type: ignore[no-untyped-call]
 
 
 def _is_kept(func: Any) -> bool:
     # What writes its result into a given tensor has to write it again.
-    return is_product(func) and not _mutated_arguments(func)
-
-
-def _argument(place: int | str, args: Any, kwargs: Any) -> Any:
-    return args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
-
-
-_mutated_arguments = functools.cache(compat.mutated_arguments)
+    return is_product(func) and not writes(func)
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:

@@ -116,7 +116,7 @@ def _checkpointing(workload: Workload, precision: str) -> Iterator[dict[str, Any
     if not workload.blocks or workload.stage != "fit":
         return
     yield {"activation_checkpointing": "full"}
-    if any(segment.product_bytes for segment in workload.steps[precision].segments if segment.block):
+    if any(segment.product_bytes for segment in workload.steps[precision].segments if segment.block in workload.blocks):
         yield {"activation_checkpointing": "full", "checkpointed_operations": "cheap"}
 
 

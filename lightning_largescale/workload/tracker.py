@@ -113,8 +113,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             self._note(tensor, counts=False)
         out = func(*args, **kwargs)
-        written = (_argument(place, args, kwargs) for place in _mutated_arguments(func))
-        self.reads.see(inputs, _tensors([*written]), in_backward=self.log.in_backward)
+        self.reads.see(inputs, _tensors(written(func, args, kwargs)), in_backward=self.log.in_backward)
         outputs = list(_tensors(out))
         made = [tensor for tensor in outputs if self._note(tensor, counts=True)]
         copies = func is _aten._to_copy.default and not self._gathered.isdisjoint(storage_keys(inputs[0]))
@@ -122,7 +121,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             self._mark_copy(outputs[0])
         self.peak = max(self.peak, self.live)
         phase.reach(self.live, self.live - self.copies)
-        if made or _mutated_arguments(func):
+        if made or writes(func):
             moved = sum(map(tensor_bytes, (*inputs, *outputs)))
             self.moved += moved
             phase.moved += moved
@@ -265,21 +264,29 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
     def _keep_originals(self, func: Any, args: Any, kwargs: Any) -> None:
         """Copy what an operation is about to overwrite of the tensors that the step did not make, once each."""
-        for place in _mutated_arguments(func):
-            written = _tensors(_argument(place, args, kwargs))
-            for tensor in (part for one in written for part in compat.dense_parts(one)):
-                key = id(tensor.untyped_storage())
-                known = self._storages.get(key)
-                if (known is None or known.bytes == 0) and key not in self.overwritten:
-                    whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage())
-                    self.overwritten[key] = (whole, whole.clone())
+        changing = _tensors(written(func, args, kwargs))
+        for tensor in (part for one in changing for part in compat.dense_parts(one)):
+            key = id(tensor.untyped_storage())
+            known = self._storages.get(key)
+            if (known is None or known.bytes == 0) and key not in self.overwritten:
+                whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage())
+                self.overwritten[key] = (whole, whole.clone())
 
 
 _mutated_arguments = functools.cache(compat.mutated_arguments)
 
 
-def _argument(place: int | str, args: Any, kwargs: Any) -> Any:
-    return args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
+def writes(func: Any) -> bool:
+    """Whether `func`, an operator, writes into what it is given."""
+    return bool(_mutated_arguments(func))
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """What a call of `func` writes into."""
+    return [
+        args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
+        for place in _mutated_arguments(func)
+    ]
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
