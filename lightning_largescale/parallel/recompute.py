@@ -117,14 +117,26 @@ class _Bound:
 
     def __init__(self, buffers: _Buffers, inner: AbstractContextManager[Any]) -> None:
         self._buffers, self._inner = buffers, inner
+        self._first = {(owner, name): getattr(owner, name) for owner, name in buffers}
+        self._versions = {place: compat.version(tensor) for place, tensor in self._first.items()}
 
     def __enter__(self) -> None:
-        self._present = {(owner, name): getattr(owner, name) for owner, name in self._buffers}
-        for (owner, name), tensor in self._buffers.items():
-            setattr(owner, name, tensor)
         self._inner.__enter__()
+        self._present = {(owner, name): getattr(owner, name) for owner, name in self._buffers}
+        self._set({place: self._again(*place, tensor) for place, tensor in self._buffers.items()})
 
     def __exit__(self, *error: Any) -> None:
+        # First, whatever the other one's end raises.
+        self._set(self._present)
         self._inner.__exit__(*error)
-        for (owner, name), tensor in self._present.items():
+
+    def _again(self, owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        """What the block runs again on: what it writes into must be there for the next backward."""
+        present = self._present[owner, name]
+        constant = present is self._first[owner, name] and compat.version(present) == self._versions[owner, name]
+        return tensor if constant and not isinstance(owner, _WRITES_UNSEEN) else tensor.clone()
+
+    @staticmethod
+    def _set(buffers: _Buffers) -> None:
+        for (owner, name), tensor in buffers.items():
             setattr(owner, name, tensor)

@@ -134,3 +134,41 @@ def test_undone_it_copies_and_pickles_as_before():
 def test_no_blocks():
     with pytest.raises(PlanError, match="activation_checkpointing='full' needs repeated blocks and Linear has none"):
         apply_recompute(nn.Linear(2, 2), FULL)
+
+
+class Twice(nn.Module):
+    """Has a buffer, and fails in its second forward if it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.runs, self.fails = nn.Linear(16, 16), 0, False
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        self.runs += 1
+        self.mean.add_(1)
+        if self.fails and self.runs == 2:
+            raise RuntimeError("again")
+        return x + torch.tanh(self.linear(x)) * self.mean
+
+
+@pytest.mark.parametrize("operations", ["all", "cheap"])
+def test_buffers_are_back_after_a_second_backward_and_after_one_that_fails(operations):
+    def block():
+        model = Language()
+        model.blocks = nn.ModuleList(Twice() for _ in range(2))
+        apply_recompute(model, Plan(activation_checkpointing="full", checkpointed_operations=operations))
+        return model.blocks[0]
+
+    one, x = block(), torch.ones(2, 16, requires_grad=True)
+    y = one(x).sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
+    assert torch.equal(first, second)
+    assert torch.equal(one.mean, torch.ones(16))
+    other = block()
+    other.fails, kept = True, other.mean
+    with pytest.raises(RuntimeError, match="again"):
+        other(x).sum().backward()
+    assert other.mean is kept
+    assert torch.equal(kept, torch.ones(16))
