@@ -1,7 +1,8 @@
-"""The `torch.backends` entry point: our strategy strings are known as soon as Lightning's strategies are imported.
+"""The `torch.backends` entry point: our strategy strings are known as soon as Lightning's strategies are imported, and
+`load_from_checkpoint` reads the directories that they write.
 
-torch calls `register` at the end of `import torch`, before Lightning's strategies exist. It leaves a finder at the head
-of `sys.meta_path` that lets the real loader run, adds our names, and goes. Only the standard library is imported here,
+torch calls `register` at the end of `import torch`, before Lightning's strategies exist. It leaves finders at the head
+of `sys.meta_path` that let the real loader run, add our names, and go. Only the standard library is imported here,
 nothing of ours until Lightning is there, and nothing raises: at worst the strings are unknown and the log says why.
 
 Source: torch's autoload mechanism, docs.pytorch.org/tutorials/unstable/python_extension_autoload.html; PEP 451.
@@ -19,12 +20,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # The module that holds a registry, its name there, and the function of registry.py that fills it. The packages are two,
-# and each has a Trainer and a Fabric; ours is for the first's Trainer, and the others' registries say so.
+# and each has a Trainer and a Fabric; ours is for the first's Trainer, and the others' registries say so. Two modules
+# have a function that reads checkpoints, in the place of which stands what registry.py makes of it.
 _REGISTRIES = {
     "lightning.pytorch.strategies": ("StrategyRegistry", "register_strategies"),
     "pytorch_lightning.strategies": ("StrategyRegistry", "refuse_other_package"),
     "lightning.fabric.strategies": ("STRATEGY_REGISTRY", "refuse_fabric"),
     "lightning_fabric.strategies": ("STRATEGY_REGISTRY", "refuse_fabric"),
+    "lightning.fabric.plugins.io.torch_io": ("pl_load", "read_directories"),
+    "lightning.pytorch.core.saving": ("pl_load", "read_directories"),
 }
 
 _installed = False
@@ -71,11 +75,13 @@ def _install() -> None:
 
 
 def _fill(name: str) -> None:
-    """Hand the registry in the imported module `name` to registry.py."""
+    """Hand the registry in the imported module `name`, or its function, to registry.py."""
     registry, fill = _REGISTRIES[name]
     try:
         ours = importlib.import_module("lightning_largescale.registry")
-        getattr(ours, fill)(getattr(sys.modules[name], registry))
+        made = getattr(ours, fill)(getattr(sys.modules[name], registry))
+        if made is not None:
+            setattr(sys.modules[name], registry, made)
     except Exception as error:  # whatever it is, importing Lightning must not fail because of us
         logging.getLogger(__name__).warning("the largescale strategies are not registered: %r", error)
 

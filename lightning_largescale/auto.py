@@ -64,6 +64,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         process_group_backend: as for `LargeScaleStrategy`.
         timeout: as for `LargeScaleStrategy`.
         compile: as for `LargeScaleStrategy`; step times are predicted without it.
+        save_full: as for `LargeScaleStrategy`.
 
     Raises:
         PlanError: an argument is not accepted; at setup, nothing fits.
@@ -82,6 +83,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         compile: bool | Mapping[str, Any] = False,
+        save_full: bool = False,
     ) -> None:
         super().__init__(
             Plan(),
@@ -90,6 +92,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             timeout=timeout,
             compile=compile,
             sample_batch=sample_batch,
+            save_full=save_full,
         )
         self._memory_budget = None if memory_budget is None else parse_bytes(memory_budget, name="memory_budget")
         check_allow(allow)

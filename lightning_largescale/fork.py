@@ -118,9 +118,10 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         """Hand full tensors to the parent, whatever the plan: a collective, entered by all ranks."""
         if trainer.state.fn != TrainerFn.FITTING:
             return super()._collect_rank_zero_results(trainer, results)
-        module, full = trainer.lightning_module, trainer.strategy.lightning_module_state_dict()
+        strategy: Any = trainer.strategy
+        module, full = trainer.lightning_module, strategy.full_module_state()
         # Lightning asks the module, which under a plan holds this rank's shards.
-        module.state_dict = lambda *args, **kwargs: full  # type: ignore[method-assign,assignment]
+        module.state_dict = lambda *args, **kwargs: full  # type: ignore[method-assign]
         try:
             return super()._collect_rank_zero_results(trainer, results)
         finally:

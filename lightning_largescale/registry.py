@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.plan import Plan, PlanError
@@ -87,6 +88,27 @@ def refuse_fabric(registry: Any) -> None:
         "is for the Trainer and Fabric is not supported yet;"
         " train a LightningModule by `from lightning.pytorch import Trainer`.",
     )
+
+
+def read_directories(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`load`, by which Lightning reads checkpoints for `load_from_checkpoint` and for strategies other than ours,
+    reading also those that are directories.
+
+    Args:
+        load: takes a path or file, `map_location` and `weights_only`.
+    """
+    if hasattr(load, "__wrapped__"):
+        return load
+
+    @wraps(load)
+    def read(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        if not (isinstance(path, str | Path) and Path(path).is_dir()):
+            return load(path, map_location=map_location, weights_only=weights_only)
+        from lightning_largescale.checkpoint import load_whole_directory
+
+        return load_whole_directory(Path(path), map_location=map_location, weights_only=weights_only)
+
+    return read
 
 
 def _answer(registry: Any, reason: str) -> None:

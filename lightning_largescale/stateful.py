@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
@@ -19,12 +20,16 @@ from lightning_largescale.parallel.copies import find_copies, whole_copies
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.whole import make_whole, whole_parameters
+from lightning_largescale.plan import Plan, PlanError
 
 
 class StatefulStrategy(ConnectedStrategy):
     """Gives and takes full tensors, however the module's own are divided."""
 
+    plan: Plan
     _adapted: Sequence[AdaptedOptimizer] = ()
+    # Whether checkpoints of a sharded module are files of whole tensors.
+    _save_full = False
 
     def _module(self) -> LightningModule:
         if self.lightning_module is None:
@@ -57,44 +62,109 @@ class StatefulStrategy(ConnectedStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; in a search it is rank 0's, since each rank has made up a path of its own."""
+        """Read a checkpoint, file or directory; in a search it is rank 0's, since each rank has made up a path of its
+        own. Tensors of a directory, and of a file where the module is divided, are read later and in part.
+
+        Raises:
+            PlanError: a directory is not a checkpoint, or not a whole one.
+        """
         path = self.broadcast(checkpoint_path) if self.searching else checkpoint_path
+        if Path(path).is_dir():
+            return checkpoint.load_directory(Path(path), weights_only=weights_only)
+        if self.plan.shards and self._plain_files and checkpoint.is_mappable(path):
+            loaded: dict[str, Any] = checkpoint.load_file(path, weights_only=weights_only)
+            return loaded
         return super().load_checkpoint(path, weights_only)
 
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Full tensors, on rank 0 alone where the module is sharded; a collective."""
+    @property
+    def _plain_files(self) -> bool:
+        """Whether checkpoints that are files are torch.save's, and no plugin of the Trainer writes and reads them."""
+        return type(self.checkpoint_io) is TorchCheckpointIO
+
+    def _saves_whole(self) -> bool:
+        """Whether the checkpoints of a sharded module are files of whole tensors."""
+        return self._save_full or not self._plain_files
+
+    def full_module_state(self) -> dict[str, Any]:
+        """`state_dict` of the module with full tensors, on rank 0 alone where it is sharded: a collective."""
         module = self._module()
         if sharded_state(module) is None:
             return super().lightning_module_state_dict()
         return checkpoint.full_module_state(module, keep=self.is_global_zero)
 
     @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint is to hold: of a sharded module its parts, or full tensors on rank 0 where these are saved;
+        a collective.
+        """
+        module = self._module()
+        if sharded_state(module) is None or self._saves_whole():
+            return self.full_module_state()
+        return module.state_dict()
+
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Full tensors by parameter index, on rank 0 alone where the module is sharded; a collective.
+        """Of a sharded module the ranks' parts by names of parameters, or full tensors by parameter index on rank 0
+        where these are saved; a collective.
 
         Raises:
             PlanError: shards cut what the optimizer keeps in blocks.
         """
-        if sharded_state(self._module()) is None:
+        module = self._module()
+        if sharded_state(module) is None:
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         for adapted in self._adapted:
             if adapted.optimizer is inner:
                 adapted.check_state()
-        return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)
+        if self._saves_whole():
+            return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)
+        return checkpoint.named_optimizer_state(inner, module)
 
     @override
     def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
-        """Load full tensors, each rank its part."""
-        for optimizer, state in zip(self.optimizers, checkpoint_["optimizer_states"], strict=False):
-            checkpoint.load_optimizer_state(optimizer, state)
+        """Load the states of optimizers, each rank its part.
+
+        Raises:
+            PlanError: they are of other optimizers.
+        """
+        states = checkpoint_["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise PlanError(
+                f"the checkpoint has the state of {len(states)} optimizers and configure_optimizers made"
+                f" {len(self.optimizers)}; make the same ones, or load the weights alone."
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            checkpoint.load_optimizer_state(optimizer, state, self._module())
         for adapted in self._adapted:
             adapted.divide_state()
 
     @override
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint of full tensors, those that callbacks and hooks put in included; a collective."""
-        if sharded_state(self._module()) is not None:
-            checkpoint_ = checkpoint.whole_everywhere(checkpoint_, keep=self.is_global_zero)
-        super().save_checkpoint(checkpoint_, filepath, storage_options)
+        """Write a checkpoint; a collective.
+
+        Of a sharded module it is a directory to which each rank writes its parts, of others a file, and so with
+        `save_full`, with a checkpoint plugin of the Trainer's, and on file systems that are not mounted.
+
+        Raises:
+            PlanError: there is a folder of something else in its place.
+        """
+        if sharded_state(self._module()) is None:
+            super().save_checkpoint(checkpoint_, filepath, storage_options)
+            return
+        if self._saves_whole() or checkpoint.is_remote(filepath):
+            super().save_checkpoint(self._whole_checkpoint(checkpoint_), filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise PlanError("storage_options are for checkpoints that are files; leave them out, or save_full=True.")
+        path = Path(self.broadcast(str(filepath)))
+        checkpoint.check_writable(path)
+        checkpoint.save_directory(checkpoint_, path)
+
+    def _whole_checkpoint(self, checkpoint_: dict[str, Any]) -> dict[str, Any]:
+        """`checkpoint_` with full tensors, and optimizer states as torch has them: a collective."""
+        found: dict[str, Any] = checkpoint.whole_everywhere(checkpoint_, keep=self.is_global_zero)
+        if not self._saves_whole() and "optimizer_states" in found:
+            states = [checkpoint.indexed_optimizer_state(state) for state in found["optimizer_states"]]
+            found = {**found, "optimizer_states": states}
+        return found

@@ -13,21 +13,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.distributed import ReduceOp
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_largescale import compat
-from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of, shows_summary
+from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
+from lightning_largescale.dividing import DividingStrategy
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
-from lightning_largescale.looking import LookingStrategy
 from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
@@ -35,26 +31,21 @@ from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import HeapWatch
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
-from lightning_largescale.parallel.mesh import build_mesh, data_group, tensor_mesh, warn_of_distance
+from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, warn_of_distance
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
-from lightning_largescale.parallel.tensor import compute_divided, compute_plainly
-from lightning_largescale.parallel.user_styles import apply_styles, check_styles
+from lightning_largescale.parallel.tensor import compute_divided
+from lightning_largescale.parallel.user_styles import apply_styles
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
 from lightning_largescale.record import record_plan
 from lightning_largescale.tuning import finders_search_together
-from lightning_largescale.workload.divisions import check_division, division_words, share_divided
-from lightning_largescale.workload.model import Divided
 from lightning_largescale.workload.parts import Part
 
-# Of the matrices of blocks: a plan that divides as many is not asked whether another would divide more.
-_ENOUGH = 0.9
 
-
-class LargeScaleStrategy(LookingStrategy):
+class LargeScaleStrategy(DividingStrategy):
     """Trains a LightningModule as a plan says; the module's code, names and state_dict keys stay as they are.
 
     Args:
@@ -68,6 +59,8 @@ class LargeScaleStrategy(LookingStrategy):
         sample_batch: a batch to look at the step with, in place of one from the trainer's own loader.
         tensor_parallel_plan: torch's styles by names of modules, * standing for any part of a name, in place of what is
             found; a method `tensor_parallel_plan` of the module may return the same.
+        save_full: checkpoints of a module that is sharded are single files of whole tensors, assembled on rank 0, in
+            place of directories to which each rank writes its parts; both are read under any plan.
 
     Attributes:
         plan: the Plan in force; `Plan()` until a function has been asked.
@@ -77,8 +70,6 @@ class LargeScaleStrategy(LookingStrategy):
     """
 
     _watch: HeapWatch | None = None
-    # By how many ranks that share their samples a sampler was last told to divide; 0 where it was not told.
-    _told_samples_among = 0
     # Attributes that the parent of forked ranks is told.
     decided_at_setup: tuple[str, ...] = ("plan",)
 
@@ -92,10 +83,11 @@ class LargeScaleStrategy(LookingStrategy):
         compile: bool | Mapping[str, Any] = False,
         sample_batch: Any = None,
         tensor_parallel_plan: Mapping[str, ParallelStyle] | None = None,
+        save_full: bool = False,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self._sample_batch = sample_batch
-        self._styles = tensor_parallel_plan
+        self._styles, self._save_full = tensor_parallel_plan, save_full
         check_start_method(start_method)
         check_compile(compile)
         self._compile = compile
@@ -251,36 +243,6 @@ class LargeScaleStrategy(LookingStrategy):
             )
         self.make_whole()
 
-    def _user_styles(self) -> Mapping[str, ParallelStyle]:
-        """How the user wants the module divided by tensor parallelism; empty where that is for us to find."""
-        module = self._module()
-        own = getattr(module, "tensor_parallel_plan", None)
-        styles = self._styles or (own() if callable(own) else None) or {}
-        check_styles(module, styles)
-        return styles
-
-    def _divided(self, trainer: Trainer, plan: Plan) -> Mapping[str, Divided]:
-        """What tensor parallelism divides of each block, and of the rest: a collective."""
-        if plan.tp == 1 or self._user_styles():
-            return {}
-        found = self._known_divisions(trainer).get(plan.tp)
-        if found is not None:
-            return found
-        precision = asked_precision(self.precision_plugin) or plan.precision
-        workload = self._traced(trainer, (precision,), (plan.tp,))
-        if trainer.state.fn == TrainerFn.FITTING and share_divided(workload, plan.tp) < _ENOUGH:
-            others = tuple(size for size in range(2, 2 * plan.tp + 1) if size != plan.tp)
-            check_division(workload, self._traced(trainer, (precision,), others), plan.tp)
-        if shows_summary(trainer):
-            rank_zero_info(f"lightning_largescale: tp={plan.tp}, {division_words(workload, plan.tp)}")
-        return workload.divisions.get(plan.tp, {})
-
-    @staticmethod
-    def _compute_plainly(module: LightningModule) -> None:
-        """Take back what a setup that failed has begun; a module that is divided computes on parts."""
-        if sharded_state(module) is None:
-            compute_plainly(module)
-
     def _divide(
         self,
         module: LightningModule,
@@ -330,31 +292,6 @@ class LargeScaleStrategy(LookingStrategy):
         """Where `configure_model` builds: in DRAM, since the whole model need not fit the device."""
         with self.precision_plugin.tensor_init_context():
             yield
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """Arguments of a DistributedSampler: the ranks of tensor parallelism compute the same samples."""
-        every = super().distributed_sampler_kwargs
-        self._told_samples_among = self.plan.tp
-        return {name: number // self.plan.tp for name, number in every.items()}
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """`tensor` reduced over all ranks; a sum counts what ranks compute of the same samples once."""
-        result = super().reduce(tensor, group, reduce_op)
-        sums = reduce_op in (ReduceOp.SUM, "sum", "SUM")
-        if self.plan.tp == 1 or group is not None or not sums or not isinstance(result, Tensor):
-            return result
-        return result / self.plan.tp if result.is_floating_point() else result // self.plan.tp
-
-    def _count_samples_once(self, module: LightningModule, mesh: DeviceMesh) -> None:
-        """Let the metrics of `module` sum over ranks that see other samples."""
-        group = data_group(mesh)
-        for metric in module.modules():
-            if isinstance(metric, Metric) and metric.process_group is None:
-                self._undo.callback(setattr, metric, "process_group", None)
-                metric.process_group = group
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

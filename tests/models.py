@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -99,6 +99,17 @@ class Language(LightningModule):
         return divided_loader(self.trainer, Tokens(self.samples))
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+
+class SaveLast(Callback):
+    """Writes a checkpoint at the end of the last epoch, which one written after fit is not quite to Lightning."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == trainer.max_epochs - 1:
+            trainer.save_checkpoint(self.path)
 
 
 def divided_loader(trainer, data):

@@ -154,6 +154,31 @@ def test_dense_parts():
     assert compat.dense_parts(matrix.to_mkldnn()) == []
 
 
+class Told(torch.Tensor):
+    """A tensor that tells what is asked of it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return (func, compat.call_as_tensor(func, args, kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return torch.tensor(7.0)
+
+
+def test_tensor_without_values():
+    made = compat.tensor_without_values(Told, (2, 3), torch.bfloat16)
+    told = type(made), compat.call_as_tensor(torch.Tensor.size, (made,), {})
+    assert told == (Told, (2, 3))
+    assert compat.call_as_tensor(torch.Tensor.neg, (made,), {}) == 7
+
+
+def test_call_as_tensor():
+    made = compat.tensor_without_values(Told, (2,), torch.float32)
+    assert made.size() == (torch.Tensor.size, (2,))
+    assert compat.call_as_tensor(torch.Tensor.size, (made,), {}) == (2,)
+
+
 # torch.compile's own import warns of torch.jit.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_module():

@@ -24,6 +24,7 @@ LAYERS = [
         "callbacks",
         "checkpoint",
         "connected",
+        "dividing",
         "failures",
         "stateful",
         "stepping",

@@ -271,3 +271,20 @@ def foreach_kind(function: Any) -> str | None:
 _FOREACH_KINDS = {
     getattr(torch, name): "in place" for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")
 } | {torch._foreach_norm: "norms", torch._amp_foreach_non_finite_check_and_unscale_: "unscale"}
+
+
+def tensor_without_values(kind: Any, shape: Any, dtype: torch.dtype) -> Any:
+    """A tensor of the class `kind`, which dispatches by itself, on the CPU and without storage.
+
+    Replaced by a public way to make a wrapper subclass of Tensor.
+    """
+    return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=torch.device("cpu"))
+
+
+def call_as_tensor(function: Any, args: Any, kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` without asking what classes of tensors have to say to it above autograd.
+
+    Replaced by a public name for it.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)

@@ -11,11 +11,13 @@ import contextlib
 import ctypes
 import gc
 import mmap
+import sys
 from pathlib import Path
 from time import monotonic
 
 import psutil
 import torch
+from torch import Tensor
 
 _STATUS = Path("/proc/self/status")
 _STATM = Path("/proc/self/statm")
@@ -94,3 +96,16 @@ def trim_heap() -> None:
     except (AttributeError, OSError):
         return
     trim(0)
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Let the system take back the memory of `tensor`, of a mapped file: its pages are read again when they are asked
+    for, and what was written into them is lost.
+
+    Source: man page madvise(2), MADV_DONTNEED.
+    """
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start, end = tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if tensor.numel() and start < end and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

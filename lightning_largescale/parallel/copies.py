@@ -23,6 +23,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.order import as_ordered, divided, full, order_of
+from lightning_largescale.parallel.stored import Stored
 
 # Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.
 _BATCH_BYTES = 16 * 2**20
@@ -101,7 +102,7 @@ def enable_copies(module: nn.Module) -> None:
     for part in module.modules():
         # Python looks a copier up on the object, and finds this one before the refusal that is FSDP's.
         vars(part)["__deepcopy__"] = partial(_deepcopy, module, part)
-    state.hooks.append(take_full_tensors(module))
+    state.hooks += exchange_states(module)
 
 
 def disable_copies(module: nn.Module) -> None:
@@ -111,17 +112,22 @@ def disable_copies(module: nn.Module) -> None:
         vars(part).pop("__deepcopy__", None)
 
 
-def take_full_tensors(module: nn.Module) -> RemovableHandle:
-    """Let `module.load_state_dict` take full tensors for parameters that are divided, without communication."""
-    handle: RemovableHandle = module.register_load_state_dict_pre_hook(_divide)  # type: ignore[no-untyped-call]
-    return handle
+def exchange_states(module: nn.Module) -> list[RemovableHandle]:
+    """Let `module.load_state_dict` take full tensors for parameters that are divided, without communication, and
+    `module.state_dict` tell the order of what it gives.
+    """
+    return [
+        module.register_load_state_dict_pre_hook(_divide),  # type: ignore[no-untyped-call]
+        module.register_state_dict_post_hook(_tell_order),  # type: ignore[no-untyped-call]
+    ]
 
 
 def divided_like(value: Any, target: Any) -> Any:
     """`value` divided as `target` is, without communication, where both are the same tensor but for that."""
     if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
-    if value.shape != target.shape:
+    # What is in a file is read when it is copied, and no more of it than is asked for.
+    if value.shape != target.shape or isinstance(value, Stored):
         return value
     return divided(value.to(target.device), target, order_of(target))
 
@@ -152,7 +158,7 @@ def _replace(module: nn.Module, by: Callable[[str, nn.Parameter], nn.Parameter])
 def _equip(one: nn.Module) -> None:
     """Let `one`, a divided copy, compute and take full tensors."""
     _remove_hooks(one, _gathers)
-    take_full_tensors(one)
+    exchange_states(one)
     for part in _outermost_callable(one):
         _Gathering(part)
 
@@ -224,6 +230,12 @@ def _divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if prefix + name in state:
             state[prefix + name] = divided_like(state[prefix + name], parameter)
+
+
+def _tell_order(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if isinstance(state.get(prefix + name), DTensor):
+            as_ordered(state[prefix + name], order_of(parameter))
 
 
 def _deepcopy(root: nn.Module, module: nn.Module, memo: dict[int, Any]) -> Any:

@@ -7,16 +7,19 @@ the parameter is told of. Whatever leaves or enters the ranks as a whole goes th
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TypeVar
+
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.parts import Part, cut, share
 
 _ATTRIBUTE = "_largescale_order"
+_Tensor = TypeVar("_Tensor", bound=Tensor)
 
 
-def as_ordered(parameter: nn.Parameter, part: Part | None) -> nn.Parameter:
+def as_ordered(parameter: _Tensor, part: Part | None) -> _Tensor:
     """`parameter`, a DTensor, told that its ranks have parts as `part` says."""
     if part is not None and len(part.pieces) > 1:
         setattr(parameter, _ATTRIBUTE, part)
@@ -33,9 +36,10 @@ def full(tensor: Tensor, part: Part | None = None) -> Tensor:
 
     Args:
         tensor: a parameter, its gradient or its state; divided by the last axis of its mesh first, then by the others.
-        part: `order_of` the parameter.
+        part: `order_of` the parameter, where `tensor` is not told itself.
     """
     assert isinstance(tensor, DTensor)
+    part = part or order_of(tensor)
     if not divided_dims(tensor):
         return _replicated(tensor)
     whole: Tensor = tensor.to_local().detach()
@@ -43,7 +47,7 @@ def full(tensor: Tensor, part: Part | None = None) -> Tensor:
         if level is not None:
             dim, size = level
             pieces = Part(dim, (size,))
-            if axis == tensor.device_mesh.ndim - 1 and _has_order(part, tensor):
+            if axis == tensor.device_mesh.ndim - 1 and has_order(part, tensor):
                 assert part is not None
                 pieces = part
             whole = MeshRanks(tensor.device_mesh, axis).whole(whole, pieces)
@@ -64,7 +68,7 @@ def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
         if dim is None:
             continue
         pieces = Part(dim, (local.shape[dim],))
-        if axis == mesh.ndim - 1 and _has_order(part, like):
+        if axis == mesh.ndim - 1 and has_order(part, like):
             assert part is not None
             pieces = part
         local = cut(local, pieces, mesh.get_local_rank(axis), mesh.size(axis))
@@ -74,7 +78,7 @@ def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
     return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
-def _has_order(part: Part | None, tensor: DTensor) -> bool:
+def has_order(part: Part | None, tensor: DTensor) -> bool:
     """Whether `tensor`, of a parameter that is in the order of `part`, is itself."""
     return part is not None and tensor.dim() > part.dim and tensor.shape[part.dim] == part.size
 

@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from models import GLOBAL_BATCH, Language, trainer
+from models import DIM, GLOBAL_BATCH, Language, SaveLast, trainer
 from ranks import quiet
+from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -43,19 +44,10 @@ class Scheduled(Language):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
 
 
-class SaveLast(Callback):
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_epoch_end(self, trainer, module):
-        if trainer.current_epoch == trainer.max_epochs - 1:
-            trainer.save_checkpoint(self.path)
-
-
-def go_on(plan, devices, steps, path=None, save=None):
+def go_on(plan, devices, steps, path=None, save=None, *, kind=Scheduled, **options):
     """Train until step `steps`, from `path`, write `save`; the losses of these steps."""
-    model = Scheduled(seed=int(os.environ.get("RANK", 0)) + (7 if path else 0))
-    strategy = LargeScaleStrategy(plan) if plan else "auto"
+    model = kind(seed=int(os.environ.get("RANK", 0)) + (7 if path else 0))
+    strategy = LargeScaleStrategy(plan, **options) if plan else "auto"
     # A file written at the end of an epoch, which one written after fit is not quite to Lightning.
     callbacks = [SaveLast(save)] if save else []
     epochs = steps // STEPS
@@ -82,10 +74,87 @@ def test_resumes_under_every_plan_and_stock_lightning(two, four, uninterrupted, 
     assert losses == pytest.approx(uninterrupted, rel=1e-5)
 
 
-def test_sharded_file_is_a_stock_one(two, tmp_path):
+class Fused(nn.Module):
+    """A block whose query, key and value stand side by side in one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.out = nn.Linear(DIM, DIM, bias=False)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Attending(Scheduled):
+    """With matrices whose parts are of several stretches, parameter groups, and an odd number of rows."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.blocks = nn.ModuleList(Fused() for _ in range(2))
+        self.odd = nn.Parameter(torch.randn(5, DIM) * 0.02)
+
+    def forward(self, tokens):
+        return super().forward(tokens) + self.odd.sum(0)
+
+    def configure_optimizers(self):
+        matrices = [one for one in self.parameters() if one.dim() > 1]
+        vectors = [one for one in self.parameters() if one.dim() < 2]
+        groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "lr": 5e-3}]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
+
+
+PLANS = {
+    "stock": (None, 1),
+    "replicated": (Plan(dp_replicate=2), 2),
+    "sharded": (Plan(dp_shard=2), 2),
+    "hybrid": (Plan(dp_replicate=2, dp_shard=2), 4),
+    "divided": (Plan(tp=2), 2),
+    "2d": (Plan(dp_shard=2, tp=2), 4),
+}
+
+
+def run_on(ranks_of, name, *args, **options):
+    plan, devices = PLANS[name]
+    if devices == 1:
+        return go_on(plan, 1, *args, **options)
+    return ranks_of[devices].run(go_on, plan, devices, *args, **options)[0]
+
+
+@pytest.fixture(scope="module")
+def attending(tmp_path_factory):
+    """Losses of an uninterrupted run, and a folder."""
+    return go_on(None, 1, 2 * STEPS, kind=Attending), tmp_path_factory.mktemp("attending")
+
+
+def check_resumes(ranks_of, attending, writer, reader):
+    losses, folder = attending
+    path = folder / f"{writer}.ckpt"
+    if not path.exists():
+        assert run_on(ranks_of, writer, STEPS, None, path, kind=Attending) == pytest.approx(losses[:STEPS], rel=1e-5)
+    assert path.is_dir() == (writer not in ("stock", "replicated"))
+    assert run_on(ranks_of, reader, 2 * STEPS, path, kind=Attending) == pytest.approx(losses[STEPS:], rel=1e-5)
+
+
+@pytest.mark.parametrize(("writer", "reader"), [*zip(PLANS, [*PLANS][3:] + [*PLANS][:3], strict=True)])
+def test_goes_on_under_another_plan(two, four, attending, writer, reader):
+    check_resumes({2: two, 4: four}, attending, writer, reader)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", PLANS)
+@pytest.mark.parametrize("writer", PLANS)
+def test_goes_on_under_every_plan(two, four, attending, writer, reader):
+    check_resumes({2: two, 4: four}, attending, writer, reader)
+
+
+def test_full_file_is_a_stock_one(two, tmp_path):
     plain, ours = tmp_path / "plain.ckpt", tmp_path / "ours.ckpt"
     go_on(None, 1, STEPS, None, plain)
-    two.run(go_on, Plan(dp_shard=2), 2, STEPS, None, ours)
+    two.run(go_on, Plan(dp_shard=2), 2, STEPS, None, ours, save_full=True)
     expected, found = (torch.load(path, weights_only=False) for path in (plain, ours))
     assert list(found) == list(expected)
     assert list(found["state_dict"]) == list(expected["state_dict"])

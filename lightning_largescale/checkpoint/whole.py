@@ -1,4 +1,4 @@
-"""Checkpoints that do not know the plan: full tensors out, and in again under any plan.
+"""Full tensors of what is divided, for the file that stock Lightning writes.
 
 What is written is what stock Lightning writes for a plain run: `state_dict` with the module's own keys, optimizer state
 by parameter index. Full tensors are assembled one at a time, and kept on rank 0 alone.
@@ -7,16 +7,19 @@ by parameter index. Full tensors are assembled one at a time, and kept on rank 0
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_largescale.parallel.copies import divided_like
+from lightning_largescale.checkpoint.directory import load_directory
+from lightning_largescale.checkpoint.optimizers import indexed_optimizer_state
 from lightning_largescale.parallel.order import full, order_of
+from lightning_largescale.parallel.stored import Stored
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
@@ -56,17 +59,23 @@ def full_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
     return {**state, "state": found} if keep else {}
 
 
-def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict` of full tensors, each rank taking its slices without communication."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    indices = [index for group in state["param_groups"] for index in group["params"]]
-    by_index = dict(zip(indices, parameters, strict=False))
+def load_whole_directory(path: Path, *, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    """A checkpoint that is a directory as stock Lightning reads one that is a file: full tensors, in this process.
 
-    divided = {
-        index: apply_to_collection(values, Tensor, divided_like, by_index.get(index))
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": divided})
+    Args:
+        path: as of `load_directory`.
+        map_location: a device, or its name, for all tensors; anything else leaves them on the CPU.
+        weights_only: as of torch.load, of what is no tensor.
+
+    Raises:
+        PlanError: as `load_directory`.
+    """
+    loaded = load_directory(path, weights_only=weights_only)
+    if "optimizer_states" in loaded:
+        loaded["optimizer_states"] = [indexed_optimizer_state(state) for state in loaded["optimizer_states"]]
+    device = map_location if isinstance(map_location, str | torch.device) else "cpu"
+    whole: dict[str, Any] = apply_to_collection(loaded, Stored, lambda stored: stored.whole().to(device))
+    return whole
 
 
 def whole_everywhere(value: Any, *, keep: bool) -> Any:
@@ -76,7 +85,7 @@ def whole_everywhere(value: Any, *, keep: bool) -> Any:
     object; containers that do are copied.
     """
     if isinstance(value, DTensor):
-        return _whole(value, None, keep=keep)
+        return _whole(value, value, keep=keep)
     if not isinstance(value, dict | list | tuple):
         return value
     keys = list(value) if isinstance(value, dict) else range(len(value))

@@ -1,0 +1,166 @@
+"""Weights in files of safetensors, with or without an index, and of torch: mapped, and read by slices.
+
+Source: safetensors.safe_open; torch.load(mmap=True).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning_utilities.core.apply_func import apply_to_collection
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_largescale.hardware.usage import forget_pages
+from lightning_largescale.parallel.pieces import Piece, in_boxes
+from lightning_largescale.parallel.stored import Stored
+from lightning_largescale.plan import PlanError
+
+# Bytes of a file that are in memory at once, beside what they are read into.
+_BOX_BYTES = 32 * 2**20
+# Where those who publish weights leave which file has which, and what holds the tensors of a Lightning checkpoint.
+_INDEX, _STATE = "*.index.json", "state_dict"
+
+
+def stored_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of weights in files, by name, to be read later.
+
+    Args:
+        path: a file of safetensors; an index of several (".index.json"), or a folder with one or with such files; a
+            file that torch.save wrote of tensors by name, or of a checkpoint with these as its "state_dict".
+
+    Raises:
+        PlanError: there is none, or it is truncated or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        indices = sorted(path.glob(_INDEX))
+        files = sorted(path.glob("*.safetensors"))
+        if len(indices) > 1 or not (indices or files):
+            raise PlanError(
+                f"weights={str(path)!r} is a folder with {len(indices)} indices and {len(files)} files of safetensors;"
+                " give a folder with one index or with such files, or the path of a file."
+            )
+        return _of_index(indices[0]) if indices else _of_files(files)
+    if not path.is_file():
+        raise PlanError(f"weights={str(path)!r} is not there; give the path of a file or folder with weights.")
+    if path.suffix == ".json":
+        return _of_index(path)
+    return _of_safetensors(path) if path.suffix == ".safetensors" else _of_torch(path)
+
+
+def load_file(path: str | Path, *, weights_only: bool | None = None) -> Any:
+    """What torch.save wrote, with its tensors to be read later.
+
+    Args:
+        path: of a file for which `is_mappable`.
+        weights_only: as of torch.load.
+    """
+    loaded = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    return apply_to_collection(loaded, Tensor, _stored)
+
+
+def is_mappable(path: object) -> bool:
+    """Whether `path` is of a local file that torch.save wrote, but long ago."""
+    return isinstance(path, str | Path) and is_zipfile(path)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether `path` is on a file system that is not mounted."""
+    return not isinstance(get_filesystem(path), LocalFileSystem)
+
+
+def _stored(values: Tensor) -> Tensor:
+    if values.layout is not torch.strided or values.is_quantized or type(values) is not Tensor:
+        return values
+    return Stored(values.shape, values.dtype, partial(_read_mapped, lambda box: values[box]))
+
+
+def _of_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        found = load_file(path, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise PlanError(
+            f"weights={str(path)!r} is not a file of safetensors, and torch.load does not read it"
+            f" ({str(error).splitlines()[0]}); give one of safetensors or one that torch.save wrote of tensors."
+        ) from error
+    state = found.get(_STATE, found) if isinstance(found, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise PlanError(
+            f"weights={str(path)!r} does not hold tensors by name; give a file with a state_dict, or a checkpoint that"
+            f" has one as {_STATE!r}."
+        )
+    return dict(state)
+
+
+def _of_index(path: Path) -> dict[str, Tensor]:
+    try:
+        names: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        files = sorted({path.parent / name for name in names.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(
+            f"{str(path)!r} is not an index of weights ({error!r}); it has no readable 'weight_map'."
+        ) from error
+    for file in files:
+        if not file.is_file():
+            raise PlanError(f"{str(path)!r} names {file.name!r}, which is not there; put all of its files beside it.")
+    found = _of_files(files)
+    if missing := [name for name in names if name not in found]:
+        raise PlanError(
+            f"{str(path)!r} names {listed(missing)} and its files do not have them; get index and files of one release."
+        )
+    return {name: found[name] for name in names}
+
+
+def _of_files(files: Sequence[Path]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in files:
+        own = _of_safetensors(file) if file.suffix == ".safetensors" else _of_torch(file)
+        if twice := found.keys() & own.keys():
+            raise PlanError(f"{str(file)!r} has {listed(sorted(twice))}, which another file of that folder has too.")
+        found |= own
+    return found
+
+
+def _of_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # Read by no context: what is stored keeps it open.
+        opened: Any = safe_open(path, framework="pt")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: _stored_slice(one) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise PlanError(
+            f"weights={str(path)!r} is truncated or not a file of safetensors ({error}); get it anew."
+        ) from error
+
+
+def _stored_slice(one: Any) -> Stored:
+    shape = one.get_shape()
+    # Nothing is read of an empty slice, which has the dtype.
+    dtype = one[:0].dtype if shape else one[...].dtype
+    return Stored(shape, dtype, partial(_read_mapped, lambda box: one[box] if box else one[...]))
+
+
+def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], pieces: Sequence[Piece]) -> None:
+    """Copy boxes of a mapped tensor, and have its pages back after each."""
+    for piece in pieces:
+        for box in in_boxes(piece, _BOX_BYTES):
+            sides = zip(box.offsets, box.values.shape, strict=True)
+            values = slice_of(tuple(slice(start, start + size) for start, size in sides))
+            box.values.copy_(values)
+            forget_pages(values)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names of many, and how many others there are."""
+    shown = ", ".join(map(repr, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

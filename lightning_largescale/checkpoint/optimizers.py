@@ -1,0 +1,151 @@
+"""The state of optimizers by names of parameters, and back into any optimizer of the same kind.
+
+Names say the same in every process, whatever the order in which parameters were given; torch's own indices do not.
+
+Source: torch.distributed.checkpoint.state_dict, whose form this is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_largescale.checkpoint.files import listed
+from lightning_largescale.parallel.copies import divided_like
+from lightning_largescale.parallel.order import as_ordered, order_of
+from lightning_largescale.parallel.stored import Stored
+from lightning_largescale.plan import PlanError
+
+_Names = dict[Tensor, str]
+
+
+def named_optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """`optimizer.state_dict()` with names of `module`'s parameters for indices, tensors divided as they are."""
+    names = _names(module)
+    state = optimizer.state_dict()
+    parameters = dict(_by_index(optimizer, state["param_groups"]))
+    values = {
+        names[parameters[index]]: apply_to_collection(state["state"][index], Tensor, _told, parameters[index])
+        # In the same order on all ranks, whatever the order in which parameters got their state.
+        for index in sorted(state["state"])
+    }
+    groups = [
+        {**group, "params": [names[parameters[index]] for index in group["params"]]} for group in state["param_groups"]
+    ]
+    return {**state, "state": values, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], module: nn.Module) -> None:
+    """`optimizer.load_state_dict` of whole tensors, each rank taking its part without communication.
+
+    Args:
+        optimizer: over parameters of `module`, divided or not.
+        state: by indices of parameters, or by their names in `module`.
+        module: sharded, replicated or plain.
+
+    Raises:
+        PlanError: it is of an optimizer of another kind, or with other groups.
+    """
+    _check_groups(optimizer, state["param_groups"])
+    if any(isinstance(key, str) for group in state["param_groups"] for key in group["params"]):
+        state = _indexed(optimizer, state, module)
+    parameters = dict(_by_index(optimizer, state["param_groups"]))
+    divided = {
+        index: apply_to_collection(values, Tensor, _own, parameters.get(index))
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": divided})
+
+
+def indexed_optimizer_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """State by names with torch's indices for them: the place of a parameter in its groups, one after the other."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    indices = {name: index for index, name in enumerate(names)}
+    groups = [{**group, "params": [indices[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": {indices[name]: one for name, one in state["state"].items()}, "param_groups": groups}
+
+
+def _names(module: nn.Module) -> _Names:
+    return {parameter: name for name, parameter in module.named_parameters()}
+
+
+def _by_index(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Tensor]]:
+    """Indices that `groups` have for parameters, with these."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [*zip((index for group in groups for index in group["params"]), parameters, strict=False)]
+
+
+def _indexed(optimizer: Optimizer, state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """State by names as state by indices of the optimizer's own parameters.
+
+    Raises:
+        PlanError: a group has other parameters.
+    """
+    names = _names(module)
+    groups: list[dict[str, Any]] = []
+    values: dict[int, Any] = {}
+    for number, (group, saved) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=True)):
+        own = [names[parameter] for parameter in group["params"]]
+        if missing := [name for name in own if name not in saved["params"]]:
+            raise PlanError(
+                f"the checkpoint's {type(optimizer).__name__} does not have {listed(missing)} in its parameter group"
+                f" {number}; make the optimizer with the same groups in configure_optimizers."
+            )
+        first = sum(len(group["params"]) for group in groups)
+        values |= {first + place: state["state"][name] for place, name in enumerate(own) if name in state["state"]}
+        groups.append({**saved, "params": [*range(first, first + len(own))]})
+    return {**state, "state": values, "param_groups": groups}
+
+
+def _check_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    kind, own = type(optimizer).__name__, optimizer.param_groups
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved, own)]
+    if sizes[0] != sizes[1]:
+        raise PlanError(
+            f"the checkpoint has parameter groups of {sizes[0]} parameters and this {kind} of {sizes[1]};"
+            " make the optimizer with the same groups in configure_optimizers, or load the weights alone."
+        )
+    for theirs, ours in zip(saved, own, strict=True):
+        # A version of torch may know options that another does not; other optimizers lack some and have others.
+        lacking, beside = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        # Schedulers leave the first value of what they change.
+        beside = [name for name in beside if not name.startswith(("initial_", "max_", "min_"))]
+        if lacking and beside:
+            raise PlanError(
+                f"the checkpoint's optimizer has {listed(beside)} and no {listed(lacking)}, so it is no {kind};"
+                " make one of the same class in configure_optimizers, or load the weights alone."
+            )
+
+
+def _told(value: Tensor, parameter: Tensor) -> Tensor:
+    """A divided tensor of the state told the order of its parameter's elements."""
+    return as_ordered(value.detach(), order_of(parameter)) if isinstance(value, DTensor) else value
+
+
+def _own(value: Tensor, parameter: Tensor | None) -> Any:
+    """What this rank is to have of a tensor of the state of `parameter`."""
+    if not isinstance(value, Stored):
+        return divided_like(value, parameter)
+    if not isinstance(parameter, Tensor) or value.shape != parameter.shape:
+        return value.whole()
+    if not isinstance(parameter, DTensor):
+        own = torch.empty_like(parameter.detach(), dtype=value.dtype)
+        value.read(own)
+        return own
+    local = torch.empty_like(parameter.to_local().detach(), dtype=value.dtype)
+    divided = DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    value.read(as_ordered(divided, order_of(parameter)))
+    return divided

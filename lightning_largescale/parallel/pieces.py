@@ -1,0 +1,110 @@
+"""Where in a whole tensor this rank's elements stand: what is written to and read from files that know no mesh.
+
+A piece is a box of the whole tensor, in the user's order. Most ranks have one of a tensor; of a matrix that holds q, k
+and v side by side, divided by tensor parallelism, they have one of each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale.parallel.order import divided_dim, has_order, order_of
+from lightning_largescale.workload.parts import Part, share
+
+# Of one dimension, first element and length of what is held, in the order in which it is held.
+_Stretches = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a whole tensor.
+
+    Attributes:
+        offsets: its first element in the whole tensor, one a dimension.
+        values: a view of this rank's memory, of the box's sizes.
+    """
+
+    offsets: tuple[int, ...]
+    values: Tensor
+
+
+def pieces_of(tensor: Tensor, part: Part | None = None) -> list[Piece]:
+    """The boxes that this rank holds of `tensor`, none of them empty; a tensor that is not divided is one.
+
+    Args:
+        tensor: a parameter, its gradient or its state.
+        part: `order_of` the parameter, where `tensor` is not told itself.
+    """
+    if not isinstance(tensor, DTensor):
+        return [Piece((0,) * tensor.dim(), tensor.detach())]
+    part = part or order_of(tensor)
+    dims: list[_Stretches] = [[(0, size)] for size in tensor.shape]
+    mesh = tensor.device_mesh
+    for axis, placement in reversed([*enumerate(tensor.placements)]):
+        dim = divided_dim(placement)
+        if dim is None:
+            continue
+        ordered = axis == mesh.ndim - 1 and has_order(part, tensor)
+        sizes = part.pieces if part is not None and ordered else (_length(dims[dim]),)
+        rank, ranks, start, taken = mesh.get_local_rank(axis), mesh.size(axis), 0, []
+        for size in sizes:
+            offset, length = share(size, rank, ranks)
+            taken += _within(dims[dim], start + offset, length)
+            start += size
+        dims[dim] = taken
+    return [*_boxes(tensor.to_local().detach(), dims)]
+
+
+def in_boxes(piece: Piece, limit_bytes: int) -> Iterator[Piece]:
+    """`piece` in boxes of at most `limit_bytes`, or of one element, along its first dimensions."""
+    values = piece.values
+    dim = next((dim for dim, size in enumerate(values.shape) if size > 1), None)
+    if values.nbytes <= limit_bytes or dim is None:
+        yield piece
+        return
+    rows = max(1, limit_bytes * values.shape[dim] // values.nbytes)
+    for start in range(0, values.shape[dim], rows):
+        length = min(rows, values.shape[dim] - start)
+        offsets = tuple(offset + start * (axis == dim) for axis, offset in enumerate(piece.offsets))
+        yield from in_boxes(Piece(offsets, values.narrow(dim, start, length)), limit_bytes)
+
+
+def _boxes(local: Tensor, dims: Sequence[_Stretches]) -> Iterator[Piece]:
+    """What `local` holds, its dimensions being made of stretches."""
+    held = [[*_places(dim)] for dim in dims]
+    for box in itertools.product(*held):
+        values = local
+        for axis, (own, _, length) in enumerate(box):
+            values = values.narrow(axis, own, length)
+        if math.prod(values.shape):
+            yield Piece(tuple(start for _, start, _ in box), values)
+
+
+def _places(stretches: _Stretches) -> Iterator[tuple[int, int, int]]:
+    """Of each stretch its first element among those held, in the whole, and its length."""
+    own = 0
+    for start, length in stretches:
+        yield own, start, length
+        own += length
+
+
+def _within(stretches: _Stretches, start: int, length: int) -> _Stretches:
+    """The stretches of elements `start` to `start + length` of those that are held."""
+    found: _Stretches = []
+    before = 0
+    for first, size in stretches:
+        low, high = max(start - before, 0), min(start + length - before, size)
+        if low < high:
+            found.append((first + low, high - low))
+        before += size
+    return found
+
+
+def _length(stretches: _Stretches) -> int:
+    return sum(length for _, length in stretches)

@@ -1,0 +1,102 @@
+"""Tensors that are in a file, read when and as far as they are asked for: each rank reads its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.pieces import Piece, pieces_of
+
+
+class Stored(Tensor):
+    """A tensor in a file, for which a CPU tensor passes: it has a shape and a dtype, and its values when needed.
+
+    `tensor.copy_(stored)` reads as much of it as the rank holds of `tensor`, which is how modules load a state_dict.
+    Whatever else is computed of it reads all of it.
+
+    Args:
+        shape: of the whole tensor.
+        dtype: that it is stored in.
+        read: reads boxes of it into the values of pieces, which may be of another dtype or device.
+    """
+
+    _read: Callable[[Sequence[Piece]], None]
+    # What was written into it since.
+    _written: Tensor | None = None
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Piece]], None]) -> Stored:
+        """As the class says."""
+        stored: Stored = compat.tensor_without_values(cls, tuple(shape), dtype)
+        stored._read = read
+        return stored
+
+    def read(self, out: Tensor) -> None:
+        """Read into `out`, a parameter or its state, what this rank holds of it.
+
+        Raises:
+            ValueError: `out` has another shape.
+        """
+        if out.shape != self.shape:
+            raise ValueError(f"the stored tensor has shape {tuple(self.shape)} and {tuple(out.shape)} is to be read")
+        pieces = pieces_of(out)
+        if self._written is None:
+            self._read(pieces)
+            return
+        for piece in pieces:
+            box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
+            piece.values.copy_(self._written[tuple(box)])
+
+    def whole(self) -> Tensor:
+        """All of it, as a plain tensor."""
+        if self._written is not None:
+            return self._written
+        values = torch.empty(self.shape, dtype=self.dtype)
+        self.read(values)
+        return values
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Read what is copied into a tensor; the rest is as of any tensor."""
+        if func is Tensor.copy_ and len(args) > 1 and isinstance(args[1], Stored) and not isinstance(args[0], Stored):
+            with torch.no_grad():
+                args[1].read(args[0])
+            return args[0]
+        return compat.call_as_tensor(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Compute with all of the values; where they are written into, they are kept."""
+        kwargs = dict(kwargs or {})
+        written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in compat.mutated_arguments(func)]
+        for one in written:
+            if isinstance(one, Stored):
+                one._written = one.whole()
+        result = func(*_whole(list(args)), **_whole(kwargs))
+        changed = [one for one in written if isinstance(one, Stored)]
+        return changed[0] if changed else result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """All of it."""
+        return self.whole().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As all of it is pickled."""
+        return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """What it is, without reading it."""
+        return f"Stored(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _whole(value: Any) -> Any:
+    return apply_to_collection(value, Stored, Stored.whole)
