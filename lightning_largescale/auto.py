@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_largescale.callbacks import shows_summary
+from lightning_largescale.checkpoint.weights import Weights
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.parallel.gather import sharded_state
@@ -65,6 +66,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         timeout: as for `LargeScaleStrategy`.
         compile: as for `LargeScaleStrategy`; step times are predicted without it.
         save_full: as for `LargeScaleStrategy`.
+        weights: as for `LargeScaleStrategy`.
 
     Raises:
         PlanError: an argument is not accepted; at setup, nothing fits.
@@ -84,6 +86,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         timeout: timedelta | None = default_pg_timeout,
         compile: bool | Mapping[str, Any] = False,
         save_full: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__(
             Plan(),
@@ -93,6 +96,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             compile=compile,
             sample_batch=sample_batch,
             save_full=save_full,
+            weights=weights,
         )
         self._memory_budget = None if memory_budget is None else parse_bytes(memory_budget, name="memory_budget")
         check_allow(allow)

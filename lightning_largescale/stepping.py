@@ -20,6 +20,7 @@ from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.parallel.alike import check_equal_batch
 from lightning_largescale.parallel.copies import equal_copies, find_copies
+from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import (
     begin_backward,
     end_backward,
@@ -30,7 +31,6 @@ from lightning_largescale.parallel.gather import (
     sharded_state,
 )
 from lightning_largescale.parallel.known import KnownParameters
-from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches

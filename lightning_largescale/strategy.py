@@ -19,18 +19,19 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.building import BuildingStrategy
 from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
-from lightning_largescale.dividing import DividingStrategy
+from lightning_largescale.checkpoint.weights import Weights, check_weights
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
 from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
+from lightning_largescale.parallel.equal import check_equal_structure, equal_weights
 from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import HeapWatch
 from lightning_largescale.parallel.known import KnownParameters
-from lightning_largescale.parallel.materialize import check_equal_structure, equal_weights
 from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, warn_of_distance
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
@@ -45,7 +46,7 @@ from lightning_largescale.tuning import finders_search_together
 from lightning_largescale.workload.parts import Part
 
 
-class LargeScaleStrategy(DividingStrategy):
+class LargeScaleStrategy(BuildingStrategy):
     """Trains a LightningModule as a plan says; the module's code, names and state_dict keys stay as they are.
 
     Args:
@@ -61,6 +62,8 @@ class LargeScaleStrategy(DividingStrategy):
             found; a method `tensor_parallel_plan` of the module may return the same.
         save_full: checkpoints of a module that is sharded are single files of whole tensors, assembled on rank 0, in
             place of directories to which each rank writes its parts; both are read under any plan.
+        weights: of the module, read when it is set up, each rank its part: a file of safetensors or torch, an index of
+            several, or a folder with them; or such paths by names of parts of the module, as in {"model": path}.
 
     Attributes:
         plan: the Plan in force; `Plan()` until a function has been asked.
@@ -84,12 +87,14 @@ class LargeScaleStrategy(DividingStrategy):
         sample_batch: Any = None,
         tensor_parallel_plan: Mapping[str, ParallelStyle] | None = None,
         save_full: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self._sample_batch = sample_batch
-        self._styles, self._save_full = tensor_parallel_plan, save_full
+        self._styles, self._save_full, self._weights = tensor_parallel_plan, save_full, weights
         check_start_method(start_method)
         check_compile(compile)
+        check_weights(weights)
         self._compile = compile
         self._planner = plan if callable(plan) else None
         self.plan = Plan() if callable(plan) else Plan.of(plan)
@@ -136,7 +141,8 @@ class LargeScaleStrategy(DividingStrategy):
         mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
         divided = self._divided(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
-            self.model = self._layer_sync.apply(module)
+            with self._recorded():
+                self.model = self._layer_sync.apply(module)
             if not plan.shards:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
@@ -155,7 +161,9 @@ class LargeScaleStrategy(DividingStrategy):
         if self._heap_is("watched"):
             self._watch_heap()
         if plan.shards:
-            if mesh is not None:
+            if mesh is None:
+                self._make_values()
+            else:
                 self._divide(module, mesh, {name: found.parts for name, found in divided.items()}, on_parts)
             self._join(trainer, module)
         else:
@@ -194,7 +202,8 @@ class LargeScaleStrategy(DividingStrategy):
     def _convert(self, module: LightningModule) -> None:
         """Make the module's parameters what the precision plugin in use makes of them, once."""
         if sharded_state(module) is None and self._converted_by is not self.precision_plugin:
-            convert_module(self.precision_plugin, module)
+            with self._recorded():
+                convert_module(self.precision_plugin, module)
             self._converted_by = self.precision_plugin
 
     def _decide(self, trainer: Trainer) -> Plan:
@@ -215,6 +224,7 @@ class LargeScaleStrategy(DividingStrategy):
         )
 
     @property
+    @override
     def _fixed(self) -> bool:
         """Whether the plan was given, and is not decided at setup."""
         return type(self)._decide is LargeScaleStrategy._decide
@@ -250,11 +260,21 @@ class LargeScaleStrategy(DividingStrategy):
         parts: Mapping[str, Mapping[str, Part]],
         on_parts: Callable[[Callable[[], Any]], Any] | None,
     ) -> None:
+        self._prepare_values()
         check_equal_structure(module)
         if (among := tensor_mesh(mesh)) is not None and (styles := self._user_styles()):
             apply_styles(module, styles, among, self.root_device)
         cast = cast_type(self.precision_plugin)
-        shard_module(module, self.plan, mesh, self.root_device, gather_type=cast, parts=parts, on_parts=on_parts)
+        shard_module(
+            module,
+            self.plan,
+            mesh,
+            self.root_device,
+            gather_type=cast,
+            parts=parts,
+            on_parts=on_parts,
+            make=self._make_values,
+        )
 
     def _join(self, trainer: Trainer, module: LightningModule) -> None:
         """Make what surrounds a divided module ready for it."""
@@ -274,6 +294,8 @@ class LargeScaleStrategy(DividingStrategy):
             self._count_samples_once(module, state.mesh)
 
     def _place(self, trainer: Trainer, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
+        self._prepare_values()
+        self._make_values()
         self.model_to_device()
         if plan.dp_replicate > 1:
             check_equal_structure(module)
@@ -285,13 +307,6 @@ class LargeScaleStrategy(DividingStrategy):
     def model_to_device(self) -> None:
         """Move the whole module to this rank's device."""
         self._module().to(self.root_device)
-
-    @contextlib.contextmanager
-    @override
-    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Where `configure_model` builds: in DRAM, since the whole model need not fit the device."""
-        with self.precision_plugin.tensor_init_context():
-            yield
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

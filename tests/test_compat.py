@@ -167,14 +167,14 @@ class Told(torch.Tensor):
 
 
 def test_tensor_without_values():
-    made = compat.tensor_without_values(Told, (2, 3), torch.bfloat16)
+    made = compat.tensor_without_values(Told, (2, 3), torch.bfloat16, torch.device("cpu"))
     told = type(made), compat.call_as_tensor(torch.Tensor.size, (made,), {})
     assert told == (Told, (2, 3))
     assert compat.call_as_tensor(torch.Tensor.neg, (made,), {}) == 7
 
 
 def test_call_as_tensor():
-    made = compat.tensor_without_values(Told, (2,), torch.float32)
+    made = compat.tensor_without_values(Told, (2,), torch.float32, torch.device("cpu"))
     assert made.size() == (torch.Tensor.size, (2,))
     assert compat.call_as_tensor(torch.Tensor.size, (made,), {}) == (2,)
 

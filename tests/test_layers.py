@@ -23,6 +23,7 @@ LAYERS = [
         "apart",
         "callbacks",
         "checkpoint",
+        "building",
         "connected",
         "dividing",
         "failures",

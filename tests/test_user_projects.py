@@ -17,7 +17,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
-from models import QUIET
+from models import QUIET, read_checkpoint
 from ranks import quiet
 
 from lightning_largescale.plan import Plan
@@ -100,7 +100,7 @@ def plain(project):
 
 
 def check_checkpoint(project, folder):
-    """The last checkpoint is a stock file of whole weights; what it says that it scored is found again."""
+    """The last checkpoint is whole weights; what it says that it scored is found again."""
     module = [
         value
         for value in vars(script(project)).values()
@@ -110,7 +110,7 @@ def check_checkpoint(project, folder):
     loaded = module.load_from_checkpoint(path)
     assert all(type(parameter) is torch.nn.Parameter for parameter in loaded.parameters())
     assert all(parameter.isfinite().all() for parameter in loaded.parameters())
-    saved = torch.load(path)
+    saved = read_checkpoint(path)
     scores = [state for state in saved.get("callbacks", {}).values() if state.get("monitor")]
     if scores and module.val_dataloader is not LightningModule.val_dataloader:
         [found] = Trainer(accelerator="cpu", devices=1, **QUIET).validate(loaded, verbose=False)

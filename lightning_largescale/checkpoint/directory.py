@@ -81,6 +81,8 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path) -> None:
         _remove(unfinished)
         unfinished.mkdir(parents=True)
         torch.save(rest, unfinished / _REST)
+    if dist.is_initialized():
+        dist.barrier()
     save(states, storage_writer=FileSystemWriter(unfinished), planner=_SavePlanner())
     if first:
         _remove(path)
@@ -201,7 +203,8 @@ class _Directory:
         """All that is in it, in nested dicts and lists as it was saved."""
         paths: Mapping[str, tuple[str | int, ...]] = self._metadata.planner_data or {}
         found: dict[str, Any] = {}
-        for name in self._metadata.state_dict_metadata:
+        # In the order of the module; the other is that of who wrote what.
+        for name in dict.fromkeys((*paths, *self._metadata.state_dict_metadata)):
             _set(found, paths.get(name) or tuple(name.split(".", 1)), self._value(name))
         return {key: _as_lists(value) for key, value in found.items()}
 

@@ -27,6 +27,8 @@ from lightning_largescale.plan import PlanError
 
 # Bytes of a file that are in memory at once, beside what they are read into.
 _BOX_BYTES = 32 * 2**20
+# Names in an error, of as many as there may be.
+_MOST = 10
 # Where those who publish weights leave which file has which, and what holds the tensors of a Lightning checkpoint.
 _INDEX, _STATE = "*.index.json", "state_dict"
 
@@ -160,7 +162,7 @@ def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], pieces: Sequen
             forget_pages(values)
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first names of many, and how many others there are."""
-    shown = ", ".join(map(repr, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def listed(names: Sequence[str], shown: Callable[[str], str] = repr) -> str:
+    """The first ten names of many, and how many others there are."""
+    first = ", ".join(map(shown, names[:_MOST]))
+    return f"{first} and {len(names) - _MOST} more" if len(names) > _MOST else first

@@ -273,12 +273,12 @@ _FOREACH_KINDS = {
 } | {torch._foreach_norm: "norms", torch._amp_foreach_non_finite_check_and_unscale_: "unscale"}
 
 
-def tensor_without_values(kind: Any, shape: Any, dtype: torch.dtype) -> Any:
-    """A tensor of the class `kind`, which dispatches by itself, on the CPU and without storage.
+def tensor_without_values(kind: Any, shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of the class `kind`, which dispatches by itself, and without storage.
 
     Replaced by a public way to make a wrapper subclass of Tensor.
     """
-    return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=torch.device("cpu"))
+    return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
 
 
 def call_as_tensor(function: Any, args: Any, kwargs: Any) -> Any:

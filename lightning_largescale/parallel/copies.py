@@ -20,8 +20,8 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
-from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.order import as_ordered, divided, full, order_of
 from lightning_largescale.parallel.stored import Stored
 

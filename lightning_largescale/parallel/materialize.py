@@ -1,76 +1,170 @@
-"""The same initial weights on all ranks, whatever their seeds.
+"""Values for a module that was built without: each rank makes, or reads, its own parts, and no rank holds all.
 
-torch ensures it for DistributedDataParallel only: `fully_shard` takes each rank's slice of whatever that rank drew.
+A module is divided while its parameters are on the meta device. Then the recorded construction is carried out, one
+tensor at a time, and each rank keeps its part of it. Numbers are those of a plain construction on the CPU.
+
+Source: torch.distributed.fsdp.fully_shard, which takes modules on the meta device; `parallel.deferred`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 
+from lightning_largescale import compat
+from lightning_largescale.parallel.deferred import Recording
+from lightning_largescale.parallel.order import as_ordered, order_of
+from lightning_largescale.parallel.pieces import pieces_of
+from lightning_largescale.parallel.stored import stored_for
 from lightning_largescale.plan import PlanError
-
-# Tensors smaller than this travel together, up to about as many bytes: a broadcast of few bytes costs as one of many.
-_BUCKET_BYTES = 16 * 2**20
+from lightning_largescale.workload.batch import map_tensors, tensors_in
 
 
-def check_equal_structure(module: nn.Module) -> None:
-    """Refuse to go on where ranks built different modules: their collectives would not match, and wait for ever.
+@dataclass(eq=False, kw_only=True)
+class Unmade:
+    """What of a module has no values yet.
+
+    Attributes:
+        recording: of its construction, where it was recorded.
+        tensors: by name, as they were recorded: parameters and buffers, tied ones under their first name.
+        others: the tensors that parts of the module have as plain attributes, or in lists and dicts of these.
+    """
+
+    recording: Recording | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    others: list[Tensor] = field(default_factory=list)
+
+
+def find_unmade(module: nn.Module, recording: Recording | None) -> Unmade | None:
+    """What of `module` was recorded, or loaded from files, and not made yet; None where all of it has values.
 
     Raises:
-        PlanError: on all ranks, when a parameter's or buffer's name, shape or dtype differs from rank 0's, or when one
-            is on the meta device or of a lazy module.
+        PlanError: a parameter or buffer is on the meta device, and nobody knows its values.
     """
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
-            kind = "of a lazy module" if is_lazy(parameter) else "on the meta device"
-            raise PlanError(f"parameter {name!r} is {kind}, so it has no values; build the module with its values.")
-    own = [
-        f"{name} {tuple(tensor.shape)} {tensor.dtype}"
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-    ]
-    digest = hashlib.sha256("\n".join(own).encode()).hexdigest()
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) > 1:
-        different = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        raise PlanError(
-            f"{type(module).__name__} has other parameters or buffers on rank {different[0]} than on rank 0;"
-            " build the same module on every rank."
-        )
+
+    def known(tensor: Tensor) -> bool:
+        return recording is not None and recording.holds(tensor)
+
+    tensors = {name: tensor for name, tensor in _named_tensors(module) if known(tensor) or stored_for(tensor)}
+    others = {id(one): one for _, _, value in _attributes(module) for one in tensors_in(value) if known(one)}
+    for name, tensor in _named_tensors(module):
+        if tensor.is_meta and name not in tensors:
+            raise PlanError(
+                f"{name!r} is on the meta device, so it has no values; build the module with its values, or in"
+                " configure_model, where each process makes its part alone."
+            )
+    return Unmade(recording=recording, tensors=tensors, others=[*others.values()]) if tensors or others else None
 
 
-def equal_weights(tensors: Iterable[torch.Tensor]) -> None:
-    """Give every rank rank 0's values of `tensors`, in place: a collective. What is sharded already is left alone."""
-    small: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        if isinstance(tensor, DTensor) or tensor.numel() == 0:
-            continue
-        data = tensor.detach()
-        if data.nbytes >= _BUCKET_BYTES and data.is_contiguous():
-            dist.broadcast(data, src=0)
-            continue
-        bucket = small.setdefault(data.dtype, [])
-        bucket.append(data)
-        if sum(waiting.nbytes for waiting in bucket) >= _BUCKET_BYTES:
-            _broadcast_together(bucket)
-            bucket.clear()
-    for bucket in small.values():
-        _broadcast_together(bucket)
+def agree_on_values(unmade: Unmade) -> None:
+    """Let all ranks make what rank 0 does: a collective.
 
-
-def _broadcast_together(bucket: list[torch.Tensor]) -> None:
-    if not bucket:
+    Raises:
+        PlanError: on all ranks, where one has recorded another construction.
+    """
+    recording = unmade.recording
+    if recording is None:
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-    dist.broadcast(flat, src=0)
-    start = 0
-    for tensor in bucket:
-        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-        start += tensor.numel()
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (recording.digest(), recording.random_state))
+    different = [rank for rank, (digest, _) in enumerate(told) if digest != told[0][0]]
+    if different:
+        raise PlanError(
+            f"configure_model builds other tensors on rank {different[0]} than on rank 0; build the same on every rank."
+        )
+    recording.random_state = told[0][1]
+
+
+def materialize(
+    module: nn.Module, unmade: Unmade, device: torch.device, *, given: Collection[str] = (), random: bool = True
+) -> None:
+    """Give `module` values on `device`; what is divided gets this rank's part of them.
+
+    Args:
+        module: whole, or divided on the meta device.
+        unmade: of `module` before it was divided.
+        device: of this rank.
+        given: names whose values come from elsewhere, and are only allocated.
+        random: make all draws, so that the generator ends as after a plain construction.
+    """
+    current = dict(_named_tensors(module))
+    made: dict[int, Tensor] = {}
+    takers: list[tuple[Tensor, Callable[[Any], None]]] = []
+    for name, recorded in unmade.tensors.items():
+        take = partial(_take, current[name], device, made)
+        if name in given or stored_for(recorded) is not None:
+            take(None if name in given else stored_for(recorded))
+        else:
+            takers.append((recorded, take))
+    takers += [(one, partial(_take, one, device, made)) for one in unmade.others]
+    if unmade.recording is not None:
+        unmade.recording.replay(takers, random=random)
+    _replace(module, made)
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move `module` to `device`, but for what has no values."""
+    if device.type == "meta" or not any(tensor.is_meta for _, tensor in _named_tensors(module)):
+        module.to(device)
+        return
+    for _, tensor in _named_tensors(module):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+
+
+def _take(target: Tensor, device: torch.device, made: dict[int, Tensor], values: Any) -> None:
+    """Make what stands for `target`, on the meta device, of the values of all of it, or what reads these."""
+    tensor = _empty(target, device)
+    if isinstance(values, Tensor):
+        whole = values.detach()
+        for piece in pieces_of(tensor):
+            box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
+            piece.values.copy_(whole[tuple(box)])
+    elif values is not None:
+        values.read(tensor)
+    if isinstance(target, nn.Parameter):
+        parameter = nn.Parameter(tensor, requires_grad=target.requires_grad)
+        vars(parameter).update(vars(target))
+        tensor = as_ordered(parameter, order_of(target))
+    made[id(target)] = tensor
+
+
+def _empty(target: Tensor, device: torch.device) -> Tensor:
+    if not isinstance(target, DTensor):
+        return torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=device)
+    local: Tensor = target.to_local().detach()
+    own = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=device)
+    shape, stride = target.shape, target.stride()
+    whole = DTensor.from_local(own, target.device_mesh, target.placements, run_check=False, shape=shape, stride=stride)
+    return as_ordered(whole, order_of(target))
+
+
+def _replace(module: nn.Module, made: Mapping[int, Tensor]) -> None:
+    """Put what was made in all places of what it was made for."""
+    for part in module.modules():
+        for own in compat.own_tensors(part):
+            own.update({name: made[id(tensor)] for name, tensor in own.items() if id(tensor) in made})
+    for holder, key, value in _attributes(module):
+        if any(id(one) in made for one in tensors_in(value)):
+            holder[key] = map_tensors(value, lambda one: made.get(id(one), one))
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Any], str, Any]]:
+    """Attributes of all parts of `module` that may be, or have, tensors and are neither parameters nor buffers."""
+    for part in module.modules():
+        registered = [id(own) for own in compat.own_tensors(part)]
+        for key, value in [*vars(part).items()]:
+            if isinstance(value, Tensor | list | tuple | dict) and id(value) not in registered:
+                yield vars(part), key, value

@@ -23,9 +23,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.parallel.copies import enable_copies
+from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import Sharded, set_plan, sharded_state, start_gathering
 from lightning_largescale.parallel.heap import map_from
-from lightning_largescale.parallel.materialize import equal_weights
+from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor import divide_over
@@ -46,13 +47,15 @@ def shard_module(
     gather_type: torch.dtype | None = None,
     parts: Mapping[str, Mapping[str, Part]] = {},
     on_parts: Callable[[Callable[[], Any]], Any] | None = None,
+    make: Callable[[], None] | None = None,
 ) -> None:
     """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
 
     Ranks get slices of rank 0's values. Block by block the parameters move to `device`, are divided, and their full
     copy is freed. Names stay as they are, parameters become DTensors. A parameter without dimensions cannot be divided:
     it stays whole, its gradient averaged over all ranks. So do, under manual optimisation, the parameters that the
-    module itself holds. On the meta device it is divided, and no more: no step can run there.
+    module itself holds. What has no values yet is divided on the meta device, and made then. With that device the
+    module is divided, and no more: no step can run there.
 
     Under mixed precision blocks gather their matrices in `gather_type`, what autocast makes of them anyway; vectors
     (norms, biases) and the root's parameters are gathered in float32, so that numbers are those of autocast alone.
@@ -65,6 +68,7 @@ def shard_module(
         gather_type: of the matrices of blocks; None for that they are stored in.
         parts: by block, and name in it, what tensor parallelism divides; the rest is of the block "".
         on_parts: runs a step where it divides some of the rest.
+        make: gives values to what has none, once it is divided.
 
     Raises:
         PlanError: no parameters, trainable ones in several dtypes within one group, or `wrapped_modules` that are no
@@ -102,7 +106,7 @@ def shard_module(
         if freed >= _RELEASE_BYTES and device.type == "cpu":
             freed = 0
             release_free_memory()
-    module.to(device)
+    to_device(module, device)
     equal_weights(itertools.chain(module.parameters(), module.buffers()))
     if (among := tensor_mesh(mesh)) is not None:
         rest = {name: part for name, part in rest.items() if module.get_parameter(name) not in whole}
@@ -114,7 +118,10 @@ def shard_module(
         # Last, since moving what is sharded makes other parameters of it.
         for path, parameter in cast(nn.Module, block).named_parameters():
             as_ordered(parameter, parts.get(name, {}).get(path))
-    for scalar in whole:
+    names = [name for name, parameter in module.named_parameters() if parameter in whole]
+    if make is not None:
+        make()
+    for scalar in map(module.get_parameter, names):
         trained = scalar.requires_grad
         # It may be frozen for now, and torch takes hooks of what is trained.
         average = partial(_average, state)
@@ -204,7 +211,7 @@ def _shard_block(
 ) -> int:
     """Divide one block, but for parameters in `whole` and what is added to `root_too`; the bytes of its full copy."""
     block = group.modules[0]
-    block.to(device)
+    to_device(block, device)
     equal_weights(itertools.chain(block.parameters(), block.buffers()))
     among = tensor_mesh(mesh)
     if among is not None:

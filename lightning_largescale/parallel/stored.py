@@ -13,6 +13,10 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.pieces import Piece, pieces_of
 
 
+# Where a tensor on the meta device keeps what was copied into it.
+_SOURCE = "_largescale_stored"
+
+
 class Stored(Tensor):
     """A tensor in a file, for which a CPU tensor passes: it has a shape and a dtype, and its values when needed.
 
@@ -23,6 +27,7 @@ class Stored(Tensor):
         shape: of the whole tensor.
         dtype: that it is stored in.
         read: reads boxes of it into the values of pieces, which may be of another dtype or device.
+        device: that it seems to be on: the CPU, or the meta device to those who build there.
     """
 
     _read: Callable[[Sequence[Piece]], None]
@@ -30,9 +35,9 @@ class Stored(Tensor):
     _written: Tensor | None = None
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Piece]], None]) -> Stored:
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Piece]], None], device: str = "cpu") -> Stored:
         """As the class says."""
-        stored: Stored = compat.tensor_without_values(cls, tuple(shape), dtype)
+        stored: Stored = compat.tensor_without_values(cls, tuple(shape), dtype, torch.device(device))
         stored._read = read
         return stored
 
@@ -52,6 +57,17 @@ class Stored(Tensor):
             box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
             piece.values.copy_(self._written[tuple(box)])
 
+    def _copy_into(self, out: Tensor) -> None:
+        """Read into `out`, or have it made of this where it has no values yet."""
+        recording = active_recording()
+        if recording is not None and recording.holds(out):
+            recording.assign(out, self)
+        elif out.is_meta:
+            setattr(out, _SOURCE, self)
+        else:
+            with torch.no_grad():
+                self.read(out)
+
     def whole(self) -> Tensor:
         """All of it, as a plain tensor."""
         if self._written is not None:
@@ -66,8 +82,7 @@ class Stored(Tensor):
     ) -> Any:
         """Read what is copied into a tensor; the rest is as of any tensor."""
         if func is Tensor.copy_ and len(args) > 1 and isinstance(args[1], Stored) and not isinstance(args[0], Stored):
-            with torch.no_grad():
-                args[1].read(args[0])
+            args[1]._copy_into(args[0])
             return args[0]
         return compat.call_as_tensor(func, args, kwargs or {})
 
@@ -96,6 +111,11 @@ class Stored(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """What it is, without reading it."""
         return f"Stored(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def stored_for(tensor: Tensor) -> Stored | None:
+    """What was copied into `tensor`, which is on the meta device and in no recording."""
+    return getattr(tensor, _SOURCE, None)
 
 
 def _whole(value: Any) -> Any:

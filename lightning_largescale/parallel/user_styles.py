@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.materialize import equal_weights
+from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.plan import PlanError
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from models import GLOBAL_BATCH, Language, trainer
+from models import GLOBAL_BATCH, Language, read_checkpoint, trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -98,4 +98,4 @@ def train(plan, devices, kind, folder, *, resume=None, model=Steady, then=(), ep
 
 def checkpoints(folder):
     """Their contents by name."""
-    return {path.name: torch.load(path, weights_only=False) for path in sorted(Path(folder).iterdir())}
+    return {path.name: read_checkpoint(path) for path in sorted(Path(folder).iterdir())}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.loggers.logger import Logger
-from models import GLOBAL_BATCH, Block, Language, Tokens, trainer
+from models import GLOBAL_BATCH, Block, Language, Tokens, read_checkpoint, trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
@@ -110,7 +110,7 @@ def keeps(plan, devices, folder, options, **run_options):
     keeper = callbacks.ModelCheckpoint(folder, **options)
     run(plan, devices, keeper, enable_checkpointing=True, **run_options)
     files = names(folder)
-    content = torch.load(Path(folder) / files[-1], weights_only=False)
+    content = read_checkpoint(Path(folder) / files[-1])
     return {
         "files": files,
         "best": Path(keeper.best_model_path).name,
@@ -158,7 +158,7 @@ class Keeps(callbacks.OnExceptionCheckpoint):
 
 def exception_checkpoint(plan, devices, folder):
     run(plan, devices, Keeps(folder, "failed"), model=Fails(), caught=[ArithmeticError], enable_checkpointing=True)
-    content = torch.load(Path(folder) / "failed.ckpt", weights_only=False)
+    content = read_checkpoint(Path(folder) / "failed.ckpt")
     weights = {name: weight.double().norm().item() for name, weight in content["state_dict"].items()}
     return {
         "step": content["global_step"],
@@ -234,7 +234,7 @@ def pruning(plan, devices, folder):
     prunes = callbacks.ModelPruning("l1_unstructured", parts, amount=0.5, verbose=0)
     _, made = run(plan, devices, prunes, model=module)
     made.save_checkpoint(Path(folder) / "pruned.ckpt")
-    saved = torch.load(Path(folder) / "pruned.ckpt", weights_only=False)["state_dict"]
+    saved = read_checkpoint(Path(folder) / "pruned.ckpt")["state_dict"]
     return {
         "zeros": [int((getattr(part, name) == 0).sum()) for part, name in parts],
         "pruned": prune.is_pruned(module),
@@ -470,7 +470,7 @@ def own_average(early):
     def case(plan, devices, folder):
         module, made = run(plan, devices, OwnAverage(early))
         made.save_checkpoint(Path(folder) / "with.ckpt")
-        average = torch.load(Path(folder) / "with.ckpt")["average"]
+        average = read_checkpoint(Path(folder) / "with.ckpt")["average"]
         assert all(type(value) is torch.Tensor for value in average.values())
         sums = {name: value.double().sum().item() for name, value in average.items()}
         return {"evaluated": module.evaluated, "losses": module.losses, "average": sums}

@@ -6,8 +6,7 @@ import os
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from models import Language, trainer
+from models import Language, SaveLast, read_checkpoint, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -313,15 +312,6 @@ def test_a_step_that_failed_is_forgotten(two, kind):
         assert depths == [0]
 
 
-class SaveLast(Callback):
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_epoch_end(self, trainer, module):
-        if trainer.current_epoch == trainer.max_epochs - 1:
-            trainer.save_checkpoint(self.path)
-
-
 def go_on(name, plan, devices, epochs, path=None, save=None, **options):
     """Losses of epochs of three steps until `epochs`, from `path`; the last writes `save`."""
     model = Trained(builders()[name], samples=24, seed=int(os.environ.get("RANK", 0)) + (7 if path else 0), **options)
@@ -343,9 +333,9 @@ def test_a_checkpoint_of_steps_in_parts_goes_on_anywhere(two, tmp_path, name):
     losses += two.run(go_on, name, Plan(dp_shard=2, reshard_after_forward=False), 2, 3, files[1], files[2])[0]
     losses += two.run(go_on, name, Plan(dp_replicate=2), 2, 4, files[2])[0]
     assert losses == pytest.approx(go_on(name, None, 1, 4), rel=1e-5)
-    written, stock = torch.load(files[0], weights_only=False), str(tmp_path / "stock.ckpt")
+    written, stock = read_checkpoint(files[0]), str(tmp_path / "stock.ckpt")
     go_on(name, None, 1, 1, None, stock)
-    assert_alike(written["optimizer_states"], torch.load(stock, weights_only=False)["optimizer_states"])
+    assert_alike(written["optimizer_states"], read_checkpoint(stock)["optimizer_states"])
 
 
 def assert_alike(found, expected):

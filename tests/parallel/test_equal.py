@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_largescale.parallel import materialize
+from lightning_largescale.parallel import equal
 
 
 def mixed(bucket_bytes):
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    materialize._BUCKET_BYTES = bucket_bytes
+    equal._BUCKET_BYTES = bucket_bytes
     rank = dist.get_rank()
     tensors = [
         torch.full((3, 5), float(rank)),
@@ -23,7 +23,7 @@ def mixed(bucket_bytes):
         torch.full((7,), bool(rank)),
         torch.full((2, 2), float(rank), dtype=torch.bfloat16),
     ]
-    materialize.equal_weights(tensors)
+    equal.equal_weights(tensors)
     return [bool((tensor == 0).all()) for tensor in tensors]
 
 

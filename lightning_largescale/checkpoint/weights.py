@@ -1,0 +1,92 @@
+"""The weights that a strategy is given, found for the tensors of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from lightning_largescale.checkpoint.files import listed, stored_weights
+from lightning_largescale.plan import PlanError
+
+# A path, or paths by names of parts of the module.
+Weights: TypeAlias = str | Path | Mapping[str, str | Path]
+
+
+def check_weights(weights: object) -> None:
+    """Refuse what names no files.
+
+    Raises:
+        PlanError: it is neither a path nor paths by names.
+    """
+    paths = list(weights.items()) if isinstance(weights, Mapping) else [("", weights)]
+    if weights is not None and not all(isinstance(one, str | Path) and isinstance(name, str) for name, one in paths):
+        raise PlanError(
+            f"weights={weights!r} names no files; give a path, or paths by names of parts of the module, such as"
+            " {'model': 'model.safetensors'}."
+        )
+
+
+def read_weights(module: nn.Module, weights: Weights | None, *, strict: bool = True) -> dict[str, Tensor]:
+    """Stored tensors for the parameters and buffers of `module`, by their first names; nothing is read yet.
+
+    Args:
+        module: with or without values, whole or divided.
+        weights: of all of it, or of its parts by their names. None are none.
+        strict: whether missing and unexpected names are refused; those of other shapes always are.
+
+    Raises:
+        PlanError: names or shapes are not those of the module; one error tells of all.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, path in (weights if isinstance(weights, Mapping) else {"": weights}).items():
+        if path is not None:
+            found |= _for_part(module, prefix, path, strict=strict)
+    return found
+
+
+def _for_part(module: nn.Module, prefix: str, path: str | Path, *, strict: bool) -> dict[str, Tensor]:
+    if prefix and prefix not in dict(module.named_modules()):
+        raise PlanError(
+            f"weights has files for {prefix!r} and {type(module).__name__} has no such module; give names that"
+            " named_modules has."
+        )
+    part = module.get_submodule(prefix)
+    stored = stored_weights(path)
+    targets = _saved_tensors(part)
+    # Of tied tensors, files have one or all.
+    names: dict[int, list[str]] = {}
+    for name, tensor in targets.items():
+        names.setdefault(id(tensor), []).append(name)
+    missing = [tied[0] for tied in names.values() if not any(name in stored for name in tied)]
+    unexpected = [name for name in stored if name not in targets]
+    other_shapes = [
+        f"{name!r} is {tuple(stored[name].shape)} and should be {tuple(tensor.shape)}"
+        for name, tensor in targets.items()
+        if name in stored and stored[name].shape != tensor.shape
+    ]
+    wrong = []
+    if missing and strict:
+        wrong.append(f"{len(missing)} missing ({listed(missing)})")
+    if unexpected and strict:
+        wrong.append(f"{len(unexpected)} unexpected ({listed(unexpected)})")
+    if other_shapes:
+        wrong.append(f"{len(other_shapes)} of another shape ({listed(other_shapes, str)})")
+    if wrong:
+        raise PlanError(
+            f"weights={str(path)!r} does not fit {prefix or type(module).__name__}: {', '.join(wrong)}; give the"
+            " weights of this model, under its own names."
+        )
+    dot = f"{prefix}." if prefix else ""
+    given = {tied[0]: next((stored[name] for name in tied if name in stored), None) for tied in names.values()}
+    return {dot + name: one for name, one in given.items() if one is not None}
+
+
+def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that `state_dict` has, under all of their names."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    saved = module.state_dict(keep_vars=True).keys()
+    return {name: tensor for name, tensor in (parameters | buffers).items() if name in saved}
