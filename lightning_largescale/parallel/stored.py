@@ -10,8 +10,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.deferred import active_recording
 from lightning_largescale.parallel.pieces import Piece, pieces_of
-
 
 # Where a tensor on the meta device keeps what was copied into it.
 _SOURCE = "_largescale_stored"
@@ -35,7 +35,9 @@ class Stored(Tensor):
     _written: Tensor | None = None
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Piece]], None], device: str = "cpu") -> Stored:
+    def __new__(
+        cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Piece]], None], device: str = "cpu"
+    ) -> Stored:
         """As the class says."""
         stored: Stored = compat.tensor_without_values(cls, tuple(shape), dtype, torch.device(device))
         stored._read = read
