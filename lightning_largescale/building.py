@@ -7,7 +7,6 @@ import copy
 from abc import ABC
 from collections.abc import Generator, Mapping
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from lightning.pytorch import LightningModule
@@ -38,11 +37,8 @@ class BuildingStrategy(DividingStrategy, ABC):
     _unmade: Unmade | None = None
     # What a checkpoint has for a module without values, and whether all of it is to be there.
     _to_load: tuple[Mapping[str, Any], bool] | None = None
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # Modules that got their weights, by a checkpoint if not from the files that were given.
-        self._loaded: WeakSet[nn.Module] = WeakSet()
+    # The module that has its weights, of a checkpoint if not of the files that were given.
+    _loaded: nn.Module | None = None
 
     @contextlib.contextmanager
     @override
@@ -97,7 +93,7 @@ class BuildingStrategy(DividingStrategy, ABC):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the module's weights; into one without values once it has its parts."""
         module = self._module()
-        self._loaded.add(module)
+        self._loaded = module
         if sharded_state(module) is None and self._find_unmade() is not None:
             self._to_load = checkpoint["state_dict"], strict
             return
@@ -115,19 +111,24 @@ class BuildingStrategy(DividingStrategy, ABC):
     def _prepare_values(self) -> None:
         """Find what the module has no values of, before it is divided: a collective where there are others."""
         self._unmade = self._find_unmade()
-        if self._unmade is not None and self.has_peers:
-            agree_on_values(self._unmade)
+        if self._unmade is not None and self.has_peers and not agree_on_values(self._unmade):
+            rank_zero_info(
+                "lightning_largescale: configure_model draws or builds other tensors on some ranks, so each makes all"
+                " of the module, and rank 0's counts."
+            )
+            materialize(self._module(), self._unmade, torch.device("cpu"))
+            self._unmade = self._recording = None
 
     def _make_values(self) -> None:
         """Give the module, divided or not, the values that it has not."""
         module, unmade = self._module(), self._unmade
         strict = module.strict_loading
-        weights = {} if module in self._loaded else read_weights(module, self._weights, strict=strict)
+        weights = {} if module is self._loaded else read_weights(module, self._weights, strict=strict)
         if unmade is not None:
             loaded = {} if self._to_load is None else self._to_load[0]
             given = [name for name in unmade.tensors if name in weights or name in loaded]
             materialize(module, unmade, self.root_device, given=given, random=not given)
-        self._loaded.add(module)
+        self._loaded = module
         self._unmade = self._recording = None
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         with torch.no_grad():

@@ -29,6 +29,23 @@ from lightning_largescale import compat
 from lightning_largescale.apart import run_apart
 
 
+def roots():
+    inner = nn.Linear(2, 2)
+    module = nn.Sequential(inner, nn.Linear(2, 2))
+    mesh = init_device_mesh("cpu", (1,))
+    for one in (inner, module):
+        fully_shard(one, mesh=mesh)
+    compat.become_root(module)
+    states = [fully_shard.state(one) for one in (module, inner)]
+    before = [state._is_root for state in states]
+    module(torch.ones(1, 2)).sum().backward()
+    return before, inner.weight.grad is not None
+
+
+def test_become_root():
+    assert run_connected(1, roots) == [([True, False], True)]
+
+
 def gather_and_scatter():
     rank, world = dist.get_rank(), dist.get_world_size()
     gathered, part = torch.zeros(2 * world), torch.zeros(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_largescale.compat.of_distributed import (
     abort_process_groups,
     all_gather_tensor,
+    become_root,
     fake_process_group,
     forget_forward,
     forget_sharded_step,
@@ -92,6 +93,7 @@ __all__ = [
     "assert_async",
     "attach_trainer",
     "attached_trainer",
+    "become_root",
     "before_transfer",
     "call_as_tensor",
     "call_when_exhausted",

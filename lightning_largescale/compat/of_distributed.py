@@ -72,6 +72,16 @@ def forget_forward(module: Any) -> None:
     state._post_forward_hook_handle.remove()
 
 
+def become_root(module: Any) -> None:
+    """Make `module`, which `fully_shard` was applied to, the root of the groups inside it, without gathering anything.
+
+    Replaced by a public way to say so; else it is the first whose forward runs, which gathers its parameters.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard.state(module)._lazy_init()  # type: ignore[attr-defined]
+
+
 def undo_sharding(module: Any) -> None:
     """Make `module`, which `fully_shard` was applied to, one that it was not applied to; parameters stay as they are.
 

@@ -63,10 +63,7 @@ class Sharded:
 
 
 def start_gathering(module: nn.Module, state: Sharded) -> None:
-    """Make steps of `module`, all its groups sharded, and calls outside of them find their parameters gathered.
-
-    A collective: the root is gathered once.
-    """
+    """Make steps of `module`, all its groups sharded, and calls outside of them find their parameters gathered."""
     setattr(module, _STATE, state)
     setattr(module, _STEP, lambda function: function())
     register_fsdp_forward_method(module, _STEP)
@@ -91,9 +88,8 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
         }
         if own:
             state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
-    # The first group to run forward becomes the root for good, so that is the module itself, now.
-    run_gathered(module, lambda: None)
-    reshard(module)
+    # Else the first group to run forward would become the root for good.
+    compat.become_root(module)
 
 
 def stop_gathering(module: nn.Module, state: Sharded) -> None:

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.hardware.usage import trim_heap
 from lightning_largescale.parallel.deferred import Recording
 from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.pieces import pieces_of
 from lightning_largescale.parallel.stored import stored_for
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
+
+# Bytes of whole tensors freed between two returns of memory to the system: a return walks the heap.
+_RELEASE_BYTES = 64 * 2**20
 
 
 @dataclass(eq=False, kw_only=True)
@@ -63,23 +67,17 @@ def find_unmade(module: nn.Module, recording: Recording | None) -> Unmade | None
     return Unmade(recording=recording, tensors=tensors, others=[*others.values()]) if tensors or others else None
 
 
-def agree_on_values(unmade: Unmade) -> None:
-    """Let all ranks make what rank 0 does: a collective.
-
-    Raises:
-        PlanError: on all ranks, where one has recorded another construction.
-    """
+def agree_on_values(unmade: Unmade) -> bool:
+    """Let all ranks make what rank 0 does, if they have recorded the same; whether they have: a collective."""
     recording = unmade.recording
     if recording is None:
-        return
+        return True
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (recording.digest(), recording.random_state))
-    different = [rank for rank, (digest, _) in enumerate(told) if digest != told[0][0]]
-    if different:
-        raise PlanError(
-            f"configure_model builds other tensors on rank {different[0]} than on rank 0; build the same on every rank."
-        )
+    if any(digest != told[0][0] for digest, _ in told):
+        return False
     recording.random_state = told[0][1]
+    return True
 
 
 def materialize(
@@ -95,18 +93,18 @@ def materialize(
         random: make all draws, so that the generator ends as after a plain construction.
     """
     current = dict(_named_tensors(module))
-    made: dict[int, Tensor] = {}
+    made = _Made(device)
     takers: list[tuple[Tensor, Callable[[Any], None]]] = []
     for name, recorded in unmade.tensors.items():
-        take = partial(_take, current[name], device, made)
+        take = partial(made.take, current[name])
         if name in given or stored_for(recorded) is not None:
             take(None if name in given else stored_for(recorded))
         else:
             takers.append((recorded, take))
-    takers += [(one, partial(_take, one, device, made)) for one in unmade.others]
+    takers += [(one, partial(made.take, one)) for one in unmade.others]
     if unmade.recording is not None:
         unmade.recording.replay(takers, random=random)
-    _replace(module, made)
+    _replace(module, made.tensors)
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:
@@ -119,21 +117,37 @@ def to_device(module: nn.Module, device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
 
 
-def _take(target: Tensor, device: torch.device, made: dict[int, Tensor], values: Any) -> None:
-    """Make what stands for `target`, on the meta device, of the values of all of it, or what reads these."""
-    tensor = _empty(target, device)
-    if isinstance(values, Tensor):
-        whole = values.detach()
-        for piece in pieces_of(tensor):
-            box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
-            piece.values.copy_(whole[tuple(box)])
-    elif values is not None:
-        values.read(tensor)
-    if isinstance(target, nn.Parameter):
-        parameter = nn.Parameter(tensor, requires_grad=target.requires_grad)
-        vars(parameter).update(vars(target))
-        tensor = as_ordered(parameter, order_of(target))
-    made[id(target)] = tensor
+class _Made:
+    """What was made, by the id of what it stands for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensors: dict[int, Tensor] = {}
+        self._device = device
+        # Bytes of whole tensors that have gone since memory was last given back.
+        self._gone = 0
+
+    def take(self, target: Tensor, values: Any) -> None:
+        """Make what stands for `target`, on the meta device, of the values of all of it, or what reads these."""
+        if self._gone >= _RELEASE_BYTES:
+            self._gone = 0
+            trim_heap()
+        tensor = _empty(target, self._device)
+        if isinstance(values, Tensor):
+            _copy_own(values.detach(), tensor)
+            self._gone += values.nbytes
+        elif values is not None:
+            values.read(tensor)
+        if isinstance(target, nn.Parameter):
+            parameter = nn.Parameter(tensor, requires_grad=target.requires_grad)
+            vars(parameter).update(vars(target))
+            tensor = as_ordered(parameter, order_of(target))
+        self.tensors[id(target)] = tensor
+
+
+def _copy_own(whole: Tensor, tensor: Tensor) -> None:
+    for piece in pieces_of(tensor):
+        box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
+        piece.values.copy_(whole[tuple(box)])
 
 
 def _empty(target: Tensor, device: torch.device) -> Tensor:

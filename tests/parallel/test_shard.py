@@ -239,7 +239,7 @@ def fit_bad(kind):
     [
         (
             "meta",
-            "parameter 'layer.weight' is on the meta device, so it has no values; build the module with its values",
+            "'layer.weight' is on the meta device, so it has no values; build the module with its values",
         ),
         ("lazy", "parameter 'other.weight' is of a lazy module"),
         ("dtypes", "Bad has trainable parameters of bfloat16 and float32, and dp_shard needs one dtype in each block"),
