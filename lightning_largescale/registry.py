@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.plan import Plan, PlanError
@@ -92,7 +91,7 @@ def refuse_fabric(registry: Any) -> None:
 
 def read_directories(load: Callable[..., Any]) -> Callable[..., Any]:
     """`load`, by which Lightning reads checkpoints for `load_from_checkpoint` and for strategies other than ours,
-    reading also those that are directories.
+    reading also those that are directories, and by slices where a module is built without values.
 
     Args:
         load: takes a path or file, `map_location` and `weights_only`.
@@ -102,11 +101,9 @@ def read_directories(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(load)
     def read(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        if not (isinstance(path, str | Path) and Path(path).is_dir()):
-            return load(path, map_location=map_location, weights_only=weights_only)
-        from lightning_largescale.checkpoint import load_whole_directory
+        from lightning_largescale.checkpoint import load_checkpoint
 
-        return load_whole_directory(Path(path), map_location=map_location, weights_only=weights_only)
+        return load_checkpoint(load, path, map_location=map_location, weights_only=weights_only)
 
     return read
 

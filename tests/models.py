@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_largescale.checkpoint import load_whole_directory
+from lightning_largescale.checkpoint import load_checkpoint
 
 VOCAB, DIM, CONTEXT = 32, 16, 8
 GLOBAL_BATCH = 8
@@ -118,8 +116,7 @@ class SaveLast(Callback):
 
 def read_checkpoint(path):
     """All of a checkpoint, of a file or of a directory."""
-    path = Path(path)
-    return load_whole_directory(path, weights_only=False) if path.is_dir() else torch.load(path, weights_only=False)
+    return load_checkpoint(torch.load, path, weights_only=False)
 
 
 def divided_loader(trainer, data):

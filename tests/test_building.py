@@ -8,11 +8,14 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from lightning.pytorch import LightningModule
-from models import trainer
+from models import DIM, Language, SaveLast, trainer
 from ranks import quiet
+from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_largescale.plan import Plan
+from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet
@@ -78,3 +81,225 @@ def test_numbers_of_a_plain_construction(two, name):
         for found in two.run(built, name, plan, 2):
             assert_built_alike(found, expected)
             assert found[2]
+
+
+class Kinds(Language):
+    """With what modules have beside matrices, built where Lightning asks for it."""
+
+    def __init__(self, *, late=True, lazy=False, **options):
+        LightningModule.__init__(self)
+        self.late, self.lazy, self.options, self.made = late, lazy, options, False
+        if not late:
+            self.make()
+
+    def make(self):
+        self.made = True
+        Language.__init__(self, seed=None, tied=True, layers=2, **self.options)
+        for number, block in enumerate(self.blocks):
+            block.register_buffer("scale", torch.linspace(0.5, 1, DIM) / (number + 1), persistent=False)
+            block.register_buffer("seen", torch.zeros(2))
+            block.table = torch.arange(4.0)
+            block.parts = [torch.ones(2) * number, {"x": torch.rand(2)}]
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(DIM, DIM))
+        self.turned = nn.utils.parametrizations.orthogonal(nn.Linear(DIM, DIM, bias=False))
+        self.waves = nn.Parameter(torch.randn(3, DIM, dtype=torch.complex64), requires_grad=False)
+        self.half = nn.Parameter(torch.randn(4, DIM).to(torch.bfloat16), requires_grad=False)
+        self.blocks[0].up.weight.requires_grad_(False)
+        if self.lazy:
+            self.unknown = nn.LazyLinear(3)
+
+    def configure_model(self):
+        if not self.made:
+            self.make()
+
+    def forward(self, tokens):
+        x = super().forward(tokens)
+        x = self.turned(self.normed(x)) + self.waves.real.sum() + self.half.float().sum()
+        for block in self.blocks:
+            x = x * block.scale + block.table.sum() + block.parts[1]["x"].sum()
+        return x
+
+    def on_fit_start(self):
+        with self.trainer.strategy.full_parameters() if sharded_state(self) else contextlib.nullcontext():
+            self.first = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        self.kept = [(block.scale, block.table, block.parts[0], block.parts[1]["x"]) for block in self.blocks]
+        self.is_tied = self.head.weight is self.embedding.weight
+
+
+def kinds(plan, devices, late, path=None, save=None):
+    torch.manual_seed(SEED + (1 if path else 0))
+    model = Kinds(late=late, samples=16)
+    made = trainer(
+        LargeScaleStrategy(plan) if plan else "auto",
+        devices=devices,
+        max_steps=-1,
+        max_epochs=2 if path else 1,
+        callbacks=[SaveLast(save)] if save else [],
+    )
+    made.fit(model, ckpt_path=path, weights_only=False)
+    return model.first, model.kept, model.is_tied, model.losses
+
+
+@pytest.mark.parametrize("plan", [Plan(dp_shard=2), Plan(tp=2), Plan(dp_replicate=2)], ids=["sharded", "divided", "replicated"])
+@pytest.mark.parametrize("late", [True, False])
+def test_all_that_modules_have_is_right_when_built_and_saved_and_loaded(two, tmp_path, plan, late):
+    path = tmp_path / "a.ckpt"
+    first, kept, _, losses = kinds(None, 1, True)
+    for values, attributes, tied, found in two.run(kinds, plan, 2, late, None, path):
+        assert list(values) == list(first)
+        for name, value in first.items():
+            assert torch.equal(values[name], value), name
+        for ours, theirs in zip(attributes, kept, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        assert tied
+        assert found == pytest.approx(losses, rel=1e-4)
+    second = kinds(None, 1, True, path)[3]
+    for found in two.run(kinds, plan, 2, late, path):
+        assert found[3] == pytest.approx(second, rel=1e-4)
+
+
+def lazily(plan):
+    try:
+        trainer(LargeScaleStrategy(plan), devices=2, max_steps=1).fit(Kinds(lazy=True))
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def test_lazy_modules_are_refused(two):
+    for told in two.run(lazily, Plan(dp_shard=2)):
+        assert told == "parameter 'unknown.weight' is of a lazy module, so it has no values; call the module once."
+
+
+class Read(Language):
+    """Remembers its weights as they are when training starts."""
+
+    def __init__(self, late=True):
+        LightningModule.__init__(self)
+        self.late = late
+        if not late:
+            self.make()
+
+    def make(self):
+        Language.__init__(self, seed=None, layers=2, tied=True)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def configure_model(self):
+        if self.late:
+            self.make()
+
+    def on_fit_start(self):
+        with self.trainer.strategy.full_parameters():
+            self.first = {name: value.detach().clone() for name, value in self.state_dict().items()}
+
+
+def with_weights(plan, devices, late, weights, path=None):
+    made = trainer(Watched(plan, weights=weights), devices=devices, max_steps=1)
+    model = Read(late)
+    made.fit(model, ckpt_path=path, weights_only=False)
+    return model.first
+
+
+PLANS = [Plan(), Plan(dp_replicate=2), Plan(dp_shard=2), Plan(tp=2)]
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("plan", PLANS, ids=["plain", "replicated", "sharded", "divided"])
+def test_weights_of_files(two, tmp_path, plan, late):
+    model = Read(late=False)
+    expected = {name: torch.randn_like(value) for name, value in model.state_dict().items() if name != "head.weight"}
+    save_file(expected, tmp_path / "a.safetensors")
+    args = with_weights, plan, plan.world_size, late, str(tmp_path / "a.safetensors")
+    for found in two.run(*args) if plan.world_size > 1 else [args[0](*args[1:])]:
+        assert torch.equal(found["head.weight"], found["embedding.weight"])
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
+def test_a_checkpoint_counts_more_than_weights(two, tmp_path):
+    model = Read(late=False)
+    save_file({name: torch.ones_like(value) for name, value in model.state_dict().items()}, tmp_path / "a.safetensors")
+    made = trainer(max_steps=0)
+    made.fit(model)
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    for late in (True, False):
+        weights, path = str(tmp_path / "a.safetensors"), str(tmp_path / "a.ckpt")
+        for found in two.run(with_weights, Plan(dp_shard=2), 2, late, weights, path):
+            assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def other_weights(plan, path):
+    try:
+        with_weights(plan, 2, True, path)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def test_weights_of_another_model_are_refused_on_all_ranks(two, tmp_path):
+    save_file({"other": torch.ones(1)}, tmp_path / "a.safetensors")
+    for told in two.run(other_weights, Plan(dp_shard=2), str(tmp_path / "a.safetensors")):
+        assert "does not fit Read: " in told
+        assert "1 unexpected ('other')" in told
+
+
+def from_checkpoint(how, path):
+    made = trainer(Watched(Plan(dp_shard=2)), devices=2, max_steps=1)
+    context = torch.device("meta") if how == "meta" else made.init_module(empty_init=True)
+    with context:
+        model = Loaded.load_from_checkpoint(path)
+    made.fit(model)
+    return made.strategy.without, model.first
+
+
+class Loaded(Read):
+    def __init__(self):
+        super().__init__(late=False)
+
+    def configure_model(self):
+        pass
+
+
+@pytest.mark.parametrize("how", ["meta", "init_module"])
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_a_checkpoint_loaded_into_a_module_without_values(two, tmp_path, how, kind):
+    path = tmp_path / "a.ckpt"
+    expected = two.run(write, Plan(dp_shard=2), path, kind == "file")[0]
+    assert path.is_file() == (kind == "file")
+    for without, found in two.run(from_checkpoint, how, path):
+        assert without
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def write(plan, path, full):
+    made = trainer(LargeScaleStrategy(plan, save_full=full), devices=2, max_steps=1)
+    model = Loaded()
+    made.fit(model)
+    made.save_checkpoint(path)
+    with made.strategy.full_parameters():
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Unusual(Read):
+    """Does in `configure_model` what needs a device that is not there, or fails."""
+
+    def configure_model(self):
+        self.calls = getattr(self, "calls", 0) + 1
+        self.make()
+        self.to("cuda") if self.calls == 1 else None
+
+
+def unusual():
+    made = trainer(Watched(Plan(dp_shard=2)), devices=2, max_steps=1)
+    torch.manual_seed(SEED)
+    model = Unusual()
+    made.fit(model)
+    return model.calls, made.strategy.without, model.first
+
+
+def test_what_cannot_be_recorded_is_built_with_its_values(two, capfd):
+    torch.manual_seed(SEED)
+    expected = Read(late=False).state_dict()
+    for calls, without, found in two.run(unusual):
+        assert (calls, without) == (1, 0)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,11 @@ def weights(tmp_path_factory):
     index = {"weight_map": {name: file for file, own in files.items() for name in own}}
     (folders["safetensors"] / "model.safetensors.index.json").write_text(json.dumps(index))
     torch.save({"state_dict": values}, folders["torch"] / "a.ckpt")
-    return folders
+    del values
+    yield folders
+    # Or pytest would keep gigabytes.
+    for folder in folders.values():
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -2,6 +2,7 @@
 
 from lightning_largescale.checkpoint.directory import check_writable, load_directory, save_directory
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, load_file
+from lightning_largescale.checkpoint.load import load_checkpoint
 from lightning_largescale.checkpoint.optimizers import (
     indexed_optimizer_state,
     load_optimizer_state,
@@ -10,7 +11,6 @@ from lightning_largescale.checkpoint.optimizers import (
 from lightning_largescale.checkpoint.whole import (
     full_module_state,
     full_optimizer_state,
-    load_whole_directory,
     whole_everywhere,
 )
 
@@ -21,10 +21,10 @@ __all__ = [
     "indexed_optimizer_state",
     "is_mappable",
     "is_remote",
+    "load_checkpoint",
     "load_directory",
     "load_file",
     "load_optimizer_state",
-    "load_whole_directory",
     "named_optimizer_state",
     "save_directory",
     "whole_everywhere",

@@ -101,17 +101,18 @@ def check_writable(path: Path) -> None:
         raise PlanError(f"{str(path)!r} is a folder that is no checkpoint; give the checkpoint a path of its own.")
 
 
-def load_directory(path: Path, *, weights_only: bool | None = None) -> dict[str, Any]:
+def load_directory(path: Path, *, weights_only: bool | None = None, device: str = "cpu") -> dict[str, Any]:
     """A checkpoint as Lightning makes it, with tensors to be read later and optimizer states by names of parameters.
 
     Args:
         path: written by `save_directory`, by ModelParallelStrategy or by FSDPStrategy.
         weights_only: as of torch.load, of what is no tensor.
+        device: as of `Stored`.
 
     Raises:
         PlanError: it is not whole, or no such directory.
     """
-    directory = _Directory(path, weights_only=weights_only)
+    directory = _Directory(path, weights_only=weights_only, device=device)
     checkpoint: dict[str, Any] = torch.load(path / _REST, map_location="cpu", weights_only=weights_only)
     states = directory.states()
     others = states.pop(_OTHERS, {})
@@ -182,8 +183,8 @@ class _Directory:
         PlanError: it is not whole.
     """
 
-    def __init__(self, path: Path, *, weights_only: bool | None) -> None:
-        self._path, self._weights_only = path, weights_only
+    def __init__(self, path: Path, *, weights_only: bool | None, device: str) -> None:
+        self._path, self._weights_only, self._device = path, weights_only, device
         for name in (_METADATA, _REST):
             if not (path / name).is_file():
                 raise PlanError(
@@ -230,7 +231,7 @@ class _Directory:
             planner = _LoadPlanner(weights_only=self._weights_only)
             self._reader.read_data(LoadPlan([item]), planner).wait()
             return planner.loaded
-        return Stored(stored.size, stored.properties.dtype, partial(self._read, name))
+        return Stored(stored.size, stored.properties.dtype, partial(self._read, name), self._device)
 
     def _read(self, name: str, pieces: Sequence[Piece]) -> None:
         stored: Any = self._metadata.state_dict_metadata[name]

@@ -20,13 +20,29 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_largescale.hardware.usage import forget_pages
+from lightning_largescale.hardware.usage import expect_pages, forget_pages
 from lightning_largescale.parallel.pieces import Piece, in_boxes
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 
 # Bytes of a file that are in memory at once, beside what they are read into.
 _BOX_BYTES = 32 * 2**20
+# As safetensors calls them.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
 # Names in an error, of as many as there may be.
 _MOST = 10
 # Where those who publish weights leave which file has which, and what holds the tensors of a Lightning checkpoint.
@@ -60,15 +76,16 @@ def stored_weights(path: str | Path) -> dict[str, Tensor]:
     return _of_safetensors(path) if path.suffix == ".safetensors" else _of_torch(path)
 
 
-def load_file(path: str | Path, *, weights_only: bool | None = None) -> Any:
+def load_file(path: str | Path, *, weights_only: bool | None = None, device: str = "cpu") -> Any:
     """What torch.save wrote, with its tensors to be read later.
 
     Args:
         path: of a file for which `is_mappable`.
         weights_only: as of torch.load.
+        device: as of `Stored`.
     """
     loaded = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-    return apply_to_collection(loaded, Tensor, _stored)
+    return apply_to_collection(loaded, Tensor, partial(_stored, device=device))
 
 
 def is_mappable(path: object) -> bool:
@@ -81,10 +98,10 @@ def is_remote(path: str | Path) -> bool:
     return not isinstance(get_filesystem(path), LocalFileSystem)
 
 
-def _stored(values: Tensor) -> Tensor:
+def _stored(values: Tensor, device: str = "cpu") -> Tensor:
     if values.layout is not torch.strided or values.is_quantized or type(values) is not Tensor:
         return values
-    return Stored(values.shape, values.dtype, partial(_read_mapped, lambda box: values[box]))
+    return Stored(values.shape, values.dtype, partial(_read_mapped, lambda box: values[box]), device)
 
 
 def _of_torch(path: Path) -> dict[str, Tensor]:
@@ -135,21 +152,39 @@ def _of_files(files: Sequence[Path]) -> dict[str, Tensor]:
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        # Read by no context: what is stored keeps it open.
+        # What the library makes of a slice has it read megabytes from the start of each tensor on.
         opened: Any = safe_open(path, framework="pt")
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {name: _stored_slice(one) for name, one in slices.items()}
+        header = _header(path)
+        slices = {name: opened.get_slice(name) for name in header}
     except (SafetensorError, OSError) as error:
         raise PlanError(
             f"weights={str(path)!r} is truncated or not a file of safetensors ({error}); get it anew."
         ) from error
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    return {name: _stored_slice(data, *header[name], slices[name]) for name in header}
 
 
-def _stored_slice(one: Any) -> Stored:
-    shape = one.get_shape()
-    # Nothing is read of an empty slice, which has the dtype.
-    dtype = one[:0].dtype if shape else one[...].dtype
-    return Stored(shape, dtype, partial(_read_mapped, lambda box: one[box] if box else one[...]))
+def _header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Of a file that the library has found in order: by name dtype, shape, and where in it the values begin and end.
+
+    Source: the format's description, github.com/huggingface/safetensors.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        tensors: dict[str, Any] = json.loads(file.read(length))
+    tensors.pop("__metadata__", None)
+    begin = 8 + length
+    return {
+        name: (one["dtype"], one["shape"], *(begin + offset for offset in one["data_offsets"]))
+        for name, one in tensors.items()
+    }
+
+
+def _stored_slice(data: Tensor, kind: str, shape: list[int], start: int, end: int, one: Any) -> Tensor:
+    dtype = _DTYPES.get(kind)
+    if dtype is None or start % dtype.itemsize:
+        return Stored(shape, one[:0].dtype, partial(_read_mapped, lambda box: one[box]))
+    return _stored(data[start:end].view(dtype).view(shape))
 
 
 def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], pieces: Sequence[Piece]) -> None:
@@ -158,6 +193,7 @@ def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], pieces: Sequen
         for box in in_boxes(piece, _BOX_BYTES):
             sides = zip(box.offsets, box.values.shape, strict=True)
             values = slice_of(tuple(slice(start, start + size) for start, size in sides))
+            expect_pages(values)
             box.values.copy_(values)
             forget_pages(values)
 

@@ -7,19 +7,14 @@ by parameter index. Full tensors are assembled one at a time, and kept on rank 0
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_largescale.checkpoint.directory import load_directory
-from lightning_largescale.checkpoint.optimizers import indexed_optimizer_state
 from lightning_largescale.parallel.order import full, order_of
-from lightning_largescale.parallel.stored import Stored
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
@@ -57,25 +52,6 @@ def full_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
         for index in sorted(state["state"])
     }
     return {**state, "state": found} if keep else {}
-
-
-def load_whole_directory(path: Path, *, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-    """A checkpoint that is a directory as stock Lightning reads one that is a file: full tensors, in this process.
-
-    Args:
-        path: as of `load_directory`.
-        map_location: a device, or its name, for all tensors; anything else leaves them on the CPU.
-        weights_only: as of torch.load, of what is no tensor.
-
-    Raises:
-        PlanError: as `load_directory`.
-    """
-    loaded = load_directory(path, weights_only=weights_only)
-    if "optimizer_states" in loaded:
-        loaded["optimizer_states"] = [indexed_optimizer_state(state) for state in loaded["optimizer_states"]]
-    device = map_location if isinstance(map_location, str | torch.device) else "cpu"
-    whole: dict[str, Any] = apply_to_collection(loaded, Stored, lambda stored: stored.whole().to(device))
-    return whole
 
 
 def whole_everywhere(value: Any, *, keep: bool) -> Any:

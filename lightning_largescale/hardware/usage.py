@@ -98,14 +98,37 @@ def trim_heap() -> None:
     trim(0)
 
 
+def expect_pages(tensor: Tensor) -> None:
+    """Have the system read the memory of `tensor`, of a mapped file, now, and nothing beyond it: left to itself it
+    reads ahead, of each slice megabytes that nobody asks for.
+
+    Source: man page madvise(2), MADV_RANDOM and MADV_WILLNEED.
+    """
+    start, end = _span(tensor)
+    start, end = start // mmap.PAGESIZE * mmap.PAGESIZE, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+    _advise(start, end, "MADV_RANDOM")
+    _advise(start, end, "MADV_WILLNEED")
+
+
 def forget_pages(tensor: Tensor) -> None:
     """Let the system take back the memory of `tensor`, of a mapped file: its pages are read again when they are asked
     for, and what was written into them is lost.
 
     Source: man page madvise(2), MADV_DONTNEED.
     """
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start, end = tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
-    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if tensor.numel() and start < end and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    start, end = _span(tensor)
+    # Whole pages, since others may have the rest.
+    _advise(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE, "MADV_DONTNEED")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of `tensor` and of that after its last."""
+    if not tensor.numel():
+        return 0, 0
+    elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+
+
+def _advise(start: int, end: int, advice: str) -> None:
+    if start < end and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice))

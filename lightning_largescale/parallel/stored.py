@@ -74,7 +74,7 @@ class Stored(Tensor):
         """All of it, as a plain tensor."""
         if self._written is not None:
             return self._written
-        values = torch.empty(self.shape, dtype=self.dtype)
+        values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         self.read(values)
         return values
 

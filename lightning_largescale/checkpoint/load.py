@@ -1,0 +1,53 @@
+"""Checkpoints for those who ask Lightning for them: `load_from_checkpoint`, and strategies other than ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+
+from lightning_largescale import compat
+from lightning_largescale.checkpoint.directory import load_directory
+from lightning_largescale.checkpoint.files import is_mappable, load_file
+from lightning_largescale.checkpoint.optimizers import indexed_optimizer_state
+from lightning_largescale.parallel.deferred import active_recording
+from lightning_largescale.parallel.stored import Stored
+
+
+def load_checkpoint(
+    load: Callable[..., Any], path: Any, *, map_location: Any = None, weights_only: bool | None = None
+) -> Any:
+    """A checkpoint, file or directory, as Lightning's `load` reads one that is a file.
+
+    Its tensors are read later, and in part, where modules are built without values: under `torch.device("meta")`, and
+    in `Trainer.init_module(empty_init=True)` of a strategy that divides.
+
+    Args:
+        load: reads all that is no directory.
+        path: of a file or directory, a URL or a file that is open.
+        map_location: as of torch.load; of a directory, a device or its name for all tensors, else they are on the CPU.
+        weights_only: as of torch.load.
+
+    Raises:
+        PlanError: a directory is not a checkpoint, or not a whole one.
+    """
+    meta = torch.get_default_device().type == "meta"
+    recorded = active_recording() is not None
+    if isinstance(path, str | Path) and Path(path).is_dir():
+        with compat.without_function_modes(), compat.without_dispatch_modes():
+            loaded = load_directory(Path(path), weights_only=weights_only, device="meta" if meta else "cpu")
+            if "optimizer_states" in loaded:
+                loaded["optimizer_states"] = [indexed_optimizer_state(one) for one in loaded["optimizer_states"]]
+            return loaded if meta or recorded else _whole(loaded, map_location)
+    if (meta or recorded) and is_mappable(path):
+        with compat.without_function_modes(), compat.without_dispatch_modes():
+            return load_file(path, weights_only=weights_only, device="meta" if meta else "cpu")
+    return load(path, map_location=map_location, weights_only=weights_only)
+
+
+def _whole(loaded: dict[str, Any], map_location: Any) -> Any:
+    device = map_location if isinstance(map_location, str | torch.device) else "cpu"
+    return apply_to_collection(loaded, Stored, lambda stored: stored.whole().to(device))
