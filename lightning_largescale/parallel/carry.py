@@ -108,7 +108,8 @@ class _Run:
     @staticmethod
     def _made(operation: Operation, result: Tensor, held: Held, taken: set[int]) -> torch.UntypedStorage:
         """The storage for the cell of `held`, of which `result` is what the operation returned."""
-        if (tuple(result.shape), result.stride(), result.dtype) != (held.size, held.stride, held.dtype):
+        laid_out = tuple(result.shape) == held.size and result.dtype == held.dtype
+        if not laid_out or _steps(held.size, result.stride()) != _steps(held.size, held.stride):
             raise DeferredError(f"{operation.func} makes another layout on the CPU than on the meta device")
         storage = result.untyped_storage()
         fits = result.storage_offset() == held.offset and storage.nbytes() >= held.cell.nbytes
@@ -123,3 +124,8 @@ class _Run:
         fresh = torch.empty(held.cell.nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
         held.among(fresh).copy_(result)
         return fresh
+
+
+def _steps(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
+    """The strides that matter: where there is but one element, the meta device may say another."""
+    return [] if 0 in size else [step for count, step in zip(size, stride, strict=True) if count != 1]

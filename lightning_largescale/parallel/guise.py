@@ -6,6 +6,7 @@ Below torch's functions they are on the meta device. Their values, asked for pas
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,11 @@ class Guise(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, other than as it is where it tells the meta device from the CPU."""
         handler = _HANDLERS.get(func)
-        if handler is None:
-            return func(*args, **(kwargs or {}))
         try:
+            if torch.is_autocast_enabled("cpu") and _holds(self._recorder, [args, list((kwargs or {}).values())]):
+                raise DeferredError("operations run under autocast, which leaves the meta device alone")
+            if handler is None:
+                return func(*args, **(kwargs or {}))
             return handler(self._recorder, func, args, kwargs or {})
         except DeferredError as error:
             raise self._recorder.refuse(str(error)) from error
@@ -110,7 +113,7 @@ def _read(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> A
     if isinstance(out, np.ndarray) and not out.flags.owndata:
         # Of what is written into it the tensor would know nothing, and it nothing of what the tensor gets.
         out.flags.writeable = False
-        recorder.tape.held(args[0]).cell.exported = True
+        recorder.tape.held(args[0]).cell.arrays.append(weakref.ref(out))
     return out
 
 

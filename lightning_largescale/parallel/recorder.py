@@ -38,7 +38,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
-        self.streams = {id(torch.default_generator): Stream(torch.default_generator)}
+        self.streams = {compat.generator_key(torch.default_generator): Stream(torch.default_generator)}
         self.failure: DeferredError | None = None
         self._pauses = False
         self._constants: dict[Any, Tensor] = {}
@@ -110,8 +110,6 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             return self._call_real(func, args, kwargs, none=not given)
         if kwargs.get("device") not in (None, _META, _CPU) or kwargs.get("pin_memory"):
             raise DeferredError(f"{func} makes a tensor that is not in the CPU's pageable memory")
-        if torch.is_autocast_enabled("cpu"):
-            raise DeferredError(f"{func} is called under autocast")
         return self._call_held(func, args, kwargs)
 
     def _call_held(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -199,7 +197,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         for target in targets:
             if target.cell.storage.nbytes() != target.cell.nbytes:
                 raise DeferredError(f"{func} changes the size of a tensor's storage")
-            if target.cell.exported:
+            if any(array() is not None for array in target.cell.arrays):
                 raise DeferredError(f"{func} writes into a tensor whose values were given away as an array")
         if (made or targets) and not effects.makes_empty(func):
             writes = [(one.cell, one.span, one.dense and effects.overwrites(func)) for one in targets]
@@ -240,9 +238,9 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         generator = found[0] if found else torch.default_generator
         if generator.device.type != "cpu":
             raise DeferredError(f"random numbers are asked of a generator of {generator.device}")
-        if id(generator) not in self.streams:
-            self.streams[id(generator)] = Stream(generator)
-        return self.streams[id(generator)]
+        if compat.generator_key(generator) not in self.streams:
+            self.streams[compat.generator_key(generator)] = Stream(generator)
+        return self.streams[compat.generator_key(generator)]
 
     def _made(self, func: Any, out: Any) -> list[tuple[int, Held]]:
         made = []
