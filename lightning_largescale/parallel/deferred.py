@@ -80,6 +80,8 @@ class Recording:
     def random_state(self) -> Tensor:
         """The state of the CPU's generator at which recording began; draws are made from it.
 
+        Where another one is set, such as rank 0's, a replay leaves the generator as it was.
+
         Raises:
             DeferredError: another one is set, and values were read that follow from this.
         """

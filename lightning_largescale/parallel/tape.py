@@ -159,8 +159,9 @@ class Tape:
 
     def held(self, tensor: Tensor) -> Held:
         """The place of `tensor`, whose cell is known."""
+        cell = self.cells[id(tensor.untyped_storage())]
         return Held(
-            self.cells[id(tensor.untyped_storage())],
+            cell,
             tuple(tensor.size()),
             tensor.stride(),
             int(tensor.storage_offset()),

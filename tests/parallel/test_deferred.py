@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import pickle
 import threading
 import weakref
 
@@ -137,7 +139,46 @@ def from_arrays(module):
     module.shared = torch.as_tensor(array)
     array[:] = 0
     module.drawn = torch.from_numpy(np.ones(5, dtype="f")).normal_()
+    module.given = nn.Linear(3, 4)
+    module.given.weight.data = torch.from_numpy(np.ones((4, 3), dtype="f"))
+    nn.init.zeros_(module.given.weight)
     module.after = nn.Linear(3, 3)
+
+
+def from_a_file(module):
+    file = io.BytesIO(WEIGHTS)
+    module.copied, module.assigned = nn.Linear(3, 2), nn.Linear(3, 2)
+    module.copied.load_state_dict(torch.load(file))
+    file.seek(0)
+    module.assigned.load_state_dict(torch.load(file), assign=True)
+    module.after = nn.Linear(2, 2)
+
+
+def _weights():
+    torch.save(nn.Linear(3, 2).state_dict(), file := io.BytesIO())
+    return file.getvalue()
+
+
+WEIGHTS = _weights()
+
+
+def placed_elements(module):
+    module.table = torch.randn(4, 5)
+    module.table[0], module.table[1, 2], module.table[[0, 2]] = 3, 2.5, 1.0
+    module.table[:, [1, 3]] = torch.rand(4, 2)
+    module.table[module.table > 1] = 0
+    module.table[np.array([0, 1])] = 7
+    module.rows, module.column = module.table[[0, 1]], module.table[:, np.array([2])]
+    module.one = module.table[torch.tensor(1)]
+    module.inverse = torch.linalg.pinv(module.table)
+
+
+def on_meta(module):
+    with torch.device("meta"):
+        module.shapes = [tuple(nn.Linear(3, 4).weight.shape)]
+    module.filled = nn.Linear(3, 4, device="meta").to_empty(device="cpu")
+    for parameter in module.filled.parameters():
+        nn.init.ones_(parameter)
 
 
 def seeded(module):
@@ -183,6 +224,8 @@ def forwards(module):
     module.convolutions, module.head = convolutions, nn.Linear(width, 2)
     module.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     module.encoded = module.layer(torch.randn(2, 3, 8)).detach()
+    module.attention = nn.MultiheadAttention(8, 2)
+    module.averages = module.attention(*torch.randn(3, 5, 2, 8))[1].detach()
     module.lstm = nn.LSTM(3, 4)
     module.remembered = module.lstm(torch.randn(5, 2, 3))[0].detach()
     module.attended = F.scaled_dot_product_attention(*torch.randn(3, 1, 2, 4, 8))
@@ -208,7 +251,8 @@ def other_draws(module):
 
 
 CONSTRUCTIONS = (gpt_by_apply, initializers, parametrized, copied_layers, recurrent, buffers, read_values, looks)
-CONSTRUCTIONS += (from_arrays, seeded, own_generator, dtypes, forwards, other_draws)
+CONSTRUCTIONS += (from_a_file, placed_elements, on_meta, from_arrays, seeded)
+CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws)
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -416,7 +460,8 @@ def test_digest():
         (lambda: torch.eye(2).to_sparse(), "not dense"),
         (lambda: nn.MultiheadAttention(4, 1).eval()(*torch.ones(3, 1, 1, 4)), "fast path"),
         (lambda: torch.rand(2).resize_(9), "changes the size of a tensor's storage"),
-        (lambda: setattr(torch.from_numpy(np.ones(2)), "data", torch.ones(2)), "takes the place of one without"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "not dense"),
+        (lambda: pickle.dumps(nn.Linear(2, 2)), "the code fails without values"),
         (lambda: nn.Linear(2, 2)(torch.ones(3)), "the code fails without values"),
         (lambda: torch.rand(2).share_memory_(), "share_memory_ asks for the memory"),
     ],
@@ -451,8 +496,10 @@ def test_draws_past_the_recording_are_found():
         thread.join()
         return torch.rand(2)
 
+    state = torch.get_rng_state()
     with pytest.raises(DeferredError, match="another thread"), Recording().record():
         build()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_array_and_its_tensor_do_not_part():

@@ -125,6 +125,6 @@ def test_same_bits(program, later, random):
 
 @pytest.mark.slow
 @given(st.lists(calls, max_size=40), st.booleans(), st.booleans())
-@settings(max_examples=3000)
+@settings(max_examples=1000)
 def test_same_bits_of_longer_ones(program, later, random):
     check(program, later, random)
