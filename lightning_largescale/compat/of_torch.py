@@ -314,6 +314,14 @@ def returns_tensors(function: Any) -> bool:
     return any("Tensor" in str(result.type) for result in function._schema.returns)
 
 
+def generator_key(generator: Any) -> int:
+    """By which a generator is known, while it lives: operators are given another object for it each time.
+
+    Replaced by `==` of generators, were it to compare them.
+    """
+    return int(generator._cdata)
+
+
 # Of the state of a CPU generator: seed, two counters and a position, then the numbers of the Mersenne twister, each of
 # four bytes in a place of eight.
 _TWISTER_START, _TWISTER_BYTES = 24, 624 * 8

@@ -88,7 +88,15 @@ class _Run:
 
     def _operate(self, operation: Operation) -> None:
         torch.set_default_dtype(operation.default_dtype)
-        tensor = self._tensor if operation.grad is None else self._tensor_for_grad
+        given: dict[int, Tensor] = {}
+
+        def tensor(held: Held) -> Tensor:
+            if id(held) not in given:
+                given[id(held)] = self._tensor(held)
+                if operation.grad is not None:
+                    given[id(held)].requires_grad_(held.requires_grad)
+            return given[id(held)]
+
         args = map_arguments(operation.args, Held, tensor)
         kwargs = map_arguments(operation.kwargs, Held, tensor)
         if operation.draw is not None:
@@ -97,18 +105,15 @@ class _Run:
             results = flat_leaves(operation.func(*args, **kwargs))
         if operation.draw is not None:
             self.course.after(operation.draw)
-        given = [one for one in flat_leaves([args, list(kwargs.values())]) if isinstance(one, Tensor)]
-        taken = {id(one.untyped_storage()) for one in given}
+        taken = {id(one.untyped_storage()) for one in given.values()}
         for place, held in operation.makes:
             self._storages[held.cell] = self._made(operation, results[place].detach(), held, taken)
-
-    def _tensor_for_grad(self, held: Held) -> Tensor:
-        return self._tensor(held).requires_grad_(held.requires_grad)
 
     @staticmethod
     def _made(operation: Operation, result: Tensor, held: Held, taken: set[int]) -> torch.UntypedStorage:
         """The storage for the cell of `held`, of which `result` is what the operation returned."""
-        if (tuple(result.shape), result.stride(), result.dtype) != (held.size, held.stride, held.dtype):
+        laid_out = tuple(result.shape) == held.size and result.dtype == held.dtype
+        if not laid_out or _steps(held.size, result.stride()) != _steps(held.size, held.stride):
             raise DeferredError(f"{operation.func} makes another layout on the CPU than on the meta device")
         storage = result.untyped_storage()
         fits = result.storage_offset() == held.offset and storage.nbytes() >= held.cell.nbytes
@@ -123,3 +128,8 @@ class _Run:
         fresh = torch.empty(held.cell.nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
         held.among(fresh).copy_(result)
         return fresh
+
+
+def _steps(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
+    """The strides that matter: where there is but one element, the meta device may say another."""
+    return [] if 0 in size else [step for count, step in zip(size, stride, strict=True) if count != 1]

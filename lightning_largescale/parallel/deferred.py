@@ -91,14 +91,16 @@ class Recording:
     def random_state(self) -> Tensor:
         """The state of the CPU's generator at which recording began; draws are made from it.
 
+        Where another one is set, such as rank 0's, a replay leaves the generator as it was.
+
         Raises:
             DeferredError: another one is set, and values were read that follow from this.
         """
-        return self._made().streams[id(torch.default_generator)].first_state.clone()
+        return self._made().streams[compat.generator_key(torch.default_generator)].first_state.clone()
 
     @random_state.setter
     def random_state(self, state: Tensor) -> None:
-        self._made().streams[id(torch.default_generator)].first_state = state
+        self._made().streams[compat.generator_key(torch.default_generator)].first_state = state
 
     def assign(self, target: Tensor, source: Source) -> None:
         """From here on the values of `target`, which is held, are those of `source`."""
@@ -194,12 +196,12 @@ def _describe(leaf: Any, streams: dict[int, int]) -> str:
     if isinstance(leaf, Tensor):
         return f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype} {digest_of(leaf)}"
     if isinstance(leaf, torch.Generator):
-        return f"generator {streams.get(id(leaf))}"
+        return f"generator {streams.get(compat.generator_key(leaf))}"
     if isinstance(leaf, Draw):
         root = leaf.before.root
         # Where the CPU's own generator begins is each rank's.
-        seeded = root is not leaf.stream.points[0] or streams[id(leaf.stream.generator)] > 0
+        seeded = root is not leaf.stream.points[0] or streams[compat.generator_key(leaf.stream.generator)] > 0
         state = digest_of(root.state) if seeded and root.state is not None else ""
-        return f"{streams[id(leaf.stream.generator)]} {leaf.before.number} {state}"
+        return f"{streams[compat.generator_key(leaf.stream.generator)]} {leaf.before.number} {state}"
     simple = (int, float, complex, str, bool, torch.dtype, torch.device, torch.layout, torch.memory_format)
     return repr(leaf) if leaf is None or isinstance(leaf, simple) else type(leaf).__name__

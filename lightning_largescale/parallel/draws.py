@@ -67,8 +67,10 @@ class Stream:
     def leave(self) -> None:
         """Show the state again that it had when recording began."""
         if self._followed:
-            self.look()
-            self._put(self._began)
+            try:
+                self.look()
+            finally:
+                self._put(self._began)
 
     def look(self) -> None:
         """Find out whether code has seeded the generator or set it back.

@@ -18,8 +18,9 @@ _LIKE = _EMPTY.union(
     ["zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"],
     ["new_zeros", "new_ones", "new_full"],
 )
-# What they return on the meta device is not laid out as what they return on the CPU.
-_OTHER_LAYOUT = frozenset({_aten._linalg_svd.default})
+# What they return on the meta device is not laid out as what they return on the CPU, or not quantized.
+_QUANTIZES = (_aten.quantize_per_tensor, _aten.quantize_per_tensor_dynamic, _aten.quantize_per_channel)
+_OTHER_LAYOUT = frozenset({_aten._linalg_svd.default, *(packet.default for packet in _QUANTIZES)})
 _LIFTS = frozenset({_aten.lift_fresh.default, _aten.lift.default})
 
 

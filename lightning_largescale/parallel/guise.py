@@ -6,14 +6,16 @@ Below torch's functions they are on the meta device. Their values, asked for pas
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.carry import flat_leaves, map_arguments
@@ -32,11 +34,11 @@ class Guise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, other than as it is where it tells the meta device from the CPU."""
-        handler = _HANDLERS.get(func)
-        if handler is None:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         try:
-            return handler(self._recorder, func, args, kwargs or {})
+            if torch.is_autocast_enabled("cpu") and _holds(self._recorder, [args, list(kwargs.values())]):
+                raise DeferredError("operations run under autocast, which leaves the meta device alone")
+            return _HANDLERS.get(func, _unhandled)(self._recorder, func, args, kwargs)
         except DeferredError as error:
             raise self._recorder.refuse(str(error)) from error
 
@@ -110,7 +112,7 @@ def _read(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> A
     if isinstance(out, np.ndarray) and not out.flags.owndata:
         # Of what is written into it the tensor would know nothing, and it nothing of what the tensor gets.
         out.flags.writeable = False
-        recorder.tape.held(args[0]).cell.exported = True
+        recorder.tape.held(args[0]).cell.arrays.append(weakref.ref(out))
     return out
 
 
@@ -152,9 +154,37 @@ def _new(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> An
 
 
 def _set_data(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if recorder.holds(args[0]) != recorder.holds(args[1]):
-        raise DeferredError("a tensor with values takes the place of one without, or the reverse")
-    return func(*args, **kwargs)
+    tensor, value = args
+    if recorder.holds(tensor) == recorder.holds(value):
+        return func(*args, **kwargs)
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise DeferredError(f"a {type(tensor).__name__} takes values of its own, or gives them up")
+    # Torch refuses this across devices.
+    attributes = dict(tensor.__dict__)
+    other = value.detach().requires_grad_(tensor.requires_grad)
+    other = other if type(tensor) is Tensor else nn.Parameter(other, tensor.requires_grad)
+    try:
+        swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise DeferredError("a tensor in use takes values of its own, or gives them up") from error
+    tensor.__dict__.update(attributes)
+    return None
+
+
+def _empty(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """torch.load begins with a tensor of no elements where the storage is, which it gives that storage."""
+    if args == ((0,),) and isinstance(device := kwargs.get("device"), torch.device) and device.type == "cpu":
+        with compat.without_dispatch_modes():
+            return func(*args, **kwargs)
+    return _unhandled(recorder, func, args, kwargs)
+
+
+def _unhandled(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    device = kwargs.get("device")
+    if not isinstance(device, (str, torch.device)) or torch.device(device).type != "meta":
+        return func(*args, **kwargs)
+    with recorder.on_meta():
+        return func(*args, **kwargs)
 
 
 def _refuse(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -201,11 +231,11 @@ _READS = (
     Tensor.__array__,
     Tensor.__repr__,
     Tensor.__format__,
-    Tensor.__reduce_ex__,
     torch.tensor,
 )
 _MEMORY = (Tensor.data_ptr, Tensor.storage, Tensor.share_memory_, Tensor.pin_memory, Tensor.__dlpack__, Tensor.apply_)
-_BY_DEVICE = (F.scaled_dot_product_attention, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+_BY_DEVICE = (*_ATTENTION, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _HANDLERS: dict[Any, _Handler] = {
     compat.function_getter("device"): _says(torch.device("cpu")),
     compat.function_getter("is_cpu"): _says(True),
@@ -219,10 +249,12 @@ _HANDLERS: dict[Any, _Handler] = {
     torch.asarray: _as_tensor,
     Tensor.new_tensor: _new_tensor,
     Tensor.new: _new,
+    torch.empty: _empty,
     Tensor.__getitem__: _set_item,
     Tensor.__setitem__: _set_item,
     Tensor.__deepcopy__: _deepcopy,
     **dict.fromkeys(_READS, _read),
     **dict.fromkeys(_MEMORY, _refuse),
+    Tensor.__reduce_ex__: _refuse,
     **dict.fromkeys(_BY_DEVICE, _whole),
 }

@@ -7,6 +7,8 @@ the operations behind it are carried out.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from lightning_largescale.workload.tracker import writes
 
 _aten = torch.ops.aten
 _META, _CPU = torch.device("meta"), torch.device("cpu")
+_QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 # Values that were read are kept up to this size, so that to read the next of them costs nothing.
 _KNOWN_BYTES = 2**20
 
@@ -38,9 +41,9 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
-        self.streams = {id(torch.default_generator): Stream(torch.default_generator)}
+        self.streams = {compat.generator_key(torch.default_generator): Stream(torch.default_generator)}
         self.failure: DeferredError | None = None
-        self._pauses = False
+        self._pauses = self._makes_meta = False
         self._constants: dict[Any, Tensor] = {}
 
     def holds(self, tensor: Tensor) -> bool:
@@ -52,6 +55,15 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         """The exception to raise; what it says is kept."""
         self.failure = self.failure or DeferredError(message)
         return self.failure
+
+    @contextmanager
+    def on_meta(self) -> Iterator[None]:
+        """Within, code asks for tensors on the meta device itself."""
+        before, self._makes_meta = self._makes_meta, True
+        try:
+            yield
+        finally:
+            self._makes_meta = before
 
     def read(self, tensor: Tensor) -> Tensor:
         """The values of `tensor` as they are now; not to be written into."""
@@ -106,12 +118,12 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             if held or effects.lifts(func):
                 raise DeferredError(f"{func} is called of tensors on the meta device that were made without values")
             return func(*args, **kwargs)
-        if not held and (given or kwargs.get("device") == _META):
-            return self._call_real(func, args, kwargs, none=not given)
+        if not given and self._makes_meta and kwargs.get("device") == _META:
+            return func(*args, **kwargs)
+        if given and not held:
+            return self._call_real(func, args, kwargs)
         if kwargs.get("device") not in (None, _META, _CPU) or kwargs.get("pin_memory"):
             raise DeferredError(f"{func} makes a tensor that is not in the CPU's pageable memory")
-        if torch.is_autocast_enabled("cpu"):
-            raise DeferredError(f"{func} is called under autocast")
         return self._call_held(func, args, kwargs)
 
     def _call_held(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -142,10 +154,8 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
                 raise DeferredError(f"{func} does not tell what it makes unless it makes it") from error
             return self._run_really(func, args, kwargs, draws=draws)
 
-    def _call_real(self, func: Any, args: Any, kwargs: dict[str, Any], *, none: bool) -> Any:
-        """Call what is given tensors with values only, or `none`."""
-        if none:
-            return func(*args, **kwargs)
+    def _call_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call what is given tensors with values only."""
         draws = effects.draws(func)
         if effects.lifts(func):
             # What Python holds too, as an array may, stays what it is.
@@ -191,7 +201,13 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(self, func: Any, args: Any, kwargs: dict[str, Any], *, draws: bool) -> Any:
         args, kwargs = (map_arguments(tree, Tensor, self._stand_in) for tree in (args, kwargs))
-        held_args, held_kwargs = (map_arguments(tree, Tensor, self.tape.held) for tree in (args, _on(_CPU, kwargs)))
+        places: dict[int, Held] = {}
+
+        def place(tensor: Tensor) -> Held:
+            # One that is given twice is one: functions may ask.
+            return places.get(id(tensor)) or places.setdefault(id(tensor), self.tape.held(tensor))
+
+        held_args, held_kwargs = (map_arguments(tree, Tensor, place) for tree in (args, _on(_CPU, kwargs)))
         # Generators are for the CPU.
         out = func(*args, **{name: one if name != "generator" else None for name, one in _on(_META, kwargs).items()})
         made = self._made(func, out)
@@ -199,7 +215,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         for target in targets:
             if target.cell.storage.nbytes() != target.cell.nbytes:
                 raise DeferredError(f"{func} changes the size of a tensor's storage")
-            if target.cell.exported:
+            if any(array() is not None for array in target.cell.arrays):
                 raise DeferredError(f"{func} writes into a tensor whose values were given away as an array")
         if (made or targets) and not effects.makes_empty(func):
             writes = [(one.cell, one.span, one.dense and effects.overwrites(func)) for one in targets]
@@ -240,9 +256,9 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         generator = found[0] if found else torch.default_generator
         if generator.device.type != "cpu":
             raise DeferredError(f"random numbers are asked of a generator of {generator.device}")
-        if id(generator) not in self.streams:
-            self.streams[id(generator)] = Stream(generator)
-        return self.streams[id(generator)]
+        if compat.generator_key(generator) not in self.streams:
+            self.streams[compat.generator_key(generator)] = Stream(generator)
+        return self.streams[compat.generator_key(generator)]
 
     def _made(self, func: Any, out: Any) -> list[tuple[int, Held]]:
         made = []
@@ -312,5 +328,5 @@ def _plain(tensor: Tensor) -> bool:
     return (
         tensor.layout is torch.strided
         and tensor.device.type in ("cpu", "meta")
-        and not (tensor.is_nested or tensor.is_quantized or compat.is_transformed(tensor))
+        and not (tensor.is_nested or tensor.dtype in _QUANTIZED or compat.is_transformed(tensor))
     )

@@ -9,6 +9,7 @@ Source: liveness analysis, as in Aho et al. 2006, "Compilers: Principles, Techni
 from __future__ import annotations
 
 import heapq
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,16 +30,16 @@ class Cell:
         storage: its stand-in on the meta device, kept so that its identity stays its own.
         writers: places on the tape of the operations that write into it, in order.
         known: its values after one of these, if they were read.
-        exported: whether code may see its values past torch.
+        arrays: references to what code was given that shares memory with its values.
     """
 
-    __slots__ = ("exported", "known", "nbytes", "number", "storage", "writers")
+    __slots__ = ("arrays", "known", "nbytes", "number", "storage", "writers")
 
     def __init__(self, storage: torch.UntypedStorage, number: int) -> None:
         self.storage, self.number, self.nbytes = storage, number, storage.nbytes()
         self.writers: list[int] = []
         self.known: tuple[int, torch.UntypedStorage] | None = None
-        self.exported = False
+        self.arrays: list[weakref.ref[Any]] = []
 
     @property
     def last(self) -> int:
@@ -158,8 +159,9 @@ class Tape:
 
     def held(self, tensor: Tensor) -> Held:
         """The place of `tensor`, whose cell is known."""
+        cell = self.cells[id(tensor.untyped_storage())]
         return Held(
-            self.cells[id(tensor.untyped_storage())],
+            cell,
             tuple(tensor.size()),
             tensor.stride(),
             int(tensor.storage_offset()),
