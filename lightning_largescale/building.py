@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_largescale.checkpoint.weights import Weights, read_weights
@@ -37,6 +37,8 @@ class BuildingStrategy(DividingStrategy, ABC):
     _unmade: Unmade | None = None
     # What a checkpoint has for a module without values, and whether all of it is to be there.
     _to_load: tuple[Mapping[str, Any], bool] | None = None
+    # What the files that were given have for it.
+    _to_read: Mapping[str, Tensor] = {}
     # The module that has its weights, of a checkpoint if not of the files that were given.
     _loaded: nn.Module | None = None
 
@@ -110,20 +112,23 @@ class BuildingStrategy(DividingStrategy, ABC):
 
     def _prepare_values(self) -> None:
         """Find what the module has no values of, before it is divided: a collective where there are others."""
+        module = self._module()
+        # Before anything is changed, so that what does not fit is told of the user's own class.
+        weights = None if module is self._loaded else self._weights
+        self._to_read = read_weights(module, weights, strict=module.strict_loading)
         self._unmade = self._find_unmade()
         if self._unmade is not None and self.has_peers and not agree_on_values(self._unmade):
             rank_zero_info(
                 "lightning_largescale: configure_model draws or builds other tensors on some ranks, so each makes all"
                 " of the module, and rank 0's counts."
             )
-            materialize(self._module(), self._unmade, torch.device("cpu"))
+            materialize(module, self._unmade, torch.device("cpu"))
             self._unmade = self._recording = None
 
     def _make_values(self) -> None:
         """Give the module, divided or not, the values that it has not."""
         module, unmade = self._module(), self._unmade
-        strict = module.strict_loading
-        weights = {} if module is self._loaded else read_weights(module, self._weights, strict=strict)
+        weights, self._to_read = self._to_read, {}
         if unmade is not None:
             loaded = {} if self._to_load is None else self._to_load[0]
             given = [name for name in unmade.tensors if name in weights or name in loaded]

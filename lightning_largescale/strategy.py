@@ -161,6 +161,7 @@ class LargeScaleStrategy(BuildingStrategy):
             self._watch_heap()
         if plan.shards:
             if mesh is None:
+                self._prepare_values()
                 self._make_values()
             else:
                 self._divide(module, mesh, {name: found.parts for name, found in divided.items()}, on_parts)

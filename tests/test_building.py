@@ -8,11 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from lightning.pytorch import LightningModule
-from models import DIM, Language, SaveLast, trainer
+from models import DIM, VOCAB, Block, Language, SaveLast, Tokens, divided_loader, trainer
 from ranks import quiet
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.plan import Plan, PlanError
@@ -21,6 +22,8 @@ from lightning_largescale.strategy import LargeScaleStrategy
 pytestmark = quiet
 
 SEED = 11
+PLANS = [Plan(), Plan(dp_replicate=2), Plan(dp_shard=2), Plan(tp=2)]
+NAMES = ["plain", "replicated", "sharded", "divided"]
 
 
 class Late(Family):
@@ -83,52 +86,72 @@ def test_numbers_of_a_plain_construction(two, name):
             assert found[2]
 
 
-class Kinds(Language):
-    """With what modules have beside matrices, built where Lightning asks for it."""
+class Body(nn.Module):
+    """With what modules have beside matrices."""
 
-    def __init__(self, *, late=True, lazy=False, **options):
-        LightningModule.__init__(self)
-        self.late, self.lazy, self.options, self.made = late, lazy, options, False
-        if not late:
-            self.make()
-
-    def make(self):
-        self.made = True
-        Language.__init__(self, seed=None, tied=True, layers=2, **self.options)
+    def __init__(self, lazy=False, turned=True):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, DIM)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(DIM, VOCAB, bias=False)
+        self.head.weight = self.embedding.weight
         for number, block in enumerate(self.blocks):
             block.register_buffer("scale", torch.linspace(0.5, 1, DIM) / (number + 1), persistent=False)
             block.register_buffer("seen", torch.zeros(2))
             block.table = torch.arange(4.0)
             block.parts = [torch.ones(2) * number, {"x": torch.rand(2)}]
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(DIM, DIM))
-        self.turned = nn.utils.parametrizations.orthogonal(nn.Linear(DIM, DIM, bias=False))
+        self.turned = nn.Linear(DIM, DIM, bias=False)
+        if turned:
+            # Which reads what it makes.
+            nn.utils.parametrizations.orthogonal(self.turned)
         self.waves = nn.Parameter(torch.randn(3, DIM, dtype=torch.complex64), requires_grad=False)
-        self.half = nn.Parameter(torch.randn(4, DIM).to(torch.bfloat16), requires_grad=False)
+        self.coarse = nn.Parameter(torch.randn(4, DIM).to(torch.bfloat16), requires_grad=False)
         self.blocks[0].up.weight.requires_grad_(False)
-        if self.lazy:
+        if lazy:
             self.unknown = nn.LazyLinear(3)
 
-    def configure_model(self):
-        if not self.made:
-            self.make()
-
     def forward(self, tokens):
-        x = super().forward(tokens)
-        x = self.turned(self.normed(x)) + self.waves.real.sum() + self.half.float().sum()
+        x = self.embedding(tokens)
         for block in self.blocks:
-            x = x * block.scale + block.table.sum() + block.parts[1]["x"].sum()
-        return x
+            x = block(x) * block.scale + block.table.sum() + block.parts[1]["x"].sum()
+        x = self.turned(self.normed(x)) + self.waves.real.sum() + self.coarse.float().sum()
+        return self.head(x)
+
+
+class Kinds(LightningModule):
+    """Built where Lightning asks for it, or before; remembers its weights as they are when training starts."""
+
+    def __init__(self, *, late=True, lazy=False):
+        super().__init__()
+        self.lazy, self.losses = lazy, []
+        self.body = None if late else Body(lazy)
+
+    def configure_model(self):
+        self.body = self.body or Body(self.lazy)
+
+    def training_step(self, batch, index):
+        loss = F.cross_entropy(self.body(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        self.losses.append(float(self.all_gather(loss.detach()).mean()))
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=1e-2)
+
+    def train_dataloader(self):
+        return divided_loader(self.trainer, Tokens(16))
 
     def on_fit_start(self):
         with self.trainer.strategy.full_parameters() if sharded_state(self) else contextlib.nullcontext():
             self.first = {name: value.detach().clone() for name, value in self.state_dict().items()}
-        self.kept = [(block.scale, block.table, block.parts[0], block.parts[1]["x"]) for block in self.blocks]
-        self.is_tied = self.head.weight is self.embedding.weight
+        blocks = self.body.blocks
+        self.kept = [(block.scale, block.table, block.parts[0], block.parts[1]["x"]) for block in blocks]
+        self.tied = self.body.head.weight is self.body.embedding.weight
 
 
 def kinds(plan, devices, late, path=None, save=None):
     torch.manual_seed(SEED + (1 if path else 0))
-    model = Kinds(late=late, samples=16)
+    model = Kinds(late=late)
     made = trainer(
         LargeScaleStrategy(plan) if plan else "auto",
         devices=devices,
@@ -137,10 +160,12 @@ def kinds(plan, devices, late, path=None, save=None):
         callbacks=[SaveLast(save)] if save else [],
     )
     made.fit(model, ckpt_path=path, weights_only=False)
-    return model.first, model.kept, model.is_tied, model.losses
+    return model.first, model.kept, model.tied, model.losses
 
 
-@pytest.mark.parametrize("plan", [Plan(dp_shard=2), Plan(tp=2), Plan(dp_replicate=2)], ids=["sharded", "divided", "replicated"])
+@pytest.mark.parametrize(
+    "plan", [Plan(dp_shard=2), Plan(tp=2), Plan(dp_replicate=2)], ids=["sharded", "divided", "replicated"]
+)
 @pytest.mark.parametrize("late", [True, False])
 def test_all_that_modules_have_is_right_when_built_and_saved_and_loaded(two, tmp_path, plan, late):
     path = tmp_path / "a.ckpt"
@@ -168,57 +193,37 @@ def lazily(plan):
 
 def test_lazy_modules_are_refused(two):
     for told in two.run(lazily, Plan(dp_shard=2)):
-        assert told == "parameter 'unknown.weight' is of a lazy module, so it has no values; call the module once."
-
-
-class Read(Language):
-    """Remembers its weights as they are when training starts."""
-
-    def __init__(self, late=True):
-        LightningModule.__init__(self)
-        self.late = late
-        if not late:
-            self.make()
-
-    def make(self):
-        Language.__init__(self, seed=None, layers=2, tied=True)
-        self.register_buffer("seen", torch.zeros(2))
-
-    def configure_model(self):
-        if self.late:
-            self.make()
-
-    def on_fit_start(self):
-        with self.trainer.strategy.full_parameters():
-            self.first = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        assert told == "parameter 'body.unknown.weight' is of a lazy module, so it has no values; call the module once."
 
 
 def with_weights(plan, devices, late, weights, path=None):
     made = trainer(Watched(plan, weights=weights), devices=devices, max_steps=1)
-    model = Read(late)
+    model = Kinds(late=late)
     made.fit(model, ckpt_path=path, weights_only=False)
     return model.first
 
 
-PLANS = [Plan(), Plan(dp_replicate=2), Plan(dp_shard=2), Plan(tp=2)]
-
-
 @pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("plan", PLANS, ids=["plain", "replicated", "sharded", "divided"])
+@pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 def test_weights_of_files(two, tmp_path, plan, late):
-    model = Read(late=False)
-    expected = {name: torch.randn_like(value) for name, value in model.state_dict().items() if name != "head.weight"}
+    model = Kinds(late=False)
+    expected = {
+        name: torch.randn(value.shape).to(value.dtype)
+        for name, value in model.state_dict().items()
+        if name != "body.head.weight"
+    }
     save_file(expected, tmp_path / "a.safetensors")
     args = with_weights, plan, plan.world_size, late, str(tmp_path / "a.safetensors")
     for found in two.run(*args) if plan.world_size > 1 else [args[0](*args[1:])]:
-        assert torch.equal(found["head.weight"], found["embedding.weight"])
+        assert torch.equal(found["body.head.weight"], found["body.embedding.weight"])
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
 
 
 def test_a_checkpoint_counts_more_than_weights(two, tmp_path):
-    model = Read(late=False)
-    save_file({name: torch.ones_like(value) for name, value in model.state_dict().items()}, tmp_path / "a.safetensors")
+    model = Kinds(late=False)
+    ones = {name: torch.ones(value.shape, dtype=value.dtype) for name, value in model.state_dict().items()}
+    save_file(ones, tmp_path / "a.safetensors")
     made = trainer(max_steps=0)
     made.fit(model)
     made.save_checkpoint(tmp_path / "a.ckpt")
@@ -239,67 +244,99 @@ def other_weights(plan, path):
 def test_weights_of_another_model_are_refused_on_all_ranks(two, tmp_path):
     save_file({"other": torch.ones(1)}, tmp_path / "a.safetensors")
     for told in two.run(other_weights, Plan(dp_shard=2), str(tmp_path / "a.safetensors")):
-        assert "does not fit Read: " in told
+        assert "does not fit Kinds: " in told
         assert "1 unexpected ('other')" in told
 
 
-def from_checkpoint(how, path):
-    made = trainer(Watched(Plan(dp_shard=2)), devices=2, max_steps=1)
-    context = torch.device("meta") if how == "meta" else made.init_module(empty_init=True)
-    with context:
-        model = Loaded.load_from_checkpoint(path)
-    made.fit(model)
-    return made.strategy.without, model.first
+class Simple(Language):
+    """All of which a checkpoint has."""
+
+    def __init__(self):
+        super().__init__(seed=None, tied=True)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def on_fit_start(self):
+        with self.trainer.strategy.full_parameters():
+            self.first = {name: value.detach().clone() for name, value in self.state_dict().items()}
 
 
-class Loaded(Read):
+class Loaded(Kinds):
     def __init__(self):
         super().__init__(late=False)
 
-    def configure_model(self):
-        pass
 
-
-@pytest.mark.parametrize("how", ["meta", "init_module"])
-@pytest.mark.parametrize("kind", ["directory", "file"])
-def test_a_checkpoint_loaded_into_a_module_without_values(two, tmp_path, how, kind):
-    path = tmp_path / "a.ckpt"
-    expected = two.run(write, Plan(dp_shard=2), path, kind == "file")[0]
-    assert path.is_file() == (kind == "file")
-    for without, found in two.run(from_checkpoint, how, path):
-        assert without
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def write(plan, path, full):
-    made = trainer(LargeScaleStrategy(plan, save_full=full), devices=2, max_steps=1)
-    model = Loaded()
+def write(kind, path, full):
+    made = trainer(LargeScaleStrategy(Plan(dp_shard=2), save_full=full), devices=2, max_steps=1)
+    model = kind()
     made.fit(model)
     made.save_checkpoint(path)
     with made.strategy.full_parameters():
         return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-class Unusual(Read):
-    """Does in `configure_model` what needs a device that is not there, or fails."""
+def load(kind, how, path):
+    made = trainer(Watched(Plan(dp_shard=2)), devices=2, max_steps=1)
+    with torch.device("meta") if how == "meta" else made.init_module(empty_init=True):
+        model = kind.load_from_checkpoint(path)
+    try:
+        made.fit(model)
+    except PlanError as error:
+        return str(error)
+    return made.strategy.without, model.first
+
+
+CASES = [(Simple, "meta"), (Simple, "init_module"), (Loaded, "init_module")]
+
+
+@pytest.mark.parametrize(("kind", "how"), CASES)
+@pytest.mark.parametrize("full", [False, True], ids=["directory", "file"])
+def test_a_checkpoint_loaded_into_a_module_without_values(two, tmp_path, kind, how, full):
+    path = tmp_path / "a.ckpt"
+    expected = two.run(write, kind, path, full)[0]
+    assert path.is_file() == full
+    for without, found in two.run(load, kind, how, path):
+        assert without
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Table(Simple):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("places", torch.arange(3), persistent=False)
+
+
+def test_a_buffer_whose_values_nobody_knows_is_refused(two, tmp_path):
+    path = tmp_path / "a.ckpt"
+    two.run(write, Table, path, False)
+    for told in two.run(load, Table, "meta", path):
+        assert told.startswith("'places' is on the meta device, so it has no values; build the module with its values")
+    assert all(without for without, _ in two.run(load, Table, "init_module", path))
+
+
+class Unusual(Kinds):
+    """Moves to a device that is not there when it is built for the first time."""
+
+    calls = 0
 
     def configure_model(self):
-        self.calls = getattr(self, "calls", 0) + 1
-        self.make()
-        self.to("cuda") if self.calls == 1 else None
+        Unusual.calls += 1
+        super().configure_model()
+        if Unusual.calls == 1:
+            self.body.to("cuda")
 
 
 def unusual():
+    Unusual.calls = 0
     made = trainer(Watched(Plan(dp_shard=2)), devices=2, max_steps=1)
     torch.manual_seed(SEED)
     model = Unusual()
     made.fit(model)
-    return model.calls, made.strategy.without, model.first
+    return Unusual.calls, made.strategy.without, model.first
 
 
-def test_what_cannot_be_recorded_is_built_with_its_values(two, capfd):
+def test_what_cannot_be_recorded_is_built_with_its_values(two):
     torch.manual_seed(SEED)
-    expected = Read(late=False).state_dict()
+    expected = Kinds(late=False).state_dict()
     for calls, without, found in two.run(unusual):
-        assert (calls, without) == (1, 0)
+        assert (calls, without) == (2, 0)
         assert all(torch.equal(found[name], value) for name, value in expected.items())

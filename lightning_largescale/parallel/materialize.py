@@ -8,6 +8,7 @@ Source: torch.distributed.fsdp.fully_shard, which takes modules on the meta devi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import trim_heap
@@ -54,15 +56,15 @@ def find_unmade(module: nn.Module, recording: Recording | None) -> Unmade | None
     """
 
     def known(tensor: Tensor) -> bool:
-        return recording is not None and recording.holds(tensor)
+        return stored_for(tensor) is not None or (recording is not None and recording.holds(tensor))
 
-    tensors = {name: tensor for name, tensor in _named_tensors(module) if known(tensor) or stored_for(tensor)}
+    tensors = {name: tensor for name, tensor in _named_tensors(module) if known(tensor)}
     others = {id(one): one for _, _, value in _attributes(module) for one in tensors_in(value) if known(one)}
     for name, tensor in _named_tensors(module):
         if tensor.is_meta and name not in tensors:
             raise PlanError(
-                f"{name!r} is on the meta device, so it has no values; build the module with its values, or in"
-                " configure_model, where each process makes its part alone."
+                f"{name!r} is on the meta device, so it has no values; build the module with its values, or, so that each"
+                " process makes its part alone, in configure_model or in Trainer.init_module(empty_init=True)."
             )
     return Unmade(recording=recording, tensors=tensors, others=[*others.values()]) if tensors or others else None
 
@@ -171,8 +173,10 @@ def _replace(module: nn.Module, made: Mapping[int, Tensor]) -> None:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    """Parameters and buffers, but for those of lazy modules, of which nothing is known."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if not is_lazy(tensor):
+            yield name, tensor
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Any], str, Any]]:
