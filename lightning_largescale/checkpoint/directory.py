@@ -69,7 +69,7 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path) -> None:
             the parts of tensors. What is not divided is rank 0's.
         path: on a file system that all ranks share, equal on all.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = dist.get_rank() == 0
     others: dict[str, Tensor] = {}
     rest = {key: value for key, value in checkpoint.items() if key not in (_STATE, _OPTIMIZERS)}
     rest = _taken_out(rest, (), others)
@@ -81,14 +81,12 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path) -> None:
         _remove(unfinished)
         unfinished.mkdir(parents=True)
         torch.save(rest, unfinished / _REST)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
     save(states, storage_writer=FileSystemWriter(unfinished), planner=_SavePlanner())
     if first:
         _remove(path)
         unfinished.rename(path)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
 
 
 def check_writable(path: Path) -> None:
@@ -195,7 +193,7 @@ class _Directory:
             self._metadata: Metadata = self._reader.read_metadata()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
             raise PlanError(
-                f"checkpoint {str(path)!r} has a damaged {_METADATA!r} ({error}); resume from another."
+                f"checkpoint {str(path)!r} has a damaged {_METADATA!r} ({error}); resume from another one."
             ) from error
         self._check_files()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)

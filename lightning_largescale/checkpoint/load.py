@@ -15,6 +15,7 @@ from lightning_largescale.checkpoint.files import is_mappable, load_file
 from lightning_largescale.checkpoint.optimizers import indexed_optimizer_state
 from lightning_largescale.parallel.deferred import active_recording
 from lightning_largescale.parallel.stored import Stored
+from lightning_largescale.plan import PlanError
 
 
 def load_checkpoint(
@@ -46,6 +47,23 @@ def load_checkpoint(
         with compat.without_function_modes(), compat.without_dispatch_modes():
             return load_file(path, weights_only=weights_only, device="meta" if meta else "cpu")
     return load(path, map_location=map_location, weights_only=weights_only)
+
+
+def consolidate(directory: str | Path, file: str | Path) -> None:
+    """Write the checkpoint in `directory` as a file that stock Lightning reads, whole tensors and all.
+
+    All of it is in this process's memory at once.
+
+    Args:
+        directory: that a sharded plan, or ModelParallelStrategy, saved.
+        file: a path where nothing is.
+
+    Raises:
+        PlanError: there is something at `file`, or `directory` is not a checkpoint, or not a whole one.
+    """
+    if Path(file).exists():
+        raise PlanError(f"{str(file)!r} is there already; give a path where nothing is.")
+    torch.save(load_checkpoint(torch.load, Path(directory), weights_only=False), file)
 
 
 def _whole(loaded: dict[str, Any], map_location: Any) -> Any:

@@ -63,8 +63,8 @@ def find_unmade(module: nn.Module, recording: Recording | None) -> Unmade | None
     for name, tensor in _named_tensors(module):
         if tensor.is_meta and name not in tensors:
             raise PlanError(
-                f"{name!r} is on the meta device, so it has no values; build the module with its values, or, so that each"
-                " process makes its part alone, in configure_model or in Trainer.init_module(empty_init=True)."
+                f"{name!r} is on the meta device, so it has no values; build the module with its values, or, where each"
+                " process is to make its part alone, in configure_model or in Trainer.init_module(empty_init=True)."
             )
     return Unmade(recording=recording, tensors=tensors, others=[*others.values()]) if tensors or others else None
 
