@@ -633,3 +633,57 @@ def test_foreach_kind():
     assert {function: compat.foreach_kind(function) for function in kinds} == kinds
     assert compat.foreach_kind(torch._amp_foreach_non_finite_check_and_unscale_) == "unscale"
     assert compat.foreach_kind(object()) is None
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_getter_and_setter():
+    tensor = torch.zeros(2)
+    with Functions() as functions:
+        device, tensor.data = tensor.device, torch.ones(2)
+    assert device.type == "cpu"
+    assert compat.function_getter("device") in functions.seen
+    assert compat.function_setter("data") in functions.seen
+
+
+def test_returns_tensors():
+    aten = torch.ops.aten
+    kinds = [aten.add.Tensor, aten.unbind.int, aten.qr.default, aten._local_scalar_dense.default, aten.equal.default]
+    assert [compat.returns_tensors(kind) for kind in kinds] == [True, True, True, False, False]
+
+
+class Generators(compat.DispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.key = compat.generator_key(kwargs["generator"])
+        return func(*args, **kwargs)
+
+
+def test_generator_key():
+    own = torch.Generator()
+    for generator in (own, torch.default_generator):
+        with Generators() as seen:
+            torch.rand(2, generator=generator)
+        assert seen.key == compat.generator_key(generator)
+    assert compat.generator_key(own) != compat.generator_key(torch.default_generator)
+
+
+def test_marked_state_and_mark_of():
+    generator = torch.Generator().manual_seed(2**40 + 7)
+    torch.rand(5, generator=generator)
+    assert compat.mark_of(generator.get_state()) is None
+    for number in (0, 2**33 + 5):
+        marked = compat.marked_state(generator.get_state(), number)
+        generator.set_state(marked)
+        assert torch.equal(generator.get_state(), marked)
+        assert compat.mark_of(generator.get_state()) == number
+        assert generator.initial_seed() == 2**40 + 7
+    torch.rand(1000, generator=generator)
+    assert compat.mark_of(generator.get_state()) is None

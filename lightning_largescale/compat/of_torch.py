@@ -271,3 +271,64 @@ def foreach_kind(function: Any) -> str | None:
 _FOREACH_KINDS = {
     getattr(torch, name): "in place" for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")
 } | {torch._foreach_norm: "norms", torch._amp_foreach_non_finite_check_and_unscale_: "unscale"}
+
+
+def function_getter(name: str) -> Any:
+    """What a torch function mode is given where code reads the attribute `name` of a tensor.
+
+    Replaced by a public name for it, other than in `torch.overrides.get_testing_overrides`.
+    """
+    return getattr(torch._C.TensorBase, name).__get__
+
+
+def function_setter(name: str) -> Any:
+    """What a torch function mode is given where code sets the attribute `name` of a tensor.
+
+    Replaced by a public name for it, other than in `torch.overrides.get_testing_overrides`.
+    """
+    return getattr(torch._C.TensorBase, name).__set__
+
+
+def returns_tensors(function: Any) -> bool:
+    """Whether a call of an operator may return a tensor.
+
+    Replaced by a public `OpOverload.schema`.
+    """
+    return any("Tensor" in str(result.type) for result in function._schema.returns)
+
+
+def generator_key(generator: Any) -> int:
+    """By which a generator is known, while it lives: operators are given another object for it each time.
+
+    Replaced by `==` of generators, were it to compare them.
+    """
+    return int(generator._cdata)
+
+
+# Of the state of a CPU generator: seed, two counters and a position, then the numbers of the Mersenne twister, each of
+# four bytes in a place of eight.
+_TWISTER_START, _TWISTER_BYTES = 24, 624 * 8
+_MARK = b"largescale recording"
+
+
+def marked_state(state: Any, number: int) -> Any:
+    """A state for a CPU generator that says `number`, and has the seed of `state`; what is drawn from it is not random.
+
+    Replaced by a way to be told of draws from a generator, and of its seeds and states that are asked for or set.
+    """
+    start, end = _TWISTER_START, _TWISTER_START + _TWISTER_BYTES
+    content = bytearray(state.numpy().tobytes())
+    mark = _MARK + number.to_bytes(8, "little")
+    spread = b"".join(mark[place : place + 4] + bytes(4) for place in range(0, len(mark), 4))
+    content[start:end] = spread.ljust(_TWISTER_BYTES, b"\0")
+    return torch.frombuffer(content, dtype=torch.uint8)
+
+
+def mark_of(state: Any) -> int | None:
+    """The number that `marked_state` wrote into a state; None where it wrote none.
+
+    Replaced with `marked_state`.
+    """
+    spread = state[_TWISTER_START : _TWISTER_START + 2 * len(_MARK) + 16].numpy().tobytes()
+    mark = b"".join(spread[place : place + 4] for place in range(0, len(spread), 8))
+    return int.from_bytes(mark[len(_MARK) :], "little") if mark.startswith(_MARK) else None

@@ -1,0 +1,184 @@
+"""The states that generators pass through while a construction is recorded, and later carried out.
+
+Nothing is drawn while recording. A generator shows a marked state instead, by which it is known again when code that
+saved it sets it back, and by which a draw past the recording is found out. Code may seed a generator, and fork it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_largescale import compat
+
+
+class DeferredError(RuntimeError):
+    """A construction does what cannot be deferred exactly; build the module for real."""
+
+
+class Point:
+    """A state of one generator.
+
+    Attributes:
+        state: None where only drawing shows it.
+        made_by: place on the tape of the draw that leads here; None where `state` was given.
+        kept: whether code went back to it.
+    """
+
+    __slots__ = ("kept", "made_by", "number", "root", "state")
+
+    def __init__(self, number: int, *, state: Tensor | None = None, made_by: int | None = None, root: Point | None):
+        self.number, self.state, self.made_by = number, state, made_by
+        self.root = root or self
+        self.kept = False
+
+
+class Stream:
+    """One generator's way through a recording."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.points = [Point(0, state=generator.get_state(), root=None)]
+        self.current = self.points[0]
+        self._began = self._shown = generator.get_state()
+        self._followed = True
+        self._drew = False
+
+    @property
+    def first_state(self) -> Tensor:
+        """The state at which recording began."""
+        state = self.points[0].state
+        return self._began if state is None else state
+
+    @first_state.setter
+    def first_state(self, state: Tensor) -> None:
+        if torch.equal(state, self.first_state):
+            return
+        if self._drew or any(one.state is not None and one.root is self.points[0] for one in self.points[1:]):
+            raise DeferredError("random values were read while recording, so they cannot be those of another state")
+        self.points[0].state = state.clone()
+
+    def enter(self) -> None:
+        """Show marked states from here on."""
+        self._followed = torch.equal(self.generator.get_state(), self._began)
+        if self._followed:
+            self.show()
+
+    def leave(self) -> None:
+        """Show the state again that it had when recording began."""
+        if self._followed:
+            try:
+                self.look()
+            finally:
+                self._put(self._began)
+
+    def look(self) -> None:
+        """Find out whether code has seeded the generator or set it back.
+
+        Raises:
+            DeferredError: it did another thing to it.
+        """
+        if not self._followed:
+            raise DeferredError("random numbers are asked of a generator that changed between two recordings")
+        state = self.generator.get_state()
+        if torch.equal(state, self._shown):
+            return
+        self.current = self._known(state) or self._seeded(state)
+        self.current.kept = True
+        self.show()
+
+    def draw(self, place: int) -> tuple[Point, Point]:
+        """The states before and after the draw that stands at `place` of the tape."""
+        self.look()
+        before = self.current
+        self.current = Point(len(self.points), made_by=place, root=before.root)
+        self.points.append(self.current)
+        self.show()
+        return before, self.current
+
+    def resume(self) -> None:
+        """Have the generator at the current state, which is known."""
+        if self.current.state is None:
+            raise DeferredError("the draws that lead to a generator's state were not made")
+        self.generator.set_state(self.current.state)
+
+    def drawn(self) -> None:
+        """Take the state at which the generator is as the next one: it was drawn from."""
+        self._drew = True
+        self.current = Point(len(self.points), state=self.generator.get_state(), root=None)
+        self.points.append(self.current)
+        self.show()
+
+    def show(self) -> None:
+        """Give the generator the state that stands for the current one."""
+        self._put(self._face(self.current))
+
+    def finish(self, before: Tensor, *, random: bool) -> None:
+        """Leave the generator as the construction does, was it where recording began, else as it was `before`."""
+        end = self.current.state
+        ours = random and torch.equal(before, self._began) and torch.equal(self.first_state, self._began)
+        self.generator.set_state(end if ours and end is not None else before)
+
+    def _put(self, state: Tensor) -> None:
+        self.generator.set_state(state)
+        self._shown = state
+
+    def _face(self, point: Point) -> Tensor:
+        # Also where other numbers are to be drawn later, the generator shows its own seed.
+        root = self._began if point.root is self.points[0] else point.root.state
+        return root if point.root is point and root is not None else compat.marked_state(root, point.number)
+
+    def _known(self, state: Tensor) -> Point | None:
+        number = compat.mark_of(state)
+        if number is None:
+            return next((p for p in self.points if p.root is p and torch.equal(state, self._face(p))), None)
+        if number < len(self.points) and torch.equal(state, self._face(self.points[number])):
+            return self.points[number]
+        raise DeferredError("random numbers are drawn by what is no operation of torch, or by another thread")
+
+    def _seeded(self, state: Tensor) -> Point:
+        if not torch.equal(state, torch.Generator().manual_seed(self.generator.initial_seed()).get_state()):
+            raise DeferredError("a generator was drawn from by another thread, or set to a state of unknown origin")
+        self.points.append(Point(len(self.points), state=state, root=None))
+        return self.points[-1]
+
+
+class Draw:
+    """A draw on the tape: of which stream, from where to where."""
+
+    __slots__ = ("after", "before", "stream")
+
+    def __init__(self, stream: Stream, place: int) -> None:
+        self.stream = stream
+        self.before, self.after = stream.draw(place)
+
+
+class Course:
+    """Generators while a tape is carried out.
+
+    Args:
+        keep: keep every state on the way, to draw from it again.
+    """
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep = keep
+        self._at: dict[Stream, Point] = {}
+
+    def before(self, draw: Draw) -> None:
+        """Have the generator at the state from which `draw` draws."""
+        if self._at.get(draw.stream) is not draw.before:
+            state = draw.before.state
+            if state is None:
+                raise DeferredError("a draw comes before the one that leads to it")
+            draw.stream.generator.set_state(state)
+
+    def after(self, draw: Draw) -> None:
+        """Note that `draw` has drawn."""
+        self._at[draw.stream] = draw.after
+        if self._keep or draw.after.kept or draw.after is draw.stream.current:
+            draw.after.state = draw.stream.generator.get_state()
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Of which something was drawn."""
+        return list(self._at)

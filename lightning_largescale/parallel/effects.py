@@ -1,0 +1,84 @@
+"""What operators read and write of what they are given, as far as their schemas do not say it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from lightning_largescale import compat
+from lightning_largescale.workload.tracker import written
+
+_aten = torch.ops.aten
+_DRAWS = ("normal_", "uniform_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_", "bernoulli_")
+_FILLS = frozenset(("zero_", "fill_", "copy_", *_DRAWS))
+_EMPTY = frozenset(["empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided"])
+_LIKE = _EMPTY.union(
+    ["zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"],
+    ["new_zeros", "new_ones", "new_full"],
+)
+# What they return on the meta device is not laid out as what they return on the CPU, or not quantized.
+_QUANTIZES = (_aten.quantize_per_tensor, _aten.quantize_per_tensor_dynamic, _aten.quantize_per_channel)
+_OTHER_LAYOUT = frozenset(
+    packet.default for packet in (_aten._linalg_svd, _aten.linalg_eig, _aten._fft_r2c, *_QUANTIZES)
+)
+_LIFTS = frozenset({_aten.lift_fresh.default, _aten.lift.default})
+
+
+def makes_empty(func: Any) -> bool:
+    """Whether nothing is in what an operator makes."""
+    return _name(func) in _EMPTY
+
+
+def reads_shape_only(func: Any) -> bool:
+    """Whether an operator makes a tensor like the first one that it is given."""
+    return _name(func) in _LIKE
+
+
+def lifts(func: Any) -> bool:
+    """Whether an operator takes in a tensor that was made of Python's numbers or arrays."""
+    return func in _LIFTS
+
+
+def is_elsewhere_laid_out(func: Any) -> bool:
+    """Whether the meta device does not tell the strides of what an operator makes on the CPU."""
+    return func in _OTHER_LAYOUT
+
+
+def draws(func: Any) -> bool:
+    """Whether an operator may ask a generator for random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def overwrites(func: Any) -> bool:
+    """Whether nothing of what was there stays in, or follows into, what an operator writes."""
+    return _name(func) in _FILLS or bool(_outs(func))
+
+
+def targets(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments into which a call writes."""
+    if not compat.is_operator(func):
+        return []
+    if func is _aten.native_batch_norm.default:
+        # Its schema does not say that it keeps running statistics.
+        return [one for one in args[3:5] if one is not None] if args[5] else []
+    return written(func, args, kwargs)
+
+
+def sources(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments whose elements a call reads, what it only changes included."""
+    fills = _name(func) in _FILLS or reads_shape_only(func)
+    return [args[1:] if fills else args, [one for name, one in kwargs.items() if name not in _outs(func)]]
+
+
+def _name(func: Any) -> str:
+    aten = compat.is_operator(func) and func.namespace == "aten"
+    return str(func.overloadpacket.__name__) if aten else ""
+
+
+@functools.cache
+def _outs(func: Any) -> frozenset[str]:
+    """Names of the arguments into which an operator puts its results."""
+    names = compat.mutated_arguments(func) if compat.is_operator(func) else ()
+    return frozenset(name for name in names if isinstance(name, str))
