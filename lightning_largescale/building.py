@@ -61,10 +61,15 @@ class BuildingStrategy(DividingStrategy, ABC):
             self._recording = self._recording or Recording()
             module = self.lightning_module if self._configures_model else None
             before = None if module is None else _attributes(module)
+            kept = contextlib.ExitStack()
+            kept.enter_context(random_state_kept())
             try:
-                with random_state_kept(), self._recording.record():
+                with self._recording.record():
                     yield
+                # What the code has drawn besides, from other generators, it has drawn.
+                kept.pop_all()
             except DeferredError as error:
+                kept.close()
                 self._recording = None
                 if module is None or before is None:
                     raise

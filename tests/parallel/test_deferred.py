@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from lightning_largescale.parallel import carry
 from lightning_largescale.parallel.deferred import DeferredError, Recording
 
 EVERYDAY = ("gpt2", "t5", "torch", "attention")
@@ -247,12 +248,22 @@ def other_draws(module):
     module.halves[:, :2].normal_()
     module.halves[2:].uniform_()
     module.turned = torch.randn(4, 4).t().normal_()
-    module.left = module.turned.svd()[0]
+
+
+def spectra(module):
+    module.matrix = torch.randn(5, 5)
+    module.left = module.matrix.svd()[0]
+    module.values, module.own = torch.linalg.svdvals(module.matrix), torch.linalg.eigvalsh(module.matrix)
+    module.nuclear, module.condition = module.matrix.norm(p="nuc"), torch.linalg.cond(module.matrix)
+    module.spectral = torch.linalg.matrix_norm(module.matrix, 2)
+    module.complex = torch.linalg.eig(module.matrix)[1]
+    module.frequencies = torch.fft.rfft2(module.matrix)
+    module.normed = nn.BatchNorm1d(5).eval()(module.matrix).detach()
 
 
 CONSTRUCTIONS = (gpt_by_apply, initializers, parametrized, copied_layers, recurrent, buffers, read_values, looks)
 CONSTRUCTIONS += (from_a_file, placed_elements, on_meta, from_arrays, seeded)
-CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws)
+CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra)
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -463,6 +474,7 @@ def test_digest():
         (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "not dense"),
         (lambda: pickle.dumps(nn.Linear(2, 2)), "the code fails without values"),
         (lambda: nn.Linear(2, 2)(torch.ones(3)), "the code fails without values"),
+        (lambda: torch.linalg.svdvals(torch.eye(2), out=torch.empty(2)), "puts its result into a tensor"),
         (lambda: torch.rand(2).share_memory_(), "share_memory_ asks for the memory"),
     ],
 )
@@ -537,6 +549,25 @@ def test_wrong_calls():
         torch.ones(2)
     with pytest.raises(ValueError, match="takers has a tensor that has values already"):
         other.replay([(torch.ones(2), print)])
+
+
+def test_reads_in_a_loop_are_not_made_of_all_before(monkeypatch):
+    calls = []
+    original = carry.map_arguments
+
+    def counted(tree, kind, change):
+        calls.append(tree)
+        return original(tree, kind, change)
+
+    monkeypatch.setattr(carry, "map_arguments", counted)
+    with Recording().record():
+        value = torch.ones(3)
+        for _ in range(100):
+            value = value * 0.5
+            value.add_(1)
+            assert value.max().item() > 1
+    # The first, and three a turn; arguments by place and by keyword.
+    assert len([call for call in calls if isinstance(call, tuple)]) < 1000
 
 
 class Packed:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from recorded import assert_same_bits, values_of
 
@@ -118,6 +118,8 @@ def check(program, later, random):
 
 
 @given(st.lists(calls, max_size=12), st.booleans(), st.booleans())
+@example([(25, 0, 0, 0), (29, 1, 0, 0), (30, 0, 0, 0)], False, True)
+@example([(25, 0, 0, 0), (29, 1, 0, 0), (31, 0, 0, 0)], True, False)
 @settings(max_examples=60)
 def test_same_bits(program, later, random):
     check(program, later, random)

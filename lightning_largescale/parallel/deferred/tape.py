@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_largescale.parallel.draws import Draw, Point
-from lightning_largescale.parallel.spans import Span, Spans, meets, union, without
+from lightning_largescale.parallel.deferred.draws import Draw, Point
+from lightning_largescale.parallel.deferred.spans import Span, Spans, meets, union, without
 
 
 class Cell:
@@ -127,13 +127,18 @@ Taker = Callable[[Any], None]
 
 @dataclass
 class Step:
-    """What is done at one place of the tape, in the order of the fields."""
+    """What is done at one place of the tape, in the order of the fields.
+
+    Attributes:
+        whole: those of the cells that go whose every byte is right then.
+    """
 
     place: int
     runs: bool
     loads: list[Cell]
     takers: list[tuple[Held, Taker]]
     frees: list[Cell]
+    whole: set[Cell]
 
 
 @dataclass
@@ -178,9 +183,15 @@ class Tape:
         for cell in {id(cell): cell for cell in _written(operation)}.values():
             cell.writers.append(place)
 
-    def plan(self, wanted: list[tuple[Held, Taker]], states: list[Point]) -> list[Step]:
-        """The least to be done for the values and the generators' states that are wanted, in order."""
-        planner = _Planner(self.operations)
+    def plan(self, wanted: list[tuple[Held, Taker]], states: list[Point], *, whole_bytes: int = 0) -> list[Step]:
+        """The least to be done for the values and the generators' states that are wanted, in order.
+
+        Args:
+            wanted: tensors, and what is to be called with their values.
+            states: of generators.
+            whole_bytes: of cells up to this size everything is made, if anything.
+        """
+        planner = _Planner(self.operations, whole_bytes)
         for held, taker in wanted:
             planner.want_value(held, taker)
         for point in states:
@@ -195,8 +206,8 @@ def _written(operation: Operation) -> list[Cell]:
 class _Planner:
     """Goes backwards through the operations that matter."""
 
-    def __init__(self, operations: list[Operation]) -> None:
-        self._operations = operations
+    def __init__(self, operations: list[Operation], whole_bytes: int) -> None:
+        self._operations, self._whole_bytes = operations, whole_bytes
         self._needed: dict[Cell, Spans] = {}
         self._takers: dict[int, list[tuple[Held, Taker]]] = {}
         self._draws: set[int] = set()
@@ -223,7 +234,7 @@ class _Planner:
         while self._queue:
             steps += self._step(-heapq.heappop(self._queue))
         if untouched := self._takers.pop(-1, []):
-            steps.append(Step(-1, False, [], untouched, [held.cell for held, _ in untouched]))
+            steps.append(Step(-1, False, [], untouched, [held.cell for held, _ in untouched], set()))
         return steps[::-1]
 
     def _step(self, place: int) -> list[Step]:
@@ -231,9 +242,9 @@ class _Planner:
         written = _written(operation)
         takers = self._takers.pop(place, [])
         frees = [cell for cell in operation.touches if not self._needed.get(cell)]
-        for held, _ in takers:
-            if self.source(operation, held) is None:
-                self._need(held.cell, held.span, place)
+        computed = [held for held, _ in takers if assigned(operation, held) is None]
+        for held in computed:
+            self._need(held.cell, held.span, place)
         loads = [c for c in written if c.known is not None and c.known[0] == place and self._needed.get(c)]
         for cell in loads:
             self._needed[cell] = []
@@ -243,7 +254,11 @@ class _Planner:
         for cell in written:
             if self._needed.get(cell):
                 self._push_writer(cell, place)
-        return [Step(place, runs, loads, takers, frees)] if runs or loads or takers else []
+        right = {held.cell for held in computed}
+        if runs:
+            right |= {cell for cell, _ in operation.reads}.difference(written)
+        whole = {cell for cell in right.intersection(frees) if cell.nbytes <= self._whole_bytes}
+        return [Step(place, runs, loads, takers, frees, whole)] if runs or loads or takers else []
 
     def _run(self, operation: Operation, place: int) -> None:
         for _, held in operation.makes:
@@ -264,6 +279,7 @@ class _Planner:
         return (made and bool(needed)) or any(to is cell and meets(needed, part) for to, part, _ in operation.writes)
 
     def _need(self, cell: Cell, span: Span, before: int) -> None:
+        span = (0, cell.nbytes) if cell.nbytes <= self._whole_bytes else span
         self._needed[cell] = union(self._needed.get(cell, []), span)
         self._push_writer(cell, before)
 
@@ -276,11 +292,6 @@ class _Planner:
         if place not in self._queued:
             self._queued.add(place)
             heapq.heappush(self._queue, -place)
-
-    @staticmethod
-    def source(operation: Operation, held: Held) -> Any:
-        """What `operation` assigns to exactly `held`; None where it does another thing."""
-        return assigned(operation, held)
 
 
 def read_source(out: Tensor, source: Any) -> None:

@@ -7,6 +7,7 @@ the operations behind it are carried out.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,17 +17,18 @@ from torch import Tensor
 
 from lightning_largescale import compat
 from lightning_largescale.parallel import effects
-from lightning_largescale.parallel.carry import carry_out, clone_storage, flat_leaves, map_arguments
-from lightning_largescale.parallel.draws import DeferredError, Draw, Point, Stream
-from lightning_largescale.parallel.spans import Span
-from lightning_largescale.parallel.tape import Cell, Held, Operation, Taker, Tape, read_source
+from lightning_largescale.parallel.deferred.carry import carry_out, clone_storage, flat_leaves, map_arguments
+from lightning_largescale.parallel.deferred.draws import DeferredError, Draw, Point, Stream
+from lightning_largescale.parallel.deferred.spans import Span
+from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, Taker, Tape, read_source
 from lightning_largescale.workload.tracker import writes
 
 _aten = torch.ops.aten
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
-# Values that were read are kept up to this size, so that to read the next of them costs nothing.
-_KNOWN_BYTES = 2**20
+# Values that are read, and those behind them, are kept up to this size, the last so many: else loops that read the next
+# value each time would make all before it again.
+_KNOWN_BYTES, _KNOWN_CELLS = 2**20, 64
 
 
 class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
@@ -44,6 +46,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         self.streams = {compat.generator_key(torch.default_generator): Stream(torch.default_generator)}
         self.failure: DeferredError | None = None
         self._pauses = self._makes_meta = False
+        self._known: deque[Cell] = deque()
         self._constants: dict[Any, Tensor] = {}
 
     def holds(self, tensor: Tensor) -> bool:
@@ -69,15 +72,12 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         """The values of `tensor` as they are now; not to be written into."""
         with compat.without_dispatch_modes(), compat.without_function_modes():
             held = self.tape.held(tensor)
-            cell, found = held.cell, list[Tensor]()
-            if cell.known is None or cell.known[0] != cell.last:
-                small = cell.nbytes <= _KNOWN_BYTES
-                whole = Held(cell, (cell.nbytes,), (1,), 0, torch.uint8, False, False, False)
-                self._carry_out([(whole if small else held, found.append)], [])
-                if not small:
-                    return found[0]
-                cell.known = cell.last, found[0].untyped_storage()
-            return held.among(cell.known[1])
+            known = held.cell.known
+            if known is not None and known[0] == held.cell.last:
+                return held.among(known[1])
+            found = list[Tensor]()
+            self._carry_out([(held, found.append)], [])
+            return found[0]
 
     def write_down_whole(self, func: Any, args: Any, kwargs: Any, *, draws: bool) -> Any:
         """Write down a call of `func` as one operation, though it is made of several."""
@@ -135,15 +135,8 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             if any(one.is_meta for one in targets):
                 raise DeferredError(f"{func} writes into tensors with values and into others")
             return self._run_really(func, args, kwargs, draws=draws)
-        if (
-            func is _aten._to_copy.default
-            and kwargs.get("device") == _CPU
-            and kwargs.get("dtype")
-            in (
-                None,
-                args[0].dtype,
-            )
-        ):
+        stays = func is _aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype)
+        if stays and kwargs.get("device") == _CPU:
             raise DeferredError("a tensor is moved to the CPU, which plainly it is on already")
         if not targets and (not compat.returns_tensors(func) or effects.is_elsewhere_laid_out(func)):
             return self._run_really(func, args, kwargs, draws=draws)
@@ -192,9 +185,17 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         return map_arguments(out, Tensor, self._constant) if not writes(func) else out
 
     def _carry_out(self, wanted: list[tuple[Held, Taker]], states: list[Point]) -> None:
-        course = carry_out(self.tape, self.tape.plan(wanted, states), keep=True)
-        for stream in course.streams:
+        steps = self.tape.plan(wanted, states, whole_bytes=_KNOWN_BYTES)
+        for stream in carry_out(self.tape, steps, keep=self._know).streams:
             stream.show()
+
+    def _know(self, cell: Cell, storage: torch.UntypedStorage) -> None:
+        if cell.nbytes > _KNOWN_BYTES:
+            return
+        cell.known = cell.last, storage
+        self._known.append(cell)
+        if len(self._known) > _KNOWN_CELLS:
+            self._known.popleft().known = None
 
     def _value(self, tensor: Tensor) -> Tensor:
         return self.read(tensor) if self.tape.cell(tensor) is not None else tensor

@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.draws import Course, DeferredError
-from lightning_largescale.parallel.tape import Cell, Held, Operation, Step, Tape, assigned
+from lightning_largescale.parallel.deferred.draws import Course, DeferredError
+from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, Step, Tape, assigned
+
+Keep = Callable[[Cell, torch.UntypedStorage], None]
 
 
-def carry_out(tape: Tape, steps: list[Step], *, keep: bool) -> Course:
+def carry_out(tape: Tape, steps: list[Step], *, keep: Keep | None = None) -> Course:
     """Do `steps`, a plan of `tape`.
 
     Args:
         tape: the operations.
         steps: emptied on the way, so that takers and what they hold live no longer than needed.
-        keep: keep generators' states on the way.
+        keep: called with what a cell that is no longer needed holds, if that is all as the last operation of the tape
+            leaves it; generators' states are then kept on the way, too.
 
     Raises:
         DeferredError: an operation makes another layout than it said on the meta device.
     """
-    run = _Run(tape, Course(keep=keep))
+    run = _Run(tape, keep)
     default_dtype = torch.get_default_dtype()
     steps.reverse()
     try:
@@ -61,22 +64,28 @@ def flat_leaves(tree: Any) -> list[Any]:
 
 
 class _Run:
-    def __init__(self, tape: Tape, course: Course) -> None:
-        self._tape, self.course = tape, course
+    def __init__(self, tape: Tape, keep: Keep | None) -> None:
+        self._tape, self._keep = tape, keep
+        self.course = Course(keep=keep is not None)
         self._storages: dict[Cell, torch.UntypedStorage] = {}
 
     def step(self, step: Step) -> None:
         operation = self._tape.operations[step.place] if step.place >= 0 else None
         if step.runs and operation is not None:
-            self._operate(operation)
+            unused = {cell for cell in step.frees if all(held.cell is not cell for held, _ in step.takers)}
+            self._operate(operation, unused)
         for cell in step.loads:
             if cell.known is not None:
-                self._storages[cell] = clone_storage(cell.known[1])
+                # Nothing is written any more into what the last operation left.
+                known = cell.known[1]
+                self._storages[cell] = known if cell.last == step.place else clone_storage(known)
         for held, taker in step.takers:
             source = None if operation is None else assigned(operation, held)
             taker(self._tensor(held) if source is None else source)
         for cell in step.frees:
-            self._storages.pop(cell, None)
+            storage = self._storages.pop(cell, None)
+            if self._keep is not None and storage is not None and cell in step.whole and cell.last <= step.place:
+                self._keep(cell, storage)
 
     def _tensor(self, held: Held) -> Tensor:
         storage = self._storages.get(held.cell)
@@ -86,7 +95,7 @@ class _Run:
             self._storages[held.cell] = storage
         return held.among(storage)
 
-    def _operate(self, operation: Operation) -> None:
+    def _operate(self, operation: Operation, unused: set[Cell]) -> None:
         torch.set_default_dtype(operation.default_dtype)
         given: dict[int, Tensor] = {}
 
@@ -107,6 +116,8 @@ class _Run:
             self.course.after(operation.draw)
         taken = {id(one.untyped_storage()) for one in given.values()}
         for place, held in operation.makes:
+            if held.cell in unused:
+                continue
             self._storages[held.cell] = self._made(operation, results[place].detach(), held, taken)
 
     @staticmethod

@@ -20,7 +20,9 @@ _LIKE = _EMPTY.union(
 )
 # What they return on the meta device is not laid out as what they return on the CPU, or not quantized.
 _QUANTIZES = (_aten.quantize_per_tensor, _aten.quantize_per_tensor_dynamic, _aten.quantize_per_channel)
-_OTHER_LAYOUT = frozenset({_aten._linalg_svd.default, *(packet.default for packet in _QUANTIZES)})
+_OTHER_LAYOUT = frozenset(
+    packet.default for packet in (_aten._linalg_svd, _aten.linalg_eig, _aten._fft_r2c, *_QUANTIZES)
+)
 _LIFTS = frozenset({_aten.lift_fresh.default, _aten.lift.default})
 
 

@@ -19,21 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.carry import carry_out, flat_leaves
-from lightning_largescale.parallel.draws import DeferredError, Draw
-from lightning_largescale.parallel.guise import Guise
-from lightning_largescale.parallel.recorder import Recorder, digest_of
-from lightning_largescale.parallel.tape import Held
-
-__all__ = ["DeferredError", "Recording", "Source", "active_recording"]
-
-
-class Source(Protocol):
-    """Values that are somewhere else, such as a slice of a file."""
-
-    def read(self, out: Tensor) -> None:
-        """Write them into `out`, a tensor on the CPU of the shape and dtype of that which they were assigned to."""
-
+from lightning_largescale.parallel.deferred.carry import carry_out, flat_leaves
+from lightning_largescale.parallel.deferred.draws import DeferredError, Draw
+from lightning_largescale.parallel.deferred.guise import Guise
+from lightning_largescale.parallel.deferred.recorder import Recorder, digest_of
+from lightning_largescale.parallel.deferred.tape import Held
 
 # That which records at this moment.
 _active: Recording | None = None
@@ -42,6 +32,13 @@ _active: Recording | None = None
 def active_recording() -> Recording | None:
     """The recording that is under way; None where nothing is recorded."""
     return _active
+
+
+class Source(Protocol):
+    """Values that are somewhere else, such as a slice of a file."""
+
+    def read(self, out: Tensor) -> None:
+        """Write them into `out`, a tensor on the CPU of the shape and dtype of that which they were assigned to."""
 
 
 class Recording:
@@ -69,9 +66,8 @@ class Recording:
         recorder = self._recorder = self._recorder or Recorder()
         for stream in recorder.streams.values():
             stream.enter()
-        self._records = True
         global _active
-        _active = self
+        self._records, _active = True, self
         try:
             with recorder, Guise(recorder), _no_fast_path(recorder):
                 yield
@@ -135,7 +131,7 @@ class Recording:
         ended = False
         try:
             steps = recorder.tape.plan(wanted, [stream.current for stream in streams] if random else [])
-            carry_out(recorder.tape, steps, keep=False)
+            carry_out(recorder.tape, steps)
             ended = True
         finally:
             for stream, state in zip(streams, before, strict=True):

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import swap_tensors
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.carry import flat_leaves, map_arguments
-from lightning_largescale.parallel.draws import DeferredError
-from lightning_largescale.parallel.recorder import Recorder
+from lightning_largescale.parallel.deferred.carry import flat_leaves, map_arguments
+from lightning_largescale.parallel.deferred.draws import DeferredError
+from lightning_largescale.parallel.deferred.recorder import Recorder
 
 _Handler = Callable[[Recorder, Any, Any, dict[str, Any]], Any]
 
@@ -194,11 +194,14 @@ def _refuse(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) ->
 
 
 def _whole(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Written down as one: of what operations it is made depends on the device."""
+    """Written down as one: of what operations it is made depends on the device, and on modes."""
     given = [*args, *kwargs.values()]
     if not _holds(recorder, given):
         return func(*args, **kwargs)
-    draws = any(isinstance(one, float) and one > 0 for one in given)
+    if kwargs.get("out") is not None:
+        raise DeferredError(f"{func.__name__} puts its result into a tensor")
+    # Those that drop out are told its probability.
+    draws = func not in _SPECTRAL and any(isinstance(one, float) and one > 0 for one in given)
     with compat.without_function_modes():
         return recorder.write_down_whole(func, args, kwargs, draws=draws)
 
@@ -206,6 +209,9 @@ def _whole(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> 
 def _deepcopy(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """As Tensor.__deepcopy__ does for the CPU: what shares a storage shares its copy, too."""
     tensor, memo = args
+    if tensor.device.type == "cpu":
+        with compat.without_dispatch_modes():
+            return func(*args, **kwargs)
     if type(tensor) is not Tensor or not recorder.holds(tensor) or not tensor.is_leaf or id(tensor) in memo:
         return func(*args, **kwargs)
     storages = memo.setdefault("lightning_largescale", {})
@@ -235,7 +241,20 @@ _READS = (
 )
 _MEMORY = (Tensor.data_ptr, Tensor.storage, Tensor.share_memory_, Tensor.pin_memory, Tensor.__dlpack__, Tensor.apply_)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-_BY_DEVICE = (*_ATTENTION, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+# They leave out singular or eigenvectors, unless the device is the meta device or a mode is active.
+_SPECTRAL = (
+    torch.linalg.svdvals,
+    torch.linalg.eigvalsh,
+    torch.linalg.cond,
+    torch.linalg.matrix_rank,
+    torch.linalg.matrix_norm,
+    torch.linalg.norm,
+    torch.norm,
+    torch.nuclear_norm,
+    Tensor.norm,
+)
+_BY_DEVICE = (*_ATTENTION, *_RECURRENT, *_SPECTRAL)
 _HANDLERS: dict[Any, _Handler] = {
     compat.function_getter("device"): _says(torch.device("cpu")),
     compat.function_getter("is_cpu"): _says(True),
