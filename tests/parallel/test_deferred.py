@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from lightning_largescale.parallel import carry
-from lightning_largescale.parallel.deferred import DeferredError, Recording
+from lightning_largescale.parallel.deferred import DeferredError, Recording, carry
 
 EVERYDAY = ("gpt2", "t5", "torch", "attention")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in EVERYDAY]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_largescale import compat
-from lightning_largescale.parallel import effects
+from lightning_largescale.parallel.deferred import effects
 from lightning_largescale.parallel.deferred.carry import carry_out, clone_storage, flat_leaves, map_arguments
 from lightning_largescale.parallel.deferred.draws import DeferredError, Draw, Point, Stream
 from lightning_largescale.parallel.deferred.spans import Span
