@@ -139,6 +139,7 @@ class LargeScaleStrategy(LookingStrategy):
         self._use_precision(plan)
         self._convert(module)
         warn_of_distance(plan, self.num_processes)
+        self._shard_tables(module, plan)
         if plan.tp > 1 and self._compile is not False:
             raise PlanError(f"compile={self._compile!r} cannot be combined with tp={plan.tp}; leave one of them out.")
         mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
@@ -243,8 +244,7 @@ class LargeScaleStrategy(LookingStrategy):
         state = sharded_state(module)
         if state is None or adapt(module, plan):
             return
-        ranks = state.plan.world_size
-        if ranks != self.world_size:
+        if (ranks := state.plan.world_size) != self.world_size:
             raise PlanError(
                 f"{type(module).__name__.removeprefix('FSDP')} is divided among {ranks} processes and this Trainer has"
                 f" {self.world_size}; first call `trainer.strategy.make_whole()` of the other Trainer on all ranks."

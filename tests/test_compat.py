@@ -633,3 +633,26 @@ def test_foreach_kind():
     assert {function: compat.foreach_kind(function) for function in kinds} == kinds
     assert compat.foreach_kind(torch._amp_foreach_non_finite_check_and_unscale_) == "unscale"
     assert compat.foreach_kind(object()) is None
+
+
+def test_call_after_backward():
+    order = []
+    weight = torch.ones(2, requires_grad=True)
+    inner = weight * 2
+    inner.register_hook(lambda _: order.append("backward"))
+    loss = inner.sum()
+    compat.call_after_backward(loss, lambda: order.append(weight.grad is not None))
+    loss.backward()
+    assert order == ["backward", True]
+
+
+def reduced_gradients():
+    module = nn.Linear(2, 1)
+    compat.ignore_parameters(module, ["bias"])
+    replica = nn.parallel.DistributedDataParallel(module)
+    (replica(torch.ones(1, 2)).sum() * (1 + dist.get_rank())).backward()
+    return module.weight.grad.tolist(), module.bias.grad.tolist()
+
+
+def test_ignore_parameters():
+    assert run_connected(2, reduced_gradients) == [([[1.5, 1.5]], [1.0]), ([[1.5, 1.5]], [2.0])]

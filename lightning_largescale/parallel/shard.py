@@ -28,6 +28,7 @@ from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
+from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, has_forward
@@ -75,10 +76,12 @@ def shard_module(
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
+    # Rows of tables are each rank's own already.
+    rows = {parameter for parameter in module.parameters() if rows_of(parameter) is not None}
     whole = {parameter for parameter in module.parameters() if parameter.dim() == 0}
     if not getattr(module, "automatic_optimization", True):
         # After the first backward of a step they would be shards: no forward gathers what the module itself holds.
-        whole |= {*module.parameters(recurse=False)}
+        whole |= {*module.parameters(recurse=False)} - rows
     root_too: set[nn.Parameter] = set()
     freed = 0
     rest = dict(parts.get("", {}))
@@ -108,7 +111,7 @@ def shard_module(
         rest = {name: part for name, part in rest.items() if module.get_parameter(name) not in whole}
         divide_over(module, rest, among)
     with _held_by(module, root_too):
-        fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole)
+        fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole | rows)
     state.groups[""] = cast(FSDPModule, module)
     for name, block in state.groups.items():
         # Last, since moving what is sharded makes other parameters of it.
@@ -134,7 +137,7 @@ def adapt(module: nn.Module, plan: Plan) -> bool:
     state = sharded_state(module)
     assert state is not None
     before = state.plan
-    alike = ("dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules")
+    alike = ("dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules", "row_sharded_embeddings")
     if any(getattr(before, name) != getattr(plan, name) for name in alike):
         return False
     set_plan(state, plan)
@@ -155,7 +158,8 @@ def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
     groups = find_groups(module, plan.wrapped_modules)
     for name, group in groups.items():
         own = [module.get_parameter(parameter) for parameter in group.parameters]
-        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.requires_grad}
+        trained = [parameter for parameter in own if parameter.requires_grad and rows_of(parameter) is None]
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in trained}
         if len(dtypes) > 1:
             raise PlanError(
                 f"{name or type(module).__name__} has trainable parameters of {' and '.join(sorted(dtypes))}, and"
