@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import full, order_of
+from lightning_largescale.parallel.rows import full_rows, rows_of
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
@@ -97,6 +98,10 @@ def _whole(value: Any, parameter: object, *, keep: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     whole: Tensor = value
+    rows = rows_of(parameter)
+    if isinstance(parameter, Tensor) and rows is not None:
+        # Its state has its shape, or is the same on all ranks.
+        return full_rows(value, rows, keep=keep) if value.shape == parameter.shape else whole.detach().cpu()
     if isinstance(value, DTensor):
         # An average may be kept in DRAM, which not every collective reads.
         on_device: Any = value.to(value.device_mesh.device_type)

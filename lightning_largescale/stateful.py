@@ -16,6 +16,7 @@ from lightning_largescale import checkpoint
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.connected import ConnectedStrategy
 from lightning_largescale.parallel.copies import find_copies, whole_copies
+from lightning_largescale.parallel.embedding import make_tables_whole, row_sharded, whole_tables
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.whole import make_whole, whole_parameters
@@ -31,6 +32,11 @@ class StatefulStrategy(ConnectedStrategy):
             raise RuntimeError("the Trainer has not given the strategy its module yet")
         return self.lightning_module
 
+    def _is_divided(self) -> bool:
+        """Whether ranks hold parts of the module's parameters."""
+        module = self._module()
+        return sharded_state(module) is not None or row_sharded(module) is not None
+
     @contextlib.contextmanager
     def full_parameters(self) -> Generator[None, None, None]:
         """Within, the module's parameters are full plain tensors, however they are divided: a collective.
@@ -39,7 +45,7 @@ class StatefulStrategy(ConnectedStrategy):
         the same on all ranks. The whole model must fit beside this rank's shards. In `training_step` they are for
         reading, and a loss may be computed from them; elsewhere they have no gradients.
         """
-        with whole_parameters(self._module()):
+        with whole_tables(self._module()), whole_parameters(self._module()):
             yield
 
     def make_whole(self) -> None:
@@ -49,6 +55,7 @@ class StatefulStrategy(ConnectedStrategy):
         Copies of the module that callbacks keep become whole with it.
         """
         module = self._module()
+        make_tables_whole(module)
         make_whole(module)
         whole_copies(find_copies(callbacks_of(module.trainer), module))
 
@@ -65,7 +72,7 @@ class StatefulStrategy(ConnectedStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Full tensors, on rank 0 alone where the module is sharded; a collective."""
         module = self._module()
-        if sharded_state(module) is None:
+        if not self._is_divided():
             return super().lightning_module_state_dict()
         return checkpoint.full_module_state(module, keep=self.is_global_zero)
 
@@ -76,7 +83,7 @@ class StatefulStrategy(ConnectedStrategy):
         Raises:
             PlanError: shards cut what the optimizer keeps in blocks.
         """
-        if sharded_state(self._module()) is None:
+        if not self._is_divided():
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         for adapted in self._adapted:
@@ -95,6 +102,6 @@ class StatefulStrategy(ConnectedStrategy):
     @override
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint of full tensors, those that callbacks and hooks put in included; a collective."""
-        if sharded_state(self._module()) is not None:
+        if self._is_divided():
             checkpoint_ = checkpoint.whole_everywhere(checkpoint_, keep=self.is_global_zero)
         super().save_checkpoint(checkpoint_, filepath, storage_options)

@@ -23,6 +23,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.materialize import equal_weights
 from lightning_largescale.parallel.order import as_ordered, divided, full, order_of
+from lightning_largescale.parallel.rows import global_shape, own_rows, rows_of
 
 # Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.
 _BATCH_BYTES = 16 * 2**20
@@ -119,7 +120,12 @@ def take_full_tensors(module: nn.Module) -> RemovableHandle:
 
 def divided_like(value: Any, target: Any) -> Any:
     """`value` divided as `target` is, without communication, where both are the same tensor but for that."""
-    if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+    if not isinstance(target, Tensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    rows = rows_of(target)
+    if rows is not None and value.shape == global_shape(target):
+        return own_rows(value, rows).to(target.device)
+    if not isinstance(target, DTensor):
         return value
     if value.shape != target.shape:
         return value
