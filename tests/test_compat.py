@@ -647,11 +647,11 @@ def test_call_after_backward():
 
 
 def reduced_gradients():
-    module = nn.Linear(2, 1)
-    compat.ignore_parameters(module, ["bias"])
+    module = nn.Sequential(nn.Linear(2, 1))
+    compat.ignore_parameters(module, ["0.bias"])
     replica = nn.parallel.DistributedDataParallel(module)
     (replica(torch.ones(1, 2)).sum() * (1 + dist.get_rank())).backward()
-    return module.weight.grad.tolist(), module.bias.grad.tolist()
+    return module[0].weight.grad.tolist(), module[0].bias.grad.tolist()
 
 
 def test_ignore_parameters():
