@@ -1,49 +1,39 @@
-"""What does a step with a row-sharded table cost, and what does it grow with?
+"""What does a step with a row-sharded table grow with: the ids of a batch, or the rows of the table?
 
-Two processes, a bag of 8 ids a sample, Adagrad. The step's time is to grow with the ids of a batch and not with the rows
-of the table. Every case runs in processes of its own, and the cases take turns; figures are ratios of the median step
-times to that of the first case, turn by turn. The last case is the same table replicated, with dense gradients.
+Two processes that hold all cases at once and step on each in turn, so that whatever else the machine does befalls all
+alike; figures are ratios to the step of the first case, turn by turn. A step is what the strategy does: look-ups and a
+dense tower forward, backward with the tower's gradients averaged, gradients of rows to their ranks, Adagrad. The last
+case is a table that is replicated, with dense gradients.
 
-    python benchmarks/embeddings.py --out benchmarks/results/embeddings_2xcpu_DATE.md
+    torchrun --nproc-per-node 2 benchmarks/embeddings.py --pairs 40 --out benchmarks/results/embeddings_2xcpu_DATE.md
 """
 
 from __future__ import annotations
 
-import os
-from functools import partial
+import time
+from collections.abc import Callable
 from statistics import median
-from typing import Any
 
-import psutil
 import torch
-from lightning.pytorch import LightningModule
-from pairs import compare_apart, fit, row, say
+import torch.distributed as dist
+from pairs import arguments, row, say
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-import lightning_largescale as ls
+from lightning_largescale import compat
+from lightning_largescale.parallel.embedding import shard_embeddings
+from lightning_largescale.parallel.lookups import Lookups
+from lightning_largescale.parallel.replicate import Replica
 
 DIM, BAG = 32, 8
-BASE_ROWS, BASE_IDS = 100_000, 8192
-ROWS = (100_000, 1_000_000, 10_000_000, 20_000_000)
-IDS = (2048, 8192, 32_768)
+BASE = (100_000, 8192)
+CASES = [BASE, (1_000_000, 8192), (10_000_000, 8192), (20_000_000, 8192), (100_000, 2048), (100_000, 32_768)]
+REPLICATED = (1_000_000, 8192)
+_CPU = torch.device("cpu")
 
 
-class Batches(Dataset[Tensor]):
-    """Batches of ids, all as likely."""
+class Net(nn.Module):
+    """A bag of embeddings under a small tower."""
 
-    def __init__(self, rows: int, ids: int, steps: int) -> None:
-        self.rows, self.shape, self.steps = rows, (ids // BAG, BAG), steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> Tensor:
-        seed = 1000 * index + int(os.environ["RANK"])
-        return torch.randint(self.rows, self.shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Net(LightningModule):
     def __init__(self, rows: int, *, sparse: bool) -> None:
         super().__init__()
         # One row stands for all until they are divided, so that building the table takes no memory.
@@ -52,46 +42,76 @@ class Net(LightningModule):
         self.table = nn.EmbeddingBag.from_pretrained(start, freeze=False, sparse=sparse, mode="sum")
         self.tower = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, 1))
 
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
+    def loss(self, batch: Tensor) -> Tensor:
         return (self.tower(self.table(batch)) - 1).square().mean()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adagrad(self.parameters(), lr=0.01)
+
+class Case:
+    """A model and its optimizer, with a batch of new ids for each step."""
+
+    def __init__(self, rows: int, ids: int, *, divided: bool = True) -> None:
+        self.net = Net(rows, sparse=divided)
+        self.lookups: Lookups | None = shard_embeddings(self.net, ["table"], _CPU) if divided else None
+        self.replica = Replica(self.net, _CPU)
+        self.optimizer = torch.optim.Adagrad(self.net.parameters(), lr=0.01)
+        self.rows, self.shape = rows, (ids // BAG, BAG)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        loss = self.net.loss(batch)
+        if self.lookups is not None:
+            self.lookups.join()
+            compat.call_after_backward(loss, self.lookups.end_backward)
+        return loss
+
+    def seconds(self) -> float:
+        """Of one step."""
+        batch = torch.randint(self.rows, self.shape)
+        dist.barrier()
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        self.replica.run(lambda: self.forward(batch), reduce_output=True).backward()
+        self.optimizer.step()
+        return time.perf_counter() - began
 
 
-def trained(rows: int, ids: int, steps: int, *, divided: bool = True) -> list[Any]:
-    plan = ls.Plan(dp_replicate=2, row_sharded_embeddings=("table",) if divided else ())
-    batches = DataLoader(Batches(rows, ids, steps), batch_size=None)
-    seconds = fit(Net(rows, sparse=divided), ls.LargeScaleStrategy(plan), batches, devices=2)
-    return [median(seconds[2:]), psutil.Process().memory_info().rss]
+def name(rows: int, ids: int) -> str:
+    return f"{rows:,} rows, {ids:,} ids"
 
 
-CASES = {
-    **{f"{rows:,} rows, {BASE_IDS:,} ids": partial(trained, rows, BASE_IDS) for rows in ROWS},
-    **{f"{BASE_ROWS:,} rows, {ids:,} ids": partial(trained, BASE_ROWS, ids) for ids in IDS},
-    "1,000,000 rows, replicated": partial(trained, 1_000_000, BASE_IDS, divided=False),
-}
+def turns(steps: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+    """Seconds of each case in each turn; every other turn begins with the last."""
+    found: dict[str, list[float]] = {case: [] for case in steps}
+    for turn in range(count):
+        for case in [*steps][:: 1 - 2 * (turn % 2)]:
+            found[case].append(steps[case]())
+    return found
 
 
 def main() -> None:
-    options, _, found = compare_apart(__doc__, CASES, processes=2)
-    base = next(iter(CASES))
-    say(
-        options,
-        "Row-sharded tables: step time by rows and by ids",
-        f"Rows of {DIM} numbers in float32, bags of {BAG} ids, Adagrad, Plan(dp_replicate=2), two processes of one"
-        f" thread, torch {torch.__version__}; {options.pairs} interleaved turns of {options.steps} steps, each in"
-        f" processes of its own, the first two steps left out. Ids are of one rank and step.",
-        [
-            *(row(f"step, ms: {name}", [1000 * turn[name][0] for turn in found], 2) for name in CASES),
-            *(
-                row(f"step / step of {base}: {name}", [turn[name][0] / turn[base][0] for turn in found])
-                for name in CASES
-                if name != base
-            ),
-            *(row(f"resident at the end, MiB: {name}", [turn[name][1] / 2**20 for turn in found], 0) for name in CASES),
-        ],
-    )
+    options = arguments(__doc__, pairs=40, steps=1).parse_args()
+    dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
+    steps = {name(*case): Case(*case).seconds for case in CASES}
+    dense = f"{name(*REPLICATED)}, replicated"
+    steps[dense] = Case(*REPLICATED, divided=False).seconds
+    turns(steps, 3)
+    found = turns(steps, options.pairs)
+    if dist.get_rank() == 0:
+        base = found[name(*BASE)]
+        say(
+            options,
+            "Row-sharded tables: a step by rows and by ids",
+            f"Rows of {DIM} float32, bags of {BAG} ids, all rows as likely, Adagrad, a tower of two layers, replicated;"
+            f" two processes of one thread, torch {torch.__version__}; {options.pairs} interleaved turns. Ids are those"
+            f" of one rank and step. The step of {name(*BASE)} takes {1000 * median(base):.1f} ms (median); the others"
+            " are ratios to it, turn by turn.",
+            [
+                row(case, [one / other for one, other in zip(seconds, base, strict=True)])
+                for case, seconds in found.items()
+                if case != name(*BASE)
+            ],
+        )
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import os
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import grad_norm
 from models import divided_loader, trainer
 from ranks import mesh_of, quiet, ranks
 from torch import nn
@@ -88,15 +91,14 @@ class Recommender(LightningModule):
             optimizer.step()
         return None
 
-    def on_after_backward(self):
-        # While gradients accumulate there is none yet.
-        assert self.trainer.fit_loop._should_accumulate() or self.users.weight.grad.is_sparse
+    def on_before_optimizer_step(self, optimizer):
+        assert self.users.weight.grad.is_sparse
 
     def validation_step(self, batch, index):
         self.evaluated.append(float(self.loss(batch)))
 
     def configure_optimizers(self):
-        if self.automatic_optimization:
+        if self.optimizer != "SparseAdam":
             kind = getattr(torch.optim, self.optimizer)
             return kind(self.parameters(), lr=0.5, **self.options)
         tables = [self.users.weight, self.words.weight]
@@ -293,7 +295,7 @@ class Dense(Recommender):
         super().__init__(**options)
         self.users.sparse = self.words.sparse = False
 
-    def on_after_backward(self):
+    def on_before_optimizer_step(self, optimizer):
         pass
 
 
@@ -654,3 +656,115 @@ def test_no_rank_needs_more_than_its_rows():
             assert rows == table_bytes // 2
             assert peak < table_bytes // 2 + 160 * 2**20
             assert len(losses) == 3
+
+
+class Reads(Recommender):
+    """Uses the whole table in a step, and clips by itself."""
+
+    def __init__(self, full=False):
+        super().__init__()
+        self.automatic_optimization, self.full = False, full
+        self.users.sparse = self.words.sparse = full
+        self.norms = []
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        with self.trainer.strategy.full_parameters() if self.full else contextlib.nullcontext():
+            penalty = 0.1 * self.users.weight.square().mean()
+        loss = self.loss(batch) + penalty
+        self.losses.append(float(self.all_gather(loss.detach()).mean()))
+        self.manual_backward(loss)
+        self.norms.append({name: float(norm) for name, norm in grad_norm(self, 2).items()})
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+def fit_reading(plan, devices):
+    torch.manual_seed(0)
+    model = Reads(full=plan is not None)
+    trainer(strategy_of(plan), devices=devices, max_steps=4).fit(model)
+    return model.losses, model.norms
+
+
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
+def test_whole_tables_and_norms_within_steps(two, plan):
+    expected, norms = fit_reading(None, 1)
+    for losses, found in two.run(fit_reading, plan, 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        for one, other in zip(found, norms, strict=True):
+            assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
+def test_half_precision(two, precision):
+    for plan in (REPLICATED, SHARDED):
+        plan = dataclasses.replace(plan, precision=precision)
+        expected, _, _ = fit(Plan(precision=precision), 1, {"optimizer": "SGD"})
+        for losses, _, _ in two.run(fit, plan, 2, {"optimizer": "SGD"}):
+            assert losses == pytest.approx(expected, rel=2e-2)
+
+
+def test_one_device_keeps_the_module_as_it_is():
+    model = Recommender()
+    trainer(LargeScaleStrategy(Plan(row_sharded_embeddings=NAMES)), max_steps=2).fit(model)
+    assert row_sharded(model) is None
+    assert model.users.weight.shape == (USERS, DIM)
+    with pytest.raises(PlanError, match=r"has 'user' and Recommender has no such module; .* such as 'users'\."):
+        trainer(LargeScaleStrategy(Plan(row_sharded_embeddings=("user",))), max_steps=2).fit(Recommender())
+
+
+def fit_alone():
+    model = Recommender()
+    trainer(LargeScaleStrategy(REPLICATED), devices=2, max_steps=1).fit(model)
+    trainer(LargeScaleStrategy(Plan()), devices=1, max_steps=1).fit(model)
+
+
+def test_another_number_of_processes(two):
+    for error, _, _ in two.answers(fit_alone):
+        assert str(error) == (
+            "table 'users' is divided among 2 processes and this Trainer has 1; first call"
+            " `trainer.strategy.make_whole()` of the other Trainer on all ranks."
+        )
+
+
+class Accumulates(Recommender):
+    """By its own means, the tables being used in the first micro-batch alone."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        first = index % 2 == 0
+        if first:
+            optimizer.zero_grad()
+        synchronize = contextlib.nullcontext()
+        if first and isinstance(self.trainer.strategy, LargeScaleStrategy):
+            synchronize = self.trainer.strategy.block_backward_sync()
+        user, words, click = batch
+        with synchronize:
+            hidden = torch.cat([self.users(user), self.words(words)], -1)
+            logits = self.head(hidden if first else hidden.detach()).squeeze(-1)
+            loss = F.binary_cross_entropy_with_logits(logits, click)
+            self.losses.append(float(self.all_gather(loss.detach()).mean()))
+            self.manual_backward(loss)
+        if not first:
+            optimizer.step()
+
+
+def fit_accumulating(plan, devices):
+    model = Accumulates()
+    trainer(strategy_of(plan), devices=devices, max_steps=4).fit(model)
+    return model.losses
+
+
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
+def test_manual_accumulation(two, plan):
+    expected = fit_accumulating(None, 1)
+    for losses in two.run(fit_accumulating, plan, 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
