@@ -68,8 +68,9 @@ def shard_module(
         on_parts: runs a step where it divides some of the rest.
 
     Raises:
-        PlanError: no parameters, trainable ones in several dtypes within one group, or `wrapped_modules` that are no
-            modules of `module`, are never called, or overlap blocks or each other.
+        PlanError: no parameters, trainable ones in several dtypes within one group, embeddings with sparse gradients
+            whose rows are not divided already, or `wrapped_modules` that are no modules of `module`, are never called,
+            or overlap blocks or each other.
     """
     groups = _groups(module, plan)
     if device.type == "cpu" and plan.dp_shard > 1:
@@ -155,6 +156,7 @@ def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
             f"{type(module).__name__} has no parameters to divide; give it at least one, or use dp_replicate."
         )
     _check_wraps(module, plan.wrapped_modules)
+    _check_sparse(module)
     groups = find_groups(module, plan.wrapped_modules)
     for name, group in groups.items():
         own = [module.get_parameter(parameter) for parameter in group.parameters]
@@ -190,6 +192,16 @@ def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
             raise PlanError(
                 f"wrapped_modules has {name!r}, a {type(paths[name]).__name__}, which is not called itself; give the"
                 " modules in it."
+            )
+
+
+def _check_sparse(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        tables = isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        if tables and part.weight.requires_grad and rows_of(part.weight) is None:
+            raise PlanError(
+                f"{name!r} is a {type(part).__name__} with sparse=True, and FSDP does not reduce sparse gradients;"
+                " name it in row_sharded_embeddings, or make it without sparse=True."
             )
 
 

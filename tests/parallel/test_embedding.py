@@ -263,6 +263,31 @@ def test_ranks_look_up_different_tables(four):
     assert four.run(connected, in_another_order) == [[3, 3, 3]] * 3 + [[2, 2, 2]]
 
 
+def with_no_row():
+    """Of five rows the last of four ranks has none, and trains all the same."""
+    torch.manual_seed(0)
+    plain, ours = Holder(nn.Embedding(5, 3, sparse=True)), Holder(nn.Embedding(5, 3))
+    ours.load_state_dict(plain.state_dict())
+    lookups = shard_embeddings(ours, ["table"], torch.device("cpu"))
+    for module in (plain, ours):
+        optimizer = torch.optim.SparseAdam(module.parameters(), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            module.table(torch.tensor([step, 4])).square().sum().backward()
+            if module is ours:
+                lookups.join()
+                lookups.end_backward()
+            optimizer.step()
+    local = ours.table.weight.shape[0]
+    make_tables_whole(ours)
+    torch.testing.assert_close(ours.table.weight, plain.table.weight)
+    return local
+
+
+def test_a_rank_without_a_row(four):
+    assert four.run(connected, with_no_row) == [2, 2, 1, 0]
+
+
 def out_of_range(given):
     module = Holder(nn.Embedding(11, 3))
     shard_embeddings(module, ["table"], torch.device("cpu"))
@@ -466,6 +491,30 @@ def test_a_backward_that_is_not_announced(two):
             "table 'users' has gradients of a backward that the Trainer does not know of, and its rows are on all"
             " ranks; call self.manual_backward(loss) in the place of loss.backward()."
         )
+
+
+def fit_sparse():
+    trainer(LargeScaleStrategy(Plan(dp_shard=2, row_sharded_embeddings=("users",))), devices=2).fit(Recommender())
+
+
+def test_sparse_tables_that_are_not_named(two):
+    for error, _, _ in two.answers(fit_sparse):
+        assert str(error) == (
+            "'words' is a EmbeddingBag with sparse=True, and FSDP does not reduce sparse gradients; name it in"
+            " row_sharded_embeddings, or make it without sparse=True."
+        )
+
+
+def fit_out_of_range(plan):
+    model = Recommender()
+    model.words = nn.EmbeddingBag(WORDS - 1, DIM, sparse=True)
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=20).fit(model)
+
+
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
+def test_id_out_of_range_in_a_step(two, plan):
+    for error, _, _ in two.answers(fit_out_of_range, plan):
+        assert str(error) == "table 'words' has 29 rows and was given id 29; ids must be 0 to 28."
 
 
 def fit_averaging():
