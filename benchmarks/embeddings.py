@@ -2,8 +2,10 @@
 
 Two processes that hold all cases at once and step on each in turn, so that whatever else the machine does befalls all
 alike; figures are ratios to the step of the first case, turn by turn. A step is what the strategy does: look-ups and a
-dense tower forward, backward with the tower's gradients averaged, gradients of rows to their ranks, Adagrad. The last
-case is a table that is replicated, with dense gradients.
+dense tower forward, backward with the tower's gradients averaged, gradients of rows to their ranks, Adagrad.
+
+Beside them a plain sparse table of each process by itself, of as many rows as it has of the first and of the third
+case: what larger tables cost for the memory's sake. The last case is a table that is replicated, with dense gradients.
 
     torchrun --nproc-per-node 2 benchmarks/embeddings.py --pairs 40 --out benchmarks/results/embeddings_2xcpu_DATE.md
 """
@@ -27,6 +29,7 @@ from lightning_largescale.parallel.replicate import Replica
 DIM, BAG = 32, 8
 BASE = (100_000, 8192)
 CASES = [BASE, (1_000_000, 8192), (10_000_000, 8192), (20_000_000, 8192), (100_000, 2048), (100_000, 32_768)]
+PLAIN = [(50_000, 8192), (5_000_000, 8192)]
 REPLICATED = (1_000_000, 8192)
 _CPU = torch.device("cpu")
 
@@ -49,10 +52,13 @@ class Net(nn.Module):
 class Case:
     """A model and its optimizer, with a batch of new ids for each step."""
 
-    def __init__(self, rows: int, ids: int, *, divided: bool = True) -> None:
-        self.net = Net(rows, sparse=divided)
-        self.lookups: Lookups | None = shard_embeddings(self.net, ["table"], _CPU) if divided else None
-        self.replica = Replica(self.net, _CPU)
+    def __init__(self, rows: int, ids: int, *, way: str = "divided") -> None:
+        self.net = Net(rows, sparse=way != "replicated")
+        if way == "plain":
+            # Its own memory, as the rows have that are divided.
+            self.net.table.weight = nn.Parameter(self.net.table.weight.detach().clone())
+        self.lookups: Lookups | None = shard_embeddings(self.net, ["table"], _CPU) if way == "divided" else None
+        self.replica = Replica(self.net.tower if way == "plain" else self.net, _CPU)
         self.optimizer = torch.optim.Adagrad(self.net.parameters(), lr=0.01)
         self.rows, self.shape = rows, (ids // BAG, BAG)
 
@@ -92,8 +98,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(dist.get_rank())
     steps = {name(*case): Case(*case).seconds for case in CASES}
-    dense = f"{name(*REPLICATED)}, replicated"
-    steps[dense] = Case(*REPLICATED, divided=False).seconds
+    steps |= {f"{name(*case)}, plain": Case(*case, way="plain").seconds for case in PLAIN}
+    steps[f"{name(*REPLICATED)}, replicated"] = Case(*REPLICATED, way="replicated").seconds
     turns(steps, 3)
     found = turns(steps, options.pairs)
     if dist.get_rank() == 0:
