@@ -63,7 +63,7 @@ def reduce_scatter_tensor(output: Any, tensor: Any, group: Any = None) -> None:
 def ignore_parameters(module: Any, names: list[str]) -> None:
     """Let a DistributedDataParallel that `module` is given to leave its parameters of these names alone.
 
-    Replaced by an argument of DistributedDataParallel; https://github.com/pytorch/pytorch/issues/43690.
+    Replaced by a public argument of DistributedDataParallel.
     """
     from torch.nn.parallel import DistributedDataParallel
 

@@ -11,7 +11,7 @@ Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalizat
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -301,10 +301,9 @@ class _LookUpBags(_LookUp):
         )
 
 
-def _take_full_table(
-    table: Table, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
-) -> None:  # a state_dict, which is torch's own copy
+def _take_full_table(table: Table, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let `load_state_dict`, whose copy of the state is `state`, take the whole table."""
     name = f"{prefix}weight"
-    given = state.get(name)
-    if isinstance(given, Tensor) and given.shape[0] == table.rows.rows and isinstance(state, dict):
-        state[name] = own_rows(given, table.rows)
+    # It may be this rank's rows already, where the whole module takes full tensors.
+    if table.aside is None and name in state and state[name].shape[0] == table.rows.rows:
+        state[name] = own_rows(state[name], table.rows)

@@ -139,8 +139,17 @@ def assert_alike(two, plan, options=None, **given):
 REPLICATED, SHARDED = Plan(dp_replicate=2, row_sharded_embeddings=NAMES), Plan(dp_shard=2, row_sharded_embeddings=NAMES)
 
 
-@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
-@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "SparseAdam"])
+@pytest.mark.parametrize(
+    ("plan", "optimizer"),
+    [
+        (REPLICATED, "SGD"),
+        (REPLICATED, "SparseAdam"),
+        (SHARDED, "Adagrad"),
+        pytest.param(REPLICATED, "Adagrad", marks=pytest.mark.slow),
+        pytest.param(SHARDED, "SGD", marks=pytest.mark.slow),
+        pytest.param(SHARDED, "SparseAdam", marks=pytest.mark.slow),
+    ],
+)
 def test_trains_like_plain(two, plan, optimizer):
     assert_alike(two, plan, {"optimizer": optimizer})
 
@@ -343,8 +352,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [
+        (REPLICATED, "norm"),
+        (SHARDED, "norm"),
+        (SHARDED, "largest"),
+        (REPLICATED, "accumulated norm"),
+        *(pytest.param(SHARDED, name, marks=pytest.mark.slow) for name in ("accumulated", "accumulated norm")),
+        *(pytest.param(REPLICATED, name, marks=pytest.mark.slow) for name in ("largest", "accumulated")),
+    ],
+)
 def test_clipping_and_accumulation(two, plan, name):
     expected, weight = fit_steps(None, 1, **OPTIONS[name])
     for losses, found in two.run(fit_steps, plan, 2, **OPTIONS[name]):
@@ -748,7 +766,8 @@ def test_whole_tables_and_norms_within_steps(two, plan):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision(two, precision):
     for plan in (REPLICATED, SHARDED):
         plan = dataclasses.replace(plan, precision=precision)
