@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.parallel.embedding import check_embeddings, make_tables_whole, row_sharded, shard_embeddings
 from lightning_largescale.parallel.rows import Rows, rows_of
 from lightning_largescale.plan import Plan, PlanError
@@ -836,3 +837,17 @@ def test_manual_accumulation(two, plan):
     expected = fit_accumulating(None, 1)
     for losses in two.run(fit_accumulating, plan, 2):
         assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def fit_then_plan():
+    model = Dense(optimizer="Adagrad")
+    trainer(LargeScaleStrategy(REPLICATED), devices=2, max_steps=2).fit(model)
+    assert row_sharded(model) is not None
+    run = trainer(LargeScaleAutoStrategy(), devices=2, max_steps=2)
+    run.fit(model)
+    return row_sharded(model), run.strategy.plan.row_sharded_embeddings, len(model.losses)
+
+
+@pytest.mark.slow
+def test_the_auto_strategy_takes_the_module_over(two):
+    assert two.run(fit_then_plan) == [(None, (), 4)] * 2
