@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import os
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from clicks import (
+    DIM,
+    NAMES,
+    REPLICATED,
+    SHARDED,
+    STEPS,
+    USERS,
+    Dense,
+    Holder,
+    Recommender,
+    connected,
+    strategy_of,
+)
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import grad_norm
-from models import divided_loader, trainer
+from models import trainer
 from ranks import mesh_of, quiet, ranks
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.parallel.embedding import check_embeddings, make_tables_whole, row_sharded, shard_embeddings
@@ -27,93 +34,6 @@ from lightning_largescale.strategy import LargeScaleStrategy
 
 # What torch says of every sparse gradient that an embedding of its own makes.
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")]
-
-USERS, WORDS, DIM = 101, 30, 4
-NAMES = ("users", "words")
-STEPS = 20
-
-
-class Clicks(Dataset):
-    """A user, seven words of which the last two are padding or a repetition, and whether there was a click."""
-
-    def __init__(self, samples=160):
-        self.samples = samples
-
-    def __len__(self):
-        return self.samples
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        user = torch.randint(USERS, (), generator=generator)
-        words = torch.randint(WORDS, (7,), generator=generator)
-        words[5:] = words[4] if index % 2 else 0
-        return user, words, torch.rand((), generator=generator).round()
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(2 * DIM, 8), nn.Linear(8, 2 * DIM)
-
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x)))
-
-
-class Recommender(LightningModule):
-    """Two tables and a dense tower with blocks."""
-
-    def __init__(self, optimizer="SGD", mode="mean", seed=0, **options):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.users = nn.Embedding(USERS, DIM, sparse=True)
-        self.words = nn.EmbeddingBag(WORDS, DIM, mode=mode, sparse=True, padding_idx=0)
-        self.blocks = nn.Sequential(Block(), Block())
-        self.head = nn.Linear(2 * DIM, 1)
-        self.optimizer, self.options = optimizer, options
-        self.automatic_optimization = optimizer != "SparseAdam"
-        self.losses, self.evaluated, self.norms = [], [], []
-
-    def forward(self, user, words):
-        return self.head(self.blocks(torch.cat([self.users(user), self.words(words)], -1))).squeeze(-1)
-
-    def loss(self, batch):
-        user, words, click = batch
-        return F.binary_cross_entropy_with_logits(self(user, words), click)
-
-    def training_step(self, batch, index):
-        loss = self.loss(batch)
-        self.losses.append(float(self.all_gather(loss.detach()).mean()))
-        if self.automatic_optimization:
-            return loss
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in self.optimizers():
-            optimizer.step()
-        return None
-
-    def on_before_optimizer_step(self, optimizer):
-        assert self.users.weight.grad.is_sparse
-
-    def validation_step(self, batch, index):
-        self.evaluated.append(float(self.loss(batch)))
-
-    def configure_optimizers(self):
-        if self.optimizer != "SparseAdam":
-            kind = getattr(torch.optim, self.optimizer)
-            return kind(self.parameters(), lr=0.5, **self.options)
-        tables = [self.users.weight, self.words.weight]
-        dense = [p for p in self.parameters() if all(p is not table for table in tables)]
-        return [torch.optim.SparseAdam(tables, lr=0.05), torch.optim.AdamW(dense, lr=0.01)]
-
-    def train_dataloader(self):
-        return divided_loader(self.trainer, Clicks())
-
-    val_dataloader = train_dataloader
-
-
-def strategy_of(plan):
-    return LargeScaleStrategy(plan) if plan else "auto"
 
 
 def fit(plan, devices, options=None, **given):
@@ -137,9 +57,6 @@ def assert_alike(two, plan, options=None, **given):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-4)
 
 
-REPLICATED, SHARDED = Plan(dp_replicate=2, row_sharded_embeddings=NAMES), Plan(dp_shard=2, row_sharded_embeddings=NAMES)
-
-
 @pytest.mark.parametrize(
     ("plan", "optimizer"),
     [
@@ -155,162 +72,6 @@ def test_trains_like_plain(two, plan, optimizer):
     assert_alike(two, plan, {"optimizer": optimizer})
 
 
-def gradients(module, call):
-    """Of each rank's table: the gradient put together, the plain one of the global batch, and the results of both."""
-    plain, ours = module, copy.deepcopy(module)
-    lookups = shard_embeddings(ours, ["table"], torch.device("cpu"))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    result, extra = call(ours.table, rank)
-    expected, plain_extra = call(plain.table, rank)
-    lookups.join()
-    if result.requires_grad:
-        (result.sin().sum() / ranks).backward()
-        (expected.sin().sum() / ranks).backward()
-    lookups.end_backward()
-    if extra is not None:
-        torch.testing.assert_close(extra.grad, plain_extra.grad)
-    torch.testing.assert_close(result, expected)
-    gradient = plain.table.weight.grad
-    gradient = torch.zeros_like(plain.table.weight) if gradient is None else gradient
-    dist.all_reduce(gradient)
-    # One for every rank wherever one of them looked up: an optimizer counts its steps.
-    own = ours.table.weight.grad
-    assert own.is_sparse
-    assert own.is_coalesced()
-    assert rows_of(own) == rows_of(ours.table.weight)
-    start = rows_of(own).start
-    torch.testing.assert_close(own.to_dense(), gradient[start : start + len(own)] / ranks)
-    return own.indices().flatten().tolist()
-
-
-def connected(function, *args):
-    """On a rank, connected from then on."""
-    mesh_of()
-    return function(*args)
-
-
-class Holder(nn.Module):
-    def __init__(self, table):
-        super().__init__()
-        self.table = table
-
-
-def ids_of(rank, *shape, dtype=torch.int64):
-    return torch.randint(11, shape, generator=torch.Generator().manual_seed(rank)).to(dtype)
-
-
-def a_bag_call(table, rank):
-    return table(ids_of(rank, 5), torch.tensor([0, 2, 2])), None
-
-
-def weighted(table, rank):
-    weights = torch.linspace(0.5, 2, 12).view(4, 3).requires_grad_()
-    return table(ids_of(rank, 4, 3), per_sample_weights=weights), weights
-
-
-CALLS = {
-    "matrix of ids": (nn.Embedding(11, 3), lambda table, rank: (table(ids_of(rank, 2, 4)), None)),
-    "one id": (nn.Embedding(11, 3), lambda table, rank: (table(torch.tensor(4 + 6 * rank)), None)),
-    "short integers": (nn.Embedding(11, 3), lambda table, rank: (table(ids_of(rank, 5, dtype=torch.int32)), None)),
-    "double": (nn.Embedding(11, 3, dtype=torch.float64), lambda table, rank: (table(ids_of(rank, 5)), None)),
-    "padding": (nn.Embedding(11, 3, padding_idx=4), lambda table, rank: (table(ids_of(rank, 9)), None)),
-    "empty on one rank": (nn.Embedding(11, 3), lambda table, rank: (table(ids_of(0, 4 * rank)), None)),
-    "empty on all ranks": (nn.Embedding(11, 3), lambda table, rank: (table(ids_of(0, 0)), None)),
-    "called by one rank more often": (
-        nn.Embedding(11, 3),
-        lambda table, rank: (table(ids_of(rank, 4)) + sum(table(ids_of(7, 4)) for _ in range(rank)), None),
-    ),
-    "not called by one rank": (
-        nn.Embedding(11, 3),
-        lambda table, rank: (table(ids_of(1, 4)) if rank else torch.zeros(1, requires_grad=True) * 1, None),
-    ),
-    "mean": (nn.EmbeddingBag(11, 3), lambda table, rank: (table(ids_of(rank, 4, 3)), None)),
-    "sum": (nn.EmbeddingBag(11, 3, mode="sum"), lambda table, rank: (table(ids_of(rank, 4, 3)), None)),
-    "offsets and an empty bag": (nn.EmbeddingBag(11, 3), a_bag_call),
-    "last offset": (nn.EmbeddingBag(11, 3, include_last_offset=True), a_bag_call),
-    "short offsets": (
-        nn.EmbeddingBag(11, 3),
-        lambda table, rank: (table(ids_of(rank, 5, dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)), None),
-    ),
-    "bags with padding": (
-        nn.EmbeddingBag(11, 3, padding_idx=4),
-        lambda table, rank: (table(torch.tensor([[4, 1], [2, 4]]) + rank), None),
-    ),
-    "bags without any id": (
-        nn.EmbeddingBag(11, 3, mode="sum"),
-        lambda table, rank: (table(ids_of(rank, 0), torch.tensor([0, 0])), None),
-    ),
-    "weights": (nn.EmbeddingBag(11, 3, mode="sum"), weighted),
-}
-
-
-def case(name):
-    torch.manual_seed(0)
-    table, call = CALLS[name]
-    return gradients(Holder(copy.deepcopy(table)), call)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_rows_and_gradients(two, name):
-    touched = two.run(connected, case, name)
-    assert "empty on all" not in name or touched == [[], []]
-
-
-def in_another_order():
-    torch.manual_seed(0)
-    module = nn.ModuleDict({name: nn.Embedding(11, 3) for name in "abc"})
-    plain, ours = copy.deepcopy(module), module
-    lookups = shard_embeddings(ours, [*"abc"], torch.device("cpu"))
-    for name in ("abca", "ca", "b", "")[dist.get_rank()]:
-        with torch.no_grad():
-            torch.testing.assert_close(ours[name](ids_of(1, 4)), plain[name](ids_of(1, 4)))
-    lookups.join()
-    # Uneven: the last rank has fewer rows.
-    return [table.weight.shape[0] for table in lookups.tables]
-
-
-def test_ranks_look_up_different_tables(four):
-    assert four.run(connected, in_another_order) == [[3, 3, 3]] * 3 + [[2, 2, 2]]
-
-
-def with_no_row():
-    """Of five rows the last of four ranks has none, and trains all the same."""
-    torch.manual_seed(0)
-    plain, ours = Holder(nn.Embedding(5, 3, sparse=True)), Holder(nn.Embedding(5, 3))
-    ours.load_state_dict(plain.state_dict())
-    lookups = shard_embeddings(ours, ["table"], torch.device("cpu"))
-    for module in (plain, ours):
-        optimizer = torch.optim.SparseAdam(module.parameters(), lr=0.1)
-        for step in range(3):
-            optimizer.zero_grad()
-            module.table(torch.tensor([step, 4])).square().sum().backward()
-            if module is ours:
-                lookups.join()
-                lookups.end_backward()
-            optimizer.step()
-    local = ours.table.weight.shape[0]
-    make_tables_whole(ours)
-    torch.testing.assert_close(ours.table.weight, plain.table.weight)
-    return local
-
-
-def test_a_rank_without_a_row(four):
-    assert four.run(connected, with_no_row) == [2, 2, 1, 0]
-
-
-def out_of_range(given):
-    module = Holder(nn.Embedding(11, 3))
-    shard_embeddings(module, ["table"], torch.device("cpu"))
-    module.table(torch.tensor(given if dist.get_rank() else [1, 2]))
-
-
-@pytest.mark.parametrize("given", [[3, 11], [-1, 2]])
-def test_id_out_of_range(two, given):
-    wrong = next(one for one in given if not 0 <= one < 11)
-    for error, _, _ in two.answers(connected, out_of_range, given):
-        assert str(error) == f"table 'table' has 11 rows and was given id {wrong}; ids must be 0 to 10."
-
-
 def on_meta():
     with torch.device("meta"):
         module = Holder(nn.Embedding(11, 3))
@@ -321,54 +82,6 @@ def on_meta():
 
 def test_a_table_without_values(two):
     assert two.run(connected, on_meta) == [(True, (6, 3), Rows(11, 0)), (True, (5, 3), Rows(11, 6))]
-
-
-class Dense(Recommender):
-    """With gradients that stock Lightning can clip."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.users.sparse = self.words.sparse = False
-
-    def on_before_optimizer_step(self, optimizer):
-        pass
-
-
-def fit_steps(plan, devices, **given):
-    """With what Trainers do to gradients."""
-    torch.manual_seed(0)
-    model = (Recommender if plan else Dense)(momentum=0.9)
-    run = trainer(strategy_of(plan), devices=devices, max_steps=6, **given)
-    run.fit(model)
-    if plan:
-        run.strategy.make_whole()
-    return model.losses, model.users.weight.detach()
-
-
-OPTIONS = {
-    "norm": {"gradient_clip_val": 0.05},
-    "largest": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-    "accumulated": {"accumulate_grad_batches": 3},
-    "accumulated norm": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
-}
-
-
-@pytest.mark.parametrize(
-    ("plan", "name"),
-    [
-        (REPLICATED, "norm"),
-        (SHARDED, "norm"),
-        (SHARDED, "largest"),
-        (REPLICATED, "accumulated norm"),
-        *(pytest.param(SHARDED, name, marks=pytest.mark.slow) for name in ("accumulated", "accumulated norm")),
-        *(pytest.param(REPLICATED, name, marks=pytest.mark.slow) for name in ("largest", "accumulated")),
-    ],
-)
-def test_clipping_and_accumulation(two, plan, name):
-    expected, weight = fit_steps(None, 1, **OPTIONS[name])
-    for losses, found in two.run(fit_steps, plan, 2, **OPTIONS[name]):
-        assert losses == pytest.approx(expected, rel=1e-5)
-        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-5)
 
 
 def refused(names, module, ranks=2, wrapped=()):
@@ -428,90 +141,6 @@ def test_wrapped_and_row_sharded():
     )
 
 
-class Steps(Recommender):
-    """With any optimizer."""
-
-    def __init__(self, kind, **options):
-        super().__init__()
-        self.kind, self.options = kind, options
-
-    def configure_optimizers(self):
-        return self.kind(self.parameters(), lr=0.1, **self.options)
-
-
-class ScalesRows(torch.optim.SGD):
-    """Each table by its own largest gradient."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = closure() if closure else None
-        for parameter in self.param_groups[0]["params"]:
-            if parameter.grad is not None:
-                gradient = parameter.grad.to_dense()
-                parameter -= 0.1 * gradient / gradient.abs().max()
-        return loss
-
-
-class KeepsNumbers(torch.optim.SGD):
-    """A number a row."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = closure() if closure else None
-        for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["rows"] = parameter[..., 0].clone()
-            if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad.to_dense()
-        return loss
-
-
-def fit_with(plan, kind, options):
-    trainer(LargeScaleStrategy(plan), devices=2, max_steps=1).fit(Steps(kind, **options))
-
-
-END = (
-    "; give tables to torch.optim.SGD, Adagrad or SparseAdam, under manual optimization an optimizer of their own, or"
-    " leave them out of row_sharded_embeddings."
-)
-
-
-@pytest.mark.parametrize(
-    ("plan", "kind", "options", "message"),
-    [
-        (REPLICATED, torch.optim.AdamW, {}, "it takes no sparse gradient (RuntimeError: Adam does not support"),
-        (SHARDED, torch.optim.SGD, {"weight_decay": 0.1}, "it takes no sparse gradient (RuntimeError: add(sparse,"),
-        (REPLICATED, torch.optim.SGD, {"fused": True}, "it takes no sparse gradient (RuntimeError: "),
-        (SHARDED, ScalesRows, {}, "its step on a table is not that on its rows"),
-        (REPLICATED, KeepsNumbers, {}, "it keeps 'rows' of shape (8,) for a table of shape (8, 4)"),
-    ],
-    ids=["AdamW", "decay", "fused", "mixing", "numbers"],
-)  # fmt: skip
-def test_optimizers_that_are_refused(two, plan, kind, options, message):
-    for error, _, _ in two.answers(fit_with, plan, kind, options):
-        assert isinstance(error, PlanError)
-        assert str(error).startswith(f"{kind.__name__} cannot train the row-sharded table 'users': {message}")
-        assert str(error).endswith(END)
-
-
-class Unannounced(Recommender):
-    def training_step(self, batch, index):
-        self.loss(batch).backward()
-        for optimizer in self.optimizers():
-            optimizer.step()
-
-
-def fit_module(kind, plan, **given):
-    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2, **given).fit(kind(optimizer="SparseAdam"))
-
-
-def test_a_backward_that_is_not_announced(two):
-    for error, _, _ in two.answers(fit_module, Unannounced, SHARDED):
-        assert str(error) == (
-            "table 'users' has gradients of a backward that the Trainer does not know of, and its rows are on all"
-            " ranks; call self.manual_backward(loss) in the place of loss.backward()."
-        )
-
-
 def fit_sparse():
     trainer(LargeScaleStrategy(Plan(dp_shard=2, row_sharded_embeddings=("users",))), devices=2).fit(Recommender())
 
@@ -522,18 +151,6 @@ def test_sparse_tables_that_are_not_named(two):
             "'words' is a EmbeddingBag with sparse=True, and FSDP does not reduce sparse gradients; name it in"
             " row_sharded_embeddings, or make it without sparse=True."
         )
-
-
-def fit_out_of_range(plan):
-    model = Recommender()
-    model.words = nn.EmbeddingBag(WORDS - 1, DIM, sparse=True)
-    trainer(LargeScaleStrategy(plan), devices=2, max_steps=20).fit(model)
-
-
-@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
-def test_id_out_of_range_in_a_step(two, plan):
-    for error, _, _ in two.answers(fit_out_of_range, plan):
-        assert str(error) == "table 'words' has 29 rows and was given id 29; ids must be 0 to 28."
 
 
 def fit_averaging():
@@ -611,29 +228,6 @@ def test_one_module_under_several_plans(two, plan, other):
         assert rows is None
         assert not replaced
         assert losses == answers[0][-1]
-
-
-class Uneven(Recommender):
-    """Rank 1 has a batch less to evaluate."""
-
-    def val_dataloader(self):
-        return torch.utils.data.DataLoader(Clicks(12 if self.trainer.global_rank == 0 else 8), batch_size=4)
-
-
-def evaluate(plan):
-    model = Uneven()
-    run = trainer(LargeScaleStrategy(plan), devices=2, limit_val_batches=1.0)
-    run.validate(model, verbose=False)
-    return model.evaluated
-
-
-@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
-def test_uneven_evaluation(two, plan):
-    plain = Uneven()
-    trainer(limit_val_batches=1.0).validate(plain, verbose=False)
-    first, second = two.run(evaluate, plan)
-    assert first == pytest.approx(plain.evaluated, rel=1e-5)
-    assert second == pytest.approx(plain.evaluated[:2], rel=1e-5)
 
 
 def go_on(plan, devices, optimizer, path=None, save=None):
@@ -726,47 +320,6 @@ def test_no_rank_needs_more_than_its_rows():
             assert len(losses) == 3
 
 
-class Reads(Recommender):
-    """Uses the whole table in a step, and clips by itself."""
-
-    def __init__(self, full=False):
-        super().__init__()
-        self.automatic_optimization, self.full = False, full
-        self.users.sparse = self.words.sparse = full
-        self.norms = []
-
-    def training_step(self, batch, index):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        with self.trainer.strategy.full_parameters() if self.full else contextlib.nullcontext():
-            penalty = 0.1 * self.users.weight.square().mean()
-        loss = self.loss(batch) + penalty
-        self.losses.append(float(self.all_gather(loss.detach()).mean()))
-        self.manual_backward(loss)
-        self.norms.append({name: float(norm) for name, norm in grad_norm(self, 2).items()})
-        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
-        optimizer.step()
-
-    def on_before_optimizer_step(self, optimizer):
-        pass
-
-
-def fit_reading(plan, devices):
-    torch.manual_seed(0)
-    model = Reads(full=plan is not None)
-    trainer(strategy_of(plan), devices=devices, max_steps=4).fit(model)
-    return model.losses, model.norms
-
-
-@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
-def test_whole_tables_and_norms_within_steps(two, plan):
-    expected, norms = fit_reading(None, 1)
-    for losses, found in two.run(fit_reading, plan, 2):
-        assert losses == pytest.approx(expected, rel=1e-5)
-        for one, other in zip(found, norms, strict=True):
-            assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision(two, precision):
@@ -798,45 +351,6 @@ def test_another_number_of_processes(two):
             "table 'users' is divided among 2 processes and this Trainer has 1; first call"
             " `trainer.strategy.make_whole()` of the other Trainer on all ranks."
         )
-
-
-class Accumulates(Recommender):
-    """By its own means, the tables being used in the first micro-batch alone."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, index):
-        optimizer = self.optimizers()
-        first = index % 2 == 0
-        if first:
-            optimizer.zero_grad()
-        synchronize = contextlib.nullcontext()
-        if first and isinstance(self.trainer.strategy, LargeScaleStrategy):
-            synchronize = self.trainer.strategy.block_backward_sync()
-        user, words, click = batch
-        with synchronize:
-            hidden = torch.cat([self.users(user), self.words(words)], -1)
-            logits = self.head(hidden if first else hidden.detach()).squeeze(-1)
-            loss = F.binary_cross_entropy_with_logits(logits, click)
-            self.losses.append(float(self.all_gather(loss.detach()).mean()))
-            self.manual_backward(loss)
-        if not first:
-            optimizer.step()
-
-
-def fit_accumulating(plan, devices):
-    model = Accumulates()
-    trainer(strategy_of(plan), devices=devices, max_steps=4).fit(model)
-    return model.losses
-
-
-@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
-def test_manual_accumulation(two, plan):
-    expected = fit_accumulating(None, 1)
-    for losses in two.run(fit_accumulating, plan, 2):
-        assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def fit_then_plan():
