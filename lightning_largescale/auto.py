@@ -28,6 +28,7 @@ from lightning_largescale.callbacks import shows_summary
 from lightning_largescale.checkpoint.weights import Weights
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
+from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner import Report, find_plans
@@ -116,6 +117,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
                 self.report = None
                 return sharded.plan
             # What is divided can be neither traced nor planned.
+            self.make_whole()
+        elif sharded is None and row_sharded(self._module()) is not None:
             self.make_whole()
         if not any(True for _ in self._module().parameters()):
             # Nothing to place, reduce or keep small.

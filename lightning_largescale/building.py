@@ -81,16 +81,6 @@ class BuildingStrategy(DividingStrategy, ABC):
                 module.configure_model()
 
     @property
-    def _may_divide(self) -> bool:
-        """Whether the plan divides the module, or may do so once it is decided."""
-        return self.plan.shards or (self.has_peers and not self._fixed)
-
-    @property
-    def _fixed(self) -> bool:
-        """Whether the plan was given, and is not decided at setup."""
-        raise NotImplementedError
-
-    @property
     def _configures_model(self) -> bool:
         """Whether the Trainer is under way, and so asks for `configure_model`."""
         module = self.lightning_module

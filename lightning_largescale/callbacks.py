@@ -38,8 +38,9 @@ def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:
     Raises:
         PlanError: one replaces parameters, and the plan divides them.
     """
+    divides = plan.shards or (plan.world_size > 1 and plan.row_sharded_embeddings)
     for callback in callbacks:
-        if isinstance(callback, ModelPruning) and plan.shards:
+        if isinstance(callback, ModelPruning) and divides:
             raise PlanError(
                 f"{type(callback).__name__} replaces parameters by masked ones and the plan ({plan.describe()}) divides"
                 " them among ranks; replicate with dp_replicate, or prune after training."

@@ -76,6 +76,8 @@ class Plan:
         wrapped_modules: names of modules outside of repeated blocks (large embeddings and heads) that are gathered by
             themselves, as blocks are; what lies outside of both stays gathered for the whole step. Means nothing with
             `dp_shard=1`.
+        row_sharded_embeddings: names of `nn.Embedding` and `nn.EmbeddingBag` modules whose rows are divided over all
+            devices and looked up by an exchange of ids; their gradients are sparse. Means nothing on one device.
         tp: devices that the matrices of blocks are divided among, each computing its part of every sample.
         sequence_parallel: between these matrices, where each of them would compute the same (norms, residuals), each
             computes and keeps a part of the sequence. Means nothing with `tp=1`.
@@ -106,6 +108,7 @@ class Plan:
     checkpointed_blocks: tuple[str, ...] | None = None
     checkpointed_operations: str = "all"
     wrapped_modules: tuple[str, ...] = ()
+    row_sharded_embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "tp"):
@@ -126,7 +129,7 @@ class Plan:
                 " give 'full' or 'selective', or 'all' operations."
             )
         self._check_checkpointed_blocks()
-        self._check_wrapped_modules()
+        self._check_names()
 
     def _check_checkpointed_blocks(self) -> None:
         blocks = self.checkpointed_blocks
@@ -145,13 +148,18 @@ class Plan:
         # From JSON and YAML they come as a list.
         object.__setattr__(self, "checkpointed_blocks", tuple(blocks))
 
-    def _check_wrapped_modules(self) -> None:
-        names = self.wrapped_modules
-        if not _are_names(names):
-            raise PlanError(
-                f"wrapped_modules={names!r} is not accepted; give the names of modules, each once, or none."
-            )
-        object.__setattr__(self, "wrapped_modules", tuple(names))
+    def _check_names(self) -> None:
+        for field in ("wrapped_modules", "row_sharded_embeddings"):
+            names = getattr(self, field)
+            if not _are_names(names):
+                raise PlanError(f"{field}={names!r} is not accepted; give the names of modules, each once, or none.")
+            object.__setattr__(self, field, tuple(names))
+        for field, refused in (("tp", self.tp > 1), ("precision", self.precision == "16-mixed")):
+            if self.row_sharded_embeddings and refused:
+                raise PlanError(
+                    f"row_sharded_embeddings={self.row_sharded_embeddings!r} cannot be combined with"
+                    f" {field}={getattr(self, field)!r}; leave one of them out."
+                )
 
     @property
     def world_size(self) -> int:
@@ -280,6 +288,8 @@ class Plan:
         count = len(self.wrapped_modules) if self.dp_shard > 1 else 0
         by = "s gathered by themselves" if count > 1 else " gathered by itself"
         wraps = f", {count} more module{by}" if count else ""
+        if (count := len(self.row_sharded_embeddings)) and self.world_size > 1:
+            wraps += f", {count} row-sharded table{'s' if count > 1 else ''}"
         if self.checkpointed_operations == "cheap":
             recompute += " but for products"
         return f"{layout}{wraps}{recompute}, {self.precision}"

@@ -17,6 +17,7 @@ from lightning_largescale import checkpoint
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.connected import ConnectedStrategy
 from lightning_largescale.parallel.copies import find_copies, whole_copies
+from lightning_largescale.parallel.embedding import make_tables_whole, row_sharded, whole_tables
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.whole import make_whole, whole_parameters
@@ -36,6 +37,22 @@ class StatefulStrategy(ConnectedStrategy):
             raise RuntimeError("the Trainer has not given the strategy its module yet")
         return self.lightning_module
 
+    @property
+    def _fixed(self) -> bool:
+        """Whether the plan was given, and is not decided at setup."""
+        raise NotImplementedError
+
+    @property
+    def _may_divide(self) -> bool:
+        """Whether the plan divides the module, or may do so once it is decided."""
+        divides = self.plan.shards or bool(self.plan.row_sharded_embeddings)
+        return self.has_peers and (divides or not self._fixed)
+
+    def _is_divided(self) -> bool:
+        """Whether ranks hold parts of the module's parameters."""
+        module = self._module()
+        return sharded_state(module) is not None or row_sharded(module) is not None
+
     @contextlib.contextmanager
     def full_parameters(self) -> Generator[None, None, None]:
         """Within, the module's parameters are full plain tensors, however they are divided: a collective.
@@ -44,7 +61,7 @@ class StatefulStrategy(ConnectedStrategy):
         the same on all ranks. The whole model must fit beside this rank's shards. In `training_step` they are for
         reading, and a loss may be computed from them; elsewhere they have no gradients.
         """
-        with whole_parameters(self._module()):
+        with whole_tables(self._module()), whole_parameters(self._module()):
             yield
 
     def make_whole(self) -> None:
@@ -54,6 +71,7 @@ class StatefulStrategy(ConnectedStrategy):
         Copies of the module that callbacks keep become whole with it.
         """
         module = self._module()
+        make_tables_whole(module)
         make_whole(module)
         whole_copies(find_copies(callbacks_of(module.trainer), module))
 
@@ -71,7 +89,7 @@ class StatefulStrategy(ConnectedStrategy):
         path = self.broadcast(checkpoint_path) if self.searching else checkpoint_path
         if Path(path).is_dir():
             return checkpoint.load_directory(Path(path), weights_only=weights_only)
-        if self.plan.shards and self._plain_files and checkpoint.is_mappable(path):
+        if self._may_divide and self._plain_files and checkpoint.is_mappable(path):
             loaded: dict[str, Any] = checkpoint.load_file(path, weights_only=weights_only)
             return loaded
         return super().load_checkpoint(path, weights_only)
@@ -88,7 +106,7 @@ class StatefulStrategy(ConnectedStrategy):
     def full_module_state(self) -> dict[str, Any]:
         """`state_dict` of the module with full tensors, on rank 0 alone where it is sharded: a collective."""
         module = self._module()
-        if sharded_state(module) is None:
+        if not self._is_divided():
             return super().lightning_module_state_dict()
         return checkpoint.full_module_state(module, keep=self.is_global_zero)
 
@@ -98,7 +116,7 @@ class StatefulStrategy(ConnectedStrategy):
         a collective.
         """
         module = self._module()
-        if sharded_state(module) is None or self._saves_whole():
+        if not self._is_divided() or self._saves_whole():
             return self.full_module_state()
         return module.state_dict()
 
@@ -111,7 +129,7 @@ class StatefulStrategy(ConnectedStrategy):
             PlanError: shards cut what the optimizer keeps in blocks.
         """
         module = self._module()
-        if sharded_state(module) is None:
+        if not self._is_divided():
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         for adapted in self._adapted:
@@ -149,7 +167,7 @@ class StatefulStrategy(ConnectedStrategy):
         Raises:
             PlanError: there is a folder of something else in its place.
         """
-        if sharded_state(self._module()) is None:
+        if not self._is_divided():
             super().save_checkpoint(checkpoint_, filepath, storage_options)
             return
         if self._saves_whole() or checkpoint.is_remote(filepath):

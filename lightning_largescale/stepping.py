@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -20,6 +21,12 @@ from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.parallel.alike import check_equal_batch
 from lightning_largescale.parallel.copies import equal_copies, find_copies
+from lightning_largescale.parallel.embedding import (
+    check_embeddings,
+    check_no_copies,
+    row_sharded,
+    shard_embeddings,
+)
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import (
     begin_backward,
@@ -31,9 +38,11 @@ from lightning_largescale.parallel.gather import (
     sharded_state,
 )
 from lightning_largescale.parallel.known import KnownParameters
+from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
+from lightning_largescale.plan import Plan
 from lightning_largescale.stateful import StatefulStrategy
 
 _CONTEXTS = {
@@ -52,6 +61,7 @@ class SteppingStrategy(StatefulStrategy):
     _trim_heap: HeapTrimmer | None = None
     _uneven: UnevenSteps | None = None
     _known: KnownParameters | None = None
+    _lookups: Lookups | None = None
     # Of the ranks that compute the same samples; None where there are no such.
     _tensor_mesh: DeviceMesh | None = None
     # Steps whose first batch was compared among them.
@@ -81,17 +91,17 @@ class SteppingStrategy(StatefulStrategy):
         module = self._module()
         if self._known is not None:
             self._known.check()
-        if self._replica is None:
-            # A step that has its backward inside reads gradients there.
-            reads = not module.automatic_optimization and sharded_state(module) is not None
-            with WholeNumbers() if reads else contextlib.nullcontext():
-                result = self._step("training_step", *args, **kwargs)
-            if not module.automatic_optimization or compat.skips_backward(module.trainer):
-                reshard(module)
-            return result
-        with self.precision_plugin.train_step_context():
-            step = partial(module.training_step, *args, **kwargs)
-            return self._replica.run(step, reduce_output=module.automatic_optimization)
+        # A step that has its backward inside reads gradients there.
+        reads = not module.automatic_optimization and self._is_divided()
+        with WholeNumbers() if reads else contextlib.nullcontext():
+            if self._replica is not None:
+                step = partial(module.training_step, *args, **kwargs)
+                with self.precision_plugin.train_step_context(), self._joined():
+                    return self._replica.run(step, reduce_output=module.automatic_optimization)
+            result = self._step("training_step", *args, **kwargs)
+        if not module.automatic_optimization or compat.skips_backward(module.trainer):
+            reshard(module)
+        return result
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,13 +126,30 @@ class SteppingStrategy(StatefulStrategy):
             self._compared |= {name}
             check_equal_batch(args, self._tensor_mesh)
         context = getattr(self.precision_plugin, _CONTEXTS[name])
-        with context():
+        with context(), self._joined():
             return run_step(module, name, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _joined(self) -> Generator[None, None, None]:
+        """A step, which ends when no rank looks up rows of tables any more."""
+        if self._lookups is None:
+            yield
+            return
+        self._lookups.stepping = True
+        try:
+            yield
+            self._lookups.join()
+        finally:
+            self._lookups.stepping = False
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Let a backward that the user runs inside the step begin as one that the step's output began."""
         module = self._module()
+        if self._lookups is not None:
+            if not module.automatic_optimization:
+                self._lookups.join()
+            compat.call_after_backward(closure_loss, self._lookups.end_backward)
         if module.automatic_optimization:
             return
         if self._replica is not None:
@@ -148,8 +175,8 @@ class SteppingStrategy(StatefulStrategy):
                 after_backward.enter_context(WholeNumbers())
                 return result
 
-            sharded = sharded_state(self._module()) is not None
-            result = super().optimizer_step(optimizer, run if sharded else closure, *args, **kwargs)
+            divided = self._is_divided()
+            result = super().optimizer_step(optimizer, run if divided else closure, *args, **kwargs)
         if self._trim_heap is not None:
             self._trim_heap()
         return result
@@ -160,11 +187,31 @@ class SteppingStrategy(StatefulStrategy):
         self._uneven = None
         for adapted in self._adapted:
             adapted.forget_step()
+        if self._lookups is not None:
+            self._lookups.forget()
         if self._replica is not None:
             self._replica.forget_step()
         elif sharded_state(module):
             forget_step(module)
         module.zero_grad()
+
+    def _shard_tables(self, module: LightningModule, plan: Plan) -> None:
+        """Divide the tables that the plan names, those that an earlier plan named being whole before.
+
+        Raises:
+            PlanError: one of them cannot be divided, or a callback keeps a copy of the module.
+        """
+        lookups, names = row_sharded(module), plan.row_sharded_embeddings
+        if lookups is not None and not lookups.serves(names, self.world_size):
+            self.make_whole()
+            lookups = None
+        if lookups is None and names:
+            check_embeddings(module, names, plan.world_size, plan.wrapped_modules)
+            if plan.world_size > 1:
+                check_no_copies(find_copies(callbacks_of(module.trainer), module), names)
+                lookups = shard_embeddings(module, names, self.root_device)
+        self._lookups = lookups
+        self._undo.callback(setattr, self, "_lookups", None)
 
     def on_search_end(self) -> None:
         """Called when a batch size has been searched for."""
@@ -179,8 +226,14 @@ class SteppingStrategy(StatefulStrategy):
             blocked = self._replica.no_reduction()
         elif sharded_state(module):
             blocked = no_reduction(module)
-        with blocked:
-            yield
+        if self._lookups is not None:
+            self._lookups.synchronize = False
+        try:
+            with blocked:
+                yield
+        finally:
+            if self._lookups is not None:
+                self._lookups.synchronize = True
 
     @override
     def on_validation_start(self) -> None:
@@ -224,7 +277,7 @@ class SteppingStrategy(StatefulStrategy):
             equal_weights(module.buffers())
             copies = find_copies(callbacks_of(module.trainer), module)
             equal_copies(copies, self.root_device, buffers_only=True)
-        if sharded_state(module):
+        if self._is_divided():
             self._uneven = UnevenSteps(module, self.root_device)
             compat.call_when_exhausted(module.trainer, self._end_steps)
 

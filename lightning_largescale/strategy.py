@@ -135,13 +135,14 @@ class LargeScaleStrategy(BuildingStrategy):
         self._use_precision(plan)
         self._convert(module)
         warn_of_distance(plan, self.num_processes)
+        self._prepare_values()
+        self._shard_tables(module, plan)
         if plan.tp > 1 and self._compile is not False:
             raise PlanError(f"compile={self._compile!r} cannot be combined with tp={plan.tp}; leave one of them out.")
         mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
         divided = self._divided(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
-            with self._recorded():
-                self.model = self._layer_sync.apply(module)
+            self.model = self._layer_sync.apply(module)
             if not plan.shards:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
@@ -161,7 +162,6 @@ class LargeScaleStrategy(BuildingStrategy):
             self._watch_heap()
         if plan.shards:
             if mesh is None:
-                self._prepare_values()
                 self._make_values()
             else:
                 self._divide(module, mesh, {name: found.parts for name, found in divided.items()}, on_parts)
@@ -245,8 +245,7 @@ class LargeScaleStrategy(BuildingStrategy):
         state = sharded_state(module)
         if state is None or adapt(module, plan):
             return
-        ranks = state.plan.world_size
-        if ranks != self.world_size:
+        if (ranks := state.plan.world_size) != self.world_size:
             raise PlanError(
                 f"{type(module).__name__.removeprefix('FSDP')} is divided among {ranks} processes and this Trainer has"
                 f" {self.world_size}; first call `trainer.strategy.make_whole()` of the other Trainer on all ranks."
@@ -260,7 +259,6 @@ class LargeScaleStrategy(BuildingStrategy):
         parts: Mapping[str, Mapping[str, Part]],
         on_parts: Callable[[Callable[[], Any]], Any] | None,
     ) -> None:
-        self._prepare_values()
         check_equal_structure(module)
         if (among := tensor_mesh(mesh)) is not None and (styles := self._user_styles()):
             apply_styles(module, styles, among, self.root_device)
@@ -294,7 +292,6 @@ class LargeScaleStrategy(BuildingStrategy):
             self._count_samples_once(module, state.mesh)
 
     def _place(self, trainer: Trainer, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
-        self._prepare_values()
         self._make_values()
         self.model_to_device()
         if plan.dp_replicate > 1:

@@ -729,3 +729,26 @@ def test_marked_state_and_mark_of():
         assert generator.initial_seed() == 2**40 + 7
     torch.rand(1000, generator=generator)
     assert compat.mark_of(generator.get_state()) is None
+
+
+def test_call_after_backward():
+    order = []
+    weight = torch.ones(2, requires_grad=True)
+    inner = weight * 2
+    inner.register_hook(lambda _: order.append("backward"))
+    loss = inner.sum()
+    compat.call_after_backward(loss, lambda: order.append(weight.grad is not None))
+    loss.backward()
+    assert order == ["backward", True]
+
+
+def reduced_gradients():
+    module = nn.Sequential(nn.Linear(2, 1))
+    compat.ignore_parameters(module, ["0.bias"])
+    replica = nn.parallel.DistributedDataParallel(module)
+    (replica(torch.ones(1, 2)).sum() * (1 + dist.get_rank())).backward()
+    return module[0].weight.grad.tolist(), module[0].bias.grad.tolist()
+
+
+def test_ignore_parameters():
+    assert run_connected(2, reduced_gradients) == [([[1.5, 1.5]], [1.0]), ([[1.5, 1.5]], [2.0])]

@@ -54,6 +54,15 @@ def test_default_is_the_plain_run():
             {"dp_shard": 2, "wrapped_modules": ["head"]},
             "ZeRO-3 over 2 devices, 1 more module gathered by itself, 32-true",
         ),
+        ({"row_sharded_embeddings": ["users"]}, "plain, one device, 32-true"),
+        (
+            {"dp_replicate": 2, "row_sharded_embeddings": ["users", "items"]},
+            "replicated on 2 devices, 2 row-sharded tables, 32-true",
+        ),
+        (
+            {"dp_shard": 2, "row_sharded_embeddings": ["users"]},
+            "ZeRO-3 over 2 devices, 1 row-sharded table, 32-true",
+        ),
         ({"tp": 4, "wrapped_modules": ["head"]}, "tensor parallel over 4 devices, 32-true"),
         ({"tp": 4, "sequence_parallel": True}, "tensor and sequence parallel over 4 devices, 32-true"),
         ({"dp_shard": 2, "tp": 4}, "ZeRO-3 over 2 devices, each tensor parallel over 4 devices, 32-true"),
@@ -79,6 +88,7 @@ def test_signature_is_kept_for_tools_that_read_it():
         "checkpointed_blocks",
         "checkpointed_operations",
         "wrapped_modules",
+        "row_sharded_embeddings",
     ]
 
 
@@ -111,6 +121,19 @@ BAD = [
     ),
     ({"wrapped_modules": "head"}, "wrapped_modules='head' is not accepted; give the names of modules, each once"),
     ({"wrapped_modules": ["head", "head"]}, "is not accepted; give the names of modules, each once, or none"),
+    ({"row_sharded_embeddings": "users"}, "row_sharded_embeddings='users' is not accepted; give the names of modules"),
+    (
+        {"row_sharded_embeddings": [1]},
+        "row_sharded_embeddings=[1] is not accepted; give the names of modules, each onc",
+    ),
+    (
+        {"row_sharded_embeddings": ["users"], "tp": 2},
+        "row_sharded_embeddings=('users',) cannot be combined with tp=2; leave one of them out",
+    ),
+    (
+        {"row_sharded_embeddings": ["users"], "precision": "16-mixed"},
+        "row_sharded_embeddings=('users',) cannot be combined with precision='16-mixed'; leave one of them out",
+    ),
     (
         {"checkpointed_blocks": ["a"]},
         "checkpointed_blocks=['a'] contradicts activation_checkpointing='none'; give 'sel",

@@ -69,6 +69,7 @@ PLAIN = {
     "checkpointed_blocks": None,
     "checkpointed_operations": "all",
     "wrapped_modules": [],
+    "row_sharded_embeddings": [],
 }
 
 

@@ -45,9 +45,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
-from lightning_largescale.parallel.pieces import Piece, in_boxes, pieces_of
+from lightning_largescale.parallel.pieces import Piece, in_boxes, is_divided, pieces_of
+from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 
@@ -131,7 +131,7 @@ class _SavePlanner(DefaultSavePlanner):
         rest = {name: value for name, value in self.state_dict.items() if name not in tensors}
         items = list(create_default_local_save_plan(rest, self.is_coordinator).items) if self.is_coordinator else []
         for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor) or self.is_coordinator:
+            if is_divided(tensor) or self.is_coordinator:
                 items += self._writes(name, tensor)
         self.plan = SavePlan(items, planner_data=self.mappings)
         return self.plan
@@ -150,7 +150,7 @@ class _SavePlanner(DefaultSavePlanner):
                 yield WriteItem(
                     index=MetadataIndex(name, chunk.offsets),
                     type=WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=tensor.size()),
+                    tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=global_shape(tensor)),
                 )
 
 
@@ -243,7 +243,7 @@ def _chunk(piece: Piece) -> ChunkStorageMetadata:
 
 def _taken_out(value: Any, path: tuple[str, ...], others: dict[str, Tensor]) -> Any:
     """`value` with its divided tensors in `others`, and their names there in their places."""
-    if isinstance(value, DTensor):
+    if is_divided(value):
         name = "/".join(path)
         others[name] = value
         return {_TAKEN_OUT: name}

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_largescale.checkpoint.files import listed
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import as_ordered, order_of
+from lightning_largescale.parallel.rows import global_shape, mark_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 
@@ -124,7 +125,11 @@ def _check_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> N
 
 
 def _told(value: Tensor, parameter: Tensor) -> Tensor:
-    """A divided tensor of the state told the order of its parameter's elements."""
+    """A divided tensor of the state told where its elements stand, as its parameter is."""
+    rows = rows_of(parameter)
+    if rows is not None and value.shape == parameter.shape:
+        # Files hold no sparse tensors.
+        return mark_rows(value.detach().to_dense() if value.is_sparse else value.detach(), rows)
     return as_ordered(value.detach(), order_of(parameter)) if isinstance(value, DTensor) else value
 
 
@@ -132,11 +137,12 @@ def _own(value: Tensor, parameter: Tensor | None) -> Any:
     """What this rank is to have of a tensor of the state of `parameter`."""
     if not isinstance(value, Stored):
         return divided_like(value, parameter)
-    if not isinstance(parameter, Tensor) or value.shape != parameter.shape:
+    if not isinstance(parameter, Tensor) or value.shape != global_shape(parameter):
         return value.whole()
     if not isinstance(parameter, DTensor):
         own = torch.empty_like(parameter.detach(), dtype=value.dtype)
-        value.read(own)
+        rows = rows_of(parameter)
+        value.read(own if rows is None else mark_rows(own, rows))
         return own
     local = torch.empty_like(parameter.to_local().detach(), dtype=value.dtype)
     divided = DTensor.from_local(

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from lightning_largescale.checkpoint.files import listed, stored_weights
+from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.plan import PlanError
 
 # A path, or paths by names of parts of the module.
@@ -63,9 +64,9 @@ def _for_part(module: nn.Module, prefix: str, path: str | Path, *, strict: bool)
     missing = [tied[0] for tied in names.values() if not any(name in stored for name in tied)]
     unexpected = [name for name in stored if name not in targets]
     other_shapes = [
-        f"{name!r} is {tuple(stored[name].shape)} and should be {tuple(tensor.shape)}"
+        f"{name!r} is {tuple(stored[name].shape)} and should be {tuple(global_shape(tensor))}"
         for name, tensor in targets.items()
-        if name in stored and stored[name].shape != tensor.shape
+        if name in stored and stored[name].shape != global_shape(tensor)
     ]
     wrong = []
     if missing and strict:

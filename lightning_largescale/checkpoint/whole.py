@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale.parallel.order import full, order_of
+from lightning_largescale.parallel.pieces import is_divided
+from lightning_largescale.parallel.rows import full_rows, rows_of
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def whole_everywhere(value: Any, *, keep: bool) -> Any:
     A collective, for which the ranks' containers must have them in the same order. What holds none stays the same
     object; containers that do are copied.
     """
-    if isinstance(value, DTensor):
+    if is_divided(value):
         return _whole(value, value, keep=keep)
     if not isinstance(value, dict | list | tuple):
         return value
@@ -82,6 +84,10 @@ def _whole(value: Any, parameter: object, *, keep: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     whole: Tensor = value
+    rows = rows_of(parameter)
+    if isinstance(parameter, Tensor) and rows is not None:
+        # Its state has its shape, or is the same on all ranks.
+        return full_rows(value, rows, keep=keep) if value.shape == parameter.shape else whole.detach().cpu()
     if isinstance(value, DTensor):
         # An average may be kept in DRAM, which not every collective reads.
         on_device: Any = value.to(value.device_mesh.device_type)

@@ -195,6 +195,16 @@ def alias(tensor: Any) -> Any:
         return tensor.detach()
 
 
+def call_after_backward(tensor: Any, function: Any) -> None:
+    """Call `function`, without arguments, at the end of each backward that goes through `tensor`.
+
+    Replaced by a public `queue_callback` of the autograd engine, which FSDP2 and DistributedDataParallel use as well.
+    """
+    from torch.autograd import Variable
+
+    tensor.register_hook(lambda _: Variable._execution_engine.queue_callback(function))
+
+
 def dense_parts(tensor: Any) -> list[Any]:
     """The dense tensors that hold the data of `tensor`: itself; indices and values of a sparse one; else none.
 

@@ -23,6 +23,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.order import as_ordered, divided, full, order_of
+from lightning_largescale.parallel.rows import global_shape, mark_rows, own_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 
 # Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.
@@ -124,7 +125,16 @@ def exchange_states(module: nn.Module) -> list[RemovableHandle]:
 
 def divided_like(value: Any, target: Any) -> Any:
     """`value` divided as `target` is, without communication, where both are the same tensor but for that."""
-    if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+    if not isinstance(target, Tensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    rows = rows_of(target)
+    if rows is not None and value.shape == global_shape(target):
+        if not isinstance(value, Stored):
+            return own_rows(value, rows).to(target.device)
+        own = mark_rows(torch.empty_like(target.detach(), dtype=value.dtype), rows)
+        value.read(own)
+        return own
+    if not isinstance(target, DTensor):
         return value
     # What is in a file is read when it is copied, and no more of it than is asked for.
     if value.shape != target.shape or isinstance(value, Stored):

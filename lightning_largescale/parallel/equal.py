@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_largescale.parallel.rows import global_shape, rows_of
 from lightning_largescale.plan import PlanError
 
 # Tensors smaller than this travel together, up to about as many bytes: a broadcast of few bytes costs as one of many.
@@ -31,7 +32,7 @@ def check_equal_structure(module: nn.Module) -> None:
         if is_lazy(parameter):
             raise PlanError(f"parameter {name!r} is of a lazy module, so it has no values; call the module once.")
     own = [
-        f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+        f"{name} {tuple(global_shape(tensor))} {tensor.dtype}"
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     ]
     digest = hashlib.sha256("\n".join(own).encode()).hexdigest()
@@ -52,7 +53,7 @@ def equal_weights(tensors: Iterable[torch.Tensor]) -> None:
     """
     small: dict[torch.dtype, list[torch.Tensor]] = {}
     for tensor in tensors:
-        if isinstance(tensor, DTensor) or tensor.is_meta or tensor.numel() == 0:
+        if isinstance(tensor, DTensor) or rows_of(tensor) is not None or tensor.is_meta or tensor.numel() == 0:
             continue
         data = tensor.detach()
         if data.nbytes >= _BUCKET_BYTES and data.is_contiguous():

@@ -25,6 +25,7 @@ from lightning_largescale.hardware.usage import trim_heap
 from lightning_largescale.parallel.deferred import Recording
 from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.pieces import pieces_of
+from lightning_largescale.parallel.rows import mark_rows, rows_of
 from lightning_largescale.parallel.stored import stored_for
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
@@ -154,7 +155,9 @@ def _copy_own(whole: Tensor, tensor: Tensor) -> None:
 
 def _empty(target: Tensor, device: torch.device) -> Tensor:
     if not isinstance(target, DTensor):
-        return torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=device)
+        plain = torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=device)
+        rows = rows_of(target)
+        return plain if rows is None else mark_rows(plain, rows)
     local: Tensor = target.to_local().detach()
     own = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=device)
     shape, stride = target.shape, target.stride()

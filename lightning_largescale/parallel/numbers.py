@@ -1,7 +1,8 @@
 """Numbers about a model that is spread over ranks, as torch's and Lightning's own functions take them of plain tensors.
 
 `lightning.pytorch.utilities.grad_norm` makes plain tensors of norms, `torch.nn.utils.clip_grad_norm_` takes gradients
-together of which some are DTensors and some are not, a GradScaler likewise: none of them can.
+together of which some are DTensors and some are not, a GradScaler likewise: none of them can. Nor do they take sparse
+gradients, as those of row-sharded tables are, of which each rank has its rows.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.order import full
+from lightning_largescale.parallel.rows import mark_rows, rows_of
 
 
 class WholeNumbers(TorchFunctionMode):
-    """Within, a number that torch makes of a DTensor is a plain tensor, equal on all ranks; making it is a collective.
+    """Within, a number that torch makes of a DTensor, or a norm of the gradient of a row-sharded table, is a plain
+    tensor, equal on all ranks; making it is a collective.
 
     Functions that take several gradients take those divided and those whole together. What torch.compile traces is
     computed as without.
@@ -34,8 +38,10 @@ class WholeNumbers(TorchFunctionMode):
             # A graph would break at every function that is looked up; blocks compute with gathered, plain tensors.
             return func(*args, **kwargs)
         kind = compat.foreach_kind(func)
-        if kind is not None and any(isinstance(tensor, DTensor) for tensor in args[0]):
+        if kind is not None and any(isinstance(tensor, DTensor) or _has_rows(tensor) for tensor in args[0]):
             return _CALLS[kind](func, *args, **kwargs)
+        if func in _OF_ROWS and _has_rows(args[0]):
+            return _OF_ROWS[func](func, *args, **kwargs)
         return _whole(func(*args, **kwargs))
 
 
@@ -47,10 +53,42 @@ def _full(tensor: Tensor) -> Tensor:
     return full(tensor) if isinstance(tensor, DTensor) else tensor
 
 
+def _has_rows(tensor: object) -> bool:
+    """Whether it is the gradient of a row-sharded table."""
+    return isinstance(tensor, Tensor) and rows_of(tensor) is not None and tensor.is_sparse
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """What each rank's elements are in, sharing storage."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    # Gradients are coalesced when they are marked, and in-place functions keep them so.
+    return tensor.values() if _has_rows(tensor) else tensor
+
+
+def _norm(function: Callable[..., Any], tensor: Tensor, order: Any = 2.0, **kwargs: Any) -> Tensor:
+    """The norm of all rows, each counted once."""
+    order = kwargs.get("ord", kwargs.get("p", order))
+    order = 2.0 if order in (None, "fro") else float(order)
+    values = _values(tensor).flatten()
+    # Of no element there is no largest.
+    own: Tensor = torch.linalg.vector_norm(torch.cat([values, values.new_zeros(1)]), order)
+    if order == torch.inf:
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+        return own
+    total = own.pow(order)
+    dist.all_reduce(total)
+    return total.pow(1 / order)
+
+
 def _norms(function: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
-    """Norms of each, with one collective for those of one mesh."""
-    found: dict[int, Tensor] = {}
+    """Norms of each, with one collective for those of one mesh, and one for each table."""
+    found: dict[int, Tensor] = {
+        index: _norm(function, tensor, *args, **kwargs) for index, tensor in enumerate(tensors) if _has_rows(tensor)
+    }
     for indices in _by_mesh(tensors):
+        if indices[0] in found:
+            continue
         norms = function([tensors[index] for index in indices], *args, **kwargs)
         if isinstance(norms[0], DTensor):
             norms = _full(torch.stack(norms)).unbind()
@@ -67,9 +105,30 @@ def _in_place(function: Callable[..., Any], tensors: Sequence[Tensor], *args: An
     """Element by element, so that each rank does its own."""
     if any(isinstance(leaf, DTensor) for leaf in compat.leaves((args, kwargs))):
         return function(tensors, *args, **kwargs)
-    return function([one.to_local() if isinstance(one, DTensor) else one for one in tensors], *args, **kwargs)
+    return function([_values(tensor) for tensor in tensors], *args, **kwargs)
 
 
+def _clamp(function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What is not there is zero, and stays it where zero lies within the bounds."""
+    function(_values(tensor), *args, **kwargs)
+    return tensor
+
+
+def _alias(function: Callable[..., Any], tensor: Tensor, *args: Any) -> Tensor:
+    rows = rows_of(tensor)
+    assert rows is not None
+    alias: Tensor = function(tensor, *args)
+    return mark_rows(alias, rows)
+
+
+_OF_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.linalg.vector_norm: _norm,
+    torch.norm: _norm,
+    Tensor.norm: _norm,
+    Tensor.clamp_: _clamp,
+    Tensor.data.__get__: _alias,  # type: ignore[attr-defined]
+    Tensor.detach: _alias,
+}
 _CALLS: dict[str, Callable[..., Any]] = {"norms": _norms, "unscale": _unscale, "in place": _in_place}
 
 
@@ -77,5 +136,6 @@ def _by_mesh(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of tensors that can be taken together, in an order that is the same on all ranks."""
     groups: dict[object, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(index)
+        kind = tensor.device_mesh if isinstance(tensor, DTensor) else "table" if _has_rows(tensor) else None
+        groups.setdefault(kind, []).append(index)
     return list(groups.values())

@@ -16,10 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.exchange import Exchange, closure_first
 from lightning_largescale.parallel.gather import reshard
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.order import divided_dims, order_of
+from lightning_largescale.parallel.sparse import check_takes_rows
 from lightning_largescale.parallel.trial import Answer, ask, count_shards
 from lightning_largescale.plan import PlanError
 
@@ -37,7 +39,8 @@ class AdaptedOptimizer:
         optimizer: as given, without Lightning's wrapper.
 
     Raises:
-        PlanError: on all ranks, when it cannot step on shards, or holds parameters that are not the module's.
+        PlanError: on all ranks, when it cannot step on shards or on rows of tables, or holds parameters that are not
+            the module's.
     """
 
     def __init__(self, optimizer: Optimizer, known: KnownParameters) -> None:
@@ -106,6 +109,8 @@ class AdaptedOptimizer:
         given = None
         if self._depth == 0:
             self._decide()
+            if (lookups := row_sharded(self._known.module)) is not None:
+                lookups.check_sent()
             if self._answer.local:
                 given = closure_first(args, kwargs)
                 self._exchange.begin()
@@ -126,6 +131,7 @@ class AdaptedOptimizer:
         if sizes == self._sizes:
             return
         self._sizes = sizes
+        check_takes_rows(self.optimizer, row_sharded(self._known.module), self._initial)
         self._answer = ask(self.optimizer, self._initial)
         if self._answer.refusal is not None:
             raise PlanError(

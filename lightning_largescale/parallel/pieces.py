@@ -1,7 +1,7 @@
 """Where in a whole tensor this rank's elements stand: what is written to and read from files that know no mesh.
 
 A piece is a box of the whole tensor, in the user's order. Most ranks have one of a tensor; of a matrix that holds q, k
-and v side by side, divided by tensor parallelism, they have one of each.
+and v side by side, divided by tensor parallelism, they have one of each. Rows of a table are one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale.parallel.order import divided_dim, has_order, order_of
+from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.workload.parts import Part, share
 
 # Of one dimension, first element and length of what is held, in the order in which it is held.
@@ -42,7 +43,9 @@ def pieces_of(tensor: Tensor, part: Part | None = None) -> list[Piece]:
         part: `order_of` the parameter, where `tensor` is not told itself.
     """
     if not isinstance(tensor, DTensor):
-        return [Piece((0,) * tensor.dim(), tensor.detach())]
+        rows = rows_of(tensor)
+        offsets = (0,) * tensor.dim() if rows is None else (rows.start, *(0,) * (tensor.dim() - 1))
+        return [Piece(offsets, tensor.detach())] if tensor.numel() else []
     part = part or order_of(tensor)
     dims: list[_Stretches] = [[(0, size)] for size in tensor.shape]
     mesh = tensor.device_mesh
@@ -108,3 +111,8 @@ def _within(stretches: _Stretches, start: int, length: int) -> _Stretches:
 
 def _length(stretches: _Stretches) -> int:
     return sum(length for _, length in stretches)
+
+
+def is_divided(tensor: object) -> bool:
+    """Whether `tensor` is this rank's part of a whole."""
+    return isinstance(tensor, DTensor) or rows_of(tensor) is not None

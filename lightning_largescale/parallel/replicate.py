@@ -15,6 +15,9 @@ from lightning.pytorch.overrides.distributed import prepare_for_backward
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_largescale import compat
+from lightning_largescale.parallel.rows import rows_of
+
 
 class Replica:
     """Averages the gradients of a module over all ranks in backward; kept beside the module, which stays as it is.
@@ -74,7 +77,8 @@ class Replica:
 
     def _current(self) -> DistributedDataParallel | None:
         """The wrapper of what is trainable now, since torch's knows only what was when it was made."""
-        trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        parameters = (parameter for parameter in self._module.parameters() if rows_of(parameter) is None)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         if [*map(id, trained)] != [*map(id, self._trained)]:
             self._trained = trained
             self._wrapper = _wrap(self._module, self._device) if trained else None
@@ -83,10 +87,13 @@ class Replica:
 
 def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     on_cuda = device.type == "cuda"
+    call = _Call(module)
+    # Rows of tables are each rank's own, and so are their gradients.
+    compat.ignore_parameters(call, [name for name, one in call.named_parameters() if rows_of(one) is not None])
     # Buckets are made on a stream of their own so that the default one does not hold their memory.
     with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
         return DistributedDataParallel(
-            _Call(module),
+            call,
             device_ids=[device.index] if on_cuda else None,
             find_unused_parameters=True,
             gradient_as_bucket_view=True,

@@ -29,6 +29,7 @@ from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
+from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, has_forward
@@ -71,18 +72,21 @@ def shard_module(
         make: gives values to what has none, once it is divided.
 
     Raises:
-        PlanError: no parameters, trainable ones in several dtypes within one group, or `wrapped_modules` that are no
-            modules of `module`, are never called, or overlap blocks or each other.
+        PlanError: no parameters, trainable ones in several dtypes within one group, embeddings with sparse gradients
+            whose rows are not divided already, or `wrapped_modules` that are no modules of `module`, are never called,
+            or overlap blocks or each other.
     """
     groups = _groups(module, plan)
     if device.type == "cpu" and plan.dp_shard > 1:
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
+    # Rows of tables are each rank's own already.
+    rows = {parameter for parameter in module.parameters() if rows_of(parameter) is not None}
     whole = {parameter for parameter in module.parameters() if parameter.dim() == 0}
     if not getattr(module, "automatic_optimization", True):
         # After the first backward of a step they would be shards: no forward gathers what the module itself holds.
-        whole |= {*module.parameters(recurse=False)}
+        whole |= {*module.parameters(recurse=False)} - rows
     root_too: set[nn.Parameter] = set()
     freed = 0
     rest = dict(parts.get("", {}))
@@ -112,7 +116,7 @@ def shard_module(
         rest = {name: part for name, part in rest.items() if module.get_parameter(name) not in whole}
         divide_over(module, rest, among)
     with _held_by(module, root_too):
-        fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole)
+        fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole | rows)
     state.groups[""] = cast(FSDPModule, module)
     for name, block in state.groups.items():
         # Last, since moving what is sharded makes other parameters of it.
@@ -141,7 +145,7 @@ def adapt(module: nn.Module, plan: Plan) -> bool:
     state = sharded_state(module)
     assert state is not None
     before = state.plan
-    alike = ("dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules")
+    alike = ("dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules", "row_sharded_embeddings")
     if any(getattr(before, name) != getattr(plan, name) for name in alike):
         return False
     set_plan(state, plan)
@@ -159,10 +163,12 @@ def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
             f"{type(module).__name__} has no parameters to divide; give it at least one, or use dp_replicate."
         )
     _check_wraps(module, plan.wrapped_modules)
+    _check_sparse(module)
     groups = find_groups(module, plan.wrapped_modules)
     for name, group in groups.items():
         own = [module.get_parameter(parameter) for parameter in group.parameters]
-        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in own if parameter.requires_grad}
+        trained = [parameter for parameter in own if parameter.requires_grad and rows_of(parameter) is None]
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in trained}
         if len(dtypes) > 1:
             raise PlanError(
                 f"{name or type(module).__name__} has trainable parameters of {' and '.join(sorted(dtypes))}, and"
@@ -193,6 +199,16 @@ def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
             raise PlanError(
                 f"wrapped_modules has {name!r}, a {type(paths[name]).__name__}, which is not called itself; give the"
                 " modules in it."
+            )
+
+
+def _check_sparse(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        tables = isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        if tables and part.weight.requires_grad and rows_of(part.weight) is None:
+            raise PlanError(
+                f"{name!r} is a {type(part).__name__} with sparse=True, and FSDP does not reduce sparse gradients;"
+                " name it in row_sharded_embeddings, or make it without sparse=True."
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred import active_recording
 from lightning_largescale.parallel.pieces import Piece, pieces_of
+from lightning_largescale.parallel.rows import global_shape
 
 # Where a tensor on the meta device keeps what was copied into it.
 _SOURCE = "_largescale_stored"
@@ -49,8 +50,8 @@ class Stored(Tensor):
         Raises:
             ValueError: `out` has another shape.
         """
-        if out.shape != self.shape:
-            raise ValueError(f"the stored tensor has shape {tuple(self.shape)} and {tuple(out.shape)} is to be read")
+        if (shape := global_shape(out)) != self.shape:
+            raise ValueError(f"the stored tensor has shape {tuple(self.shape)} and {tuple(shape)} is to be read")
         pieces = pieces_of(out)
         if self._written is None:
             self._read(pieces)

@@ -129,7 +129,7 @@ def _tried(optimizer: Optimizer, groups: _Groups) -> Answer:
     try:
         whole = _steps(optimizer, groups, lambda _, tensor: tensor)
     except Exception as error:
-        return Answer(refusal=f"small tensors to try it on are not accepted ({_in_words(error)})")
+        return Answer(refusal=f"small tensors to try it on are not accepted ({in_words(error)})")
     if whole.evaluates_again:
         return Answer(refusal="it evaluates the loss again within its step, and forward and backward run once a step")
     if all(torch.equal(value, sample.start) for value, sample in zip(whole.values, samples, strict=True)):
@@ -140,14 +140,14 @@ def _tried(optimizer: Optimizer, groups: _Groups) -> Answer:
             return Answer()
         failure = "its steps on DTensors are not those on whole parameters"
     except Exception as error:
-        failure = f"it does not step on DTensors ({_in_words(error)})"
+        failure = f"it does not step on DTensors ({in_words(error)})"
     whole_keys: frozenset[str] = frozenset()
     block_sizes: dict[str, int] = {}
     for dim in sorted({dim for sample in samples for dim in divided_dims(sample.like)}):
         try:
             first, second = (_steps(optimizer, groups, partial(_half, dim, part), apart=True) for part in range(2))
         except Exception as error:
-            return Answer(refusal=f"{failure}, nor on parts of parameters ({_in_words(error)})")
+            return Answer(refusal=f"{failure}, nor on parts of parameters ({in_words(error)})")
         if not _same(samples, whole.values, _joined(dim, samples, first.values, second.values)):
             return Answer(refusal=f"{failure}, and its step on a parameter is not that on its parts")
         equal, blocks = _sorted_keys(samples, whole, first, second)
@@ -198,7 +198,7 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
         }
         parameters.update(members)
         param_groups.append({**options, "params": list(members)})
-    clone = _clone(optimizer, param_groups)
+    clone = clone_of(optimizer, param_groups)
     for parameter, sample in parameters.items():
         if sample.state:
             clone.state[parameter] = {key: _small(value, sample, parameter) for key, value in sample.state.items()}
@@ -228,7 +228,7 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
     )
 
 
-def _clone(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
+def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
     """An optimizer that steps as `optimizer` does, over other parameters, without its state and hooks.
 
     What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
@@ -241,7 +241,7 @@ def _clone(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimize
         if name == "step" or name in vars(clone):
             continue
         if isinstance(value, Optimizer):
-            value = _clone(value, param_groups)
+            value = clone_of(value, param_groups)
         elif isinstance(value, list) and any(id(item) in own for item in value):
             value = [parameter for group in param_groups for parameter in group["params"]]
         setattr(clone, name, value)
@@ -306,7 +306,7 @@ def _sorted_keys(samples: list[_Sample], whole: _Outcome, *parts: _Outcome) -> t
     return frozenset(equal - blocks.keys()), blocks
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """The kind of an error and the first sentence of its message."""
     first = (str(error).splitlines() or [""])[0].split(". ")[0]
     return f"{type(error).__name__}: {first.removesuffix('.')}"

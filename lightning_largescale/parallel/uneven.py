@@ -1,13 +1,17 @@
 """Ranks that run out of batches at different times.
 
 Each step of a sharded module gathers parameters, and each training step reduces gradients, which takes all ranks. In
-evaluation a rank that is out of batches gathers along without computing, so every batch counts once. In training an
-epoch ends on all ranks at the first batch that one of them lacks.
+evaluation a rank that is out of batches gathers along without computing, so every batch counts once; so it does where
+tables are looked up that lie on all ranks. In training an epoch ends on all ranks at the first batch that one of them
+lacks.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,17 +20,20 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_largescale.parallel.gather import gather_along
+from lightning_largescale.parallel.embedding import row_sharded
+from lightning_largescale.parallel.gather import gather_along, sharded_state
+from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.plan import PlanError
 
 _NOTHING = object()
 
 
 class UnevenSteps:
-    """The steps of one evaluation of a sharded module: `start` before each of this rank's, `end` after the last.
+    """The steps of one evaluation of a module that is sharded, or has row-sharded tables: `start` before each of this
+    rank's, `end` after the last.
 
     Args:
-        module: sharded.
+        module: divided.
         device: of this rank.
     """
 
@@ -39,8 +46,22 @@ class UnevenSteps:
 
     def end(self) -> None:
         """Take part in the steps that other ranks still have."""
+        lookups = row_sharded(self._module)
         while any_rank(False, self._device):
-            gather_along(self._module)
+            with contextlib.nullcontext() if lookups is None else _joining(lookups):
+                if sharded_state(self._module) is not None:
+                    gather_along(self._module)
+
+
+@contextmanager
+def _joining(lookups: Lookups) -> Iterator[None]:
+    """Within, and until the others are done, take part in look-ups: those come between the gathers of a step, at places
+    that only ranks which compute know.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(lookups.join)
+        yield
+        joined.result()
 
 
 def check_not_empty(exhausted: bool, device: torch.device) -> None:

@@ -23,12 +23,14 @@ class Links:
         reduce_scatter: of gradients, along dp_shard.
         all_reduce: of gradients, along dp_replicate.
         tensor: of activations and their gradients, along tp: an all-reduce.
+        tables: of rows that all ranks exchange: one hop to each.
     """
 
     all_gather: Link | None
     reduce_scatter: Link | None
     all_reduce: Link | None
     tensor: Link | None
+    tables: Link | None
 
 
 def plan_links(plan: Plan, hardware: Hardware) -> Links:
@@ -51,9 +53,12 @@ def plan_links(plan: Plan, hardware: Hardware) -> Links:
             reduce_scatter=rates.reduce_scatter,
             all_reduce=rates.all_reduce,
             tensor=rates.all_reduce,
+            tables=rates.all_gather or rates.all_reduce,
         )
     node, shards = hardware.ranks_per_node, plan.tp * plan.dp_shard
     all_reduce = _shared(rates.all_reduce, min(shards, node))
+    # Every rank sends to every other.
+    tables = _shared(rates.all_gather or rates.all_reduce, node)
     if node % plan.tp == 0:
         # The hops of an all-reduce are those of the other two.
         tensor = rates.node_reduce_scatter or rates.node_all_gather or rates.all_reduce
@@ -65,6 +70,7 @@ def plan_links(plan: Plan, hardware: Hardware) -> Links:
             reduce_scatter=rates.node_reduce_scatter or rates.reduce_scatter,
             all_reduce=all_reduce,
             tensor=tensor,
+            tables=tables,
         )
     # Where whole nodes make no group, a node has the end of one group and the start of the next.
     groups = min(plan.tp, node) * (1 if shards % node == 0 else 2)
@@ -73,6 +79,7 @@ def plan_links(plan: Plan, hardware: Hardware) -> Links:
         reduce_scatter=_shared(rates.reduce_scatter, groups),
         all_reduce=all_reduce,
         tensor=tensor,
+        tables=tables,
     )
 
 

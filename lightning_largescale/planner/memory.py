@@ -156,11 +156,14 @@ def setup_terms(sizes: Sizes) -> dict[str, int]:
 
     On CUDA the whole model is in DRAM and only the group that is being sharded is on the device.
     """
+    # Tables are divided one after the other, each beside its full copy.
+    rows = max(map(sizes.local, sizes.tables), default=0)
     if not sizes.sharded:
-        return {"parameters": sizes.full_parameters}
+        return {"parameters": sizes.full_parameters, "rows of a table": rows}
     largest = max((sizes.gathered(block) for block in sizes.groups), default=0)
     if sizes.kind == "cpu":
-        return {"parameters": sizes.full_parameters, "gathered parameters": largest // sizes.plan.dp_shard}
+        gathered = max(largest // sizes.plan.dp_shard, rows)
+        return {"parameters": sizes.full_parameters, "gathered parameters": gathered}
     return {"parameters": sizes.parameters, "gathered parameters": largest}
 
 
@@ -255,7 +258,8 @@ def _unreduced(sizes: Sizes, block: str | None) -> int:
 
 def _kept_gradients(sizes: Sizes) -> int:
     if sizes.sharded and sizes.accumulate > 1:
-        return sum(p.bytes for p in sizes.trained) if sizes.workload.stage == "fit" else 0
+        dense = (p for p in sizes.trained if p not in sizes.tables)
+        return sum(p.bytes for p in dense) + sizes.table_gradients if sizes.workload.stage == "fit" else 0
     return sizes.gradients
 
 
@@ -266,7 +270,7 @@ def _gradients_so_far(sizes: Sizes, index: int) -> int:
     if not sizes.sharded:
         return sizes.gradients_from_here[index] + sizes.gradient(None, whole=False)
     # Its own shard of the gradient comes with the reduction, and so does the root's.
-    return sizes.gradients_from_here[index + 1]
+    return sizes.gradients_from_here[index + 1] + sizes.table_gradients
 
 
 def _gathered_at(sizes: Sizes, blocks: set[str | None]) -> int:

@@ -72,6 +72,7 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
         "all-gather": micro * sum(all_gathers_seconds(sizes, links, backward=again) for again in (False, True)),
         "reduce-scatter": reduce_scatters_seconds(sizes, links),
         "all-reduce": all_reduces_seconds(sizes, links),
+        "table exchange": table_seconds(sizes, links, micro),
         "tensor parallel": micro * tensor_seconds(sizes, links),
         "shard copies": copies_seconds(sizes, rates, micro),
         "page faults": page_fault_seconds(sizes, rates, micro),
@@ -167,7 +168,8 @@ def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
     if sizes.workload.stage != "fit":
         return 0.0
     if not sizes.sharded:
-        return all_reduce_seconds(sizes.gradients, sizes.plan.dp_replicate, links.all_reduce)
+        dense_bytes = sizes.gradients - sizes.table_gradients
+        return all_reduce_seconds(dense_bytes, sizes.plan.dp_replicate, links.all_reduce)
     return sum(_group_all_reduce_seconds(sizes, block, links) for block in sizes.groups)
 
 
@@ -194,6 +196,29 @@ def tensor_seconds(sizes: Sizes, links: Links) -> float:
     ranks, link = sizes.plan.tp, links.tensor
     seconds = sum(all_reduce_seconds(int(size * element), ranks, link) for size in summed)
     return seconds + sum(all_gather_seconds(int(size * element) // ranks, ranks, link) for size in halves)
+
+
+def table_seconds(sizes: Sizes, links: Links, micro_batches: int) -> float:
+    """Seconds of looking up rows of row-sharded tables, and of sending their gradients once an optimizer step.
+
+    A look-up sends counts, ids and rows; gradients ids and rows, after one exchange of counts for all tables. Of what a
+    rank sends, all but its own share travels.
+
+    Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
+        section 3; Thakur et al. 2005, section 4 (an all-to-all by p-1 exchanges).
+    """
+    ranks, link = sizes.plan.world_size, links.tables
+    seconds = 0.0
+    for table in sizes.tables:
+        rows = min(sizes.looked_up, table.shape[0])
+        sent = rows * (table.bytes // max(1, table.shape[0]))
+        hops = [0, rows * 8, sent]
+        forward = sum(all_gather_seconds(size // ranks, ranks, link) for size in hops)
+        trained = sizes.workload.stage == "fit" and table.trainable
+        backward = sum(all_gather_seconds(size // ranks, ranks, link) for size in hops[1:]) if trained else 0.0
+        seconds += micro_batches * forward + backward
+    # Counts of the gradients, and the end of each step.
+    return seconds + (1 + micro_batches) * all_gather_seconds(0, ranks, link) if sizes.tables else 0.0
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
@@ -239,7 +264,9 @@ def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
     if sizes.workload.stage != "fit" or not sizes.full_parameters:
         return 0.0
     moved = sum(needs.moved_bytes for needs in sizes.workload.optimizers)
-    return moved * sizes.parameters / sizes.full_parameters / rates.memory_bandwidth
+    # Of tables only rows that have a gradient are stepped on.
+    stepped = sizes.parameters - sum(map(sizes.local, sizes.tables)) + sizes.table_gradients
+    return moved * stepped / sizes.full_parameters / rates.memory_bandwidth
 
 
 def _segment_seconds(segment: Segment, rates: Rates, plan: Plan, *, backward: bool) -> float:

@@ -16,6 +16,9 @@ from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.workload import Divided, Parameter, Segment, Step, Workload
 from lightning_largescale.workload.model import only_blocks
 
+# Of a row's number, as tables are given it.
+_ID_BYTES = 8
+
 
 def local_bytes(parameter: Parameter, dp_shard: int, tp: int = 1, tp_dim: int | None = None) -> int:
     """Bytes of the largest shard of `parameter`: what `tp` ranks have of its dimension `tp_dim`, if that is one; of
@@ -28,6 +31,10 @@ def local_bytes(parameter: Parameter, dp_shard: int, tp: int = 1, tp_dim: int | 
         return part
     rows = parameter.shape[0] // tp if tp_dim == 0 else parameter.shape[0]
     return math.ceil(rows / dp_shard) * (part // rows)
+
+
+def _row_bytes(parameter: Parameter) -> int:
+    return parameter.bytes // max(1, parameter.shape[0])
 
 
 class Sizes:
@@ -59,6 +66,10 @@ class Sizes:
             block: (found.sequence if plan.sequence_parallel else None) or found
             for block, found in self.divisions.items()
         }
+        tables = {f"{name}.weight" for name in plan.row_sharded_embeddings} if plan.world_size > 1 else set()
+        # Parameters whose rows are divided over all ranks.
+        self.tables = [p for p in workload.parameters if not tables.isdisjoint((p.name, *p.aliases))]
+        self._table_names = {parameter.name for parameter in self.tables}
         # Groups of the plan: other modules go with the root.
         self._groups_of = {*workload.blocks, *plan.wrapped_modules}
         self.step: Step = only_blocks(workload.steps[plan.precision], self._groups_of)
@@ -76,11 +87,33 @@ class Sizes:
 
     def local(self, parameter: Parameter) -> int:
         """What the rank keeps of `parameter`, bytes."""
+        if parameter.name in self._table_names:
+            return math.ceil(parameter.shape[0] / self.plan.world_size) * _row_bytes(parameter)
         return local_bytes(parameter, self.plan.dp_shard, self.plan.tp, self._tp_dims.get(parameter.name))
 
     def part(self, parameter: Parameter) -> int:
         """What the rank computes with of `parameter`: its part under tensor parallelism, else all."""
         return local_bytes(parameter, 1, self.plan.tp, self._tp_dims.get(parameter.name))
+
+    def gradient_of(self, parameter: Parameter) -> int:
+        """What the rank keeps of the gradient of `parameter`: of a row-sharded table the rows that were looked up."""
+        if parameter.name not in self._table_names:
+            return self.local(parameter)
+        return min(self.local(parameter), self.looked_up * _row_bytes(parameter))
+
+    @cached_property
+    def looked_up(self) -> int:
+        """How many rows of one table a rank looks up in a micro-batch at most: as if its batch were ids, and no other.
+
+        Other ranks look up as many of the rows that it holds as it looks up of theirs.
+        """
+        return self.workload.batch_bytes // _ID_BYTES
+
+    @cached_property
+    def table_gradients(self) -> int:
+        """Gradients of row-sharded tables in one optimizer step."""
+        trained = [parameter for parameter in self.tables if parameter.trainable and parameter.used]
+        return sum(map(self.gradient_of, trained)) if self._trains else 0
 
     @cached_property
     def full_parameters(self) -> int:
@@ -100,7 +133,7 @@ class Sizes:
         """
         in_buckets = self.plan.dp_replicate > 1 and not self.sharded
         kept = [p for p in self.workload.parameters if p.trainable] if in_buckets else self.trained
-        return sum(self.local(p) for p in kept) if self._trains else 0
+        return sum(self.gradient_of(p) for p in kept) if self._trains else 0
 
     @cached_property
     def optimizer_state(self) -> int:
@@ -115,7 +148,7 @@ class Sizes:
     @cached_property
     def optimizer_temporaries(self) -> int:
         """The most that one optimizer's `step()` allocates for a while."""
-        local = [self.local(p) for p in self.trained]
+        local = [self.gradient_of(p) for p in self.trained]
         return max(
             (
                 int(needs.step_temporary_largest * max(local, default=0) + needs.step_temporary_total * sum(local))
@@ -204,6 +237,8 @@ class Sizes:
         """Parameters that are gathered together, by block; those of the root group under None."""
         groups: dict[str | None, list[Parameter]] = {}
         for parameter in self.workload.parameters:
+            if parameter.name in self._table_names:
+                continue
             # Under mixed precision blocks gather matrices in half the bytes; vectors go with the root, in fp32.
             block = parameter.block if parameter.block in self._groups_of else None
             if self._mixed and len(parameter.shape) < 2 and block not in self.plan.wrapped_modules:

@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from planner.builders import MIB, hardware, step, workload
+from planner.builders import MIB, hardware, parameter, step, workload
 
 from lightning_largescale.hardware import Link
 from lightning_largescale.plan import Plan
@@ -126,3 +126,19 @@ def test_page_faults_by_hand():
     assert mapped(Plan()) == mapped(Plan(dp_replicate=2)) == 0
     assert mapped(Plan(dp_shard=2), dataclasses.replace(machine, kind="cuda")) == 0
     assert mapped(Plan(dp_shard=2), hardware(2)) == 0
+
+
+@pytest.mark.parametrize("plan", [{"dp_replicate": 4}, {"dp_shard": 4}])
+def test_rows_of_tables_travel_once_each_way(plan):
+    table = parameter("users.weight", None, rows=1000, columns=16)
+    # A batch of 400 ids, of rows of 64 bytes.
+    work = workload(parameters=(*workload().parameters, table), batch_bytes=3200)
+    plan = Plan(**plan, row_sharded_embeddings=("users",))
+    terms = step_time(work, plan, hardware(4), accumulate_grad_batches=2).terms
+    hop, ids, rows = 3 * 1e-4, 3 * 800 / 1e9, 3 * 6400 / 1e9
+    assert terms["table exchange"] == pytest.approx(2 * (3 * hop + ids + rows) + (2 * hop + ids + rows) + 3 * hop)
+    dense = step_time(workload(), dataclasses.replace(plan, row_sharded_embeddings=()), hardware(4)).terms
+    for name in ("all-gather", "reduce-scatter", "all-reduce"):
+        assert terms.get(name, 0) == pytest.approx(dense.get(name, 0) * (2 if name == "all-gather" else 1))
+    stays = step_time(work, Plan(row_sharded_embeddings=("users",)), hardware(1)).terms
+    assert "table exchange" not in stays

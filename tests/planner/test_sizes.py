@@ -77,3 +77,38 @@ def test_a_shard_is_the_padded_share(rows, shard):
     share = local_bytes(whole, shard)
     assert whole.bytes / shard <= share < whole.bytes / shard + 12 or shard == 1
     assert share * shard >= whole.bytes
+
+
+TABLES = {"row_sharded_embeddings": ("users",)}
+
+
+def with_table(**changes):
+    """A table of 1000 rows of 64 bytes beside the blocks; a batch of 10 ids."""
+    parameters = (*workload().parameters, parameter("users.weight", None, rows=1000, columns=16, **changes))
+    return workload(parameters=parameters, batch_bytes=80)
+
+
+@pytest.mark.parametrize("plan", [{"dp_replicate": 4}, {"dp_shard": 4}, {"dp_shard": 2, "dp_replicate": 2}])
+def test_rows_of_tables_are_divided_over_all_ranks(plan):
+    dense, sizes = (Sizes(work, Plan(**plan, **TABLES), "cpu") for work in (workload(), with_table()))
+    assert sizes.parameters - dense.parameters == 250 * 64
+    assert sizes.gradients - dense.gradients == sizes.table_gradients == 10 * 64
+    assert sizes.gathered(None) == dense.gathered(None)
+    assert sizes.gradient(None, whole=True) == dense.gradient(None, whole=True)
+
+
+def test_a_table_on_one_device_is_whole():
+    sizes = Sizes(with_table(), Plan(**TABLES), "cpu")
+    assert sizes.tables == []
+    assert sizes.parameters == MODEL + 64_000
+
+
+def test_a_frozen_table_has_no_gradient():
+    assert Sizes(with_table(trainable=False), Plan(dp_shard=2, **TABLES), "cpu").table_gradients == 0
+
+
+def test_optimizer_state_of_a_table():
+    work = with_table()
+    needs = dataclasses.replace(work.optimizers[0], state_bytes={"users.weight": 64_000})
+    sizes = Sizes(dataclasses.replace(work, optimizers=(needs,)), Plan(dp_replicate=4, **TABLES), "cpu")
+    assert sizes.optimizer_state == 16_000

@@ -1,0 +1,322 @@
+"""Row-sharded embeddings: the rows of large tables divided over all ranks, looked up by an exchange of ids.
+
+A table's `weight` becomes a plain parameter of this rank's rows, contiguous ones, as `torch.chunk` divides. Its
+gradient is sparse, of the rows that some rank looked up, and averaged over the ranks; so optimizers of torch that take
+sparse gradients step on it as they are, their state row by row beside it.
+
+Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
+    section 3.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.copies import divided_like
+from lightning_largescale.parallel.equal import check_equal_structure
+from lightning_largescale.parallel.forward import Forward
+from lightning_largescale.parallel.lookups import Lookups, Table
+from lightning_largescale.parallel.rows import Rows, chunk_rows, full_rows, mark_rows, own_rows
+from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.blocks import find_blocks
+from lightning_largescale.workload.parts import share
+
+_STATE = "_largescale_lookups"
+
+
+def shard_embeddings(module: nn.Module, names: Sequence[str], device: torch.device) -> Lookups:
+    """Divide the rows of tables of `module` among all ranks: a collective.
+
+    Ranks get rows of rank 0's values, on `device`, and free their full copy. Beside the full tables this takes a rank
+    its own rows of one, and a chunk. A table on the meta device becomes local rows on the meta device.
+
+    Args:
+        module: the same on every rank but for its values.
+        names: of modules of it that `check_embeddings` accepts.
+        device: of this rank.
+
+    Raises:
+        PlanError: the ranks built different modules.
+    """
+    on_meta = any(module.get_submodule(name).weight.is_meta for name in names)
+    if not on_meta:
+        check_equal_structure(module)
+    tables: list[Table] = []
+    for name in names:
+        part = module.get_submodule(name)
+        whole = part.weight
+        assert isinstance(whole, nn.Parameter)
+        rows = Rows(whole.shape[0], share(whole.shape[0], dist.get_rank(), dist.get_world_size())[0])
+        local = nn.Parameter(_scattered(whole.detach(), device), requires_grad=whole.requires_grad)
+        compat.own_tensors(part)[0]["weight"] = mark_rows(local, rows)
+        padding = part.padding_idx
+        assert padding is None or isinstance(padding, int)
+        tables.append(Table(name=name, module=part, rows=rows, padding_idx=padding))
+    lookups = Lookups(tables, device)
+    for table in tables:
+        kind = _LookUpBags if isinstance(table.module, nn.EmbeddingBag) else _LookUp
+        kind(table, lookups).replace()
+    vars(module)[_STATE] = lookups
+    return lookups
+
+
+def row_sharded(module: nn.Module) -> Lookups | None:
+    """What looks up the row-sharded tables of `module`; None where it has none."""
+    return vars(module).get(_STATE)
+
+
+def check_embeddings(module: nn.Module, names: Sequence[str], ranks: int, wrapped: Sequence[str] = ()) -> None:
+    """Make sure that the rows of these modules can be divided among `ranks`.
+
+    Args:
+        module: whole.
+        names: as a plan has them.
+        ranks: of the plan.
+        wrapped: names of modules that are gathered by themselves.
+
+    Raises:
+        PlanError: one cannot be, and why.
+    """
+    paths = {name: found for name, found in module.named_modules(remove_duplicate=False) if name}
+    tables = [name for name, found in paths.items() if isinstance(found, nn.Embedding | nn.EmbeddingBag)]
+    blocks = [name for name, found in paths.items() if found in {*find_blocks(module).values()}]
+    for name in names:
+        if name not in paths:
+            near = difflib.get_close_matches(name, tables, 1)
+            raise PlanError(
+                f"row_sharded_embeddings has {name!r} and {type(module).__name__} has no such module; give names that"
+                f" named_modules has{f', such as {near[0]!r}' if near else ''}."
+            )
+        part, given = paths[name], f"row_sharded_embeddings has {name!r}"
+        kinds = (nn.Embedding.forward, nn.EmbeddingBag.forward)
+        own = compat.own_tensors(part)[0]
+        if type(part).forward not in kinds or "forward" in vars(part) or own.get("weight") is None:
+            raise PlanError(
+                f"{given}, a {type(part).__name__}; give modules that compute as nn.Embedding or nn.EmbeddingBag do."
+            )
+        outer = next((outer for outer in [*blocks, *wrapped] if f"{name}.".startswith(f"{outer}.")), None)
+        if outer is not None:
+            what = "a repeated block" if outer in blocks else "one of wrapped_modules"
+            raise PlanError(f"{given}, which lies in {outer!r}, {what}; give tables outside of these.")
+        _check_table(module, part, given)
+        if own["weight"].shape[0] < ranks:
+            raise PlanError(
+                f"{given}, of {own['weight'].shape[0]} rows, and there are {ranks} ranks; give tables with a row for"
+                " each rank, and leave small ones out."
+            )
+
+
+def check_no_copies(copies: Iterable[nn.Module], names: Sequence[str]) -> None:
+    """Refuse copies of a module whose tables are about to be divided.
+
+    Raises:
+        PlanError: there is one.
+    """
+    if any(True for _ in copies):
+        raise PlanError(
+            f"row_sharded_embeddings={tuple(names)!r} and a callback keeps a copy of the module, such as an average of"
+            " its weights, whose tables would stay whole; leave out the callback, or the tables."
+        )
+
+
+def make_tables_whole(module: nn.Module) -> None:
+    """Undo the division: full tables on the CPU, equal on all ranks: a collective where there are any."""
+    lookups = row_sharded(module)
+    if lookups is None:
+        return
+    for table in lookups.tables:
+        local = table.weight
+        whole = nn.Parameter(full_rows(local, table.rows), requires_grad=local.requires_grad)
+        compat.own_tensors(table.module)[0]["weight"] = whole
+    for kind in (_LookUp, _LookUpBags):
+        kind.restore(module)
+    del vars(module)[_STATE]
+
+
+@contextmanager
+def whole_tables(module: nn.Module) -> Iterator[None]:
+    """Within, row-sharded tables of `module` are whole: a collective. What is written into them is kept, and is to be
+    the same on all ranks. In a step they are for reading, and a loss that is computed from them is differentiated.
+    """
+    lookups = row_sharded(module)
+    tables = [] if lookups is None else [table for table in lookups.tables if table.aside is None]
+    stepping = lookups is not None and lookups.stepping
+    for table in tables:
+        local = table.aside = table.weight
+        whole = full_rows(local, table.rows).to(local.device)
+        own = compat.own_tensors(table.module)[0]
+        if stepping:
+            ids = torch.arange(len(whole), device=local.device)
+            own["weight"] = _Fetched.apply(local, table, ids, whole)  # type: ignore[no-untyped-call]
+        else:
+            own["weight"] = nn.Parameter(whole, requires_grad=local.requires_grad)
+    try:
+        yield
+    finally:
+        for table in tables:
+            own, local = compat.own_tensors(table.module)[0], table.weight
+            whole, own["weight"], table.aside = own["weight"], local, None
+            if not stepping:
+                with torch.no_grad():
+                    local.copy_(own_rows(whole.detach(), table.rows))
+
+
+def _check_table(module: nn.Module, part: nn.Module, given: str) -> None:
+    for option, plain in (("max_norm", None), ("scale_grad_by_freq", False)):
+        value = getattr(part, option)
+        if value != plain:
+            raise PlanError(
+                f"{given}, with {option}={value!r}, which needs all ids in one place; give tables without it."
+            )
+    if getattr(part, "mode", "sum") == "max":
+        raise PlanError(f"{given}, with mode='max', which has no sparse gradient; give bags of mode 'sum' or 'mean'.")
+    weight = compat.own_tensors(part)[0]["weight"]
+    others = {
+        name
+        for name, other in module.named_modules()
+        if other is not part and any(held is weight for held in compat.own_tensors(other)[0].values())
+    }
+    if others:
+        raise PlanError(
+            f"{given}, whose weight is tied to that of {min(others)!r}, which needs all of it; give tables that are"
+            " used alone, or untie them."
+        )
+
+
+def _scattered(whole: Tensor, device: torch.device) -> Tensor:
+    """This rank's rows of rank 0's table, which goes piece by piece to those that hold it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    start, length = share(whole.shape[0], rank, ranks)
+    if whole.is_meta:
+        return whole.new_empty((length, *whole.shape[1:]))
+    own = torch.empty((length, *whole.shape[1:]), dtype=whole.dtype, device=device)
+    step = chunk_rows(whole)
+    if rank:
+        for first in range(0, length, step):
+            dist.recv(own[first : first + step], 0)
+        return own
+    own.copy_(whole[start : start + length])
+    for other in range(1, ranks):
+        start, length = share(whole.shape[0], other, ranks)
+        for first in range(start, start + length, step):
+            dist.send(whole[first : min(first + step, start + length)].to(device).contiguous(), other)
+    return own
+
+
+class _Fetched(torch.autograd.Function):
+    """Rows that were fetched, whose gradient stays with the table until it is sent."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, table: Table, ids: Tensor, values: Tensor) -> Tensor:
+        ctx.table, ctx.ids = table, ids
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.table.keep_gradient(ctx.ids, gradient)
+        return None, None, None, None
+
+
+class _LookUp(Forward):
+    """The forward of an nn.Embedding over rows that all ranks have."""
+
+    def __init__(self, table: Table, lookups: Lookups) -> None:
+        super().__init__(table.module)
+        self._table, self._lookups = table, lookups
+        self._hooks: list[Any] = [
+            table.module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                partial(_take_full_table, table)
+            ),
+            table.module.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                partial(_mark_rows, table)
+            ),
+        ]
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `nn.Embedding.forward`: a collective.
+
+        Raises:
+            PlanError: on all ranks, when one of them has an id that the table has no row for.
+        """
+        if self._table.aside is not None:
+            result: Tensor = self.original(input, *args, **kwargs)
+            return result
+        ids, places = torch.unique(input.long(), return_inverse=True)
+        rows = self._lookups.look_up(self._table, ids)
+        rows = _Fetched.apply(self._table.weight, self._table, ids, rows)  # type: ignore[no-untyped-call]
+        if not len(ids):
+            # Functions of torch want a row to look at.
+            rows = F.pad(rows, (0, 0, 0, 1))
+        return self._computed(rows, ids, places, *args, **kwargs)
+
+    def _computed(self, rows: Tensor, ids: Tensor, places: Tensor) -> Tensor:
+        return F.embedding(places, rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise PlanError(
+            f"table {self._table.name!r} is row-sharded and cannot be copied; copy in"
+            " `with trainer.strategy.full_parameters():` its state_dict, or after `trainer.strategy.make_whole()`."
+        )
+
+    @classmethod
+    def restore(cls, root: nn.Module) -> None:
+        """Give each module its forward back."""
+        for module in root.modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, cls):
+                for hook in forward._hooks:
+                    hook.remove()
+        super().restore(root)
+
+
+class _LookUpBags(_LookUp):
+    """The forward of an nn.EmbeddingBag over rows that all ranks have."""
+
+    def _computed(
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        places: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        bag = self._table.module
+        assert isinstance(bag, nn.EmbeddingBag)
+        padding = None
+        if bag.padding_idx is not None and len(found := torch.nonzero(ids == bag.padding_idx)):
+            padding = int(found)
+        return F.embedding_bag(
+            places,
+            rows,
+            None if offsets is None else offsets.long(),
+            mode=bag.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=bag.include_last_offset,
+            padding_idx=padding,
+        )
+
+
+def _take_full_table(table: Table, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let `load_state_dict`, whose copy of the state is `state`, take the whole table."""
+    name = f"{prefix}weight"
+    # It may be this rank's rows already, where the whole module takes full tensors.
+    if table.aside is None and name in state and state[name].shape[0] == table.rows.rows:
+        state[name] = divided_like(state[name], table.weight)
+
+
+def _mark_rows(table: Table, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let what `state_dict` gives be known for rows of a table."""
+    if table.aside is None:
+        mark_rows(state[f"{prefix}weight"], table.rows)

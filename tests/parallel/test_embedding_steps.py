@@ -1,0 +1,199 @@
+"""What Trainers do in and around steps, with row-sharded tables."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from clicks import (
+    DIM,
+    REPLICATED,
+    SHARDED,
+    WORDS,
+    Clicks,
+    Dense,
+    Recommender,
+    strategy_of,
+)
+from lightning.pytorch.utilities import grad_norm
+from models import trainer
+from ranks import quiet
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_largescale.strategy import LargeScaleStrategy
+
+# What torch says of every sparse gradient that an embedding of its own makes.
+pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")]
+
+
+def fit_steps(plan, devices, **given):
+    """With what Trainers do to gradients."""
+    torch.manual_seed(0)
+    model = (Recommender if plan else Dense)(momentum=0.9)
+    run = trainer(strategy_of(plan), devices=devices, max_steps=6, **given)
+    run.fit(model)
+    if plan:
+        run.strategy.make_whole()
+    return model.losses, model.users.weight.detach()
+
+
+OPTIONS = {
+    "norm": {"gradient_clip_val": 0.05},
+    "largest": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "accumulated": {"accumulate_grad_batches": 3},
+    "accumulated norm": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
+}
+
+
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [
+        (REPLICATED, "norm"),
+        (SHARDED, "norm"),
+        (SHARDED, "largest"),
+        (REPLICATED, "accumulated norm"),
+        *(pytest.param(SHARDED, name, marks=pytest.mark.slow) for name in ("accumulated", "accumulated norm")),
+        *(pytest.param(REPLICATED, name, marks=pytest.mark.slow) for name in ("largest", "accumulated")),
+    ],
+)
+def test_clipping_and_accumulation(two, plan, name):
+    expected, weight = fit_steps(None, 1, **OPTIONS[name])
+    for losses, found in two.run(fit_steps, plan, 2, **OPTIONS[name]):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-5)
+
+
+class Unannounced(Recommender):
+    def training_step(self, batch, index):
+        self.loss(batch).backward()
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def fit_module(kind, plan, **given):
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2, **given).fit(kind(optimizer="SparseAdam"))
+
+
+def test_a_backward_that_is_not_announced(two):
+    for error, _, _ in two.answers(fit_module, Unannounced, SHARDED):
+        assert str(error) == (
+            "table 'users' has gradients of a backward that the Trainer does not know of, and its rows are on all"
+            " ranks; call self.manual_backward(loss) in the place of loss.backward()."
+        )
+
+
+def fit_out_of_range(plan):
+    model = Recommender()
+    model.words = nn.EmbeddingBag(WORDS - 1, DIM, sparse=True)
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=20).fit(model)
+
+
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
+def test_id_out_of_range_in_a_step(two, plan):
+    for error, _, _ in two.answers(fit_out_of_range, plan):
+        assert str(error) == "table 'words' has 29 rows and was given id 29; ids must be 0 to 28."
+
+
+class Uneven(Recommender):
+    """Rank 1 has a batch less to evaluate."""
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(Clicks(12 if self.trainer.global_rank == 0 else 8), batch_size=4)
+
+
+def evaluate(plan):
+    model = Uneven()
+    run = trainer(LargeScaleStrategy(plan), devices=2, limit_val_batches=1.0)
+    run.validate(model, verbose=False)
+    return model.evaluated
+
+
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
+def test_uneven_evaluation(two, plan):
+    plain = Uneven()
+    trainer(limit_val_batches=1.0).validate(plain, verbose=False)
+    first, second = two.run(evaluate, plan)
+    assert first == pytest.approx(plain.evaluated, rel=1e-5)
+    assert second == pytest.approx(plain.evaluated[:2], rel=1e-5)
+
+
+class Reads(Recommender):
+    """Uses the whole table in a step, and clips by itself."""
+
+    def __init__(self, full=False):
+        super().__init__()
+        self.automatic_optimization, self.full = False, full
+        self.users.sparse = self.words.sparse = full
+        self.norms = []
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        with self.trainer.strategy.full_parameters() if self.full else contextlib.nullcontext():
+            penalty = 0.1 * self.users.weight.square().mean()
+        loss = self.loss(batch) + penalty
+        self.losses.append(float(self.all_gather(loss.detach()).mean()))
+        self.manual_backward(loss)
+        self.norms.append({name: float(norm) for name, norm in grad_norm(self, 2).items()})
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+def fit_reading(plan, devices):
+    torch.manual_seed(0)
+    model = Reads(full=plan is not None)
+    trainer(strategy_of(plan), devices=devices, max_steps=4).fit(model)
+    return model.losses, model.norms
+
+
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
+def test_whole_tables_and_norms_within_steps(two, plan):
+    expected, norms = fit_reading(None, 1)
+    for losses, found in two.run(fit_reading, plan, 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        for one, other in zip(found, norms, strict=True):
+            assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+class Accumulates(Recommender):
+    """By its own means, the tables being used in the first micro-batch alone."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        first = index % 2 == 0
+        if first:
+            optimizer.zero_grad()
+        synchronize = contextlib.nullcontext()
+        if first and isinstance(self.trainer.strategy, LargeScaleStrategy):
+            synchronize = self.trainer.strategy.block_backward_sync()
+        user, words, click = batch
+        with synchronize:
+            hidden = torch.cat([self.users(user), self.words(words)], -1)
+            logits = self.head(hidden if first else hidden.detach()).squeeze(-1)
+            loss = F.binary_cross_entropy_with_logits(logits, click)
+            self.losses.append(float(self.all_gather(loss.detach()).mean()))
+            self.manual_backward(loss)
+        if not first:
+            optimizer.step()
+
+
+def fit_accumulating(plan, devices):
+    model = Accumulates()
+    trainer(strategy_of(plan), devices=devices, max_steps=4).fit(model)
+    return model.losses
+
+
+@pytest.mark.parametrize("plan", [REPLICATED, SHARDED], ids=["replicated", "sharded"])
+def test_manual_accumulation(two, plan):
+    expected = fit_accumulating(None, 1)
+    for losses in two.run(fit_accumulating, plan, 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
