@@ -13,6 +13,7 @@ from lightning_largescale import _autoload
 
 if TYPE_CHECKING:
     from lightning_largescale.auto import LargeScaleAutoStrategy
+    from lightning_largescale.checkpoint import consolidate
     from lightning_largescale.hardware import Hardware
     from lightning_largescale.plan import Plan, PlanError
     from lightning_largescale.planner import Report, find_plans
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "Workload",
     "__version__",
+    "consolidate",
     "find_plans",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "PlanError": "plan",
     "Report": "planner",
     "Workload": "workload",
+    "consolidate": "checkpoint",
     "find_plans": "planner",
 }
 

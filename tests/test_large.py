@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from large_run import build
-from safetensors.torch import save_file
+
+from benchmarks.large_run import run, write_weights
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parent / "large_run.py"
 PLANS = {"sharded": {"dp_shard": 2}, "divided": {"tp": 2}}
 # What a process takes beside the tensors that are counted: buffers of the allocator and of the connection.
 SLACK = 32 * 2**20
-
-
-def run(what, plan, folder):
-    """What each rank has measured."""
-    command = [sys.executable, str(SCRIPT), what, json.dumps(plan), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = [json.loads(part) for part in done.stdout.replace("DONE ", "\nDONE ").split("\nDONE ")[1:]]
-    assert len(found) == 2
-    return found
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -42,19 +24,10 @@ def test_building_takes_the_shards_and_two_blocks(tmp_path, plan):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Two billion parameters of bfloat16 by kind of file: three of safetensors with an index, and one of torch."""
-    with torch.device("meta"):
-        empty = build("large").state_dict()
-    values = {name: (torch.arange(one.numel()) % 251).to(torch.bfloat16).view(one.shape) for name, one in empty.items()}
+    """Folders by kind of file."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("safetensors", "torch")}
-    names = list(values)
-    files = {f"model-{number}.safetensors": names[number::3] for number in range(3)}
-    for file, own in files.items():
-        save_file({name: values[name] for name in own}, folders["safetensors"] / file)
-    index = {"weight_map": {name: file for file, own in files.items() for name in own}}
-    (folders["safetensors"] / "model.safetensors.index.json").write_text(json.dumps(index))
-    torch.save({"state_dict": values}, folders["torch"] / "a.ckpt")
-    del values
+    for kind, folder in folders.items():
+        write_weights(folder, kind)
     yield folders
     # Or pytest would keep gigabytes.
     for folder in folders.values():

@@ -19,6 +19,7 @@ def test_names():
         "Report",
         "Workload",
         "__version__",
+        "consolidate",
         "find_plans",
     ]
     assert lightning_largescale.__all__ == sorted(lightning_largescale.__all__)

@@ -2,7 +2,7 @@
 
 from lightning_largescale.checkpoint.directory import check_writable, load_directory, save_directory
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, load_file
-from lightning_largescale.checkpoint.load import load_checkpoint
+from lightning_largescale.checkpoint.load import consolidate, load_checkpoint
 from lightning_largescale.checkpoint.optimizers import (
     indexed_optimizer_state,
     load_optimizer_state,
@@ -16,6 +16,7 @@ from lightning_largescale.checkpoint.whole import (
 
 __all__ = [
     "check_writable",
+    "consolidate",
     "full_module_state",
     "full_optimizer_state",
     "indexed_optimizer_state",

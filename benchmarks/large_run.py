@@ -1,6 +1,6 @@
-"""Builds, loads, saves and resumes a model of a size that memory shows; what `test_large.py` starts.
+"""Builds, loads, saves and resumes a model of a size that memory shows, on two ranks; what `large.py` and tests start.
 
-python large_run.py WHAT PLAN_JSON FOLDER
+    python benchmarks/large_run.py WHAT PLAN_JSON FOLDER
 
 WHAT is "build", "load" (weights in FOLDER), "save" (a checkpoint into FOLDER) or "resume" (from there). Each rank
 prints a line of JSON: the bytes of its shards, its largest blocks, and what memory it took above what it had before.
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -35,8 +38,36 @@ def build(size: str) -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES[size], **fields))
 
 
+def write_weights(folder: Path, kind: str) -> None:
+    """Two billion parameters of bfloat16: three files of safetensors with an index, or one of torch."""
+    with torch.device("meta"):
+        empty = build("large").state_dict()
+    values = {name: (torch.arange(one.numel()) % 251).to(torch.bfloat16).view(one.shape) for name, one in empty.items()}
+    if kind == "torch":
+        torch.save({"state_dict": values}, folder / "a.ckpt")
+        return
+    names = list(values)
+    files = {f"model-{number}.safetensors": names[number::3] for number in range(3)}
+    for file, own in files.items():
+        save_file({name: values[name] for name in own}, folder / file)
+    index = {"weight_map": {name: file for file, own in files.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def run(what: str, plan: dict[str, Any], folder: Path) -> list[dict[str, int]]:
+    """What each of two ranks has measured, in processes of their own."""
+    command = [sys.executable, __file__, what, json.dumps(plan), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return [json.loads(part) for part in done.stdout.replace("DONE ", "\nDONE ").split("\nDONE ")[1:]]
+
+
 class Model(LightningModule):
-    def __init__(self, size: str):
+    """A LLaMA that is built where Lightning asks for it."""
+
+    def __init__(self, size: str) -> None:
         super().__init__()
         self.size, self.model = size, None
 
