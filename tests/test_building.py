@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
+import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family
+from families import FAMILIES, Family, Samples
 from lightning.pytorch import LightningModule
 from models import DIM, VOCAB, Block, Language, SaveLast, Tokens, divided_loader, trainer
 from ranks import quiet
@@ -15,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -84,6 +87,51 @@ def test_numbers_of_a_plain_construction(two, name):
         for found in two.run(built, name, plan, 2):
             assert_built_alike(found, expected)
             assert found[2]
+
+
+def chosen(budget):
+    """The same under a plan that was chosen, and whether that divides."""
+    torch.manual_seed(SEED)
+    model = Late("gpt2")
+    strategy = LargeScaleAutoStrategy(memory_budget=budget)
+    trainer(strategy, devices=2, max_steps=1).fit(model)
+    return (model.built, model.drawn, model.divided, model.losses), strategy.plan.shards
+
+
+def test_a_plan_that_is_chosen_when_all_is_known(two):
+    expected = built("gpt2", None, 1)
+    for found, shards in two.run(chosen, None):
+        assert_built_alike(found, expected)
+        assert bool(found[2]) == shards
+
+
+class FromData(Late):
+    """Takes sizes and values from data, and draws by other generators."""
+
+    def configure_model(self):
+        super().configure_model()
+        sample = Samples(self.name)[0]["input_ids"]
+        self.scale = nn.Parameter(torch.from_numpy(np.full(int(sample.max()), 0.5, dtype=np.float32)))
+        self.drawn_elsewhere = random.random(), float(np.random.rand())
+        self.first = nn.Parameter(sample.float(), requires_grad=False)
+
+
+def from_data(plan, devices):
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    model = FromData("gpt2")
+    made = trainer(Watched(plan) if plan else "auto", devices=devices, max_steps=1)
+    made.fit(model)
+    assert plan is None or made.strategy.without
+    return model.built, model.drawn_elsewhere, (random.random(), float(np.random.rand()))
+
+
+def test_a_construction_that_reads_data(two):
+    expected = from_data(None, 1)
+    for found in two.run(from_data, Plan(dp_shard=2), 2):
+        assert all(torch.equal(found[0][name], value) for name, value in expected[0].items())
+        assert found[1:] == expected[1:]
 
 
 class Body(nn.Module):
