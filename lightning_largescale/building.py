@@ -25,7 +25,7 @@ from lightning_largescale.parallel.materialize import (
     find_unmade,
     materialize,
 )
-from lightning_largescale.sample import random_state_kept
+from lightning_largescale.sample import random_state_now
 
 
 class BuildingStrategy(DividingStrategy, ABC):
@@ -61,15 +61,12 @@ class BuildingStrategy(DividingStrategy, ABC):
             self._recording = self._recording or Recording()
             module = self.lightning_module if self._configures_model else None
             before = None if module is None else _attributes(module)
-            kept = contextlib.ExitStack()
-            kept.enter_context(random_state_kept())
+            draw_again = random_state_now()
             try:
                 with self._recording.record():
                     yield
-                # What the code has drawn besides, from other generators, it has drawn.
-                kept.pop_all()
             except DeferredError as error:
-                kept.close()
+                draw_again()
                 self._recording = None
                 if module is None or before is None:
                     raise

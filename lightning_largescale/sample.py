@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -154,10 +154,20 @@ def _has_length(loader: Any) -> bool:
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     """Within, random numbers may be drawn from Python, numpy and torch (CPU); after, it is as if none had been."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    put_back = random_state_now()
     try:
         yield
     finally:
+        put_back()
+
+
+def random_state_now() -> Callable[[], None]:
+    """What makes the generators of Python, numpy and torch (CPU) draw again what they draw from now on."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+
+    return put_back
