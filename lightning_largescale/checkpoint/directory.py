@@ -142,7 +142,7 @@ class _SavePlanner(DefaultSavePlanner):
         return self._boxes[index.fqn, index.offset]
 
     def _writes(self, name: str, tensor: Tensor) -> Iterator[WriteItem]:
-        properties = TensorProperties.create_from_tensor(tensor)
+        properties = TensorProperties(dtype=tensor.dtype)
         for piece in pieces_of(tensor):
             for box in in_boxes(piece, _BOX_BYTES):
                 chunk = _chunk(box)
@@ -283,7 +283,7 @@ def _as_lists(value: Any) -> Any:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -130,6 +130,11 @@ def test_it_replaces_what_was_there(two, tmp_path):
     shutil.copytree(path, left)
     two.run(overwrite, path)
     assert [one.name for one in tmp_path.iterdir()] == ["a.ckpt"]
+    # A link, as ModelCheckpoint makes of the last, is replaced and what it leads to stays.
+    (tmp_path / "last.ckpt").symlink_to(path)
+    two.run(overwrite, tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").is_symlink()
+    assert read_checkpoint(path)["global_step"] == STEPS
 
 
 def save_in_place_of(path):
