@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -43,11 +45,14 @@ def assert_same_bits(ours: Tensor, plain: Tensor, name: object = "") -> None:
 def values_of(recording: Recording, tensors: dict[str, Tensor], *, random: bool = True) -> dict[str, Tensor]:
     """The values of all of `tensors`, held or not."""
     values = {name: one.detach() for name, one in tensors.items() if not recording.holds(one)}
-    takers = [
-        (one, lambda value, name=name: values.__setitem__(name, value))
-        for name, one in tensors.items()
-        if name not in values
-    ]
+
+    def take(name, one, value):
+        if not isinstance(value, Tensor):
+            source, value = value, torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cpu")
+            source.read(value)
+        values[name] = value
+
+    takers = [(one, partial(take, name, one)) for name, one in tensors.items() if name not in values]
     recording.replay(takers, random=random)
     return values
 

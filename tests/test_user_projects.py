@@ -67,6 +67,8 @@ ALIKE = {
     "text_classifier",
     "vae",
 }
+# Those that take longest, beside the ones for every day.
+LONG = {"gan", "lstm", "unet"}
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +123,7 @@ def cases():
     """Sharded every day, but for what another project goes through as well; all else is in the slow ones."""
     for project in PROJECTS:
         for strategy in STRATEGIES:
-            daily = strategy == "largescale_fsdp" and project not in ALIKE
+            daily = strategy == "largescale_fsdp" and project not in ALIKE | LONG
             yield pytest.param(project, strategy, marks=[] if daily else [pytest.mark.slow])
 
 

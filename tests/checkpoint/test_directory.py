@@ -204,6 +204,29 @@ def test_of_another_model(two, written):
         assert 'Unexpected key(s) in state_dict: "_extra_state", "normal.weight"' in told
 
 
+class Momentum(Noted):
+    def configure_optimizers(self):
+        made = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [made, torch.optim.SGD([self.position], lr=0.1)] if self.both else made
+
+
+def resume_with_another_optimizer(path, both):
+    model = Momentum()
+    model.both, model.automatic_optimization = both, not both
+    try:
+        trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=STEPS).fit(model, ckpt_path=path)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def test_of_another_optimizer(two, written):
+    for told in two.run(resume_with_another_optimizer, written[0], False):
+        assert "so it is no SGD; make one of the same class in configure_optimizers, or load the weights alone" in told
+    for told in two.run(resume_with_another_optimizer, written[0], True):
+        assert "has the state of 1 optimizers and configure_optimizers made 2" in told
+
+
 def write_remotely(plan):
     write("memory://folder/a.ckpt", plan)
     files = fsspec.filesystem("memory").find("/folder")

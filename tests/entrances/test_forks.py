@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Language, trainer
+from models import Language, read_checkpoint, trainer
 from ranks import quiet
 from torch import nn
 
@@ -48,6 +48,6 @@ def test_after_forks_the_parent_has_what_they_trained(monkeypatch, tmp_path, pla
         torch.testing.assert_close(parameter, expected.get_parameter(name), rtol=1e-3, atol=2e-3)
     assert {"loss", "val_loss"} <= run.callback_metrics.keys()
     assert os.path.dirname(keep.best_model_path) == str(tmp_path / "ours")
-    saved = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
+    saved = read_checkpoint(keep.best_model_path)["state_dict"]
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())

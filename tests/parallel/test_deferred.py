@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from ranks import mesh_of
 from recorded import Built, assert_same_bits, assert_same_construction, tensors_of, values_of
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from lightning_largescale.parallel.deferred import DeferredError, Recording, carry
+from lightning_largescale.parallel.deferred import DeferredError, Recording, carry, portions
+from lightning_largescale.parallel.order import full
+from lightning_largescale.parallel.rows import Rows, mark_rows
 
 EVERYDAY = ("gpt2", "t5", "torch", "attention")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in EVERYDAY]
@@ -590,3 +594,88 @@ def test_no_graphs_are_kept():
         del product
     assert [reference() for reference in saved] == [None, None]
     assert recording.holds(weight)
+
+
+@pytest.fixture
+def small_portions(monkeypatch):
+    monkeypatch.setattr(portions, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(portions, "PORTION", 64)
+
+
+def large(kind, shape, dtype=torch.float32):
+    """A module with a large draw, one that is of no use any more, and a small one."""
+    module = nn.Module()
+    values = torch.empty(shape, dtype=dtype)
+    module.first = nn.Parameter(values.normal_(1, 2) if kind == "normal" else values.uniform_(-1, 3))
+    module.again = torch.randn(999)
+    module.again.normal_()
+    module.then = torch.rand(3)
+    return module
+
+
+def recorded_large(*args):
+    torch.manual_seed(7)
+    recording = Recording()
+    with recording.record():
+        return recording, large(*args)
+
+
+CASES = [((37, 11), torch.float32), ((400,), torch.float64), ((8, 4, 16), torch.float32), ((401, 2), torch.float32)]
+
+
+@pytest.mark.usefixtures("small_portions")
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_large_draws_in_portions(kind, shape, dtype):
+    torch.manual_seed(7)
+    plain = large(kind, shape, dtype)
+    after = torch.get_rng_state()
+    whole = torch.empty(shape, dtype=dtype)
+    some = mark_rows(torch.empty(shape[0] - 5, *shape[1:], dtype=dtype), Rows(shape[0], 5))
+    for out in (whole, some, None):
+        recording, module = recorded_large(kind, shape, dtype)
+        given, then = [], []
+
+        def take(values, given=given, out=out):
+            given.append(values)
+            if out is not None:
+                values.read(out)
+
+        recording.replay([(module.first, take), (module.then, lambda value, then=then: then.append(value.clone()))])
+        assert isinstance(given[0], portions.Portions)
+        assert torch.equal(then[0], plain.then)
+        assert torch.equal(torch.get_rng_state(), after)
+    assert_same_bits(whole, plain.first)
+    assert_same_bits(some, plain.first[5:])
+
+
+def columns():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portions, "LARGE_BYTES", 1000)
+        patch.setattr(portions, "PORTION", 64)
+        return drawn_columns()
+
+
+def drawn_columns():
+    recording, module = recorded_large("normal", (30, 24))
+    part = DTensor.from_local(torch.empty(30, 12), mesh_of((2,)), [Shard(1)], shape=(30, 24), stride=(24, 1))
+    recording.replay([(module.first, lambda values: values.read(part))])
+    torch.manual_seed(7)
+    return torch.equal(full(part), large("normal", (30, 24)).first)
+
+
+def test_large_draws_of_which_ranks_keep_columns(two):
+    assert two.run(columns) == [True, True]
+
+
+@pytest.mark.usefixtures("small_portions")
+def test_what_is_used_again_is_drawn_whole():
+    def build():
+        module = nn.Linear(40, 20)
+        nn.init.normal_(module.weight)
+        module.scaled = module.weight.detach() * 2
+        module.other = nn.Parameter(torch.randn(500))
+        module.tied = module.other
+        return module
+
+    assert_same_construction(build)

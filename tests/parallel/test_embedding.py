@@ -283,14 +283,20 @@ LARGE_ROWS, LARGE_DIM = 20_000_000, 32
 
 
 class Large(Recommender):
-    """One row that stands for all of them until it is divided, as a table would that is too large for a rank."""
+    """With a table too large for a rank: built late, or one row that stands for all of them until it is divided."""
 
-    def __init__(self):
+    def __init__(self, late):
         super().__init__("SparseAdam")
-        self.users = nn.Embedding.from_pretrained(
-            torch.zeros(1, LARGE_DIM).expand(LARGE_ROWS, LARGE_DIM), freeze=False, sparse=True
-        )
+        self.late = late
+        if not late:
+            self.users = nn.Embedding.from_pretrained(
+                torch.zeros(1, LARGE_DIM).expand(LARGE_ROWS, LARGE_DIM), freeze=False, sparse=True
+            )
         self.blocks = nn.Sequential(nn.Linear(LARGE_DIM + DIM, 2 * DIM), nn.ReLU())
+
+    def configure_model(self):
+        if self.late:
+            self.users = nn.Embedding(LARGE_ROWS, LARGE_DIM, sparse=True)
 
     def configure_optimizers(self):
         dense = [p for p in self.parameters() if p is not self.users.weight and p is not self.words.weight]
@@ -302,19 +308,20 @@ def resident(line):
         return next(int(one.split()[1]) * 1024 for one in status if one.startswith(line))
 
 
-def train_large():
+def train_large(late):
     before = resident("VmRSS")
-    model = Large()
+    model = Large(late)
     run = trainer(LargeScaleStrategy(REPLICATED), devices=2, max_steps=5)
     run.fit(model)
     return resident("VmHWM") - before, model.users.weight.nbytes, model.losses
 
 
 @pytest.mark.slow
-def test_no_rank_needs_more_than_its_rows():
+@pytest.mark.parametrize("late", [True, False])
+def test_no_rank_needs_more_than_its_rows(late):
     table_bytes = 4 * LARGE_ROWS * LARGE_DIM
     with ranks(2) as own:
-        for peak, rows, losses in own.run(train_large):
+        for peak, rows, losses in own.run(train_large, late):
             assert rows == table_bytes // 2
             assert peak < table_bytes // 2 + 160 * 2**20
             assert len(losses) == 3

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred.draws import Course, DeferredError
+from lightning_largescale.parallel.deferred.portions import Portions, in_portions
 from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, Step, Tape, assigned
 
 Keep = Callable[[Cell, torch.UntypedStorage], None]
@@ -72,6 +73,9 @@ class _Run:
     def step(self, step: Step) -> None:
         operation = self._tape.operations[step.place] if step.place >= 0 else None
         if step.runs and operation is not None:
+            if (target := in_portions(operation)) is not None and self._goes_at_once(step, target):
+                self._draw_in_portions(step, operation, target)
+                return
             unused = {cell for cell in step.frees if all(held.cell is not cell for held, _ in step.takers)}
             self._operate(operation, unused)
         for cell in step.loads:
@@ -86,6 +90,24 @@ class _Run:
             storage = self._storages.pop(cell, None)
             if self._keep is not None and storage is not None and cell in step.whole and cell.last <= step.place:
                 self._keep(cell, storage)
+
+    def _goes_at_once(self, step: Step, target: Held) -> bool:
+        """Whether what a draw fills is asked for by one taker at most, whole, and then by nobody."""
+        alone = len(step.takers) <= 1 and all(held.is_same(target) for held, _ in step.takers)
+        return alone and not step.loads and target.cell in step.frees and self._keep is None
+
+    def _draw_in_portions(self, step: Step, operation: Operation, target: Held) -> None:
+        draw = operation.draw
+        if draw is None:
+            raise DeferredError(f"{operation.func} was recorded without a draw")
+        values = Portions(target, lambda out: operation.func(out, *operation.args[1:], **operation.kwargs))
+        self.course.before(draw)
+        for _, taker in step.takers:
+            taker(values)
+        values.finish()
+        self.course.after(draw)
+        for cell in step.frees:
+            self._storages.pop(cell, None)
 
     def _tensor(self, held: Held) -> Tensor:
         storage = self._storages.get(held.cell)

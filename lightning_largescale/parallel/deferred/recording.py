@@ -110,7 +110,8 @@ class Recording:
         Args:
             takers: tensors that are held, each with what is called once with its values: a tensor on the CPU of its
                 shape, strides and dtype, which is not to be written into and is freed unless kept; or the source
-                itself, unread, where that is what was assigned to it last.
+                itself, unread, where that is what was assigned to it last; what stands for a large draw likewise is to
+                be read once, there and then.
             random: make all draws, and leave generators as the plain construction does, those whose state is no longer
                 the one at which recording began left alone. If False, draws are made as far as values need them, and
                 generators are put back.

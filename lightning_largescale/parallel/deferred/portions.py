@@ -1,0 +1,95 @@
+"""Large draws, a portion at a time: a table of many gigabytes is never whole where each rank keeps some of its rows.
+
+The numbers are those of one draw: torch's generator on the CPU gives them in order, normal ones in blocks of 16.
+
+Source: torch's `normal_fill` of aten/src/ATen/native/cpu/DistributionTemplates.h, whose blocks these are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_largescale.parallel.deferred.tape import Held, Operation
+from lightning_largescale.parallel.pieces import Piece, pieces_of
+
+# Draws of more bytes are made in portions, of this many elements: a multiple of the blocks of normal numbers.
+LARGE_BYTES, PORTION = 64 * 2**20, 4 * 2**20
+_DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+_DTYPES = (torch.float32, torch.float64)
+
+
+def in_portions(operation: Operation) -> Held | None:
+    """What `operation` draws, if it does so into all of a large tensor and can do it a portion at a time."""
+    if operation.func not in _DRAWS or operation.grad is not None:
+        return None
+    target = operation.args[0]
+    whole = isinstance(target, Held) and target.span == (0, target.cell.nbytes) and target.stride == _strides(target)
+    large = whole and target.cell.nbytes > LARGE_BYTES and target.dtype in _DTYPES
+    return target if large and not (target.conjugate or target.negative) else None
+
+
+class Portions:
+    """The values of a large draw, for which a source passes: made when they are read, once.
+
+    Args:
+        target: what is drawn.
+        draw: draws into a tensor.
+    """
+
+    def __init__(self, target: Held, draw: Callable[[Tensor], Any]) -> None:
+        self._target, self._draw = target, draw
+        self._drawn = False
+
+    def read(self, out: Tensor) -> None:
+        """Draw, and write into `out`, a whole tensor or some rows of it, what this rank has."""
+        pieces = pieces_of(out)
+        self._drawn = True
+        if not all(self._is_rows(piece) for piece in pieces):
+            whole = torch.empty(self._target.size, dtype=self._target.dtype, device="cpu")
+            self._draw(whole)
+            for piece in pieces:
+                box = zip(piece.offsets, piece.values.shape, strict=True)
+                piece.values.copy_(whole[tuple(slice(start, start + size) for start, size in box)])
+            return
+        row = math.prod(self._target.size[1:])
+        kept = [(piece.offsets[0] * row, piece.values.view(-1)) for piece in pieces]
+        for start, portion in self._portions():
+            for first, values in kept:
+                low, high = max(first, start), min(first + len(values), start + len(portion))
+                if low < high:
+                    values[low - first : high - first].copy_(portion[low - start : high - start])
+
+    def finish(self) -> None:
+        """Draw, if nobody has: the generator moves on all the same."""
+        if not self._drawn:
+            for _ in self._portions():
+                pass
+
+    def _portions(self) -> Iterator[tuple[int, Tensor]]:
+        """Stretches of the flat tensor, each with its first element.
+
+        The last is longer: where its last block is not full, torch draws the last 16 numbers anew.
+        """
+        count = math.prod(self._target.size)
+        start = 0
+        while start < count:
+            length = PORTION if count - start >= 2 * PORTION else count - start
+            portion = torch.empty(length, dtype=self._target.dtype, device="cpu")
+            self._draw(portion)
+            yield start, portion
+            start += length
+
+    def _is_rows(self, piece: Piece) -> bool:
+        """Whether a piece is of whole rows, one after the other in memory."""
+        inner = (*piece.values.shape[1:],) == self._target.size[1:]
+        return bool(piece.offsets) and inner and not any(piece.offsets[1:]) and piece.values.is_contiguous()
+
+
+def _strides(held: Held) -> tuple[int, ...]:
+    """Of a contiguous tensor of its size."""
+    return torch.empty(held.size, device="meta").stride()
