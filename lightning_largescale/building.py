@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -22,9 +21,12 @@ from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.materialize import (
     Unmade,
     agree_on_values,
+    fill,
     find_unmade,
+    make_again,
     materialize,
 )
+from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.sample import random_state_now
 
 
@@ -33,14 +35,15 @@ class BuildingStrategy(DividingStrategy, ABC):
 
     _weights: Weights | None = None
     # Of what was built, or loaded, without values.
-    _recording: Recording | None = None
+    _recordings: tuple[Recording, ...] = ()
     _unmade: Unmade | None = None
     # What a checkpoint has for a module without values, and whether all of it is to be there.
     _to_load: tuple[Mapping[str, Any], bool] | None = None
-    # What the files that were given have for it.
+    # Names that a checkpoint has for the module, and what the files that were given have for the others.
+    _checkpointed: Collection[str] = ()
     _to_read: Mapping[str, Tensor] = {}
-    # The module that has its weights, of a checkpoint if not of the files that were given.
-    _loaded: nn.Module | None = None
+    # The module that has read these files.
+    _has_read: nn.Module | None = None
 
     @contextlib.contextmanager
     @override
@@ -58,23 +61,30 @@ class BuildingStrategy(DividingStrategy, ABC):
             if not (self._may_divide and (self._configures_model or empty_init)):
                 yield
                 return
-            self._recording = self._recording or Recording()
             module = self.lightning_module if self._configures_model else None
-            before = None if module is None else _attributes(module)
+            unmade = None if module is None else self._find_unmade()
+            # What goes on with a module that was recorded is of the same recording.
+            known = unmade.recordings if unmade is not None else []
+            recording = known[0] if len(known) == 1 else Recording()
+            if recording not in known:
+                self._recordings = (*self._recordings, recording)
+            before = [] if module is None else _attributes(module)
             draw_again = random_state_now()
             try:
-                with self._recording.record():
+                with recording.record():
                     yield
             except DeferredError as error:
                 draw_again()
-                self._recording = None
-                if module is None or before is None:
+                if module is None:
                     raise
                 rank_zero_info(
                     f"lightning_largescale: {error}, so configure_model is run in each process with all its values."
                 )
-                vars(module).clear()
-                vars(module).update(before)
+                for part, attributes in before:
+                    vars(part).clear()
+                    vars(part).update(attributes)
+                if unmade is not None:
+                    self._make_all(unmade)
                 module.configure_model()
 
     @property
@@ -86,58 +96,81 @@ class BuildingStrategy(DividingStrategy, ABC):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the module's weights; into one without values once it has its parts."""
-        module = self._module()
-        self._loaded = module
-        if sharded_state(module) is None and self._find_unmade() is not None:
+        self._checkpointed = frozenset(checkpoint["state_dict"])
+        if sharded_state(self._module()) is None and self._find_unmade() is not None:
             self._to_load = checkpoint["state_dict"], strict
             return
         super().load_model_state_dict(checkpoint, strict)
 
+    def make_all(self) -> None:
+        """Give the module, where it has none, all of its values in this process."""
+        if (unmade := self._find_unmade()) is not None:
+            self._make_all(unmade)
+
+    def _make_all(self, unmade: Unmade) -> None:
+        materialize(self._module(), unmade, torch.device("cpu"))
+        self._recordings = tuple(one for one in self._recordings if one not in unmade.recordings)
+
     def _find_unmade(self) -> Unmade | None:
-        return find_unmade(self._module(), self._recording)
+        return find_unmade(self._module(), self._recordings)
 
     def _recorded(self) -> contextlib.AbstractContextManager[None]:
         """Within, changes to a module without values are recorded."""
-        if self._recording is None or self._find_unmade() is None:
+        unmade = self._find_unmade()
+        if unmade is None:
             return contextlib.nullcontext()
-        return self._recording.record()
+        if len(unmade.recordings) == 1:
+            return unmade.recordings[0].record()
+        # A change may be to what stands in several recordings, or in files.
+        self._make_all(unmade)
+        return contextlib.nullcontext()
 
     def _prepare_values(self) -> None:
-        """Find what the module has no values of, before it is divided: a collective where there are others."""
+        """Find what the module has no values of, before it is divided: a collective where it may be."""
         module = self._module()
         # Before anything is changed, so that what does not fit is told of the user's own class.
-        weights = None if module is self._loaded else self._weights
-        self._to_read = read_weights(module, weights, strict=module.strict_loading)
+        weights = None if module is self._has_read else self._weights
+        self._to_read = read_weights(module, weights, strict=module.strict_loading, without=self._checkpointed)
+        self._checkpointed = ()
         self._unmade = self._find_unmade()
-        if self._unmade is not None and self.has_peers and not agree_on_values(self._unmade):
+        if self._may_divide and not agree_on_values(self._unmade):
             rank_zero_info(
                 "lightning_largescale: configure_model draws or builds other tensors on some ranks, so each makes all"
                 " of the module, and rank 0's counts."
             )
-            materialize(module, self._unmade, torch.device("cpu"))
-            self._unmade = self._recording = None
+            if self._unmade is not None:
+                self._make_all(self._unmade)
+            self._unmade = None
 
     def _make_values(self) -> None:
         """Give the module, divided or not, the values that it has not."""
         module, unmade = self._module(), self._unmade
-        weights, self._to_read = self._to_read, {}
+        state, strict = self._to_load or ({}, True)
+        stored = {name: one for name, one in state.items() if isinstance(one, Stored)}
         if unmade is not None:
-            loaded = {} if self._to_load is None else self._to_load[0]
-            given = [name for name in unmade.tensors if name in weights or name in loaded]
+            given = [name for name in unmade.tensors if name in self._to_read or name in stored]
             materialize(module, unmade, self.root_device, given=given, random=not given)
-        self._loaded = module
-        self._unmade = self._recording = None
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        with torch.no_grad():
-            for name, stored in weights.items():
-                tensors[name].copy_(stored)
+        fill(module, self._to_read)
         if self._to_load is not None:
-            state, strict = self._to_load
-            self._to_load = None
             module.load_state_dict(state, strict=strict)
+            # Not all that a state has is taken where hooks leave some out.
+            left = [name for name, one in stored.items() if not one.was_read and name not in self._to_read]
+            if unmade is not None and left:
+                make_again(module, unmade, left)
+        if unmade is not None:
+            self._recordings = tuple(one for one in self._recordings if one not in unmade.recordings)
+        self._has_read = module
+        self._forget_values()
+
+    def _forget_values(self) -> None:
+        """Leave nothing for the next module of what was found for this one."""
+        self._unmade, self._to_load, self._to_read, self._checkpointed = None, None, {}, ()
 
 
-def _attributes(module: LightningModule) -> dict[str, Any]:
-    """What `module` has, and what it registers, to be put back."""
+def _attributes(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """What all parts of `module` have, and what they register, to be put back."""
     kinds = (dict, list, set)
-    return {name: copy.copy(value) if isinstance(value, kinds) else value for name, value in vars(module).items()}
+    return [
+        (part, {name: copy.copy(value) if isinstance(value, kinds) else value for name, value in vars(part).items()})
+        for part in module.modules()
+    ]

@@ -152,6 +152,10 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         """Load what rank 0 handed over; a model that `configure_model` builds is built here first, to hold it."""
         if worker_output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):
             trainer.lightning_module.configure_model()
+        strategy: Any = trainer.strategy
+        # What was built without values before the fork has none here either.
+        if worker_output.weights_path is not None:
+            strategy.make_all()
         super()._recover_results_in_main_process(worker_output, trainer)
 
 

@@ -152,8 +152,9 @@ class StatefulStrategy(ConnectedStrategy):
                 f"the checkpoint has the state of {len(states)} optimizers and configure_optimizers made"
                 f" {len(self.optimizers)}; make the same ones, or load the weights alone."
             )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            checkpoint.load_optimizer_state(optimizer, state, self._module())
+        kinds: Sequence[list[str]] = checkpoint.saved_kinds(checkpoint_) or [[] for _ in states]
+        for optimizer, state, saved in zip(self.optimizers, states, kinds, strict=True):
+            checkpoint.load_optimizer_state(optimizer, state, self._module(), kinds=saved)
         for adapted in self._adapted:
             adapted.divide_state()
 
@@ -175,9 +176,8 @@ class StatefulStrategy(ConnectedStrategy):
             return
         if storage_options is not None:
             raise PlanError("storage_options are for checkpoints that are files; leave them out, or save_full=True.")
-        path = Path(self.broadcast(str(filepath)))
-        checkpoint.check_writable(path)
-        checkpoint.save_directory(checkpoint_, path)
+        optimizers = [checkpoint.kinds_of(optimizer) for optimizer in self.optimizers]
+        checkpoint.save_directory(checkpoint_, Path(self.broadcast(str(filepath))), optimizers=optimizers)
 
     def _whole_checkpoint(self, checkpoint_: dict[str, Any]) -> dict[str, Any]:
         """`checkpoint_` with full tensors, and optimizer states as torch has them: a collective."""

@@ -326,6 +326,7 @@ class LargeScaleStrategy(BuildingStrategy):
         """Leave the module as it was, but for its weights; what is sharded stays sharded, on its device."""
         self._uneven = None
         self._replica = None
+        self._forget_values()
         self._known = None
         self._tensor_mesh = None
         self._converted_by = None

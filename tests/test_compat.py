@@ -702,6 +702,12 @@ def test_returns_tensors():
     assert [compat.returns_tensors(kind) for kind in kinds] == [True, True, True, False, False]
 
 
+def test_returns_views():
+    aten = torch.ops.aten
+    kinds = [aten.select.int, aten.split.Tensor, aten.detach.default, aten.add.Tensor, aten.add_.Tensor]
+    assert [compat.returns_views(kind) for kind in kinds] == [True, True, True, False, False]
+
+
 class Generators(compat.DispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.key = compat.generator_key(kwargs["generator"])

@@ -1,12 +1,14 @@
 """Checkpoints that do not know the plan: written under one, read under any other and by stock Lightning."""
 
-from lightning_largescale.checkpoint.directory import check_writable, load_directory, save_directory
+from lightning_largescale.checkpoint.directory import load_directory, save_directory
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, load_file
 from lightning_largescale.checkpoint.load import consolidate, load_checkpoint
 from lightning_largescale.checkpoint.optimizers import (
     indexed_optimizer_state,
+    kinds_of,
     load_optimizer_state,
     named_optimizer_state,
+    saved_kinds,
 )
 from lightning_largescale.checkpoint.whole import (
     full_module_state,
@@ -15,18 +17,19 @@ from lightning_largescale.checkpoint.whole import (
 )
 
 __all__ = [
-    "check_writable",
     "consolidate",
     "full_module_state",
     "full_optimizer_state",
     "indexed_optimizer_state",
     "is_mappable",
     "is_remote",
+    "kinds_of",
     "load_checkpoint",
     "load_directory",
     "load_file",
     "load_optimizer_state",
     "named_optimizer_state",
     "save_directory",
+    "saved_kinds",
     "whole_everywhere",
 ]

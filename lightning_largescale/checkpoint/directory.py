@@ -13,7 +13,7 @@ import io
 import pickle
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,23 @@ _STATE, _OPTIMIZERS, _OPTIMIZER = "state_dict", "optimizer_states", "optimizer_"
 # Divided tensors that callbacks and hooks have put elsewhere in a checkpoint, and what stands there in their place.
 _OTHERS, _TAKEN_OUT = "tensors", "lightning_largescale.tensor"
 _REST, _METADATA = "meta.pt", ".metadata"
+# Beside the rest: the states with names of tensors in their places, since torch keeps no empty containers and makes
+# text of all keys; and what the optimizers are.
+EXTRA, _STATES, OPTIMIZERS = "lightning_largescale", "states", "optimizers"
 # Bytes of a tensor that are written, and so read again, in one.
 _BOX_BYTES = 64 * 2**20
+# What the description of a directory is made of, beside dtypes and torch.distributed.checkpoint.metadata.
+_OF_METADATA = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+}
+# Directories on their way in, and out.
+_HIDDEN = ("unfinished", "replaced")
 
 
-def save_directory(checkpoint: Mapping[str, Any], path: Path) -> None:
+def save_directory(checkpoint: Mapping[str, Any], path: Path, *, optimizers: Sequence[Sequence[str]] = ()) -> None:
     """Write `checkpoint`, whose tensors may be divided, into a directory: a collective.
 
     It is written beside `path` and takes its name when it is whole; what had the name before is removed then.
@@ -68,35 +80,41 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path) -> None:
         checkpoint: as Lightning makes it, its optimizer states by names of parameters; the same on all ranks, but for
             the parts of tensors. What is not divided is rank 0's.
         path: on a file system that all ranks share, equal on all.
+        optimizers: names of the classes of each optimizer.
+
+    Raises:
+        PlanError: `path` is a folder of something else, or rank 0 fails to write there.
     """
-    first = dist.get_rank() == 0
     others: dict[str, Tensor] = {}
     rest = {key: value for key, value in checkpoint.items() if key not in (_STATE, _OPTIMIZERS)}
     rest = _taken_out(rest, (), others)
-    states: dict[str, Any] = {_STATE: checkpoint.get(_STATE, {}), _OTHERS: others}
+    states: dict[str, Any] = {_STATE: checkpoint.get(_STATE, {})}
     states |= {f"{_OPTIMIZER}{index}": state for index, state in enumerate(checkpoint.get(_OPTIMIZERS, ()))}
-    # Callbacks look for checkpoints by parts of names, which this one must not have.
-    unfinished = path.with_name(f".unfinished-{zlib.crc32(path.name.encode()):08x}")
-    if first:
-        _remove(unfinished)
+    rest[EXTRA] = {_STATES: _named(states, ()), OPTIMIZERS: [*map(list, optimizers)]}
+    # Callbacks look for checkpoints by parts of names, which these must not have.
+    unfinished, replaced = (path.with_name(f".{kind}-{zlib.crc32(path.name.encode()):08x}") for kind in _HIDDEN)
+
+    def begin() -> None:
+        _check_writable(path)
+        for left in (unfinished, replaced):
+            _remove(left)
         unfinished.mkdir(parents=True)
         torch.save(rest, unfinished / _REST)
-    dist.barrier()
-    save(states, storage_writer=FileSystemWriter(unfinished), planner=_SavePlanner())
-    if first:
-        _remove(path)
+
+    def end() -> None:
+        if path.exists() or path.is_symlink():
+            path.rename(replaced)
         unfinished.rename(path)
-    dist.barrier()
+        _remove(replaced)
 
-
-def check_writable(path: Path) -> None:
-    """Refuse to write a checkpoint in the place of other things.
-
-    Raises:
-        PlanError: `path` is a folder of something else.
-    """
-    if path.is_dir() and not (path / _METADATA).exists() and any(path.iterdir()):
-        raise PlanError(f"{str(path)!r} is a folder that is no checkpoint; give the checkpoint a path of its own.")
+    try:
+        _by_rank_zero(begin)
+        writer = FileSystemWriter(unfinished)
+        save({**states, _OTHERS: others}, storage_writer=writer, planner=_SavePlanner())
+        _by_rank_zero(end)
+    finally:
+        if dist.get_rank() == 0:
+            _remove(unfinished)
 
 
 def load_directory(path: Path, *, weights_only: bool | None = None, device: str = "cpu") -> dict[str, Any]:
@@ -112,14 +130,21 @@ def load_directory(path: Path, *, weights_only: bool | None = None, device: str 
     """
     directory = _Directory(path, weights_only=weights_only, device=device)
     checkpoint: dict[str, Any] = torch.load(path / _REST, map_location="cpu", weights_only=weights_only)
-    states = directory.states()
-    others = states.pop(_OTHERS, {})
-    checkpoint = _put_back(checkpoint, others)
+    extra = checkpoint.pop(EXTRA, {})
+    states = _put_back(extra[_STATES], directory.value) if _STATES in extra else directory.states()
+    checkpoint = _put_back(checkpoint, lambda name: directory.value(f"{_OTHERS}.{name}"))
     checkpoint[_STATE] = states.pop(_STATE, {})
     optimizers = sorted((key for key in states if key.startswith(_OPTIMIZER)), key=lambda key: int(key[10:]))
     if optimizers:
         checkpoint[_OPTIMIZERS] = [{"state": {}, **states[key]} for key in optimizers]
+    if extra.get(OPTIMIZERS):
+        checkpoint[EXTRA] = {OPTIMIZERS: extra[OPTIMIZERS]}
     return checkpoint
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is a checkpoint in a directory."""
+    return (path / _METADATA).is_file()
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -142,16 +167,16 @@ class _SavePlanner(DefaultSavePlanner):
         return self._boxes[index.fqn, index.offset]
 
     def _writes(self, name: str, tensor: Tensor) -> Iterator[WriteItem]:
-        properties = TensorProperties(dtype=tensor.dtype)
-        for piece in pieces_of(tensor):
-            for box in in_boxes(piece, _BOX_BYTES):
-                chunk = _chunk(box)
-                self._boxes[name, chunk.offsets] = box.values
-                yield WriteItem(
-                    index=MetadataIndex(name, chunk.offsets),
-                    type=WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=global_shape(tensor)),
-                )
+        shape, properties = global_shape(tensor), TensorProperties(dtype=tensor.dtype)
+        boxes = [box for piece in pieces_of(tensor) for box in in_boxes(piece, _BOX_BYTES)]
+        if 0 in shape and self.is_coordinator:
+            # A tensor without elements is there all the same.
+            boxes = [Piece((0,) * len(shape), torch.empty(shape, dtype=tensor.dtype))]
+        for box in boxes:
+            chunk = _chunk(box)
+            self._boxes[name, chunk.offsets] = box.values
+            data = TensorWriteData(chunk=chunk, properties=properties, size=shape)
+            yield WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -174,6 +199,19 @@ class _LoadPlanner(DefaultLoadPlanner):
         return
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but what tells of tensors: a pickle may call whatever it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "builtins" and name in ("dict", "list", "set", "tuple", "int", "str", "bytes", "slice"):
+            return super().find_class(module, name)
+        if (module, name) in _OF_METADATA or module in ("torch.distributed.checkpoint.metadata", "pathlib"):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which tells of no tensor")
+
+
 class _Directory:
     """A directory of torch.distributed.checkpoint.
 
@@ -190,7 +228,9 @@ class _Directory:
                 )
         self._reader = FileSystemReader(path)
         try:
-            self._metadata: Metadata = self._reader.read_metadata()
+            with (path / _METADATA).open("rb") as file:
+                unpickler = pickle.Unpickler if weights_only is False else _MetadataUnpickler
+                self._metadata: Metadata = unpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
             raise PlanError(
                 f"checkpoint {str(path)!r} has a damaged {_METADATA!r} ({error}); resume from another one."
@@ -199,12 +239,12 @@ class _Directory:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def states(self) -> dict[str, Any]:
-        """All that is in it, in nested dicts and lists as it was saved."""
+        """All that is in it, in nested dicts and lists, as far as torch has kept these."""
         paths: Mapping[str, tuple[str | int, ...]] = self._metadata.planner_data or {}
         found: dict[str, Any] = {}
         # In the order of the module; the other is that of who wrote what.
         for name in dict.fromkeys((*paths, *self._metadata.state_dict_metadata)):
-            _set(found, paths.get(name) or tuple(name.split(".", 1)), self._value(name))
+            _set(found, paths.get(name) or tuple(name.split(".", 1)), self.value(name))
         return {key: _as_lists(value) for key, value in found.items()}
 
     def _check_files(self) -> None:
@@ -220,7 +260,8 @@ class _Directory:
                     " resume from another one."
                 )
 
-    def _value(self, name: str) -> Any:
+    def value(self, name: str) -> Any:
+        """What is saved under a name: a tensor to be read later, or an object."""
         stored = self._metadata.state_dict_metadata[name]
         if isinstance(stored, BytesStorageMetadata):
             index = MetadataIndex(name)
@@ -256,14 +297,53 @@ def _taken_out(value: Any, path: tuple[str, ...], others: dict[str, Tensor]) -> 
     return value
 
 
-def _put_back(value: Any, others: Mapping[str, Any]) -> Any:
+def _named(value: Any, path: tuple[str, ...]) -> Any:
+    """`value` with the names under which torch saves them in the places of tensors."""
+    if isinstance(value, Tensor):
+        return {_TAKEN_OUT: ".".join(path)}
+    if isinstance(value, dict):
+        return {key: _named(one, (*path, str(key))) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_named(one, (*path, str(index))) for index, one in enumerate(value)]
+    return value
+
+
+def _put_back(value: Any, named: Callable[[str], Any]) -> Any:
+    """`value` with what `named` gives in the places of names."""
     if isinstance(value, dict):
         if value.keys() == {_TAKEN_OUT}:
-            return others[value[_TAKEN_OUT]]
-        return {key: _put_back(one, others) for key, one in value.items()} if others else value
-    if type(value) in (list, tuple) and others:
-        return type(value)(_put_back(one, others) for one in value)
+            return named(value[_TAKEN_OUT])
+        made = {key: _put_back(one, named) for key, one in value.items()}
+        return made if any(made[key] is not one for key, one in value.items()) else value
+    if type(value) in (list, tuple):
+        items = [_put_back(one, named) for one in value]
+        return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value
+
+
+def _by_rank_zero(function: Callable[[], None]) -> None:
+    """Have rank 0 do it, and no rank go on where it fails: a collective.
+
+    Raises:
+        PlanError: on the others, when rank 0 fails; there its own error is raised.
+    """
+    told: list[str | None] = [None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            function()
+        except Exception as error:
+            failure, told = error, [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[0] is not None:
+        raise PlanError(f"rank 0 could not write the checkpoint ({told[0]}).")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir() and not (path / _METADATA).exists() and any(path.iterdir()):
+        raise PlanError(f"{str(path)!r} is a folder that is no checkpoint; give the checkpoint a path of its own.")
 
 
 def _set(found: dict[Any, Any], path: Sequence[str | int], value: Any) -> None:

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_largescale.checkpoint.directory import EXTRA, OPTIMIZERS
 from lightning_largescale.checkpoint.files import listed
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import as_ordered, order_of
@@ -42,17 +44,37 @@ def named_optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, 
     return {**state, "state": values, "param_groups": groups}
 
 
-def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], module: nn.Module) -> None:
+def kinds_of(optimizer: Optimizer) -> list[str]:
+    """Names of the classes of `optimizer`, its own first: what it is known by in a checkpoint."""
+    inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    return [kind.__name__ for kind in type(inner).__mro__ if issubclass(kind, Optimizer) and kind is not Optimizer]
+
+
+def saved_kinds(checkpoint: Mapping[str, Any]) -> list[list[str]] | None:
+    """What `kinds_of` told of the optimizers whose states are in `checkpoint`; None where it does not say."""
+    kinds: list[list[str]] | None = checkpoint.get(EXTRA, {}).get(OPTIMIZERS)
+    return kinds
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, state: Mapping[str, Any], module: nn.Module, *, kinds: Sequence[str] = ()
+) -> None:
     """`optimizer.load_state_dict` of whole tensors, each rank taking its part without communication.
 
     Args:
         optimizer: over parameters of `module`, divided or not.
         state: by indices of parameters, or by their names in `module`.
         module: sharded, replicated or plain.
+        kinds: `kinds_of` the optimizer that was saved, if it is known.
 
     Raises:
         PlanError: it is of an optimizer of another kind, or with other groups.
     """
+    if kinds and not {*kinds} & {*kinds_of(optimizer)}:
+        raise PlanError(
+            f"the checkpoint's optimizer is {kinds[0]} and this is {kinds_of(optimizer)[0]}; make one of the same class"
+            " in configure_optimizers, or load the weights alone."
+        )
     _check_groups(optimizer, state["param_groups"])
     if any(isinstance(key, str) for group in state["param_groups"] for key in group["params"]):
         state = _indexed(optimizer, state, module)
@@ -116,7 +138,7 @@ def _check_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> N
         # A version of torch may know options that another does not; other optimizers lack some and have others.
         lacking, beside = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         # Schedulers leave the first value of what they change.
-        beside = [name for name in beside if not name.startswith(("initial_", "max_", "min_"))]
+        beside = [name for name in beside if not name.startswith(("initial_", "max_", "min_", "base_"))]
         if lacking and beside:
             raise PlanError(
                 f"the checkpoint's optimizer has {listed(beside)} and no {listed(lacking)}, so it is no {kind};"

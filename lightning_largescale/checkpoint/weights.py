@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,13 +30,16 @@ def check_weights(weights: object) -> None:
         )
 
 
-def read_weights(module: nn.Module, weights: Weights | None, *, strict: bool = True) -> dict[str, Tensor]:
+def read_weights(
+    module: nn.Module, weights: Weights | None, *, strict: bool = True, without: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Stored tensors for the parameters and buffers of `module`, by their first names; nothing is read yet.
 
     Args:
         module: with or without values, whole or divided.
         weights: of all of it, or of its parts by their names. None are none.
         strict: whether missing and unexpected names are refused; those of other shapes always are.
+        without: names of those that get their values elsewhere.
 
     Raises:
         PlanError: names or shapes are not those of the module; one error tells of all.
@@ -45,7 +48,9 @@ def read_weights(module: nn.Module, weights: Weights | None, *, strict: bool = T
     for prefix, path in (weights if isinstance(weights, Mapping) else {"": weights}).items():
         if path is not None:
             found |= _for_part(module, prefix, path, strict=strict)
-    return found
+    elsewhere = {id(tensor) for name, tensor in _saved_tensors(module).items() if name in without}
+    tensors = _saved_tensors(module)
+    return {name: one for name, one in found.items() if id(tensors[name]) not in elsewhere}
 
 
 def _for_part(module: nn.Module, prefix: str, path: str | Path, *, strict: bool) -> dict[str, Tensor]:

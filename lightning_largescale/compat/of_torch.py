@@ -324,6 +324,15 @@ def returns_tensors(function: Any) -> bool:
     return any("Tensor" in str(result.type) for result in function._schema.returns)
 
 
+def returns_views(function: Any) -> bool:
+    """Whether an operator returns what shares memory with its arguments and is not told to be one of these.
+
+    Replaced by a public `OpOverload.schema`.
+    """
+    results = function._schema.returns
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in results)
+
+
 def generator_key(generator: Any) -> int:
     """By which a generator is known, while it lives: operators are given another object for it each time.
 

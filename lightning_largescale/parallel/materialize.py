@@ -9,7 +9,7 @@ Source: torch.distributed.fsdp.fully_shard, which takes modules on the meta devi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from lightning_largescale.parallel.deferred import Recording
 from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.pieces import pieces_of
 from lightning_largescale.parallel.rows import mark_rows, rows_of
-from lightning_largescale.parallel.stored import stored_for
+from lightning_largescale.parallel.stored import Stored, forget_stored, stored_for
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 
@@ -39,25 +39,27 @@ class Unmade:
     """What of a module has no values yet.
 
     Attributes:
-        recording: of its construction, where it was recorded.
+        recordings: of its construction, where it was recorded.
         tensors: by name, as they were recorded: parameters and buffers, tied ones under their first name.
         others: the tensors that parts of the module have as plain attributes, or in lists and dicts of these.
     """
 
-    recording: Recording | None
+    recordings: list[Recording]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     others: list[Tensor] = field(default_factory=list)
 
 
-def find_unmade(module: nn.Module, recording: Recording | None) -> Unmade | None:
+def find_unmade(module: nn.Module, recordings: Iterable[Recording]) -> Unmade | None:
     """What of `module` was recorded, or loaded from files, and not made yet; None where all of it has values.
 
     Raises:
         PlanError: a parameter or buffer is on the meta device, and nobody knows its values.
     """
+    every = [*recordings]
 
     def known(tensor: Tensor) -> bool:
-        return stored_for(tensor) is not None or (recording is not None and recording.holds(tensor))
+        stored = tensor.is_meta and stored_for(tensor) is not None
+        return stored or any(recording.holds(tensor) for recording in every)
 
     tensors = {name: tensor for name, tensor in _named_tensors(module) if known(tensor)}
     others = {id(one): one for _, _, value in _attributes(module) for one in tensors_in(value) if known(one)}
@@ -67,19 +69,24 @@ def find_unmade(module: nn.Module, recording: Recording | None) -> Unmade | None
                 f"{name!r} is on the meta device, so it has no values; build the module with its values, or, where each"
                 " process is to make its part alone, in configure_model or in Trainer.init_module(empty_init=True)."
             )
-    return Unmade(recording=recording, tensors=tensors, others=[*others.values()]) if tensors or others else None
+    if not tensors and not others:
+        return None
+    found = [*tensors.values(), *others.values()]
+    used = [recording for recording in every if any(recording.holds(one) for one in found)]
+    return Unmade(recordings=used, tensors=tensors, others=[*others.values()])
 
 
-def agree_on_values(unmade: Unmade) -> bool:
+def agree_on_values(unmade: Unmade | None) -> bool:
     """Let all ranks make what rank 0 does, if they have recorded the same; whether they have: a collective."""
-    recording = unmade.recording
-    if recording is None:
-        return True
+    recordings = [] if unmade is None else unmade.recordings
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (recording.digest(), recording.random_state))
-    if any(digest != told[0][0] for digest, _ in told):
+    own = [(recording.digest(), recording.random_state) for recording in recordings]
+    dist.all_gather_object(told, (unmade is None, own))
+    digests = [(nothing, [digest for digest, _ in states]) for nothing, states in told]
+    if any(one != digests[0] for one in digests):
         return False
-    recording.random_state = told[0][1]
+    for recording, (_, state) in zip(recordings, told[0][1], strict=True):
+        recording.random_state = state
     return True
 
 
@@ -104,10 +111,32 @@ def materialize(
             take(None if name in given else stored_for(recorded))
         else:
             takers.append((recorded, take))
-    takers += [(one, partial(made.take, one)) for one in unmade.others]
-    if unmade.recording is not None:
-        unmade.recording.replay(takers, random=random)
+    # Attributes stay where the code that uses them has them.
+    takers += [(one, partial(made.take_all, one)) for one in unmade.others]
+    for recording in unmade.recordings:
+        recording.replay([(one, take) for one, take in takers if recording.holds(one)], random=random)
     _replace(module, made.tensors)
+
+
+def make_again(module: nn.Module, unmade: Unmade, names: Collection[str]) -> None:
+    """Give tensors of `module` that were only allocated the values of its construction."""
+    current = dict(_named_tensors(module))
+    for recording in unmade.recordings:
+        recording.replay(
+            [
+                (one, partial(_write, current[name]))
+                for name, one in unmade.tensors.items()
+                if name in names and recording.holds(one)
+            ],
+            random=False,
+        )
+
+
+def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write whole tensors, stored or not, into parameters and buffers of `module` by name, each rank its part."""
+    current = dict(_named_tensors(module))
+    for name, value in values.items():
+        _write(current[name], value)
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:
@@ -135,22 +164,31 @@ class _Made:
             self._gone = 0
             trim_heap()
         tensor = _empty(target, self._device)
-        if isinstance(values, Tensor):
-            _copy_own(values.detach(), tensor)
-            self._gone += values.nbytes
-        elif values is not None:
-            values.read(tensor)
+        if values is not None:
+            _write(tensor, values)
+            self._gone += values.nbytes if isinstance(values, Tensor) else 0
         if isinstance(target, nn.Parameter):
             parameter = nn.Parameter(tensor, requires_grad=target.requires_grad)
+            forget_stored(target)
             vars(parameter).update(vars(target))
             tensor = as_ordered(parameter, order_of(target))
         self.tensors[id(target)] = tensor
 
+    def take_all(self, target: Tensor, values: Any) -> None:
+        """The same on the CPU, of what is no parameter or buffer."""
+        whole = _empty(target, torch.device("cpu"))
+        _write(whole, values)
+        self.tensors[id(target)] = whole
 
-def _copy_own(whole: Tensor, tensor: Tensor) -> None:
+
+def _write(tensor: Tensor, values: Any) -> None:
+    """Write a whole tensor, or what reads one, into this rank's part of it."""
+    if not isinstance(values, Tensor) or isinstance(values, Stored):
+        values.read(tensor)
+        return
     for piece in pieces_of(tensor):
         box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
-        piece.values.copy_(whole[tuple(box)])
+        piece.values.copy_(values.detach()[tuple(box)])
 
 
 def _empty(target: Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torchmetrics import Metric
 
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.parallel.copies import enable_copies
@@ -125,6 +126,10 @@ def shard_module(
     names = [name for name, parameter in module.named_parameters() if parameter in whole]
     if make is not None:
         make()
+        for part in module.modules():
+            # Their states are no buffers.
+            if isinstance(part, Metric):
+                part.to(device)
     for scalar in map(module.get_parameter, names):
         trained = scalar.requires_grad
         # It may be frozen for now, and torch takes hooks of what is trained.

@@ -34,6 +34,8 @@ class Stored(Tensor):
     _read: Callable[[Sequence[Piece]], None]
     # What was written into it since.
     _written: Tensor | None = None
+    # Whether it was asked for.
+    was_read = False
 
     @staticmethod
     def __new__(
@@ -52,6 +54,7 @@ class Stored(Tensor):
         """
         if (shape := global_shape(out)) != self.shape:
             raise ValueError(f"the stored tensor has shape {tuple(self.shape)} and {tuple(shape)} is to be read")
+        self.was_read = True
         pieces = pieces_of(out)
         if self._written is None:
             self._read(pieces)
@@ -87,6 +90,8 @@ class Stored(Tensor):
         if func is Tensor.copy_ and len(args) > 1 and isinstance(args[1], Stored) and not isinstance(args[0], Stored):
             args[1]._copy_into(args[0])
             return args[0]
+        if func in _READS and isinstance(args[0], Stored):
+            return func(args[0].whole(), *args[1:], **(kwargs or {}))
         return compat.call_as_tensor(func, args, kwargs or {})
 
     @classmethod
@@ -96,7 +101,9 @@ class Stored(Tensor):
         """Compute with all of the values; where they are written into, they are kept."""
         kwargs = dict(kwargs or {})
         written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in compat.mutated_arguments(func)]
-        for one in written:
+        # Through what shares its memory it may be written into as well.
+        shared = list(args) if compat.returns_views(func) else []
+        for one in (*written, *shared):
             if isinstance(one, Stored):
                 one._written = one.whole()
         result = func(*_whole(list(args)), **_whole(kwargs))
@@ -116,9 +123,18 @@ class Stored(Tensor):
         return f"Stored(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
+# By which code reads the values of a tensor past torch's operations.
+_READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.cpu, Tensor.contiguous)
+
+
 def stored_for(tensor: Tensor) -> Stored | None:
     """What was copied into `tensor`, which is on the meta device and in no recording."""
     return getattr(tensor, _SOURCE, None)
+
+
+def forget_stored(tensor: Tensor) -> None:
+    """Let `tensor`, whose values are read, hold no file any more."""
+    vars(tensor).pop(_SOURCE, None)
 
 
 def _whole(value: Any) -> Any:

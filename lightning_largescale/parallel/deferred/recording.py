@@ -190,6 +190,9 @@ def _describe(leaf: Any, streams: dict[int, int]) -> str:
     """What is equal in equal recordings."""
     if isinstance(leaf, Held):
         return f"{leaf.cell.number} {leaf.cell.nbytes} {leaf.layout}"
+    if hasattr(leaf, "read"):
+        # A source, whose values are the same wherever they are read.
+        return f"source {getattr(leaf, 'shape', None)} {getattr(leaf, 'dtype', None)}"
     if isinstance(leaf, Tensor):
         return f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype} {digest_of(leaf)}"
     if isinstance(leaf, torch.Generator):
