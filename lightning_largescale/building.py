@@ -27,6 +27,7 @@ from lightning_largescale.parallel.materialize import (
     materialize,
 )
 from lightning_largescale.parallel.stored import Stored
+from lightning_largescale.plan import PlanError
 from lightning_largescale.sample import random_state_now
 
 
@@ -108,7 +109,8 @@ class BuildingStrategy(DividingStrategy, ABC):
             self._make_all(unmade)
 
     def _make_all(self, unmade: Unmade) -> None:
-        materialize(self._module(), unmade, torch.device("cpu"))
+        with _told_in_time():
+            materialize(self._module(), unmade, torch.device("cpu"))
         self._recordings = tuple(one for one in self._recordings if one not in unmade.recordings)
 
     def _find_unmade(self) -> Unmade | None:
@@ -149,7 +151,8 @@ class BuildingStrategy(DividingStrategy, ABC):
         stored = {name: one for name, one in state.items() if isinstance(one, Stored)}
         if unmade is not None:
             given = [name for name in unmade.tensors if name in self._to_read or name in stored]
-            materialize(module, unmade, self.root_device, given=given, random=not given)
+            with _told_in_time():
+                materialize(module, unmade, self.root_device, given=given, random=not given)
         fill(module, self._to_read)
         if self._to_load is not None:
             module.load_state_dict(state, strict=strict)
@@ -165,6 +168,15 @@ class BuildingStrategy(DividingStrategy, ABC):
     def _forget_values(self) -> None:
         """Leave nothing for the next module of what was found for this one."""
         self._unmade, self._to_load, self._to_read, self._checkpointed = None, None, {}, ()
+
+
+@contextlib.contextmanager
+def _told_in_time() -> Generator[None, None, None]:
+    """Within, what shows only now that a construction cannot be deferred is said with what to do about it."""
+    try:
+        yield
+    except DeferredError as error:
+        raise PlanError(f"{error}, which showed only when the module was made; build it in __init__.") from error
 
 
 def _attributes(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:

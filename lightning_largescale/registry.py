@@ -96,15 +96,16 @@ def read_directories(load: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         load: takes a path or file, `map_location` and `weights_only`.
     """
-    if hasattr(load, "__wrapped__"):
+    if hasattr(load, "reads_directories"):
         return load
 
     @wraps(load)
-    def read(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    def read(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         from lightning_largescale.checkpoint import load_checkpoint
 
-        return load_checkpoint(load, path, map_location=map_location, weights_only=weights_only)
+        return load_checkpoint(load, path_or_url, map_location=map_location, weights_only=weights_only)
 
+    read.reads_directories = True  # type: ignore[attr-defined]
     return read
 
 

@@ -84,7 +84,7 @@ class StatefulStrategy(ConnectedStrategy):
         own. Tensors of a directory, and of a file where the module is divided, are read later and in part.
 
         Raises:
-            PlanError: a directory is not a checkpoint, or not a whole one.
+            PlanError: a directory is not a checkpoint, or it or a file is not whole.
         """
         path = self.broadcast(checkpoint_path) if self.searching else checkpoint_path
         if Path(path).is_dir():
@@ -92,6 +92,10 @@ class StatefulStrategy(ConnectedStrategy):
         if self._may_divide and self._plain_files and checkpoint.is_mappable(path):
             loaded: dict[str, Any] = checkpoint.load_file(path, weights_only=weights_only)
             return loaded
+        if checkpoint.is_truncated(path):
+            raise PlanError(
+                f"checkpoint {str(path)!r} is truncated: it has a beginning and no end; resume from another one."
+            )
         return super().load_checkpoint(path, weights_only)
 
     @property
@@ -171,6 +175,7 @@ class StatefulStrategy(ConnectedStrategy):
         if not self._is_divided():
             super().save_checkpoint(checkpoint_, filepath, storage_options)
             return
+        checkpoint.tell_orders(checkpoint_, self._module())
         if self._saves_whole() or checkpoint.is_remote(filepath):
             super().save_checkpoint(self._whole_checkpoint(checkpoint_), filepath, storage_options)
             return

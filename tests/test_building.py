@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import pickle
 import random
 
 import numpy as np
@@ -359,6 +361,196 @@ def test_a_buffer_whose_values_nobody_knows_is_refused(two, tmp_path):
     for told in two.run(load, Table, "meta", path):
         assert told.startswith("'places' is on the meta device, so it has no values; build the module with its values")
     assert all(without for without, _ in two.run(load, Table, "init_module", path))
+
+
+def evaluate_after(plan, path, devices):
+    with torch.device("meta"):
+        model = Simple.load_from_checkpoint(path)
+    made = trainer(LargeScaleStrategy(plan), devices=devices, max_steps=2)
+    made.fit(model)
+    before = model.head.weight.detach().clone()
+    made.validate(model, verbose=False)
+    kept = torch.equal(model.head.weight, before)
+    trainer(LargeScaleStrategy(plan), devices=devices, max_steps=1).fit(model)
+    return kept, torch.equal(model.head.weight, before), model.losses
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(dp_replicate=2)])
+def test_a_module_that_was_made_is_not_read_again(two, tmp_path, plan):
+    made = trainer(LargeScaleStrategy(Plan()), max_steps=0)
+    made.fit(Simple())
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    args = evaluate_after, plan, tmp_path / "a.ckpt", plan.world_size
+    for kept, same, losses in two.run(*args) if plan.world_size > 1 else [args[0](*args[1:])]:
+        assert (kept, same) == (True, False)
+        assert losses[2] < losses[0]
+
+
+def noted_load(path):
+    with capture_info() as told:
+        result = load(Table, "init_module", path)
+    return result[0], told
+
+
+@contextlib.contextmanager
+def capture_info():
+    """What Lightning's rank 0 logs."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    other = logging.getLogger("lightning_utilities.core.rank_zero")
+    for one in (logger, other):
+        one.addHandler(handler)
+    try:
+        yield told
+    finally:
+        for one in (logger, other):
+            one.removeHandler(handler)
+
+
+def test_what_is_loaded_without_values_is_read_in_part(two, tmp_path):
+    path = tmp_path / "a.ckpt"
+    two.run(write, Table, path, False)
+    for without, told in two.run(noted_load, path):
+        assert without
+        assert not [one for one in told if "lightning_largescale:" in one]
+
+
+class OnOneRank(Kinds):
+    def configure_model(self):
+        super().configure_model()
+        if self.global_rank == 1:
+            pickle.dumps(self.body.head.weight)
+
+
+def on_one_rank():
+    torch.manual_seed(SEED)
+    model = OnOneRank()
+    trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=1).fit(model)
+    return model.first
+
+
+def test_where_one_rank_cannot_record_all_build(two):
+    torch.manual_seed(SEED)
+    expected = Kinds(late=False).state_dict()
+    for found in two.run(on_one_rank):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Appends(Kinds):
+    """Adds to what __init__ has made."""
+
+    def __init__(self):
+        super().__init__(late=False)
+
+    def configure_model(self):
+        self.body.blocks.append(Block())
+        self.body.blocks[-1].scale = self.body.blocks[-1].table = torch.ones(1)
+        self.body.blocks[-1].parts = [torch.ones(1), {"x": torch.zeros(1)}]
+        pickle.dumps(self.body.blocks[-1].up.weight)
+
+
+def appends():
+    torch.manual_seed(SEED)
+    model = Appends()
+    trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=1).fit(model)
+    return model.first
+
+
+def test_what_a_failed_recording_added_is_taken_back(two):
+    torch.manual_seed(SEED)
+    model = Appends()
+    model.configure_model()
+    for found in two.run(appends):
+        assert list(found) == list(model.state_dict())
+        assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+class Adapter(LightningModule):
+    """A frozen base of files, and an adapter that alone is saved."""
+
+    def __init__(self, late=True):
+        super().__init__()
+        self.late, self.strict_loading = late, False
+        if not late:
+            self.make()
+
+    def make(self):
+        self.base, self.adapter = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.base.requires_grad_(False)
+
+    def configure_model(self):
+        if self.late:
+            self.make()
+
+    def training_step(self, batch, index):
+        return self.adapter(self.base(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.adapter.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(8, 4), batch_size=2)
+
+    def on_save_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: one for name, one in state.items() if name.startswith("adapter")}
+
+
+def adapt(plan, late, weights, path, resume):
+    model = Adapter(late)
+    made = trainer(LargeScaleStrategy(plan, weights=weights), devices=plan.world_size, max_steps=2 if resume else 1)
+    made.fit(model, ckpt_path=path if resume else None)
+    if not resume:
+        made.save_checkpoint(path)
+    with made.strategy.full_parameters():
+        return {name: one.detach().clone() for name, one in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("plan", [Plan(), Plan(dp_shard=2)])
+def test_a_base_of_files_and_an_adapter_of_a_checkpoint(two, tmp_path, plan, late):
+    weights = {"base.weight": torch.full((4, 4), 3.0), "base.bias": torch.full((4,), 2.0)}
+    save_file(weights, tmp_path / "base.safetensors")
+
+    def run(resume):
+        args = adapt, plan, late, tmp_path / "base.safetensors", tmp_path / "a.ckpt", resume
+        return two.run(*args) if plan.world_size > 1 else [args[0](*args[1:])]
+
+    run(False)
+    for found in run(True):
+        assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+class Keeps(Kinds):
+    """Leaves out of a state what it does not want."""
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        wanted = {name: one for name, one in state_dict.items() if ".up." not in name}
+        return super().load_state_dict(wanted, strict=False, assign=assign)
+
+
+def keeps(path):
+    torch.manual_seed(SEED)
+    model = Keeps()
+    made = trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=STEPS + 1)
+    made.fit(model, ckpt_path=path)
+    return model.first
+
+
+STEPS = 2
+
+
+def test_what_a_module_does_not_load_is_as_it_is_built(two, tmp_path):
+    made = trainer(max_steps=STEPS)
+    made.fit(loaded := Kinds(late=False))
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    torch.manual_seed(SEED)
+    fresh = Kinds(late=False).state_dict()
+    for found in two.run(keeps, tmp_path / "a.ckpt"):
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(found[name], fresh[name] if ".up." in name else value), name
 
 
 class Unusual(Kinds):

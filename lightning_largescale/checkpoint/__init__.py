@@ -1,7 +1,7 @@
 """Checkpoints that do not know the plan: written under one, read under any other and by stock Lightning."""
 
 from lightning_largescale.checkpoint.directory import load_directory, save_directory
-from lightning_largescale.checkpoint.files import is_mappable, is_remote, load_file
+from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file
 from lightning_largescale.checkpoint.load import consolidate, load_checkpoint
 from lightning_largescale.checkpoint.optimizers import (
     indexed_optimizer_state,
@@ -10,6 +10,7 @@ from lightning_largescale.checkpoint.optimizers import (
     named_optimizer_state,
     saved_kinds,
 )
+from lightning_largescale.checkpoint.orders import tell_orders
 from lightning_largescale.checkpoint.whole import (
     full_module_state,
     full_optimizer_state,
@@ -23,6 +24,7 @@ __all__ = [
     "indexed_optimizer_state",
     "is_mappable",
     "is_remote",
+    "is_truncated",
     "kinds_of",
     "load_checkpoint",
     "load_directory",
@@ -31,5 +33,6 @@ __all__ = [
     "named_optimizer_state",
     "save_directory",
     "saved_kinds",
+    "tell_orders",
     "whole_everywhere",
 ]

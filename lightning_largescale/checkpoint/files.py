@@ -18,8 +18,9 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning_utilities.core.apply_func import apply_to_collection
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_largescale.checkpoint.directory import is_directory, load_directory
 from lightning_largescale.hardware.usage import expect_pages, forget_pages
 from lightning_largescale.parallel.pieces import Piece, in_boxes
 from lightning_largescale.parallel.stored import Stored
@@ -54,13 +55,16 @@ def stored_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a file of safetensors; an index of several (".index.json"), or a folder with one or with such files; a
-            file that torch.save wrote of tensors by name, or of a checkpoint with these as its "state_dict".
+            file that torch.save wrote of tensors by name, or of a checkpoint with these as its "state_dict"; a
+            checkpoint that is a directory.
 
     Raises:
         PlanError: there is none, or it is truncated or of another kind.
     """
     path = Path(path)
     if path.is_dir():
+        if is_directory(path):
+            return dict(load_directory(path, weights_only=True)[_STATE])
         indices = sorted(path.glob(_INDEX))
         files = sorted(path.glob("*.safetensors"))
         if len(indices) > 1 or not (indices or files):
@@ -93,21 +97,36 @@ def is_mappable(path: object) -> bool:
     return isinstance(path, str | Path) and is_zipfile(path)
 
 
+def is_truncated(path: object) -> bool:
+    """Whether `path` is of a local file that begins as torch.save's do, and does not end so."""
+    if not isinstance(path, str | Path) or not Path(path).is_file() or is_zipfile(path):
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def is_remote(path: str | Path) -> bool:
     """Whether `path` is on a file system that is not mounted."""
     return not isinstance(get_filesystem(path), LocalFileSystem)
 
 
 def _stored(values: Tensor, device: str = "cpu") -> Tensor:
-    if values.layout is not torch.strided or values.is_quantized or type(values) is not Tensor:
+    plain = type(values) in (Tensor, nn.Parameter)
+    if not plain or values.layout is not torch.strided or values.is_quantized:
         return values
+    values = values.detach()
     return Stored(values.shape, values.dtype, partial(_read_mapped, lambda box: values[box]), device)
 
 
 def _of_torch(path: Path) -> dict[str, Tensor]:
     try:
         found = load_file(path, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        raise PlanError(
+            f"weights={str(path)!r} holds objects beside tensors, or is no file of torch.save, and files of weights are"
+            " read without running what they name; save the state_dict by itself."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise PlanError(
             f"weights={str(path)!r} is not a file of safetensors, and torch.load does not read it"
             f" ({str(error).splitlines()[0]}); give one of safetensors or one that torch.save wrote of tensors."
@@ -129,6 +148,9 @@ def _of_index(path: Path) -> dict[str, Tensor]:
         raise PlanError(
             f"{str(path)!r} is not an index of weights ({error!r}); it has no readable 'weight_map'."
         ) from error
+    for name in names.values():
+        if Path(name).name != name:
+            raise PlanError(f"{str(path)!r} names {name!r}, which is no file beside it; get it from who made it anew.")
     for file in files:
         if not file.is_file():
             raise PlanError(f"{str(path)!r} names {file.name!r}, which is not there; put all of its files beside it.")
@@ -183,7 +205,8 @@ def _header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
 def _stored_slice(data: Tensor, kind: str, shape: list[int], start: int, end: int, one: Any) -> Tensor:
     dtype = _DTYPES.get(kind)
     if dtype is None or start % dtype.itemsize:
-        return Stored(shape, one[:0].dtype, partial(_read_mapped, lambda box: one[box]))
+        none = one[:0] if shape else one[...]
+        return Stored(shape, none.dtype, partial(_read_mapped, lambda box: one[box] if box else one[...]))
     return _stored(data[start:end].view(dtype).view(shape))
 
 

@@ -63,7 +63,12 @@ def consolidate(directory: str | Path, file: str | Path) -> None:
     """
     if Path(file).exists():
         raise PlanError(f"{str(file)!r} is there already; give a path where nothing is.")
-    torch.save(load_checkpoint(torch.load, Path(directory), weights_only=False), file)
+    if not Path(directory).is_dir():
+        raise PlanError(f"{str(directory)!r} is no directory; give a checkpoint that is one.")
+    whole = load_checkpoint(torch.load, Path(directory), weights_only=False)
+    unfinished = Path(file).with_name(f".{Path(file).name}.unfinished")
+    torch.save(whole, unfinished)
+    unfinished.rename(file)
 
 
 def _whole(loaded: dict[str, Any], map_location: Any) -> Any:

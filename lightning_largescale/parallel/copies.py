@@ -117,10 +117,8 @@ def exchange_states(module: nn.Module) -> list[RemovableHandle]:
     """Let `module.load_state_dict` take full tensors for parameters that are divided, without communication, and
     `module.state_dict` tell the order of what it gives.
     """
-    return [
-        module.register_load_state_dict_pre_hook(_divide),  # type: ignore[no-untyped-call]
-        module.register_state_dict_post_hook(_tell_order),  # type: ignore[no-untyped-call]
-    ]
+    tells = [part.register_state_dict_post_hook(_tell_order) for part in module.modules()]  # type: ignore[no-untyped-call]
+    return [module.register_load_state_dict_pre_hook(_divide), *tells]  # type: ignore[no-untyped-call]
 
 
 def divided_like(value: Any, target: Any) -> Any:
@@ -243,7 +241,7 @@ def _divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def _tell_order(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in module.named_parameters(recurse=False):
         if isinstance(state.get(prefix + name), DTensor):
             as_ordered(state[prefix + name], order_of(parameter))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ranks import quiet
 from torch import nn
 
 from lightning_largescale.checkpoint.directory import load_directory
+from lightning_largescale.checkpoint.files import stored_weights
 from lightning_largescale.checkpoint.load import consolidate
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import Plan, PlanError
@@ -30,15 +32,16 @@ class Noted(Language):
     def __init__(self, **options):
         super().__init__(samples=STEPS * GLOBAL_BATCH, **options)
         self.normal = nn.BatchNorm1d(DIM)
+        self.register_buffer("nothing", torch.empty(0, 3))
 
     def forward(self, tokens):
         return self.normal(super().forward(tokens).transpose(1, 2)).transpose(1, 2)
 
     def get_extra_state(self):
-        return {"note": "kept"}
+        return {"note": "kept", 3: {}, "list": [1, {}, (2,)]}
 
     def set_extra_state(self, state):
-        self.note = state["note"]
+        self.note = state
 
 
 def write(path, plan=None, **options):
@@ -87,7 +90,7 @@ def test_torch_alone_reads_it(written, tmp_path):
 def test_what_is_in_it(written):
     path, expected = written
     found = load_directory(path, weights_only=True)
-    assert found["state_dict"].pop("_extra_state") == {"note": "kept"}
+    assert found["state_dict"].pop("_extra_state") == {"note": "kept", 3: {}, "list": [1, {}, (2,)]}
     assert list(found["state_dict"]) == [*expected]
     for name, value in expected.items():
         assert type(found["state_dict"][name]) is Stored
@@ -106,10 +109,56 @@ def test_consolidated_it_is_a_file_of_stock_lightning(written, tmp_path):
     made.fit(model, ckpt_path=tmp_path / "whole.ckpt")
     assert made.global_step == STEPS + 1
     again = Noted.load_from_checkpoint(path)
-    assert again.note == "kept"
+    assert again.note == {"note": "kept", 3: {}, "list": [1, {}, (2,)]}
     assert all(torch.equal(again.state_dict()[name], value) for name, value in expected.items())
     with pytest.raises(PlanError, match="is there already"):
         consolidate(path, tmp_path / "whole.ckpt")
+    with pytest.raises(PlanError, match="is no directory; give a checkpoint that is one"):
+        consolidate(tmp_path / "whole.ckpt", tmp_path / "again.ckpt")
+    assert [one.name for one in tmp_path.iterdir()] == ["whole.ckpt"]
+
+
+def test_its_weights_are_weights(written):
+    path, expected = written
+    found = stored_weights(path)
+    assert all(torch.equal(found[name].whole(), value) for name, value in expected.items())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
+
+def test_its_description_runs_nothing(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVIL", str(tmp_path / "made"))
+    path = tmp_path / "a.ckpt"
+    shutil.copytree(written[0], path)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(PlanError, match=r"names posix\.mkdir, which tells of no tensor"):
+        load_directory(path)
+    assert not (tmp_path / "made").exists()
+
+
+class Unpicklable(Noted):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["function"] = lambda: None
+
+
+def save_unpicklable(path):
+    made = trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=STEPS)
+    made.fit(Unpicklable())
+    try:
+        made.save_checkpoint(path)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_what_cannot_be_written_is_told_on_all_ranks(two, tmp_path):
+    first, second = two.run(save_unpicklable, tmp_path / "a.ckpt")
+    assert "lambda" in first
+    assert second.startswith("PlanError: rank 0 could not write the checkpoint (")
+    assert not [*tmp_path.iterdir()]
 
 
 def overwrite(path):
@@ -198,7 +247,7 @@ def resume(path, width):
 def test_of_another_model(two, written):
     for told in two.run(resume, written[0], 4):
         assert 'Missing key(s) in state_dict: "blocks.3.norm.weight"' in told
-        assert 'Unexpected key(s) in state_dict: "_extra_state", "normal.weight"' in told
+        assert 'Unexpected key(s) in state_dict: "_extra_state", "nothing", "normal.weight"' in told
 
 
 class Momentum(Noted):
@@ -224,6 +273,21 @@ def test_of_another_optimizer(two, written):
         )
     for told in two.run(resume_with_another_optimizer, written[0], True):
         assert "has the state of 1 optimizers and configure_optimizers made 2" in told
+
+
+def resume_truncated(path):
+    try:
+        trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=STEPS).fit(Noted(), ckpt_path=path)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def test_a_truncated_file(two, tmp_path):
+    torch.save({"state_dict": Noted().state_dict()}, tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-100])
+    for told in two.run(resume_truncated, tmp_path / "a.ckpt"):
+        assert "is truncated: it has a beginning and no end; resume from another one" in told
 
 
 def write_remotely(plan):

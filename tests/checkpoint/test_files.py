@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_largescale.checkpoint.files import is_mappable, is_remote, load_file, stored_weights
+from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file, stored_weights
 from lightning_largescale.checkpoint.weights import check_weights, read_weights
 from lightning_largescale.parallel.pieces import Piece
 from lightning_largescale.parallel.stored import Stored
@@ -88,6 +88,8 @@ def test_what_can_be_mapped(tmp_path):
     torch.save(tensors(), tmp_path / "old", _use_new_zipfile_serialization=False)
     assert [is_mappable(tmp_path / name) for name in ("new", "old", "none")] == [True, False, False]
     assert not is_mappable(object())
+    (tmp_path / "cut").write_bytes((tmp_path / "new").read_bytes()[:-50])
+    assert [is_truncated(tmp_path / name) for name in ("new", "old", "none", "cut")] == [False, False, False, True]
     assert (is_remote(tmp_path), is_remote("memory://there")) == (False, True)
 
 
@@ -144,6 +146,41 @@ def test_a_folder_with_a_tensor_twice(tmp_path):
     save_file({"steps": torch.tensor(1)}, tmp_path / "three.safetensors")
     with pytest.raises(PlanError, match="has 'steps', which another file of that folder has too"):
         stored_weights(tmp_path)
+
+
+def test_a_file_of_parameters(tmp_path):
+    model = Model(layers=1)
+    torch.save(dict(model.named_parameters()), tmp_path / "a.bin")
+    found = stored_weights(tmp_path / "a.bin")
+    assert all(type(one) is Stored for one in found.values())
+    assert torch.equal(found["body.0.weight"].whole(), model.body[0].weight)
+
+
+def test_a_file_of_objects(tmp_path):
+    torch.save({"state_dict": tensors(), "hyper_parameters": {"folder": tmp_path}}, tmp_path / "a.ckpt")
+    with pytest.raises(PlanError, match=r"holds objects beside tensors.*save the state_dict by itself"):
+        stored_weights(tmp_path / "a.ckpt")
+
+
+def test_an_index_that_leads_elsewhere(tmp_path):
+    path = write(tmp_path, "index")
+    path.write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
+    with pytest.raises(PlanError, match=r"names '\.\./one\.safetensors', which is no file beside it"):
+        stored_weights(path)
+
+
+def test_values_that_do_not_lie_as_torch_has_them(tmp_path):
+    """A file may begin its values anywhere."""
+    values = {"bytes": torch.tensor([1], dtype=torch.uint8), "one": torch.tensor(2.0), "two": torch.ones(3, 2)}
+    header = {"bytes": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    header["one"] = {"dtype": "F32", "shape": [], "data_offsets": [1, 5]}
+    header["two"] = {"dtype": "F32", "shape": [3, 2], "data_offsets": [5, 29]}
+    head = json.dumps(header).encode()
+    data = b"".join(one.numpy().tobytes() for one in values.values())
+    (tmp_path / "a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
+    found = stored_weights(tmp_path / "a.safetensors")
+    for name, value in values.items():
+        assert torch.equal(found[name].whole(), value)
 
 
 def test_a_file_of_no_tensors(tmp_path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, Adamax, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_largescale.checkpoint.optimizers import (
     indexed_optimizer_state,
+    kinds_of,
     load_optimizer_state,
     named_optimizer_state,
 )
@@ -65,6 +66,21 @@ def test_kinds_with_the_same_state_and_schedulers():
     other, target = stepped(AdamW)
     load_optimizer_state(target, named_optimizer_state(optimizer, module), other)
     assert target.param_groups[0]["max_lr"] == 1.0
+
+
+def test_kinds_by_name():
+    module, optimizer = stepped(AdamW)
+    other, target = stepped(Adamax)
+    state = named_optimizer_state(optimizer, module)
+    with pytest.raises(PlanError, match="optimizer is AdamW and this is Adamax; make one of the same class"):
+        load_optimizer_state(target, state, other, kinds=kinds_of(optimizer))
+    assert kinds_of(optimizer)[0] == "AdamW"
+
+    class Own(AdamW):
+        pass
+
+    other, target = stepped(Own)
+    load_optimizer_state(target, state, other, kinds=kinds_of(optimizer))
 
 
 def test_other_groups():

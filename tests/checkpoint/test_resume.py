@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from models import DIM, GLOBAL_BATCH, Language, SaveLast, trainer
+from models import DIM, GLOBAL_BATCH, Language, SaveLast, read_checkpoint, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lightning_largescale.plan import Plan
+from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet
@@ -149,6 +149,51 @@ def test_goes_on_under_another_plan(two, four, attending, writer, reader):
 @pytest.mark.parametrize("writer", PLANS)
 def test_goes_on_under_every_plan(two, four, attending, writer, reader):
     check_resumes({2: two, 4: four}, attending, writer, reader)
+
+
+class Computed(Attending):
+    """Puts into checkpoints what it computes of weights, under their names and others."""
+
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] = {name: one.double() for name, one in checkpoint["state_dict"].items()}
+        checkpoint["part"] = {name: one * 2 for name, one in self.blocks.state_dict().items()}
+        checkpoint["average"] = {name: one.detach().clone() for name, one in self.named_parameters()}
+
+
+class Lost(Attending):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["lost"] = [self.blocks[0].qkv.weight.detach() * 2]
+
+
+def save_computed(path, full, kind):
+    made = trainer(LargeScaleStrategy(Plan(tp=2), save_full=full), devices=2, max_steps=STEPS)
+    model = kind()
+    made.fit(model)
+    try:
+        made.save_checkpoint(path)
+    except PlanError as error:
+        return str(error)
+    with made.strategy.full_parameters():
+        return {name: one.detach().clone() for name, one in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_hooks_compute_of_weights_is_in_the_users_order(two, tmp_path, full):
+    path = tmp_path / "a.ckpt"
+    expected = two.run(save_computed, path, full, Computed)[0]
+    found = read_checkpoint(path)
+    for name, value in expected.items():
+        assert torch.equal(found["state_dict"][name], value.double()), name
+    for name, value in found["average"].items():
+        assert torch.equal(value, expected[name]), name
+    for name, value in found["part"].items():
+        assert torch.equal(value, expected[f"blocks.{name}"] * 2), name
+
+
+def test_what_stands_in_an_unknown_order_is_refused(two, tmp_path):
+    for told in two.run(save_computed, tmp_path / "a.ckpt", False, Lost):
+        assert "'lost.0' in the checkpoint is divided as 'blocks.0.qkv.weight' is, whose elements stand in an" in told
 
 
 def test_full_file_is_a_stock_one(two, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,3 +90,19 @@ def test_what_has_no_values_is_told_where_they_are():
     assert stored_for(layer.weight) is one
     assert one.asked == []
     assert stored_for(nn.Parameter(torch.zeros(1))) is None
+
+
+def test_what_is_written_into_a_part_of_it_is_kept():
+    one = stored()
+    one[0] = 7
+    one[1:2].fill_(8)
+    assert torch.equal(one.whole()[:2], torch.tensor([[7.0] * 4, [8.0] * 4]))
+    assert torch.equal(one.whole()[2], VALUES[2])
+
+
+def test_its_values_as_code_reads_them():
+    one = stored()
+    assert one.tolist() == VALUES.tolist()
+    assert (one.numpy() == VALUES.numpy()).all()
+    assert (np.asarray(one) == VALUES.numpy()).all()
+    assert type(one.cpu()) is type(one.contiguous()) is torch.Tensor

@@ -1,0 +1,72 @@
+"""Orders that tensors have lost: what is computed of a parameter that is divided in stretches is divided so as well.
+
+torch gives a new tensor for each operation, which is not told. Hooks that cast weights, or keep averages of them, put
+such tensors into checkpoints under the names of their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale.parallel.order import as_ordered, order_of
+from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.parts import Part
+
+
+def tell_orders(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Tell divided tensors in `checkpoint` the order of the parameter whose name they have.
+
+    Raises:
+        PlanError: one is divided as a parameter of another order is, and has no parameter's name.
+    """
+    parameters = {name: one for name, one in module.named_parameters() if isinstance(one, DTensor)}
+    ordered = {name: part for name, one in parameters.items() if (part := order_of(one)) is not None}
+    if not ordered:
+        return
+    own = {one.to_local().data_ptr() for one in parameters.values()}
+    for path, tensor in _divided(checkpoint, ()):
+        if order_of(tensor) is not None or tensor.to_local().data_ptr() in own:
+            continue
+        alike = [name for name in ordered if _alike(parameters[name], tensor)]
+        named = [name for name in parameters if any(_same(name, key) for key in path)]
+        if any(name in ordered for name in named):
+            as_ordered(tensor, _one([ordered.get(name) for name in named], path))
+        elif alike and not named:
+            raise PlanError(
+                f"{'.'.join(path)!r} in the checkpoint is divided as {alike[0]!r} is, whose elements stand in another"
+                " order on the ranks; keep it under that parameter's name, or compute it in"
+                " `with trainer.strategy.full_parameters():`."
+            )
+
+
+def _divided(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], DTensor]]:
+    if isinstance(value, DTensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _divided(one, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, one in enumerate(value):
+            yield from _divided(one, (*path, str(index)))
+
+
+def _same(name: str, key: str) -> bool:
+    """Whether a key tells of a parameter: its name, that in a part of the module, or with something before it."""
+    return name == key or ("." in key and (name.endswith(f".{key}") or key.endswith(f".{name}")))
+
+
+def _alike(parameter: DTensor, tensor: DTensor) -> bool:
+    return (parameter.shape, parameter.placements) == (tensor.shape, tensor.placements)
+
+
+def _one(parts: list[Part | None], path: tuple[str, ...]) -> Part | None:
+    if any(part != parts[0] for part in parts):
+        raise PlanError(
+            f"{'.'.join(path)!r} in the checkpoint may be of parameters of different orders; keep it under the whole"
+            " name of its parameter."
+        )
+    return parts[0]
