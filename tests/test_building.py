@@ -6,6 +6,7 @@ import contextlib
 import logging
 import pickle
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -521,6 +522,45 @@ def test_a_base_of_files_and_an_adapter_of_a_checkpoint(two, tmp_path, plan, lat
     run(False)
     for found in run(True):
         assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+class Hooked(Adapter):
+    """With hooks on gradients."""
+
+    def make(self):
+        super().make()
+        self.adapter.bias.register_hook(lambda gradient: gradient * 0)
+        self.adapter.weight.register_post_accumulate_grad_hook(halve)
+
+
+def halve(weight):
+    weight.grad *= 0.5
+
+
+def hooked(strategy, devices, late):
+    torch.manual_seed(SEED)
+    model = Hooked(late)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = trainer(strategy(), devices=devices, max_steps=2)
+        made.fit(model)
+    words = [str(one.message) for one in told if "has a hook on its gradient" in str(one.message)]
+    return model.adapter.bias.detach() if devices == 1 or not made.strategy.plan.shards else None, words
+
+
+def sharded():
+    return LargeScaleStrategy(Plan(dp_shard=2))
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_hooks_of_parameters(two, late):
+    expected, _ = hooked(lambda: "auto", 1, late)
+    # Under a plan that is decided late, what configure_model builds has no values at first.
+    for found, words in two.run(hooked, LargeScaleAutoStrategy, 2, late):
+        assert not words
+        assert torch.equal(found, expected)
+    (_, first), _ = two.run(hooked, sharded, 2, late)
+    assert first[0].startswith("Parameter 'adapter.weight' has a hook on its gradient, which the shards that take")
 
 
 class Keeps(Kinds):

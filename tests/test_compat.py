@@ -702,6 +702,14 @@ def test_returns_tensors():
     assert [compat.returns_tensors(kind) for kind in kinds] == [True, True, True, False, False]
 
 
+def test_gradient_hooks():
+    weight = nn.Parameter(torch.ones(2))
+    assert compat.gradient_hooks(weight) == ([], [])
+    weight.register_hook(torch.neg)
+    weight.register_post_accumulate_grad_hook(print)
+    assert compat.gradient_hooks(weight) == ([torch.neg], [print])
+
+
 def test_returns_views():
     aten = torch.ops.aten
     kinds = [aten.select.int, aten.split.Tensor, aten.detach.default, aten.add.Tensor, aten.add_.Tensor]

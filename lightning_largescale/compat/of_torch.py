@@ -324,6 +324,16 @@ def returns_tensors(function: Any) -> bool:
     return any("Tensor" in str(result.type) for result in function._schema.returns)
 
 
+def gradient_hooks(tensor: Any) -> tuple[list[Any], list[Any]]:
+    """What was registered with `tensor`, a leaf, by `register_hook`, and by `register_post_accumulate_grad_hook`.
+
+    Replaced by a public way to ask a tensor for its hooks.
+    """
+    hooks = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+    before, after = ([*(one or {}).values()] for one in hooks)
+    return before, after
+
+
 def returns_views(function: Any) -> bool:
     """Whether an operator returns what shares memory with its arguments and is not told to be one of these.
 

@@ -171,6 +171,11 @@ class _Made:
             parameter = nn.Parameter(tensor, requires_grad=target.requires_grad)
             forget_stored(target)
             vars(parameter).update(vars(target))
+            before, after = compat.gradient_hooks(target)
+            for hook in before:
+                parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+            for hook in after:
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             tensor = as_ordered(parameter, order_of(target))
         self.tensors[id(target)] = tensor
 

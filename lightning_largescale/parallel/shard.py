@@ -17,11 +17,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchmetrics import Metric
 
+from lightning_largescale import compat
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
@@ -78,6 +80,7 @@ def shard_module(
             or overlap blocks or each other.
     """
     groups = _groups(module, plan)
+    _warn_of_hooks(module)
     if device.type == "cpu" and plan.dp_shard > 1:
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
@@ -205,6 +208,15 @@ def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
                 f"wrapped_modules has {name!r}, a {type(paths[name]).__name__}, which is not called itself; give the"
                 " modules in it."
             )
+
+
+def _warn_of_hooks(module: nn.Module) -> None:
+    hooked = [name for name, parameter in module.named_parameters() if any(compat.gradient_hooks(parameter))]
+    if hooked:
+        rank_zero_warn(
+            f"Parameter {hooked[0]!r} has a hook on its gradient, which the shards that take its place do not have;"
+            " change gradients in on_before_optimizer_step, or replicate with dp_replicate."
+        )
 
 
 def _check_sparse(module: nn.Module) -> None:
