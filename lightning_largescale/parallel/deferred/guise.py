@@ -239,7 +239,9 @@ _READS = (
     Tensor.__format__,
     torch.tensor,
 )
-_MEMORY = (Tensor.data_ptr, Tensor.storage, Tensor.share_memory_, Tensor.pin_memory, Tensor.__dlpack__, Tensor.apply_)
+# On the meta device all storages begin at address 0, so code that asks for addresses would take all tensors for tied.
+_MEMORY = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_, Tensor.pin_memory)
+_MEMORY += (Tensor.__dlpack__, Tensor.apply_)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 # They leave out singular or eigenvectors, unless the device is the meta device or a mode is active.
