@@ -518,6 +518,69 @@ def test_draws_past_the_recording_are_found():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def drawn_by(make):
+    """A draw by a generator that `make` gives the state of another one, itself drawn from."""
+
+    def build():
+        first = torch.Generator().manual_seed(2)
+        torch.rand(2), torch.rand(2, generator=first)
+        return torch.rand(2, generator=make(first))
+
+    return build
+
+
+def in_another(state):
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator
+
+
+def in_one_drawn_from(state):
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(2, generator=generator)
+    generator.set_state(state)
+    return generator
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda _: in_another(torch.get_rng_state()),
+        lambda first: in_another(first.get_state()),
+        lambda first: first.clone_state(),
+        lambda first: copy.deepcopy(first),
+        lambda _: torch.default_generator.clone_state(),
+        lambda _: in_one_drawn_from(torch.get_rng_state()),
+    ],
+)
+def test_a_generator_with_the_state_of_another_is_refused(make):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with pytest.raises(DeferredError, match="given the state of another one|by another thread"), Recording().record():
+        drawn_by(make)()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_first_state_is_any_generator_s():
+    def build(module):
+        state = torch.get_rng_state()
+        module.usual, module.other = torch.rand(2), torch.rand(2, generator=in_another(state))
+        del state
+
+    assert_same_construction(lambda: Built(build))
+
+
+def test_a_state_that_is_kept_is_refused():
+    kept = []
+    with Recording().record():
+        kept.append(torch.get_rng_state())
+        torch.rand(2)
+    assert torch.equal(kept[0], torch.get_rng_state())
+    with pytest.raises(DeferredError, match="state is kept"), Recording().record():
+        torch.rand(2)
+        kept.append({"state": torch.get_rng_state()})
+
+
 def test_an_array_and_its_tensor_do_not_part():
     def build(*, keeps):
         tensor = torch.ones(2)

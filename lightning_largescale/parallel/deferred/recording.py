@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred.carry import carry_out, flat_leaves
-from lightning_largescale.parallel.deferred.draws import DeferredError, Draw
+from lightning_largescale.parallel.deferred.draws import DeferredError, Draw, check_kept_states
 from lightning_largescale.parallel.deferred.guise import Guise
 from lightning_largescale.parallel.deferred.recorder import Recorder, digest_of
 from lightning_largescale.parallel.deferred.tape import Held
@@ -165,6 +165,10 @@ class Recording:
                 stream.leave()
             except DeferredError as error:
                 recorder.refuse(str(error))
+        try:
+            check_kept_states(recorder.streams.values())
+        except DeferredError as error:
+            recorder.refuse(str(error))
 
 
 @contextmanager
