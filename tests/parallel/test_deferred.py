@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -264,9 +265,24 @@ def spectra(module):
     module.normed = nn.BatchNorm1d(5).eval()(module.matrix).detach()
 
 
+def products(module):
+    for rows in (2, 5, 7):
+        many, one = torch.randn(rows, 3, 5), torch.randn(1, 5, 7)
+        module.register_buffer(f"by_function{rows}", torch.matmul(many, one))
+        module.register_buffer(f"by_method{rows}", many.matmul(one.transpose(1, 2).contiguous().mT))
+        module.register_buffer(f"by_sign{rows}", many @ one + one.mT.__rmatmul__(torch.ones(5, 7)).sum())
+        module.register_buffer(f"by_algebra{rows}", torch.linalg.matmul(one.mT, many.mT))
+        module.register_buffer(f"by_vector{rows}", torch.randn(rows, 2, 3, 5) @ torch.randn(5))
+        array = torch.from_numpy(np.random.RandomState(0).rand(rows, 3, 5).astype("f"))
+        module.register_buffer(f"of_values{rows}", array @ array[:1].mT)
+    module.weight = nn.Parameter(torch.rand(1, 5, 5))
+    (torch.rand(4, 5, 5) @ module.weight).sum().backward()
+    module.gradient = module.weight.grad
+
+
 CONSTRUCTIONS = (gpt_by_apply, initializers, parametrized, copied_layers, recurrent, buffers, read_values, looks)
 CONSTRUCTIONS += (from_a_file, placed_elements, on_meta, from_arrays, seeded)
-CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra)
+CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, products)
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -518,6 +534,52 @@ def test_draws_past_the_recording_are_found():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def by_a_pool(layers):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda layer: layer.weight.data.copy_(torch.eye(3)), layers))
+
+
+class Own(threading.Thread):
+    """A class of threads with a `run` of its own."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def run(self):
+        nn.init.zeros_(self.layers[0].bias)
+
+
+def by_a_class(layers):
+    thread = Own(layers)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("change", [by_a_pool, by_a_class])
+def test_writes_by_other_threads_are_found(change):
+    with pytest.raises(DeferredError, match="another thread works on tensors"), Recording().record():
+        change([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+
+def test_other_threads_may_make_tensors_of_their_own():
+    def build(module):
+        with ThreadPoolExecutor(2) as pool:
+            ones = list(pool.map(lambda size: torch.ones(size) * 2, (2, 3)))
+        module.weight = torch.randn(2) + ones[0]
+
+    assert_same_construction(lambda: Built(build))
+
+
+def test_a_thread_that_outlives_the_recording_is_let_alone():
+    with ThreadPoolExecutor(1) as pool:
+        with Recording().record():
+            pool.submit(int).result()
+            layer = nn.Linear(3, 3)
+        assert pool.submit(lambda: layer.weight.shape).result() == (3, 3)
+
+
 def drawn_by(make):
     """A draw by a generator that `make` gives the state of another one, itself drawn from."""
 
@@ -543,20 +605,20 @@ def in_one_drawn_from(state):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "message"),
     [
-        lambda _: in_another(torch.get_rng_state()),
-        lambda first: in_another(first.get_state()),
-        lambda first: first.clone_state(),
-        lambda first: copy.deepcopy(first),
-        lambda _: torch.default_generator.clone_state(),
-        lambda _: in_one_drawn_from(torch.get_rng_state()),
+        (lambda _: in_another(torch.get_rng_state()), "given the state of another one"),
+        (lambda first: in_another(first.get_state()), "given the state of another one"),
+        (lambda first: first.clone_state(), "given the state of another one"),
+        (lambda first: copy.deepcopy(first), "given the state of another one"),
+        (lambda _: torch.default_generator.clone_state(), "given the state of another one"),
+        (lambda _: in_one_drawn_from(torch.get_rng_state()), "or by another thread"),
     ],
 )
-def test_a_generator_with_the_state_of_another_is_refused(make):
+def test_a_generator_with_the_state_of_another_is_refused(make, message):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    with pytest.raises(DeferredError, match="given the state of another one|by another thread"), Recording().record():
+    with pytest.raises(DeferredError, match=message), Recording().record():
         drawn_by(make)()
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -572,13 +634,18 @@ def test_the_first_state_is_any_generator_s():
 
 def test_a_state_that_is_kept_is_refused():
     kept = []
+
+    def build():
+        torch.rand(2)
+        kept.append({"state": torch.get_rng_state()})
+        torch.rand(2)
+
     with Recording().record():
         kept.append(torch.get_rng_state())
         torch.rand(2)
     assert torch.equal(kept[0], torch.get_rng_state())
     with pytest.raises(DeferredError, match="state is kept"), Recording().record():
-        torch.rand(2)
-        kept.append({"state": torch.get_rng_state()})
+        build()
 
 
 def test_an_array_and_its_tensor_do_not_part():

@@ -147,7 +147,9 @@ class Stream:
     def _face(self, point: Point) -> Tensor:
         # Also where other numbers are to be drawn later, the generator shows its own seed.
         root = self._began if point.root is self.points[0] else point.root.state
-        return root if point.root is point and root is not None else compat.marked_state(root, self._mark + point.number)
+        if point.root is point and root is not None:
+            return root
+        return compat.marked_state(root, self._mark + point.number)
 
     def _known(self, state: Tensor) -> Point | None:
         number = compat.mark_of(state)

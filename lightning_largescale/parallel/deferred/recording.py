@@ -10,8 +10,10 @@ Source: torchdistx.deferred_init, archived in 2023, which keeps a graph for each
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred.carry import carry_out, flat_leaves
 from lightning_largescale.parallel.deferred.draws import DeferredError, Draw, check_kept_states
-from lightning_largescale.parallel.deferred.guise import Guise
+from lightning_largescale.parallel.deferred.guise import Elsewhere, Guise
 from lightning_largescale.parallel.deferred.recorder import Recorder, digest_of
 from lightning_largescale.parallel.deferred.tape import Held
 
@@ -69,7 +71,7 @@ class Recording:
         global _active
         self._records, _active = True, self
         try:
-            with recorder, Guise(recorder), _no_fast_path(recorder):
+            with recorder, Guise(recorder), _no_fast_path(recorder), _no_threads(recorder):
                 yield
         except Exception as error:
             raise recorder.failure or recorder.refuse(f"the code fails without values: {error}") from error
@@ -184,6 +186,30 @@ def _no_fast_path(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _no_threads(recorder: Recorder) -> Iterator[None]:
+    """Refuse what threads that are started within do with the tensors: modes are each thread's own."""
+    mode = Elsewhere(recorder)
+    start = threading.Thread.start
+
+    def start_under_mode(thread: threading.Thread) -> None:
+        # Of the instance, so that it is found also where a class has a `run` of its own.
+        thread.run = partial(_run_under, mode, thread.run)  # type: ignore[method-assign]
+        start(thread)
+
+    threading.Thread.start = start_under_mode  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        mode.active = False
+        threading.Thread.start = start  # type: ignore[method-assign]
+
+
+def _run_under(mode: Elsewhere, run: Callable[[], None]) -> None:
+    with mode:
+        run()
 
 
 def _function(function: Any) -> str:
