@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -19,6 +20,7 @@ from recorded import Built, assert_same_bits, assert_same_construction, tensors_
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from lightning_largescale.parallel.deferred import DeferredError, Recording, carry, portions
@@ -280,9 +282,33 @@ def products(module):
     module.gradient = module.weight.grad
 
 
+def settings(module):
+    query = torch.randn(1, 2, 8, 8)
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            module.register_buffer(backend.name, F.scaled_dot_product_attention(query, query, query))
+    layer = nn.Conv2d(3, 8, 3)
+    with torch.backends.mkldnn.flags(enabled=False, deterministic=True):
+        module.convolved = layer(torch.randn(2, 3, 16, 16)).detach()
+    module.usually = layer(torch.randn(2, 3, 16, 16)).detach()
+    with deterministic():
+        module.nothing, module.whole_numbers = torch.empty(3), torch.empty(4, dtype=torch.int64)
+        module.partly = module.whole_numbers.new_empty(4)
+        module.partly[1:3].random_()
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 CONSTRUCTIONS = (gpt_by_apply, initializers, parametrized, copied_layers, recurrent, buffers, read_values, looks)
 CONSTRUCTIONS += (from_a_file, placed_elements, on_meta, from_arrays, seeded)
-CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, products)
+CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, products, settings)
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -291,6 +317,7 @@ CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, product
     CONSTRUCTIONS,
     ids=[fill.__name__ for fill in CONSTRUCTIONS],
 )
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_same_bits(fill, random):
     assert_same_construction(lambda: Built(fill), random=random)
 
@@ -315,6 +342,22 @@ def test_a_later_recording_converts():
     values = values_of(recording, tensors_of(module))
     for name, one in tensors_of(plain).items():
         assert_same_bits(values[name], one, name)
+
+
+def test_settings_are_those_of_the_construction():
+    with deterministic():
+        plain = torch.empty(3, dtype=torch.int64)
+        with (recording := Recording()).record():
+            tensor = torch.empty(3, dtype=torch.int64)
+    assert_same_bits(values_of(recording, {"": tensor})[""], plain)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with (recording := Recording()).record():
+        zeros = torch.zeros(3)
+    seen = []
+    with deterministic():
+        recording.replay([(zeros, lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))])
+        assert torch.are_deterministic_algorithms_enabled()
+    assert seen == [False]
 
 
 class Alive:

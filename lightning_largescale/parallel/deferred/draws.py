@@ -149,7 +149,8 @@ class Stream:
         root = self._began if point.root is self.points[0] else point.root.state
         if point.root is point and root is not None:
             return root
-        return compat.marked_state(root, self._mark + point.number)
+        marked: Tensor = compat.marked_state(root, self._mark + point.number)
+        return marked
 
     def _known(self, state: Tensor) -> Point | None:
         number = compat.mark_of(state)

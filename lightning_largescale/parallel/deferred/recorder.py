@@ -19,6 +19,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.deferred import effects
 from lightning_largescale.parallel.deferred.carry import carry_out, clone_storage, flat_leaves, map_arguments
 from lightning_largescale.parallel.deferred.draws import DeferredError, Draw, Point, Stream
+from lightning_largescale.parallel.deferred.settings import fills_memory, settings_now
 from lightning_largescale.parallel.deferred.spans import Span
 from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, Taker, Tape, read_source
 from lightning_largescale.workload.tracker import writes
@@ -218,7 +219,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
                 raise DeferredError(f"{func} changes the size of a tensor's storage")
             if any(array() is not None for array in target.cell.arrays):
                 raise DeferredError(f"{func} writes into a tensor whose values were given away as an array")
-        if (made or targets) and not effects.makes_empty(func):
+        if (made or targets) and (fills_memory() or not effects.makes_empty(func)):
             writes = [(one.cell, one.span, one.dense and effects.overwrites(func)) for one in targets]
             self._append(func, held_args, held_kwargs, writes=writes, makes=made, draws=draws)
         return out
@@ -245,7 +246,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             writes=writes or [],
             makes=makes or [],
             touches=list(dict.fromkeys(cells)),
-            default_dtype=torch.get_default_dtype(),
+            settings=settings_now(),
             grad=None if compat.is_operator(func) else torch.is_grad_enabled(),
         )
         if draws:

@@ -149,7 +149,7 @@ class Recording:
             made = [held for _, held in operation.makes]
             parts = [operation.args, list(operation.kwargs.items()), made]
             words = [_describe(leaf, numbers) for leaf in flat_leaves(parts)]
-            words += [str(operation.default_dtype), _describe(operation.draw, numbers)]
+            words += [str(operation.settings), _describe(operation.draw, numbers)]
             total.update("|".join([_function(operation.func), *words]).encode())
         return total.hexdigest()
 
