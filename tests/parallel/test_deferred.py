@@ -282,6 +282,19 @@ def products(module):
     module.gradient = module.weight.grad
 
 
+def channels_last(module):
+    images = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    module.of_images = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    module.features = module.of_images(images).detach()
+    module.changed = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    module.made = module.changed(torch.randn(2, 4, 8, 8)).detach()
+    module.normed = nn.BatchNorm2d(4).eval()(images).detach()
+    module.unpooled = F.max_unpool2d(*F.max_pool2d(images, 2, return_indices=True), 2)
+    module.back = torch.fft.irfft2(torch.fft.rfft2(torch.randn(3, 6, 6)))
+    module.places = torch.nonzero_static(torch.randn(5, 3) > 0, size=4)
+    module.after = torch.randn(3)
+
+
 def settings(module):
     query = torch.randn(1, 2, 8, 8)
     for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
@@ -308,7 +321,7 @@ def deterministic():
 
 CONSTRUCTIONS = (gpt_by_apply, initializers, parametrized, copied_layers, recurrent, buffers, read_values, looks)
 CONSTRUCTIONS += (from_a_file, placed_elements, on_meta, from_arrays, seeded)
-CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, products, settings)
+CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, products, settings, channels_last)
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -535,6 +548,7 @@ def test_digest():
         (lambda: nn.MultiheadAttention(4, 1).eval()(*torch.ones(3, 1, 1, 4)), "fast path"),
         (lambda: torch.rand(2).resize_(9), "changes the size of a tensor's storage"),
         (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "not dense"),
+        (lambda: nn.GroupNorm(1, 2)(torch.rand(1, 3, 3, 2).permute(0, 3, 1, 2)), "not contiguous"),
         (lambda: pickle.dumps(nn.Linear(2, 2)), "asks for the memory"),
         (lambda: nn.Linear(2, 2)(torch.ones(3)), "the code fails without values"),
         (lambda: torch.linalg.svdvals(torch.eye(2), out=torch.empty(2)), "puts its result into a tensor"),

@@ -230,6 +230,14 @@ def _whole(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> 
         return recorder.write_down_whole(func, args, kwargs, draws=draws)
 
 
+def _group_norm(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """It leaves channels last where they are on the CPU only."""
+    given = args[0] if args else kwargs["input"]
+    if recorder.holds(given) and not given.is_contiguous():
+        raise DeferredError("group_norm is called of a tensor that is not contiguous")
+    return func(*args, **kwargs)
+
+
 def _deepcopy(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """As Tensor.__deepcopy__ does for the CPU: what shares a storage shares its copy, too."""
     tensor, memo = args
@@ -301,6 +309,7 @@ _HANDLERS: dict[Any, _Handler] = {
     Tensor.__getitem__: _set_item,
     Tensor.__setitem__: _set_item,
     Tensor.__deepcopy__: _deepcopy,
+    torch.group_norm: _group_norm,
     **dict.fromkeys(_READS, _read),
     **dict.fromkeys(_MEMORY, _refuse),
     Tensor.__reduce_ex__: _refuse,
