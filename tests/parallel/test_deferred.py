@@ -7,9 +7,11 @@ import copy
 import io
 import math
 import pickle
+import tempfile
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 from families import FAMILIES
 from ranks import mesh_of
 from recorded import Built, assert_same_bits, assert_same_construction, tensors_of, values_of
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
@@ -161,12 +164,22 @@ def from_a_file(module):
     module.after = nn.Linear(2, 2)
 
 
+def from_safetensors(module):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "weights.safetensors")
+        file.write_bytes(SAFETENSORS)
+        module.loaded = nn.Linear(3, 2)
+        module.loaded.load_state_dict(load_file(file))
+    module.after = nn.Linear(2, 2)
+
+
 def _weights():
     torch.save(nn.Linear(3, 2).state_dict(), file := io.BytesIO())
     return file.getvalue()
 
 
 WEIGHTS = _weights()
+SAFETENSORS = save({"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)})
 
 
 def placed_elements(module):
@@ -177,6 +190,10 @@ def placed_elements(module):
     module.table[np.array([0, 1])] = 7
     module.rows, module.column = module.table[[0, 1]], module.table[:, np.array([2])]
     module.one = module.table[torch.tensor(1)]
+    module.none, module.some, module.pairs = module.table[[]], module.table[range(2)], module.table[[0, 1], (0, 2)]
+    module.nested = module.table[:2, [[0, 1], [2, 3]]]
+    module.table[range(1, 3), 2:4] = 4
+    module.table[[]] = 5
     module.inverse = torch.linalg.pinv(module.table)
 
 
@@ -320,7 +337,7 @@ def deterministic():
 
 
 CONSTRUCTIONS = (gpt_by_apply, initializers, parametrized, copied_layers, recurrent, buffers, read_values, looks)
-CONSTRUCTIONS += (from_a_file, placed_elements, on_meta, from_arrays, seeded)
+CONSTRUCTIONS += (from_a_file, from_safetensors, placed_elements, on_meta, from_arrays, seeded)
 CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, products, settings, channels_last)
 
 
@@ -549,6 +566,7 @@ def test_digest():
         (lambda: torch.rand(2).resize_(9), "changes the size of a tensor's storage"),
         (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "not dense"),
         (lambda: nn.GroupNorm(1, 2)(torch.rand(1, 3, 3, 2).permute(0, 3, 1, 2)), "not contiguous"),
+        (lambda: torch.rand(3, 3)[[[0, 1], [1, 2]]], "by a list of more than numbers"),
         (lambda: pickle.dumps(nn.Linear(2, 2)), "asks for the memory"),
         (lambda: nn.Linear(2, 2)(torch.ones(3)), "the code fails without values"),
         (lambda: torch.linalg.svdvals(torch.eye(2), out=torch.empty(2)), "puts its result into a tensor"),

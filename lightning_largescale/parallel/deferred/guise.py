@@ -139,6 +139,10 @@ def _read(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> A
 
 def _as_tensor(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    if isinstance(given, torch.UntypedStorage):
+        # As safetensors takes in a file; torch does not know storages under a dispatch mode.
+        with compat.without_dispatch_modes():
+            return func(*args, **kwargs)
     if not (isinstance(given, Tensor) and recorder.holds(given)):
         return _read(recorder, func, args, kwargs)
     options = {name: one for name, one in kwargs.items() if name in ("dtype", "device", "copy") and one is not None}
@@ -160,10 +164,21 @@ def _set_item(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) 
     tensor, index, *values = args
     if not recorder.holds(tensor):
         return func(*args, **kwargs)
+    if isinstance(index, list) and not all(isinstance(one, (int, np.integer)) for one in index):
+        # Torch may take it for a tuple.
+        raise DeferredError("a tensor is asked for elements by a list of more than numbers")
     parts = index if isinstance(index, tuple) else (index,)
-    index = tuple(torch.as_tensor(one) if isinstance(one, (list, np.ndarray)) else one for one in parts)
+    index = tuple(_index(one) if isinstance(one, (list, tuple, range, np.ndarray)) else one for one in parts)
     values = [one if isinstance(one, Tensor) else torch.tensor(one, dtype=tensor.dtype) for one in values]
     return func(tensor, index, *values)
+
+
+def _index(given: Any) -> Tensor:
+    """Places that are listed, as torch takes them: of an empty list, none."""
+    if isinstance(given, np.ndarray):
+        return torch.as_tensor(given)
+    found = torch.as_tensor([*given])
+    return found if found.numel() else found.long()
 
 
 def _new(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -309,6 +324,7 @@ _HANDLERS: dict[Any, _Handler] = {
     Tensor.__getitem__: _set_item,
     Tensor.__setitem__: _set_item,
     Tensor.__deepcopy__: _deepcopy,
+    F.group_norm: _group_norm,
     torch.group_norm: _group_norm,
     **dict.fromkeys(_READS, _read),
     **dict.fromkeys(_MEMORY, _refuse),
