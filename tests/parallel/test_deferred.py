@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
-from lightning_largescale.parallel.deferred import DeferredError, Recording, carry, portions
+from lightning_largescale.parallel.deferred import DeferredError, Recording, active_recording, carry, portions
 from lightning_largescale.parallel.order import full
 from lightning_largescale.parallel.rows import Rows, mark_rows
 
@@ -751,13 +751,29 @@ def test_wrong_calls():
     recording = Recording()
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         recording.replay([])
-    with pytest.raises(DeferredError, match="entered already"), recording.record(), recording.record():
+    with pytest.raises(DeferredError, match="entered already$"), recording.record(), recording.record():
+        pass
+    with pytest.raises(DeferredError, match="already by another"), Recording().record(), Recording().record():
         pass
     assert not recording.holds(torch.ones(2))
     with (other := Recording()).record():
         torch.ones(2)
     with pytest.raises(ValueError, match="takers has a tensor that has values already"):
         other.replay([(torch.ones(2), print)])
+
+
+def test_a_recording_within_one_leaves_it_the_active_one():
+    recording = Recording()
+
+    def build():
+        with pytest.raises(RuntimeError, match="entered already"), Recording().record():
+            pass
+        return active_recording()
+
+    with recording.record():
+        found = build()
+    assert found is recording
+    assert active_recording() is None
 
 
 def test_reads_in_a_loop_are_not_made_of_all_before(monkeypatch):

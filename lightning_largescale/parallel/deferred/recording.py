@@ -53,7 +53,6 @@ class Recording:
 
     def __init__(self) -> None:
         self._recorder: Recorder | None = None
-        self._records = False
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -61,22 +60,23 @@ class Recording:
 
         Raises:
             DeferredError: the code does what cannot be deferred exactly, or fails: the plain construction tells.
-            RuntimeError: it is entered already.
+            RuntimeError: a recording is under way already, this or another; that one then raises a DeferredError, since
+                the code under it fails.
         """
-        if self._records:
-            raise RuntimeError("record() is entered already")
+        global _active
+        if _active is not None:
+            raise RuntimeError("record() is entered already" + ("" if _active is self else " by another recording"))
         recorder = self._recorder = self._recorder or Recorder()
         for stream in recorder.streams.values():
             stream.enter()
-        global _active
-        self._records, _active = True, self
+        _active = self
         try:
             with recorder, Guise(recorder), _no_fast_path(recorder), _no_threads(recorder):
                 yield
         except Exception as error:
             raise recorder.failure or recorder.refuse(f"the code fails without values: {error}") from error
         finally:
-            self._records, _active = False, None
+            _active = None
             self._leave(recorder)
         if recorder.failure is not None:
             raise recorder.failure
