@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
 import pickle
+import tempfile
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +19,14 @@ import torch
 from families import FAMILIES
 from ranks import mesh_of
 from recorded import Built, assert_same_bits, assert_same_construction, tensors_of, values_of
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
-from lightning_largescale.parallel.deferred import DeferredError, Recording, carry, portions
+from lightning_largescale.parallel.deferred import DeferredError, Recording, active_recording, carry, portions
 from lightning_largescale.parallel.order import full
 from lightning_largescale.parallel.rows import Rows, mark_rows
 
@@ -158,12 +164,22 @@ def from_a_file(module):
     module.after = nn.Linear(2, 2)
 
 
+def from_safetensors(module):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "weights.safetensors")
+        file.write_bytes(SAFETENSORS)
+        module.loaded = nn.Linear(3, 2)
+        module.loaded.load_state_dict(load_file(file))
+    module.after = nn.Linear(2, 2)
+
+
 def _weights():
     torch.save(nn.Linear(3, 2).state_dict(), file := io.BytesIO())
     return file.getvalue()
 
 
 WEIGHTS = _weights()
+SAFETENSORS = save({"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)})
 
 
 def placed_elements(module):
@@ -174,6 +190,10 @@ def placed_elements(module):
     module.table[np.array([0, 1])] = 7
     module.rows, module.column = module.table[[0, 1]], module.table[:, np.array([2])]
     module.one = module.table[torch.tensor(1)]
+    module.none, module.some, module.pairs = module.table[[]], module.table[range(2)], module.table[[0, 1], (0, 2)]
+    module.nested = module.table[:2, [[0, 1], [2, 3]]]
+    module.table[range(1, 3), 2:4] = 4
+    module.table[[]] = 5
     module.inverse = torch.linalg.pinv(module.table)
 
 
@@ -264,9 +284,61 @@ def spectra(module):
     module.normed = nn.BatchNorm1d(5).eval()(module.matrix).detach()
 
 
+def products(module):
+    for rows in (2, 5, 7):
+        many, one = torch.randn(rows, 3, 5), torch.randn(1, 5, 7)
+        module.register_buffer(f"by_function{rows}", torch.matmul(many, one))
+        module.register_buffer(f"by_method{rows}", many.matmul(one.transpose(1, 2).contiguous().mT))
+        module.register_buffer(f"by_sign{rows}", many @ one + one.mT.__rmatmul__(torch.ones(5, 7)).sum())
+        module.register_buffer(f"by_algebra{rows}", torch.linalg.matmul(one.mT, many.mT))
+        module.register_buffer(f"by_vector{rows}", torch.randn(rows, 2, 3, 5) @ torch.randn(5))
+        array = torch.from_numpy(np.random.RandomState(0).rand(rows, 3, 5).astype("f"))
+        module.register_buffer(f"of_values{rows}", array @ array[:1].mT)
+    module.weight = nn.Parameter(torch.rand(1, 5, 5))
+    (torch.rand(4, 5, 5) @ module.weight).sum().backward()
+    module.gradient = module.weight.grad
+
+
+def channels_last(module):
+    images = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    module.of_images = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    module.features = module.of_images(images).detach()
+    module.changed = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    module.made = module.changed(torch.randn(2, 4, 8, 8)).detach()
+    module.normed = nn.BatchNorm2d(4).eval()(images).detach()
+    module.unpooled = F.max_unpool2d(*F.max_pool2d(images, 2, return_indices=True), 2)
+    module.back = torch.fft.irfft2(torch.fft.rfft2(torch.randn(3, 6, 6)))
+    module.places = torch.nonzero_static(torch.randn(5, 3) > 0, size=4)
+    module.after = torch.randn(3)
+
+
+def settings(module):
+    query = torch.randn(1, 2, 8, 8)
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            module.register_buffer(backend.name, F.scaled_dot_product_attention(query, query, query))
+    layer = nn.Conv2d(3, 8, 3)
+    with torch.backends.mkldnn.flags(enabled=False, deterministic=True):
+        module.convolved = layer(torch.randn(2, 3, 16, 16)).detach()
+    module.usually = layer(torch.randn(2, 3, 16, 16)).detach()
+    with deterministic():
+        module.nothing, module.whole_numbers = torch.empty(3), torch.empty(4, dtype=torch.int64)
+        module.partly = module.whole_numbers.new_empty(4)
+        module.partly[1:3].random_()
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 CONSTRUCTIONS = (gpt_by_apply, initializers, parametrized, copied_layers, recurrent, buffers, read_values, looks)
-CONSTRUCTIONS += (from_a_file, placed_elements, on_meta, from_arrays, seeded)
-CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra)
+CONSTRUCTIONS += (from_a_file, from_safetensors, placed_elements, on_meta, from_arrays, seeded)
+CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra, products, settings, channels_last)
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -275,6 +347,7 @@ CONSTRUCTIONS += (own_generator, dtypes, forwards, other_draws, spectra)
     CONSTRUCTIONS,
     ids=[fill.__name__ for fill in CONSTRUCTIONS],
 )
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_same_bits(fill, random):
     assert_same_construction(lambda: Built(fill), random=random)
 
@@ -299,6 +372,22 @@ def test_a_later_recording_converts():
     values = values_of(recording, tensors_of(module))
     for name, one in tensors_of(plain).items():
         assert_same_bits(values[name], one, name)
+
+
+def test_settings_are_those_of_the_construction():
+    with deterministic():
+        plain = torch.empty(3, dtype=torch.int64)
+        with (recording := Recording()).record():
+            tensor = torch.empty(3, dtype=torch.int64)
+    assert_same_bits(values_of(recording, {"": tensor})[""], plain)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with (recording := Recording()).record():
+        zeros = torch.zeros(3)
+    seen = []
+    with deterministic():
+        recording.replay([(zeros, lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))])
+        assert torch.are_deterministic_algorithms_enabled()
+    assert seen == [False]
 
 
 class Alive:
@@ -469,13 +558,16 @@ def test_digest():
     ("code", "message"),
     [
         (lambda: nn.Linear(2, 2).weight.data_ptr(), "data_ptr asks for the memory"),
+        (lambda: nn.Linear(2, 2).weight.untyped_storage().data_ptr(), "untyped_storage asks for the memory"),
         (lambda: nn.Linear(2, 2).to("meta"), "a tensor is moved to meta"),
         (lambda: torch.rand(2) + torch.ones(2, device="meta"), "on the meta device that were made without values"),
         (lambda: torch.eye(2).to_sparse(), "not dense"),
         (lambda: nn.MultiheadAttention(4, 1).eval()(*torch.ones(3, 1, 1, 4)), "fast path"),
         (lambda: torch.rand(2).resize_(9), "changes the size of a tensor's storage"),
         (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "not dense"),
-        (lambda: pickle.dumps(nn.Linear(2, 2)), "the code fails without values"),
+        (lambda: nn.GroupNorm(1, 2)(torch.rand(1, 3, 3, 2).permute(0, 3, 1, 2)), "not contiguous"),
+        (lambda: torch.rand(3, 3)[[[0, 1], [1, 2]]], "by a list of more than numbers"),
+        (lambda: pickle.dumps(nn.Linear(2, 2)), "asks for the memory"),
         (lambda: nn.Linear(2, 2)(torch.ones(3)), "the code fails without values"),
         (lambda: torch.linalg.svdvals(torch.eye(2), out=torch.empty(2)), "puts its result into a tensor"),
         (lambda: torch.rand(2).share_memory_(), "share_memory_ asks for the memory"),
@@ -517,6 +609,120 @@ def test_draws_past_the_recording_are_found():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def by_a_pool(layers):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda layer: layer.weight.data.copy_(torch.eye(3)), layers))
+
+
+class Own(threading.Thread):
+    """A class of threads with a `run` of its own."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def run(self):
+        nn.init.zeros_(self.layers[0].bias)
+
+
+def by_a_class(layers):
+    thread = Own(layers)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("change", [by_a_pool, by_a_class])
+def test_writes_by_other_threads_are_found(change):
+    with pytest.raises(DeferredError, match="another thread works on tensors"), Recording().record():
+        change([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+
+def test_other_threads_may_make_tensors_of_their_own():
+    def build(module):
+        with ThreadPoolExecutor(2) as pool:
+            ones = list(pool.map(lambda size: torch.ones(size) * 2, (2, 3)))
+        module.weight = torch.randn(2) + ones[0]
+
+    assert_same_construction(lambda: Built(build))
+
+
+def test_a_thread_that_outlives_the_recording_is_let_alone():
+    with ThreadPoolExecutor(1) as pool:
+        with Recording().record():
+            pool.submit(int).result()
+            layer = nn.Linear(3, 3)
+        assert pool.submit(lambda: layer.weight.shape).result() == (3, 3)
+
+
+def drawn_by(make):
+    """A draw by a generator that `make` gives the state of another one, itself drawn from."""
+
+    def build():
+        first = torch.Generator().manual_seed(2)
+        torch.rand(2), torch.rand(2, generator=first)
+        return torch.rand(2, generator=make(first))
+
+    return build
+
+
+def in_another(state):
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator
+
+
+def in_one_drawn_from(state):
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(2, generator=generator)
+    generator.set_state(state)
+    return generator
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: in_another(torch.get_rng_state()), "given the state of another one"),
+        (lambda first: in_another(first.get_state()), "given the state of another one"),
+        (lambda first: first.clone_state(), "given the state of another one"),
+        (lambda first: copy.deepcopy(first), "given the state of another one"),
+        (lambda _: torch.default_generator.clone_state(), "given the state of another one"),
+        (lambda _: in_one_drawn_from(torch.get_rng_state()), "or by another thread"),
+    ],
+)
+def test_a_generator_with_the_state_of_another_is_refused(make, message):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with pytest.raises(DeferredError, match=message), Recording().record():
+        drawn_by(make)()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_first_state_is_any_generator_s():
+    def build(module):
+        state = torch.get_rng_state()
+        module.usual, module.other = torch.rand(2), torch.rand(2, generator=in_another(state))
+        del state
+
+    assert_same_construction(lambda: Built(build))
+
+
+def test_a_state_that_is_kept_is_refused():
+    kept = []
+
+    def build():
+        torch.rand(2)
+        kept.append({"state": torch.get_rng_state()})
+        torch.rand(2)
+
+    with Recording().record():
+        kept.append(torch.get_rng_state())
+        torch.rand(2)
+    assert torch.equal(kept[0], torch.get_rng_state())
+    with pytest.raises(DeferredError, match="state is kept"), Recording().record():
+        build()
+
+
 def test_an_array_and_its_tensor_do_not_part():
     def build(*, keeps):
         tensor = torch.ones(2)
@@ -545,13 +751,29 @@ def test_wrong_calls():
     recording = Recording()
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         recording.replay([])
-    with pytest.raises(DeferredError, match="entered already"), recording.record(), recording.record():
+    with pytest.raises(DeferredError, match="entered already$"), recording.record(), recording.record():
+        pass
+    with pytest.raises(DeferredError, match="already by another"), Recording().record(), Recording().record():
         pass
     assert not recording.holds(torch.ones(2))
     with (other := Recording()).record():
         torch.ones(2)
     with pytest.raises(ValueError, match="takers has a tensor that has values already"):
         other.replay([(torch.ones(2), print)])
+
+
+def test_a_recording_within_one_leaves_it_the_active_one():
+    recording = Recording()
+
+    def build():
+        with pytest.raises(RuntimeError, match="entered already"), Recording().record():
+            pass
+        return active_recording()
+
+    with recording.record():
+        found = build()
+    assert found is recording
+    assert active_recording() is None
 
 
 def test_reads_in_a_loop_are_not_made_of_all_before(monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred.draws import Course, DeferredError
 from lightning_largescale.parallel.deferred.portions import Portions, in_portions
+from lightning_largescale.parallel.deferred.settings import set_again, settings_now
 from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, Step, Tape, assigned
 
 Keep = Callable[[Cell, torch.UntypedStorage], None]
@@ -30,14 +31,14 @@ def carry_out(tape: Tape, steps: list[Step], *, keep: Keep | None = None) -> Cou
         DeferredError: an operation makes another layout than it said on the meta device.
     """
     run = _Run(tape, keep)
-    default_dtype = torch.get_default_dtype()
+    settings = settings_now()
     steps.reverse()
     try:
         with compat.without_dispatch_modes(), compat.without_function_modes(), torch.no_grad():
             while steps:
                 run.step(steps.pop())
     finally:
-        torch.set_default_dtype(default_dtype)
+        set_again(settings)
     return run.course
 
 
@@ -118,7 +119,7 @@ class _Run:
         return held.among(storage)
 
     def _operate(self, operation: Operation, unused: set[Cell]) -> None:
-        torch.set_default_dtype(operation.default_dtype)
+        set_again(operation.settings)
         given: dict[int, Tensor] = {}
 
         def tensor(held: Held) -> Tensor:

@@ -6,6 +6,10 @@ saved it sets it back, and by which a draw past the recording is found out. Code
 
 from __future__ import annotations
 
+import gc
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -33,11 +37,23 @@ class Point:
         self.kept = False
 
 
+# A mark tells the stream, too, of all that there are in the process: a state may be set in another generator, or later.
+_numbers = itertools.count()
+_POINTS = 2**32
+
+
 class Stream:
-    """One generator's way through a recording."""
+    """One generator's way through a recording.
+
+    Raises:
+        DeferredError: the generator is where another one was while recording, at a state that only drawing shows.
+    """
 
     def __init__(self, generator: torch.Generator) -> None:
+        if compat.mark_of(generator.get_state()) is not None:
+            raise DeferredError("a generator is given the state of another one, which was drawn from while recording")
         self.generator = generator
+        self._mark = next(_numbers) * _POINTS
         self.points = [Point(0, state=generator.get_state(), root=None)]
         self.current = self.points[0]
         self._began = self._shown = generator.get_state()
@@ -119,6 +135,11 @@ class Stream:
         ours = random and torch.equal(before, self._began) and torch.equal(self.first_state, self._began)
         self.generator.set_state(end if ours and end is not None else before)
 
+    def shows(self, state: Tensor) -> bool:
+        """Whether `state` stands for one of this stream, and is not the one that is kept here."""
+        number = compat.mark_of(state)
+        return number is not None and number // _POINTS * _POINTS == self._mark and state is not self._shown
+
     def _put(self, state: Tensor) -> None:
         self.generator.set_state(state)
         self._shown = state
@@ -126,14 +147,18 @@ class Stream:
     def _face(self, point: Point) -> Tensor:
         # Also where other numbers are to be drawn later, the generator shows its own seed.
         root = self._began if point.root is self.points[0] else point.root.state
-        return root if point.root is point and root is not None else compat.marked_state(root, point.number)
+        if point.root is point and root is not None:
+            return root
+        marked: Tensor = compat.marked_state(root, self._mark + point.number)
+        return marked
 
     def _known(self, state: Tensor) -> Point | None:
         number = compat.mark_of(state)
         if number is None:
             return next((p for p in self.points if p.root is p and torch.equal(state, self._face(p))), None)
-        if number < len(self.points) and torch.equal(state, self._face(self.points[number])):
-            return self.points[number]
+        place = number - self._mark
+        if 0 <= place < len(self.points) and torch.equal(state, self._face(self.points[place])):
+            return self.points[place]
         raise DeferredError("random numbers are drawn by what is no operation of torch, or by another thread")
 
     def _seeded(self, state: Tensor) -> Point:
@@ -141,6 +166,32 @@ class Stream:
             raise DeferredError("a generator was drawn from by another thread, or set to a state of unknown origin")
         self.points.append(Point(len(self.points), state=state, root=None))
         return self.points[-1]
+
+
+def check_kept_states(streams: Iterable[Stream]) -> None:
+    """Find out whether code keeps a state that stands for another one: set later, it gives no random numbers.
+
+    Raises:
+        DeferredError: it does.
+    """
+    drawn = [stream for stream in streams if len(stream.points) > 1]
+    if drawn and _finds_shown(drawn):
+        # Perhaps only in a cycle that nobody needs.
+        gc.collect()
+        if _finds_shown(drawn):
+            raise DeferredError("a generator's state is kept, which was asked for after a draw")
+
+
+def _finds_shown(streams: list[Stream]) -> bool:
+    """Whether a state lives that one of `streams` has shown."""
+    shape = streams[0].first_state.shape
+    for one in gc.get_objects():
+        # Without isinstance(), which asks objects that only stand for others what they are.
+        if type(one) is not Tensor or one.dtype != torch.uint8 or one.shape != shape or one.device.type != "cpu":
+            continue
+        if one.layout is torch.strided and any(stream.shows(one) for stream in streams):
+            return True
+    return False
 
 
 class Draw:

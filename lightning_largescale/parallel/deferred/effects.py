@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_largescale import compat
 from lightning_largescale.workload.tracker import written
@@ -20,8 +21,11 @@ _LIKE = _EMPTY.union(
 )
 # What they return on the meta device is not laid out as what they return on the CPU, or not quantized.
 _QUANTIZES = (_aten.quantize_per_tensor, _aten.quantize_per_tensor_dynamic, _aten.quantize_per_channel)
-_OTHER_LAYOUT = frozenset(
-    packet.default for packet in (_aten._linalg_svd, _aten.linalg_eig, _aten._fft_r2c, *_QUANTIZES)
+_OTHERWISE_LAID_OUT = (_aten._linalg_svd, _aten.linalg_eig, _aten._fft_r2c, _aten._fft_c2r, _aten.max_unpool2d)
+_OTHER_LAYOUT = frozenset(packet.default for packet in (*_OTHERWISE_LAID_OUT, _aten.nonzero_static, *_QUANTIZES))
+# The same, where an input's channels come last.
+_OTHER_LAYOUT_OF_CHANNELS_LAST = frozenset(
+    {_aten.convolution.default, _aten.native_batch_norm.default, _aten._native_batch_norm_legit.default}
 )
 _LIFTS = frozenset({_aten.lift_fresh.default, _aten.lift.default})
 
@@ -41,8 +45,10 @@ def lifts(func: Any) -> bool:
     return func in _LIFTS
 
 
-def is_elsewhere_laid_out(func: Any) -> bool:
-    """Whether the meta device does not tell the strides of what an operator makes on the CPU."""
+def is_elsewhere_laid_out(func: Any, args: Any) -> bool:
+    """Whether the meta device does not tell the strides of what a call of an operator makes on the CPU."""
+    if func in _OTHER_LAYOUT_OF_CHANNELS_LAST:
+        return any(isinstance(one, Tensor) and not one.is_contiguous() for one in args[:2])
     return func in _OTHER_LAYOUT
 
 

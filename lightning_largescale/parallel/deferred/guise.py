@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,26 @@ class Guise(TorchFunctionMode):
             return _HANDLERS.get(func, _unhandled)(self._recorder, func, args, kwargs)
         except DeferredError as error:
             raise self._recorder.refuse(str(error)) from error
+
+
+class Elsewhere(TorchFunctionMode):
+    """Refuses, in a thread beside the one that `recorder` records, what is done with tensors without values.
+
+    Attributes:
+        active: whether it still records.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self.active = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, unless it is of such tensors."""
+        kwargs = kwargs or {}
+        if self.active and _holds(self._recorder, [args, list(kwargs.values())]):
+            raise self._recorder.refuse("another thread works on tensors that were made while recording")
+        return func(*args, **kwargs)
 
 
 def _holds(recorder: Recorder, tree: Any) -> bool:
@@ -118,6 +139,10 @@ def _read(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> A
 
 def _as_tensor(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    if isinstance(given, torch.UntypedStorage):
+        # As safetensors takes in a file; torch does not know storages under a dispatch mode.
+        with compat.without_dispatch_modes():
+            return func(*args, **kwargs)
     if not (isinstance(given, Tensor) and recorder.holds(given)):
         return _read(recorder, func, args, kwargs)
     options = {name: one for name, one in kwargs.items() if name in ("dtype", "device", "copy") and one is not None}
@@ -139,10 +164,21 @@ def _set_item(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) 
     tensor, index, *values = args
     if not recorder.holds(tensor):
         return func(*args, **kwargs)
+    if isinstance(index, list) and not all(isinstance(one, (int, np.integer)) for one in index):
+        # Torch may take it for a tuple.
+        raise DeferredError("a tensor is asked for elements by a list of more than numbers")
     parts = index if isinstance(index, tuple) else (index,)
-    index = tuple(torch.as_tensor(one) if isinstance(one, (list, np.ndarray)) else one for one in parts)
+    index = tuple(_index(one) if isinstance(one, (list, tuple, range, np.ndarray)) else one for one in parts)
     values = [one if isinstance(one, Tensor) else torch.tensor(one, dtype=tensor.dtype) for one in values]
     return func(tensor, index, *values)
+
+
+def _index(given: Any) -> Tensor:
+    """Places that are listed, as torch takes them: of an empty list, none."""
+    if isinstance(given, np.ndarray):
+        return torch.as_tensor(given)
+    found = torch.as_tensor([*given])
+    return found if found.numel() else found.long()
 
 
 def _new(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -197,13 +233,24 @@ def _whole(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> 
     """Written down as one: of what operations it is made depends on the device, and on modes."""
     given = [*args, *kwargs.values()]
     if not _holds(recorder, given):
-        return func(*args, **kwargs)
+        # Of nothing but values those without draws are made as they are past the recording.
+        plain = compat.without_dispatch_modes() if func in _UNDRAWN else nullcontext()
+        with plain:
+            return func(*args, **kwargs)
     if kwargs.get("out") is not None:
         raise DeferredError(f"{func.__name__} puts its result into a tensor")
     # Those that drop out are told its probability.
-    draws = func not in _SPECTRAL and any(isinstance(one, float) and one > 0 for one in given)
+    draws = func not in _UNDRAWN and any(isinstance(one, float) and one > 0 for one in given)
     with compat.without_function_modes():
         return recorder.write_down_whole(func, args, kwargs, draws=draws)
+
+
+def _group_norm(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """It leaves channels last where they are on the CPU only."""
+    given = args[0] if args else kwargs["input"]
+    if recorder.holds(given) and not given.is_contiguous():
+        raise DeferredError("group_norm is called of a tensor that is not contiguous")
+    return func(*args, **kwargs)
 
 
 def _deepcopy(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -239,8 +286,12 @@ _READS = (
     Tensor.__format__,
     torch.tensor,
 )
-_MEMORY = (Tensor.data_ptr, Tensor.storage, Tensor.share_memory_, Tensor.pin_memory, Tensor.__dlpack__, Tensor.apply_)
+# On the meta device all storages begin at address 0, so code that asks for addresses would take all tensors for tied.
+_MEMORY: tuple[Any, ...] = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_)
+_MEMORY += (Tensor.pin_memory, Tensor.__dlpack__, Tensor.apply_)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# It multiplies batches by one matrix as one product, or batch by batch: which, depends on whether a mode is active.
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.linalg.matmul)
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 # They leave out singular or eigenvectors, unless the device is the meta device or a mode is active.
 _SPECTRAL = (
@@ -254,7 +305,8 @@ _SPECTRAL = (
     torch.nuclear_norm,
     Tensor.norm,
 )
-_BY_DEVICE = (*_ATTENTION, *_RECURRENT, *_SPECTRAL)
+_UNDRAWN = (*_SPECTRAL, *_PRODUCTS)
+_BY_DEVICE = (*_ATTENTION, *_RECURRENT, *_UNDRAWN)
 _HANDLERS: dict[Any, _Handler] = {
     compat.function_getter("device"): _says(torch.device("cpu")),
     compat.function_getter("is_cpu"): _says(True),
@@ -272,6 +324,8 @@ _HANDLERS: dict[Any, _Handler] = {
     Tensor.__getitem__: _set_item,
     Tensor.__setitem__: _set_item,
     Tensor.__deepcopy__: _deepcopy,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
     **dict.fromkeys(_READS, _read),
     **dict.fromkeys(_MEMORY, _refuse),
     Tensor.__reduce_ex__: _refuse,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.deferred import effects
 from lightning_largescale.parallel.deferred.carry import carry_out, clone_storage, flat_leaves, map_arguments
 from lightning_largescale.parallel.deferred.draws import DeferredError, Draw, Point, Stream
+from lightning_largescale.parallel.deferred.settings import fills_memory, settings_now
 from lightning_largescale.parallel.deferred.spans import Span
 from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, Taker, Tape, read_source
 from lightning_largescale.workload.tracker import writes
@@ -138,8 +139,8 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         stays = func is _aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype)
         if stays and kwargs.get("device") == _CPU:
             raise DeferredError("a tensor is moved to the CPU, which plainly it is on already")
-        if not targets and (not compat.returns_tensors(func) or effects.is_elsewhere_laid_out(func)):
-            return self._run_really(func, args, kwargs, draws=draws)
+        if effects.is_elsewhere_laid_out(func, args) or not (targets or compat.returns_tensors(func)):
+            return self._run_really(func, args, kwargs, draws=draws, targets=targets)
         try:
             return self._record(func, args, kwargs, draws=draws)
         except NotImplementedError as error:
@@ -169,9 +170,16 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             raise DeferredError(f"{func} changes the size of a tensor's storage")
         return out
 
-    def _run_really(self, func: Any, args: Any, kwargs: dict[str, Any], *, draws: bool) -> Any:
-        """Run `func` for real; what it makes is held as a constant."""
-        args, kwargs = (map_arguments(tree, Tensor, self._value) for tree in (args, kwargs))
+    def _run_really(
+        self, func: Any, args: Any, kwargs: dict[str, Any], *, draws: bool, targets: Sequence[Tensor] = ()
+    ) -> Any:
+        """Run `func` for real; what it makes is held as a constant, and so is what it leaves in `targets`."""
+        copies = {id(one): self._value(one).clone() for one in targets}
+
+        def value(tensor: Tensor) -> Tensor:
+            return copies[id(tensor)] if id(tensor) in copies else self._value(tensor)
+
+        args, kwargs = (map_arguments(tree, Tensor, value) for tree in (args, kwargs))
         with compat.without_dispatch_modes():
             if not draws:
                 out = func(*args, **_on(_CPU, kwargs))
@@ -182,7 +190,9 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
                 stream.resume()
                 out = func(*args, **_on(_CPU, kwargs))
                 stream.drawn()
-        return map_arguments(out, Tensor, self._constant) if not writes(func) else out
+        for target in targets:
+            self._record(_aten.copy_.default, (target, copies[id(target)]), {}, draws=False)
+        return map_arguments(out, Tensor, self._constant) if targets or not writes(func) else out
 
     def _carry_out(self, wanted: list[tuple[Held, Taker]], states: list[Point]) -> None:
         steps = self.tape.plan(wanted, states, whole_bytes=_KNOWN_BYTES)
@@ -218,7 +228,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
                 raise DeferredError(f"{func} changes the size of a tensor's storage")
             if any(array() is not None for array in target.cell.arrays):
                 raise DeferredError(f"{func} writes into a tensor whose values were given away as an array")
-        if (made or targets) and not effects.makes_empty(func):
+        if (made or targets) and (fills_memory() or not effects.makes_empty(func)):
             writes = [(one.cell, one.span, one.dense and effects.overwrites(func)) for one in targets]
             self._append(func, held_args, held_kwargs, writes=writes, makes=made, draws=draws)
         return out
@@ -245,7 +255,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             writes=writes or [],
             makes=makes or [],
             touches=list(dict.fromkeys(cells)),
-            default_dtype=torch.get_default_dtype(),
+            settings=settings_now(),
             grad=None if compat.is_operator(func) else torch.is_grad_enabled(),
         )
         if draws:

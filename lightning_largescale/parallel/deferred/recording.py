@@ -10,8 +10,10 @@ Source: torchdistx.deferred_init, archived in 2023, which keeps a graph for each
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +22,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred.carry import carry_out, flat_leaves
-from lightning_largescale.parallel.deferred.draws import DeferredError, Draw
-from lightning_largescale.parallel.deferred.guise import Guise
+from lightning_largescale.parallel.deferred.draws import DeferredError, Draw, check_kept_states
+from lightning_largescale.parallel.deferred.guise import Elsewhere, Guise
 from lightning_largescale.parallel.deferred.recorder import Recorder, digest_of
 from lightning_largescale.parallel.deferred.tape import Held
 
@@ -51,7 +53,6 @@ class Recording:
 
     def __init__(self) -> None:
         self._recorder: Recorder | None = None
-        self._records = False
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -59,22 +60,23 @@ class Recording:
 
         Raises:
             DeferredError: the code does what cannot be deferred exactly, or fails: the plain construction tells.
-            RuntimeError: it is entered already.
+            RuntimeError: a recording is under way already, this or another; that one then raises a DeferredError, since
+                the code under it fails.
         """
-        if self._records:
-            raise RuntimeError("record() is entered already")
+        global _active
+        if _active is not None:
+            raise RuntimeError("record() is entered already" + ("" if _active is self else " by another recording"))
         recorder = self._recorder = self._recorder or Recorder()
         for stream in recorder.streams.values():
             stream.enter()
-        global _active
-        self._records, _active = True, self
+        _active = self
         try:
-            with recorder, Guise(recorder), _no_fast_path(recorder):
+            with recorder, Guise(recorder), _no_fast_path(recorder), _no_threads(recorder):
                 yield
         except Exception as error:
             raise recorder.failure or recorder.refuse(f"the code fails without values: {error}") from error
         finally:
-            self._records, _active = False, None
+            _active = None
             self._leave(recorder)
         if recorder.failure is not None:
             raise recorder.failure
@@ -147,7 +149,7 @@ class Recording:
             made = [held for _, held in operation.makes]
             parts = [operation.args, list(operation.kwargs.items()), made]
             words = [_describe(leaf, numbers) for leaf in flat_leaves(parts)]
-            words += [str(operation.default_dtype), _describe(operation.draw, numbers)]
+            words += [str(operation.settings), _describe(operation.draw, numbers)]
             total.update("|".join([_function(operation.func), *words]).encode())
         return total.hexdigest()
 
@@ -165,6 +167,10 @@ class Recording:
                 stream.leave()
             except DeferredError as error:
                 recorder.refuse(str(error))
+        try:
+            check_kept_states(recorder.streams.values())
+        except DeferredError as error:
+            recorder.refuse(str(error))
 
 
 @contextmanager
@@ -180,6 +186,30 @@ def _no_fast_path(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _no_threads(recorder: Recorder) -> Iterator[None]:
+    """Refuse what threads that are started within do with the tensors: modes are each thread's own."""
+    mode = Elsewhere(recorder)
+    start = threading.Thread.start
+
+    def start_under_mode(thread: threading.Thread) -> None:
+        # Of the instance, so that it is found also where a class has a `run` of its own.
+        thread.run = partial(_run_under, mode, thread.run)  # type: ignore[method-assign]
+        start(thread)
+
+    threading.Thread.start = start_under_mode  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        mode.active = False
+        threading.Thread.start = start  # type: ignore[method-assign]
+
+
+def _run_under(mode: Elsewhere, run: Callable[[], None]) -> None:
+    with mode:
+        run()
 
 
 def _function(function: Any) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_largescale.parallel.deferred.draws import Draw, Point
+from lightning_largescale.parallel.deferred.settings import Settings
 from lightning_largescale.parallel.deferred.spans import Span, Spans, meets, union, without
 
 
@@ -106,7 +107,7 @@ class Operation:
         writes: what it writes into, and whether it leaves nothing of what was there.
         makes: the tensors that it returns, by place among what it returns.
         touches: cells of all its arguments and results.
-        default_dtype: torch's, when it was called.
+        settings: torch's, when it was called.
         grad: whether gradients were recorded then; None for what lies below autograd.
     """
 
@@ -117,7 +118,7 @@ class Operation:
     writes: list[tuple[Cell, Span, bool]]
     makes: list[tuple[int, Held]]
     touches: list[Cell]
-    default_dtype: torch.dtype
+    settings: Settings
     draw: Draw | None = None
     grad: bool | None = None
 
