@@ -149,6 +149,8 @@ class SteppingStrategy(StatefulStrategy):
         if self._lookups is not None:
             if not module.automatic_optimization:
                 self._lookups.join()
+            # What is pending would be taken for this one's.
+            self._lookups.check_sent()
             compat.call_after_backward(closure_loss, self._lookups.end_backward)
         if module.automatic_optimization:
             return

@@ -72,15 +72,32 @@ class Unannounced(Recommender):
             optimizer.step()
 
 
+class Differentiates(Recommender):
+    """A table, by itself: autograd gives None, and the gradient is with the table."""
+
+    def training_step(self, batch, index):
+        loss = super().loss(batch)
+        torch.autograd.grad(loss, [self.users.weight], retain_graph=True, allow_unused=True)
+        if self.automatic_optimization:
+            return loss
+        self.manual_backward(loss)
+        return None
+
+
 def fit_module(kind, plan, **given):
-    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2, **given).fit(kind(optimizer="SparseAdam"))
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2).fit(kind(**given))
 
 
-def test_a_backward_that_is_not_announced(two):
-    for error, _, _ in two.answers(fit_module, Unannounced, SHARDED):
+@pytest.mark.parametrize(
+    ("kind", "plan", "optimizer"),
+    [(Unannounced, SHARDED, "SparseAdam"), (Differentiates, REPLICATED, "SGD"), (Differentiates, SHARDED, "SparseAdam")],
+)
+def test_a_backward_that_is_not_announced(two, kind, plan, optimizer):
+    for error, _, _ in two.answers(fit_module, kind, plan, optimizer=optimizer):
         assert str(error) == (
             "table 'users' has gradients of a backward that the Trainer does not know of, and its rows are on all"
-            " ranks; call self.manual_backward(loss) in the place of loss.backward()."
+            " ranks; call self.manual_backward(loss) in the place of loss.backward(), and ask torch.autograd.grad for"
+            " the gradient of no table."
         )
 
 
