@@ -2,7 +2,8 @@
 
 Ranks meet in rounds. In each of them every rank says which table it looks up, and how many rows of each rank it wants,
 or that it is done; the first table of those named is served, and ranks that named another, or none, take part with no
-rows. So ranks may look up different tables, or none, and a step ends when all are done. Gradients stay with the rank
+rows. So ranks may look up different tables, or none, and a step ends when all are done; so does what comes before other
+collectives of it, which ranks may only enter together. Gradients stay with the rank
 that computed them until its backward is over: then rows go to their owners, once for every table.
 
 Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
@@ -89,6 +90,8 @@ class Lookups:
         # Of their own, since a backward reduces other gradients at the same time.
         self._group = dist.new_group()
         self._ranks = dist.get_world_size()
+        # Whether other ranks may be looking up what this one has not joined.
+        self._apart = True
 
     def serves(self, names: Sequence[str], ranks: int) -> bool:
         """Whether these are tables of a plan that names `names`, on `ranks` ranks.
@@ -115,6 +118,7 @@ class Lookups:
         """
         wanted, fault = self.tables.index(table), self._out_of_range(table, ids)
         counts = self._counts(table, ids)
+        self._apart = True
         while True:
             served, rows = self._round(wanted, ids, counts, fault)
             if served == wanted:
@@ -137,11 +141,22 @@ class Lookups:
         """
         while self._round(_DONE, self._no_ids(), [0] * self._ranks)[0] != _DONE:
             pass
+        self._apart = False
+
+    def start(self) -> None:
+        """Announce a step of the module."""
+        self.stepping = self._apart = True
+
+    def meet(self) -> None:
+        """The same, before what ranks do together otherwise: once in each forward, and after look-ups that follow."""
+        if self._apart:
+            self.join()
 
     def end_backward(self) -> None:
         """Send gradients to the ranks that have the rows, average them there as data parallelism does, and add them to
         `weight.grad`, sparse and coalesced; unless `synchronize` is off: then they are kept.
         """
+        self._apart = True
         for table in self.tables:
             pieces = [*([table.kept] if table.kept else []), *table.pending]
             table.kept, table.pending = _summed(pieces) if pieces else None, []

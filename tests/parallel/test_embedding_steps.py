@@ -113,6 +113,43 @@ def test_id_out_of_range_in_a_step(two, plan):
         assert str(error) == "table 'words' has 29 rows and was given id 29; ids must be 0 to 28."
 
 
+class Further(Recommender):
+    """Rank 1 looks up more than rank 0 before the blocks, in two forwards of a step."""
+
+    def __init__(self, manual):
+        super().__init__()
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, index):
+        user, words, click = batch
+        for extra in range(2):
+            hidden = torch.cat([torch.zeros(len(user), DIM), self.words(words)], -1)
+            if self.global_rank:
+                hidden = torch.cat([self.users(user) + self.users(user // (2 + extra)), self.words(words)], -1)
+            loss = F.binary_cross_entropy_with_logits(self.head(self.blocks(hidden)).squeeze(-1), click)
+            if self.automatic_optimization:
+                continue
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss if self.automatic_optimization else None
+
+
+def fit_further(plan, manual):
+    model = Further(manual)
+    run = trainer(LargeScaleStrategy(plan), devices=2, max_steps=4)
+    run.fit(model)
+    run.strategy.make_whole()
+    return model.users.weight.detach()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_ranks_that_look_up_more_than_others_between_gathers(two, manual):
+    expected, _ = two.run(fit_further, REPLICATED, manual)
+    for weight in two.run(fit_further, SHARDED, manual):
+        torch.testing.assert_close(weight, expected)
+
+
 class Uneven(Recommender):
     """Rank 1 has a batch less to evaluate."""
 
