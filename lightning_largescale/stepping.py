@@ -126,21 +126,26 @@ class SteppingStrategy(StatefulStrategy):
             self._compared |= {name}
             check_equal_batch(args, self._tensor_mesh)
         context = getattr(self.precision_plugin, _CONTEXTS[name])
-        with context(), self._joined():
+        with context(), self._joined(before_gather=name == "training_step"):
             return run_step(module, name, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _joined(self) -> Generator[None, None, None]:
-        """A step, which ends when no rank looks up rows of tables any more."""
+    def _joined(self, *, before_gather: bool = False) -> Generator[None, None, None]:
+        """A step, which ends when no rank looks up rows of tables any more; so do its parts `before_gather`."""
         if self._lookups is None:
             yield
             return
-        self._lookups.stepping = True
+        self._lookups.start()
+        sharded = sharded_state(self._module()) if before_gather else None
+        if sharded is not None:
+            sharded.before_gather = self._lookups.meet
         try:
             yield
             self._lookups.join()
         finally:
             self._lookups.stepping = False
+            if sharded is not None:
+                sharded.before_gather = None
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -149,6 +154,8 @@ class SteppingStrategy(StatefulStrategy):
         if self._lookups is not None:
             if not module.automatic_optimization:
                 self._lookups.join()
+            # What is pending would be taken for this one's.
+            self._lookups.check_sent()
             compat.call_after_backward(closure_loss, self._lookups.end_backward)
         if module.automatic_optimization:
             return

@@ -33,6 +33,8 @@ from lightning_largescale.workload.blocks import find_blocks
 from lightning_largescale.workload.parts import share
 
 _STATE = "_largescale_lookups"
+# What torch's own look-ups take.
+_IDS = (torch.int64, torch.int32)
 
 
 def shard_embeddings(module: nn.Module, names: Sequence[str], device: torch.device) -> Lookups:
@@ -248,11 +250,13 @@ class _LookUp(Forward):
         """As `nn.Embedding.forward`: a collective.
 
         Raises:
-            PlanError: on all ranks, when one of them has an id that the table has no row for.
+            PlanError: on all ranks, when one of them has an id that the table has no row for, or no integers.
         """
         if self._table.aside is not None:
             result: Tensor = self.original(input, *args, **kwargs)
             return result
+        if input.dtype not in _IDS:
+            self._lookups.refuse(self._table, input.dtype)
         ids, places = torch.unique(input.long(), return_inverse=True)
         rows = self._lookups.look_up(self._table, ids)
         rows = _Fetched.apply(self._table.weight, self._table, ids, rows)  # type: ignore[no-untyped-call]
@@ -300,7 +304,8 @@ class _LookUpBags(_LookUp):
         return F.embedding_bag(
             places,
             rows,
-            None if offsets is None else offsets.long(),
+            # As the places are; of what else there is, torch says that it is wrong.
+            offsets.long() if offsets is not None and offsets.dtype in _IDS else offsets,
             mode=bag.mode,
             per_sample_weights=per_sample_weights,
             include_last_offset=bag.include_last_offset,

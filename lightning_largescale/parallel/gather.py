@@ -46,6 +46,7 @@ class Sharded:
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
         hooks: what was registered with parts of the module.
+        before_gather: called in a step, and outside of its backward, before a block is gathered.
         on_parts: runs a step where tensor parallelism divides what lies outside of blocks; None where it does not.
     """
 
@@ -59,6 +60,7 @@ class Sharded:
     in_backward: bool = False
     whole: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
+    before_gather: Callable[[], None] | None = None
     on_parts: Callable[[Callable[[], Any]], Any] | None = None
 
 
@@ -77,6 +79,8 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
     for name, group in state.groups.items():
         if name:
             state.hooks += [
+                # Ahead of FSDP's own, which gathers.
+                group.register_forward_pre_hook(partial(_announce, state), prepend=True),  # type: ignore[attr-defined]
                 group.register_forward_pre_hook(partial(_note, state, name)),  # type: ignore[attr-defined]
                 group.register_forward_hook(partial(_watch_backward, module, state)),  # type: ignore[attr-defined]
             ]
@@ -239,6 +243,11 @@ def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result
         for group in wraps:
             group.set_reshard_after_forward(state.plan.reshard_after_forward, recurse=False)
             group.reshard()
+
+
+def _announce(state: Sharded, block: nn.Module, args: Any) -> None:
+    if state.before_gather is not None and state.stepping and not state.in_backward:
+        state.before_gather()
 
 
 def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:

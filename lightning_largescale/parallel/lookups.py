@@ -2,7 +2,8 @@
 
 Ranks meet in rounds. In each of them every rank says which table it looks up, and how many rows of each rank it wants,
 or that it is done; the first table of those named is served, and ranks that named another, or none, take part with no
-rows. So ranks may look up different tables, or none, and a step ends when all are done. Gradients stay with the rank
+rows. So ranks may look up different tables, or none, and a step ends when all are done; so does what comes before other
+collectives of it, which ranks may only enter together. Gradients stay with the rank
 that computed them until its backward is over: then rows go to their owners, once for every table.
 
 Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
@@ -24,6 +25,9 @@ from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.parts import share
 
 _DONE = -1
+# What may be wrong with ids that a rank was given, as ranks say it to one another.
+_NO_SUCH_ROW, _NO_IDS = 1, 2
+_DTYPES = sorted({str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)})
 
 
 @dataclass(eq=False, kw_only=True)
@@ -86,6 +90,8 @@ class Lookups:
         # Of their own, since a backward reduces other gradients at the same time.
         self._group = dist.new_group()
         self._ranks = dist.get_world_size()
+        # Whether other ranks may be looking up what this one has not joined.
+        self._apart = True
 
     def serves(self, names: Sequence[str], ranks: int) -> bool:
         """Whether these are tables of a plan that names `names`, on `ranks` ranks.
@@ -110,12 +116,22 @@ class Lookups:
         Raises:
             PlanError: on all ranks, when one of them asks for a row that a table has not.
         """
-        wanted = self.tables.index(table)
+        wanted, fault = self.tables.index(table), self._out_of_range(table, ids)
         counts = self._counts(table, ids)
+        self._apart = True
         while True:
-            served, rows = self._round(wanted, ids, counts)
+            served, rows = self._round(wanted, ids, counts, fault)
             if served == wanted:
                 return rows
+
+    def refuse(self, table: Table, dtype: torch.dtype) -> None:
+        """Refuse what is no row numbers of `table`, being of `dtype`.
+
+        Raises:
+            PlanError: on all ranks.
+        """
+        fault = (_NO_IDS, _DTYPES.index(str(dtype)))
+        self._round(self.tables.index(table), self._no_ids(), [0] * self._ranks, fault)
 
     def join(self) -> None:
         """Take part in the look-ups of ranks that still have some, until all are done.
@@ -123,14 +139,24 @@ class Lookups:
         Raises:
             PlanError: as `look_up`.
         """
-        nothing = torch.empty(0, dtype=torch.int64, device=self._device)
-        while self._round(_DONE, nothing, [0] * self._ranks)[0] != _DONE:
+        while self._round(_DONE, self._no_ids(), [0] * self._ranks)[0] != _DONE:
             pass
+        self._apart = False
+
+    def start(self) -> None:
+        """Announce a step of the module."""
+        self.stepping = self._apart = True
+
+    def meet(self) -> None:
+        """The same, before what ranks do together otherwise: once in each forward, and after look-ups that follow."""
+        if self._apart:
+            self.join()
 
     def end_backward(self) -> None:
         """Send gradients to the ranks that have the rows, average them there as data parallelism does, and add them to
         `weight.grad`, sparse and coalesced; unless `synchronize` is off: then they are kept.
         """
+        self._apart = True
         for table in self.tables:
             pieces = [*([table.kept] if table.kept else []), *table.pending]
             table.kept, table.pending = _summed(pieces) if pieces else None, []
@@ -156,7 +182,8 @@ class Lookups:
             if table.pending:
                 raise PlanError(
                     f"table {table.name!r} has gradients of a backward that the Trainer does not know of, and its rows"
-                    " are on all ranks; call self.manual_backward(loss) in the place of loss.backward()."
+                    " are on all ranks; call self.manual_backward(loss) in the place of loss.backward(), and ask"
+                    " torch.autograd.grad for the gradient of no table."
                 )
 
     def forget(self) -> None:
@@ -165,18 +192,15 @@ class Lookups:
         for table in self.tables:
             table.kept, table.pending = None, []
 
-    def _round(self, wanted: int, ids: Tensor, counts: list[int]) -> tuple[int, Tensor]:
+    def _round(
+        self, wanted: int, ids: Tensor, counts: list[int], fault: tuple[int, int] = (0, 0)
+    ) -> tuple[int, Tensor]:
         """One round: which table is served, and its rows `ids` where it is the one that is wanted."""
-        out_of_range = self._out_of_range(wanted, ids)
-        header = torch.tensor([[wanted, *out_of_range, count] for count in counts], device=self._device)
+        header = torch.tensor([[wanted, *fault, count] for count in counts], device=self._device)
         heard = self._told(header)
-        for other, wrong, one, _ in heard:
+        for other, wrong, value, _ in heard:
             if wrong:
-                table = self.tables[other]
-                raise PlanError(
-                    f"table {table.name!r} has {table.rows.rows} rows and was given id {one}; ids must be 0 to"
-                    f" {table.rows.rows - 1}."
-                )
+                raise _error(self.tables[other], wrong, value)
         served = min((other for other, *_ in heard if other != _DONE), default=_DONE)
         if served == _DONE:
             return served, ids
@@ -210,13 +234,16 @@ class Lookups:
         cuts = torch.searchsorted(ids, torch.tensor(starts, device=ids.device)).tolist()
         return [end - start for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
-    def _out_of_range(self, wanted: int, ids: Tensor) -> tuple[int, int]:
+    def _out_of_range(self, table: Table, ids: Tensor) -> tuple[int, int]:
         """Whether one of `ids`, sorted, is none of the table's, and that one."""
         if not len(ids):
             return 0, 0
         first, last = ids[[0, -1]].tolist()
         wrong = first if first < 0 else last
-        return int(not 0 <= wrong < self.tables[wanted].rows.rows), wrong
+        return 0 if 0 <= wrong < table.rows.rows else _NO_SUCH_ROW, wrong
+
+    def _no_ids(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64, device=self._device)
 
     def _told(self, header: Tensor) -> list[list[int]]:
         """What each rank says to this one: rows of integers, of `header` the one for it."""
@@ -230,6 +257,15 @@ class Lookups:
         received = tensor.new_empty((sum(comes), *tensor.shape[1:]))
         dist.all_to_all_single(received, tensor.contiguous(), comes, sends, group=self._group)
         return received
+
+
+def _error(table: Table, wrong: int, value: int) -> PlanError:
+    if wrong == _NO_IDS:
+        return PlanError(f"table {table.name!r} was given ids of {_DTYPES[value]}; give torch.int64 or torch.int32.")
+    return PlanError(
+        f"table {table.name!r} has {table.rows.rows} rows and was given id {value}; ids must be 0 to"
+        f" {table.rows.rows - 1}."
+    )
 
 
 def _summed(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

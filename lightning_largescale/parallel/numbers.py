@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_largescale import compat
 from lightning_largescale.parallel.order import full
 from lightning_largescale.parallel.rows import mark_rows, rows_of
+from lightning_largescale.plan import PlanError
 
 
 class WholeNumbers(TorchFunctionMode):
@@ -62,34 +63,67 @@ def _values(tensor: Tensor) -> Tensor:
     """What each rank's elements are in, sharing storage."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
-    # Gradients are coalesced when they are marked, and in-place functions keep them so.
-    return tensor.values() if _has_rows(tensor) else tensor
+    if not _has_rows(tensor):
+        return tensor
+    if not tensor.is_coalesced():
+        # Gradients are when they are marked; torch has it that `mul_` leaves them so no more, and `add_` may not.
+        with torch.no_grad():
+            tensor.copy_(tensor.coalesce())
+    return tensor.values()
 
 
-def _norm(function: Callable[..., Any], tensor: Tensor, order: Any = 2.0, **kwargs: Any) -> Tensor:
-    """The norm of all rows, each counted once."""
-    order = kwargs.get("ord", kwargs.get("p", order))
-    order = 2.0 if order in (None, "fro") else float(order)
+def _norm(
+    function: Callable[..., Any],
+    tensor: Tensor,
+    order: Any = 2.0,
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The norm of all rows, each counted once.
+
+    Raises:
+        PlanError: another norm is asked for than one of all elements, of an order that zeros do not change.
+    """
+    order = kwargs.pop("ord", kwargs.pop("p", order))
+    order = 2.0 if order in (None, "fro") else order
+    unlike = [value for value in (*args, *kwargs.values()) if value is not None and value is not False]
+    if unlike or isinstance(order, str) or order < 0:
+        raise PlanError(
+            f"{function.__name__} of the gradient of a row-sharded table was given the order {order!r}"
+            f"{f' and {unlike}' if unlike else ''}; give an order of 0 or more, without dim, keepdim and out."
+        )
     values = _values(tensor).flatten()
     # Of no element there is no largest.
-    own: Tensor = torch.linalg.vector_norm(torch.cat([values, values.new_zeros(1)]), order)
+    own: Tensor = torch.linalg.vector_norm(torch.cat([values, values.new_zeros(1)]), order, dtype=dtype)
     if order == torch.inf:
         dist.all_reduce(own, dist.ReduceOp.MAX)
+        return own
+    if order == 0:
+        # A number of elements.
+        dist.all_reduce(own)
         return own
     total = own.pow(order)
     dist.all_reduce(total)
     return total.pow(1 / order)
 
 
-def _norms(function: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
+def _norms(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    order: Any = 2.0,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> list[Tensor]:
     """Norms of each, with one collective for those of one mesh, and one for each table."""
+    order = kwargs.get("ord", order)
     found: dict[int, Tensor] = {
-        index: _norm(function, tensor, *args, **kwargs) for index, tensor in enumerate(tensors) if _has_rows(tensor)
+        index: _norm(function, tensor, order, dtype=dtype) for index, tensor in enumerate(tensors) if _has_rows(tensor)
     }
     for indices in _by_mesh(tensors):
         if indices[0] in found:
             continue
-        norms = function([tensors[index] for index in indices], *args, **kwargs)
+        norms = function([tensors[index] for index in indices], order, dtype=dtype)
         if isinstance(norms[0], DTensor):
             norms = _full(torch.stack(norms)).unbind()
         found |= dict(zip(indices, norms, strict=True))
@@ -103,7 +137,9 @@ def _unscale(function: Callable[..., Any], tensors: Sequence[Tensor], *args: Any
 
 def _in_place(function: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
     """Element by element, so that each rank does its own."""
-    if any(isinstance(leaf, DTensor) for leaf in compat.leaves((args, kwargs))):
+    others = [leaf for leaf in compat.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if any(isinstance(other, DTensor) or other.is_sparse for other in others):
+        # Such as are of other rows than the first.
         return function(tensors, *args, **kwargs)
     return function([_values(tensor) for tensor in tensors], *args, **kwargs)
 
@@ -114,11 +150,13 @@ def _clamp(function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: A
     return tensor
 
 
-def _alias(function: Callable[..., Any], tensor: Tensor, *args: Any) -> Tensor:
+def _alike(function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What is again the gradient of the table's rows: it itself, a copy, or one times a number."""
     rows = rows_of(tensor)
     assert rows is not None
-    alias: Tensor = function(tensor, *args)
-    return mark_rows(alias, rows)
+    result = function(tensor, *args, **kwargs)
+    others = [leaf for leaf in compat.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return mark_rows(result, rows) if result.is_sparse and not any(other.dim() for other in others) else result
 
 
 _OF_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -126,8 +164,10 @@ _OF_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.norm: _norm,
     Tensor.norm: _norm,
     Tensor.clamp_: _clamp,
-    Tensor.data.__get__: _alias,  # type: ignore[attr-defined]
-    Tensor.detach: _alias,
+    Tensor.data.__get__: _alike,  # type: ignore[attr-defined]
+    **dict.fromkeys((Tensor.detach, torch.clone, Tensor.clone), _alike),
+    # Operators come as these.
+    **dict.fromkeys((torch.mul, Tensor.mul, torch.div, Tensor.div), _alike),
 }
 _CALLS: dict[str, Callable[..., Any]] = {"norms": _norms, "unscale": _unscale, "in place": _in_place}
 

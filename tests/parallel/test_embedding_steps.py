@@ -72,15 +72,32 @@ class Unannounced(Recommender):
             optimizer.step()
 
 
+class Differentiates(Recommender):
+    """A table, by itself: autograd gives None, and the gradient is with the table."""
+
+    def training_step(self, batch, index):
+        loss = super().loss(batch)
+        torch.autograd.grad(loss, [self.users.weight], retain_graph=True, allow_unused=True)
+        if self.automatic_optimization:
+            return loss
+        self.manual_backward(loss)
+        return None
+
+
 def fit_module(kind, plan, **given):
-    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2, **given).fit(kind(optimizer="SparseAdam"))
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=2).fit(kind(**given))
 
 
-def test_a_backward_that_is_not_announced(two):
-    for error, _, _ in two.answers(fit_module, Unannounced, SHARDED):
+@pytest.mark.parametrize(
+    ("kind", "plan", "optimizer"),
+    [(Unannounced, SHARDED, "SparseAdam"), (Differentiates, REPLICATED, "SGD"), (Differentiates, SHARDED, "SparseAdam")],
+)
+def test_a_backward_that_is_not_announced(two, kind, plan, optimizer):
+    for error, _, _ in two.answers(fit_module, kind, plan, optimizer=optimizer):
         assert str(error) == (
             "table 'users' has gradients of a backward that the Trainer does not know of, and its rows are on all"
-            " ranks; call self.manual_backward(loss) in the place of loss.backward()."
+            " ranks; call self.manual_backward(loss) in the place of loss.backward(), and ask torch.autograd.grad for"
+            " the gradient of no table."
         )
 
 
@@ -94,6 +111,43 @@ def fit_out_of_range(plan):
 def test_id_out_of_range_in_a_step(two, plan):
     for error, _, _ in two.answers(fit_out_of_range, plan):
         assert str(error) == "table 'words' has 29 rows and was given id 29; ids must be 0 to 28."
+
+
+class Further(Recommender):
+    """Rank 1 looks up more than rank 0 before the blocks, in two forwards of a step."""
+
+    def __init__(self, manual):
+        super().__init__()
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, index):
+        user, words, click = batch
+        for extra in range(2):
+            hidden = torch.cat([torch.zeros(len(user), DIM), self.words(words)], -1)
+            if self.global_rank:
+                hidden = torch.cat([self.users(user) + self.users(user // (2 + extra)), self.words(words)], -1)
+            loss = F.binary_cross_entropy_with_logits(self.head(self.blocks(hidden)).squeeze(-1), click)
+            if self.automatic_optimization:
+                continue
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss if self.automatic_optimization else None
+
+
+def fit_further(plan, manual):
+    model = Further(manual)
+    run = trainer(LargeScaleStrategy(plan), devices=2, max_steps=4)
+    run.fit(model)
+    run.strategy.make_whole()
+    return model.users.weight.detach()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_ranks_that_look_up_more_than_others_between_gathers(two, manual):
+    expected, _ = two.run(fit_further, REPLICATED, manual)
+    for weight in two.run(fit_further, SHARDED, manual):
+        torch.testing.assert_close(weight, expected)
 
 
 class Uneven(Recommender):

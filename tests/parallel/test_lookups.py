@@ -160,3 +160,17 @@ def test_id_out_of_range(two, given):
     wrong = next(one for one in given if not 0 <= one < 11)
     for error, _, _ in two.answers(connected, out_of_range, given):
         assert str(error) == f"table 'table' has 11 rows and was given id {wrong}; ids must be 0 to 10."
+
+
+def no_ids(kind, dtype):
+    module = Holder(kind(11, 3))
+    shard_embeddings(module, ["table"], torch.device("cpu"))
+    module.table(torch.ones(2, 2, dtype=torch.int32 if dist.get_rank() else dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(nn.Embedding, torch.float32), (nn.Embedding, torch.uint8), (nn.EmbeddingBag, torch.bool)]
+)
+def test_ids_that_are_none(two, kind, dtype):
+    for error, _, _ in two.answers(connected, no_ids, kind, dtype):
+        assert str(error) == f"table 'table' was given ids of {dtype}; give torch.int64 or torch.int32."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
+from clicks import Holder, connected
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import grad_norm
 from models import Language, trainer
@@ -14,8 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from lightning_largescale.parallel.embedding import shard_embeddings
 from lightning_largescale.parallel.numbers import WholeNumbers
-from lightning_largescale.plan import Plan
+from lightning_largescale.parallel.rows import rows_of
+from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet
@@ -168,3 +173,92 @@ def test_as_torch_clips_plain_gradients(two, limit, foreach):
         assert found == pytest.approx(float(norm), rel=1e-6)
         for group, expected in zip(gradients, (by_norm, by_value), strict=True):
             torch.testing.assert_close(group, [p.grad for p in expected])
+
+
+def table_gradient():
+    """That of three rows of a table on two ranks, of which one has two."""
+    module = Holder(nn.Embedding(11, 3))
+    lookups = shard_embeddings(module, ["table"], torch.device("cpu"))
+    scale = torch.tensor([[1.0], [2.0], [-3.0]])
+    (module.table(torch.tensor([1, 4, 9])) * scale).sum().backward()
+    lookups.join()
+    lookups.end_backward()
+    return module.table.weight
+
+
+WHOLE_GRADIENT = torch.zeros(11, 3).index_put((torch.tensor([1, 4, 9]),), torch.tensor([[1.0], [2.0], [-3.0]]))
+
+NORMS = {
+    "0": lambda g: torch.norm(g, 0),
+    "1": lambda g: g.norm(1),
+    "default": torch.norm,
+    "3": lambda g: torch.linalg.vector_norm(g, 3),
+    "inf": lambda g: g.norm(math.inf),
+    "double": lambda g: torch.linalg.vector_norm(g, dtype=torch.float64),
+    "copy": lambda g: g.clone().norm(),
+    "scaled": lambda g: (2 * (g / 3) * torch.tensor(2.0)).norm(),
+    "of several": lambda g: nn.utils.get_total_norm([g, g]),
+}
+CHANGES = {
+    "none": lambda g: g,
+    "scaled": lambda g: g.mul_(2.0),
+    "each scaled": lambda g: torch._foreach_mul_([g], 2.0),
+    "added": lambda g: g.mul_(2.0).add_(g.clone()),
+    "added each": lambda g: torch._foreach_add_([g.clone()], [g]),
+}
+
+
+def norms_of_a_table(change, within):
+    weight = table_gradient()
+    CHANGES[change](weight.grad) if not within else None
+    with WholeNumbers():
+        CHANGES[change](weight.grad) if within else None
+        norms = {name: norm(weight.grad) for name, norm in NORMS.items()}
+        clip_grad_norm_([weight], 0.1)
+        clipped = weight.grad.norm()
+        clip_grad_value_([weight], 0.01)
+    return norms, float(clipped), float(weight.grad.to_dense().abs().max())
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_gradient_of_a_table_however_it_was_changed(two, change, within):
+    gradient = WHOLE_GRADIENT.clone()
+    CHANGES[change](gradient)
+    for norms, clipped, largest in two.run(connected, norms_of_a_table, change, within):
+        for name, norm in NORMS.items():
+            torch.testing.assert_close(norms[name], norm(gradient), msg=name)
+        assert clipped == pytest.approx(0.1, rel=1e-4)
+        assert largest == pytest.approx(0.01)
+
+
+def marks():
+    gradient = table_gradient().grad
+    with WholeNumbers():
+        made = [gradient.clone(), gradient * 2, torch.div(gradient, torch.tensor(2.0)), gradient * torch.ones(3)]
+        return [rows_of(one) == rows_of(gradient) for one in made]
+
+
+def test_what_is_a_gradient_still(two):
+    assert two.run(connected, marks) == [[True, True, True, False]] * 2
+
+
+REFUSED = {
+    "-inf": (lambda g: g.norm(-math.inf), "norm of the gradient of a row-sharded table was given the order -inf;"),
+    "nuc": (lambda g: torch.norm(g, "nuc"), "norm of the gradient of a row-sharded table was given the order 'nuc';"),
+    "dim": (lambda g: torch.norm(g, dim=0), "norm of the gradient .* was given the order 2.0 and \\[0\\];"),
+    "keepdim": (lambda g: torch.linalg.vector_norm(g, 2, None, True), "linalg_vector_norm .* order 2 and \\[True\\];"),
+}
+
+
+def norm_that_is_refused(name):
+    gradient = table_gradient().grad
+    with WholeNumbers():
+        REFUSED[name][0](gradient)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_norms_that_are_refused(two, name):
+    for error, _, _ in two.answers(connected, norm_that_is_refused, name):
+        with pytest.raises(PlanError, match=f"^{REFUSED[name][1]} give an order of 0 or more, without dim"):
+            raise error
