@@ -751,7 +751,7 @@ def test_wrong_calls():
     recording = Recording()
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         recording.replay([])
-    with pytest.raises(DeferredError, match="entered already$"), recording.record(), recording.record():
+    with pytest.raises(DeferredError, match=r"entered already$"), recording.record(), recording.record():
         pass
     with pytest.raises(DeferredError, match="already by another"), Recording().record(), Recording().record():
         pass
