@@ -90,7 +90,11 @@ def fit_module(kind, plan, **given):
 
 @pytest.mark.parametrize(
     ("kind", "plan", "optimizer"),
-    [(Unannounced, SHARDED, "SparseAdam"), (Differentiates, REPLICATED, "SGD"), (Differentiates, SHARDED, "SparseAdam")],
+    [
+        (Unannounced, SHARDED, "SparseAdam"),
+        (Differentiates, REPLICATED, "SGD"),
+        (Differentiates, SHARDED, "SparseAdam"),
+    ],
 )
 def test_a_backward_that_is_not_announced(two, kind, plan, optimizer):
     for error, _, _ in two.answers(fit_module, kind, plan, optimizer=optimizer):
