@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lightning_largescale import compat
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.equal import check_equal_structure
 from lightning_largescale.parallel.forward import Forward
-from lightning_largescale.parallel.lookups import Lookups, Table
+from lightning_largescale.parallel.lookups import Lookups, Table, own_parameters
 from lightning_largescale.parallel.rows import Rows, chunk_rows, full_rows, mark_rows, own_rows
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.blocks import find_blocks
@@ -61,7 +60,7 @@ def shard_embeddings(module: nn.Module, names: Sequence[str], device: torch.devi
         assert isinstance(whole, nn.Parameter)
         rows = Rows(whole.shape[0], share(whole.shape[0], dist.get_rank(), dist.get_world_size())[0])
         local = nn.Parameter(_scattered(whole.detach(), device), requires_grad=whole.requires_grad)
-        compat.own_tensors(part)[0]["weight"] = mark_rows(local, rows)
+        own_parameters(part)["weight"] = mark_rows(local, rows)
         padding = part.padding_idx
         assert padding is None or isinstance(padding, int)
         tables.append(Table(name=name, module=part, rows=rows, padding_idx=padding))
@@ -92,7 +91,8 @@ def check_embeddings(module: nn.Module, names: Sequence[str], ranks: int, wrappe
     """
     paths = {name: found for name, found in module.named_modules(remove_duplicate=False) if name}
     tables = [name for name, found in paths.items() if isinstance(found, nn.Embedding | nn.EmbeddingBag)]
-    blocks = [name for name, found in paths.items() if found in {*find_blocks(module).values()}]
+    repeated = {*find_blocks(module).values()}
+    blocks = [name for name, found in paths.items() if found in repeated]
     for name in names:
         if name not in paths:
             near = difflib.get_close_matches(name, tables, 1)
@@ -102,7 +102,7 @@ def check_embeddings(module: nn.Module, names: Sequence[str], ranks: int, wrappe
             )
         part, given = paths[name], f"row_sharded_embeddings has {name!r}"
         kinds = (nn.Embedding.forward, nn.EmbeddingBag.forward)
-        own = compat.own_tensors(part)[0]
+        own = own_parameters(part)
         if type(part).forward not in kinds or "forward" in vars(part) or own.get("weight") is None:
             raise PlanError(
                 f"{given}, a {type(part).__name__}; give modules that compute as nn.Embedding or nn.EmbeddingBag do."
@@ -140,9 +140,10 @@ def make_tables_whole(module: nn.Module) -> None:
     for table in lookups.tables:
         local = table.weight
         whole = nn.Parameter(full_rows(local, table.rows), requires_grad=local.requires_grad)
-        compat.own_tensors(table.module)[0]["weight"] = whole
+        own_parameters(table.module)["weight"] = whole
     for kind in (_LookUp, _LookUpBags):
         kind.restore(module)
+    lookups.end()
     del vars(module)[_STATE]
 
 
@@ -157,7 +158,7 @@ def whole_tables(module: nn.Module) -> Iterator[None]:
     for table in tables:
         local = table.aside = table.weight
         whole = full_rows(local, table.rows).to(local.device)
-        own = compat.own_tensors(table.module)[0]
+        own = own_parameters(table.module)
         if stepping:
             ids = torch.arange(len(whole), device=local.device)
             own["weight"] = _Fetched.apply(local, table, ids, whole)  # type: ignore[no-untyped-call]
@@ -167,7 +168,7 @@ def whole_tables(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for table in tables:
-            own, local = compat.own_tensors(table.module)[0], table.weight
+            own, local = own_parameters(table.module), table.weight
             whole, own["weight"], table.aside = own["weight"], local, None
             if not stepping:
                 with torch.no_grad():
@@ -183,11 +184,11 @@ def _check_table(module: nn.Module, part: nn.Module, given: str) -> None:
             )
     if getattr(part, "mode", "sum") == "max":
         raise PlanError(f"{given}, with mode='max', which has no sparse gradient; give bags of mode 'sum' or 'mean'.")
-    weight = compat.own_tensors(part)[0]["weight"]
+    weight = own_parameters(part)["weight"]
     others = {
         name
         for name, other in module.named_modules()
-        if other is not part and any(held is weight for held in compat.own_tensors(other)[0].values())
+        if other is not part and any(held is weight for held in own_parameters(other).values())
     }
     if others:
         raise PlanError(

@@ -3,8 +3,8 @@
 Ranks meet in rounds. In each of them every rank says which table it looks up, and how many rows of each rank it wants,
 or that it is done; the first table of those named is served, and ranks that named another, or none, take part with no
 rows. So ranks may look up different tables, or none, and a step ends when all are done; so does what comes before other
-collectives of it, which ranks may only enter together. Gradients stay with the rank
-that computed them until its backward is over: then rows go to their owners, once for every table.
+collectives of it, which ranks may only enter together. Gradients stay with the rank that computed them until its
+backward is over: then rows go to their owners, once for every table.
 
 Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
     section 3 (model parallelism of tables: personalised all-to-all).
@@ -12,8 +12,10 @@ Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalizat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +59,7 @@ class Table:
         """This rank's rows."""
         if self.aside is not None:
             return self.aside
-        weight: nn.Parameter = compat.own_tensors(self.module)[0]["weight"]
+        weight: nn.Parameter = own_parameters(self.module)["weight"]
         return weight
 
     def keep_gradient(self, ids: Tensor, gradient: Tensor) -> None:
@@ -192,6 +194,12 @@ class Lookups:
         for table in self.tables:
             table.kept, table.pending = None, []
 
+    def end(self) -> None:
+        """Leave the group that ranks met in; no other method is called after it."""
+        # Unless it ended with all others, before a Trainer that came later.
+        with contextlib.suppress(ValueError):
+            dist.destroy_process_group(self._group)
+
     def _round(
         self, wanted: int, ids: Tensor, counts: list[int], fault: tuple[int, int] = (0, 0)
     ) -> tuple[int, Tensor]:
@@ -257,6 +265,11 @@ class Lookups:
         received = tensor.new_empty((sum(comes), *tensor.shape[1:]))
         dist.all_to_all_single(received, tensor.contiguous(), comes, sends, group=self._group)
         return received
+
+
+def own_parameters(module: nn.Module) -> MutableMapping[str, Any]:
+    """The parameters that `module` itself holds, by name; writing into it replaces them by any tensor."""
+    return compat.own_tensors(module)[0]
 
 
 def _error(table: Table, wrong: int, value: int) -> PlanError:

@@ -37,12 +37,14 @@ class Rows:
 
 def rows_of(tensor: object) -> Rows | None:
     """What piece of a table `tensor`, a parameter or its gradient, is; None where it is whole, or no tensor."""
-    return getattr(tensor, _ATTRIBUTE, None)
+    mark = getattr(tensor, _ATTRIBUTE, None)
+    return None if mark is None else Rows(*mark)
 
 
 def mark_rows(tensor: _Tensor, rows: Rows) -> _Tensor:
     """`tensor`, told that it is a piece of a table."""
-    setattr(tensor, _ATTRIBUTE, rows)
+    # Numbers, which torch.load takes for safe, and knows in a process without this package.
+    setattr(tensor, _ATTRIBUTE, (rows.rows, rows.start))
     return tensor
 
 

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from clicks import (
     DIM,
     NAMES,
@@ -181,6 +182,22 @@ def copied():
 def test_copies(two):
     for error, _, _ in two.answers(copied):
         assert str(error).startswith("table 'table' is row-sharded and cannot be copied;")
+
+
+def divided_again():
+    mesh_of()
+    module = Holder(nn.Embedding(11, 3))
+    for _ in range(2):
+        lookups = shard_embeddings(module, ["table"], torch.device("cpu"))
+        make_tables_whole(module)
+        with pytest.raises(ValueError, match="is not registered"):
+            dist.get_rank(lookups._group)
+        # As where it ended with all others.
+        lookups.end()
+
+
+def test_the_group_of_look_ups_ends_with_the_division(two):
+    two.run(divided_again)
 
 
 def life(plan, other):

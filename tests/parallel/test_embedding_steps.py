@@ -65,6 +65,29 @@ def test_clipping_and_accumulation(two, plan, name):
         torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-5)
 
 
+class Doubles(Recommender):
+    """The gradient of a table, in place, before it is clipped."""
+
+    def on_before_optimizer_step(self, optimizer):
+        self.users.weight.grad.mul_(2.0)
+
+
+class DoublesDense(Dense):
+    on_before_optimizer_step = Doubles.on_before_optimizer_step
+
+
+def fit_doubling(plan, devices):
+    model = (Doubles if plan else DoublesDense)()
+    trainer(strategy_of(plan), devices=devices, max_steps=4, gradient_clip_val=0.05).fit(model)
+    return model.losses
+
+
+def test_clipping_of_a_gradient_that_a_hook_changed(two):
+    expected = fit_doubling(None, 1)
+    for losses in two.run(fit_doubling, SHARDED, 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
 class Unannounced(Recommender):
     def training_step(self, batch, index):
         self.loss(batch).backward()
@@ -90,7 +113,11 @@ def fit_module(kind, plan, **given):
 
 @pytest.mark.parametrize(
     ("kind", "plan", "optimizer"),
-    [(Unannounced, SHARDED, "SparseAdam"), (Differentiates, REPLICATED, "SGD"), (Differentiates, SHARDED, "SparseAdam")],
+    [
+        (Unannounced, SHARDED, "SparseAdam"),
+        (Differentiates, REPLICATED, "SGD"),
+        (Differentiates, SHARDED, "SparseAdam"),
+    ],
 )
 def test_a_backward_that_is_not_announced(two, kind, plan, optimizer):
     for error, _, _ in two.answers(fit_module, kind, plan, optimizer=optimizer):

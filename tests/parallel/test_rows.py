@@ -30,6 +30,15 @@ def test_marks():
     assert global_shape(parameter) == (11, 3)
 
 
+def test_marked_tensors_are_read_without_this_package(tmp_path):
+    parameter = mark_rows(nn.Parameter(torch.ones(2, 3)), Rows(11, 4))
+    path = tmp_path / "rows.pt"
+    torch.save({"parameter": parameter, "rows": mark_rows(parameter.detach(), Rows(11, 4))}, path)
+    read = torch.load(path, weights_only=True)
+    assert [rows_of(tensor) for tensor in read.values()] == [Rows(11, 4)] * 2
+    assert b"lightning_largescale" not in path.read_bytes()
+
+
 def round_trip(kind, chunk_bytes):
     mesh_of()
     whole = WHOLE[kind]()
