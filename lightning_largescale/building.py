@@ -74,6 +74,8 @@ class BuildingStrategy(DividingStrategy, ABC):
             try:
                 with recording.record():
                     yield
+                if unmade is None and module is not None:
+                    self._check_all_is_found(recording)
             except DeferredError as error:
                 draw_again()
                 if module is None:
@@ -87,6 +89,13 @@ class BuildingStrategy(DividingStrategy, ABC):
                 if unmade is not None:
                     self._make_all(unmade)
                 module.configure_model()
+
+    def _check_all_is_found(self, recording: Recording) -> None:
+        """Raise a DeferredError where tensors were recorded that are in no place where they can be given values."""
+        unmade = self._find_unmade()
+        found = [] if unmade is None else [*unmade.tensors.values(), *unmade.others]
+        if recording.left_out(found):
+            raise DeferredError("tensors are kept by what is no module, nor a list or dict that a module has")
 
     @property
     def _configures_model(self) -> bool:

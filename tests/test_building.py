@@ -620,3 +620,41 @@ def test_what_cannot_be_recorded_is_built_with_its_values(two):
     for calls, without, found in two.run(unusual):
         assert (calls, without) == (2, 0)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Holder:
+    """No module, nor anything else in which a module's tensors are looked for."""
+
+    def __init__(self):
+        self.table = torch.randn(4)
+
+
+class Holding(Kinds):
+    """Has a tensor in an object of a class of its own."""
+
+    calls = 0
+
+    def configure_model(self):
+        Holding.calls += 1
+        super().configure_model()
+        self.holder = Holder()
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) * self.holder.table.sum()
+
+
+def holding(devices):
+    Holding.calls = 0
+    torch.manual_seed(SEED)
+    model = Holding()
+    made = trainer(Watched(Plan(dp_shard=2)) if devices > 1 else "auto", devices=devices, max_steps=1)
+    made.fit(model)
+    return Holding.calls, model.first, model.holder.table
+
+
+def test_tensors_that_no_module_has_are_built_with_their_values(two):
+    _, expected, table = holding(1)
+    for calls, first, found in two.run(holding, 2):
+        assert calls == 2
+        assert torch.equal(found, table)
+        assert all(torch.equal(first[name], value) for name, value in expected.items())

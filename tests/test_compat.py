@@ -722,6 +722,18 @@ class Generators(compat.DispatchMode):
         return func(*args, **kwargs)
 
 
+def test_storage_users():
+    for device in ("cpu", "meta"):
+        tensor = torch.empty(3, device=device)
+        storage = tensor.untyped_storage()
+        assert compat.storage_users(storage) == 1
+        views = [tensor[1:], tensor.detach()]
+        assert compat.storage_users(storage) == 3
+        views.pop()
+        assert compat.storage_users(storage) == 2
+        assert len(views) == 1
+
+
 def test_generator_key():
     own = torch.Generator()
     for generator in (own, torch.default_generator):

@@ -343,6 +343,14 @@ def returns_views(function: Any) -> bool:
     return any(one.alias_info is not None and not one.alias_info.is_write for one in results)
 
 
+def storage_users(storage: Any) -> int:
+    """How many tensors have this storage, of which `storage` is the one that Python holds; a graph's among them.
+
+    Replaced by a public way to ask a storage for it.
+    """
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1
+
+
 def generator_key(generator: Any) -> int:
     """By which a generator is known, while it lives: operators are given another object for it each time.
 

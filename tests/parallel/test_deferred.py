@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import math
 import pickle
@@ -27,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from lightning_largescale.parallel.deferred import DeferredError, Recording, active_recording, carry, portions
+from lightning_largescale.parallel.materialize import find_unmade
 from lightning_largescale.parallel.order import full
 from lightning_largescale.parallel.rows import Rows, mark_rows
 
@@ -38,6 +40,15 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_families(name):
     assert_same_construction(FAMILIES[name])
+
+
+@pytest.mark.parametrize("name", [*EVERYDAY, *SLOW])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_nothing_of_families_is_left_out(name):
+    with (recording := Recording()).record():
+        module = FAMILIES[name]()
+    unmade = find_unmade(module, [recording])
+    assert not recording.left_out([*unmade.tensors.values(), *unmade.others])
 
 
 def gpt_by_apply(module):
@@ -358,6 +369,40 @@ def test_tied_parameters_are_one():
     values = values_of(recording, tensors_of(module))
     tied = values["embedding.weight"], values["head.weight"]
     assert tied[0].data_ptr() == tied[1].data_ptr()
+
+
+def test_modules_imported_while_recording_are_as_ever(tmp_path, monkeypatch):
+    tmp_path.joinpath("imported_late.py").write_text("import torch\nTABLE = torch.arange(3.0)\n")
+    tmp_path.joinpath("drawing_late.py").write_text("import torch\nTABLE = torch.rand(3000)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with (recording := Recording()).record():
+        table = importlib.import_module("imported_late").TABLE
+        doubled = table * torch.full((3,), 2.0)
+    assert table.tolist() == [0, 1, 2]
+    assert values_of(recording, {"": doubled})[""].tolist() == [0, 2, 4]
+    with pytest.raises(DeferredError, match="drawn from by another thread"), Recording().record():
+        importlib.import_module("drawing_late")
+
+
+def test_what_is_left_out():
+    with (recording := Recording()).record():
+        layer = nn.Linear(2, 2)
+        computed = layer(torch.randn(1, 2)).detach() + torch.from_numpy(np.ones(2, dtype="f"))
+        closure = [torch.randn(2)].copy
+    taken = [layer.weight, layer.bias, computed]
+    assert recording.left_out(taken)
+    assert not recording.left_out([*taken, *closure()])
+    closure = {layer.weight.data[0]}
+    assert recording.left_out(taken)
+    # A tensor in a cycle.
+    closure = [layer.weight.data]
+    closure.append(closure)
+    del closure
+    assert not recording.left_out(taken)
+    with recording.record():
+        layer(torch.ones(1, 2)).sum().backward()
+    assert recording.left_out(taken)
+    assert not recording.left_out([*taken, layer.weight.grad, layer.bias.grad])
 
 
 def test_a_later_recording_converts():

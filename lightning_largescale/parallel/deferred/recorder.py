@@ -7,8 +7,8 @@ the operations behind it are carried out.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,12 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         """Whether the values of `tensor` are still to be made."""
         with compat.without_function_modes():
             return tensor.layout is torch.strided and self.tape.cell(tensor) is not None
+
+    def left_out(self, taken: Iterable[Tensor]) -> bool:
+        """Whether tensors without values live that are not among `taken`."""
+        known = {id(one): one for one in (*taken, *self._constants.values())}
+        users = Counter(id(one.untyped_storage()) for one in known.values() if self.holds(one))
+        return any(compat.storage_users(cell.storage) > users[key] for key, cell in self.tape.cells.items())
 
     def refuse(self, message: str) -> DeferredError:
         """The exception to raise; what it says is kept."""

@@ -9,11 +9,14 @@ Source: torchdistx.deferred_init, archived in 2023, which keeps a graph for each
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.machinery import SourceFileLoader
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -71,7 +74,7 @@ class Recording:
             stream.enter()
         _active = self
         try:
-            with recorder, Guise(recorder), _no_fast_path(recorder), _no_threads(recorder):
+            with recorder, Guise(recorder), _no_fast_path(recorder), _no_threads(recorder), _imports_aside():
                 yield
         except Exception as error:
             raise recorder.failure or recorder.refuse(f"the code fails without values: {error}") from error
@@ -105,6 +108,19 @@ class Recording:
         if not self.holds(target):
             raise ValueError("target has values already; assign to a tensor that was made while recording")
         self._made().assign(target, source)
+
+    def left_out(self, taken: Sequence[Tensor]) -> bool:
+        """Whether code keeps tensors that were made while recording, and that are not `taken`: they get no values.
+
+        Objects other than modules may have them, sets, closures and caches, or parameters as their gradients. Tensors
+        count that share the memory of those taken. Call it past `record()`, once what ran there has returned.
+        """
+        recorder = self._made()
+        if not recorder.left_out(taken):
+            return False
+        # Perhaps only in a cycle that nobody needs.
+        gc.collect()
+        return recorder.left_out(taken)
 
     def replay(self, takers: Sequence[tuple[Tensor, Callable[[Any], None]]], *, random: bool = True) -> None:
         """Make the values of tensors, in the order in which they are final, and hand them over.
@@ -205,6 +221,25 @@ def _no_threads(recorder: Recorder) -> Iterator[None]:
     finally:
         mode.active = False
         threading.Thread.start = start  # type: ignore[method-assign]
+
+
+@contextmanager
+def _imports_aside() -> Iterator[None]:
+    """Have modules that are imported within make their tensors for real: they are there for all that comes later."""
+    execute = SourceFileLoader.exec_module
+
+    def execute_aside(loader: SourceFileLoader, module: ModuleType) -> None:
+        with compat.without_dispatch_modes(), compat.without_function_modes():
+            execute(loader, module)
+
+    with compat.without_dispatch_modes():
+        # It imports what it needs when it is entered first, which may not happen within that import.
+        pass
+    SourceFileLoader.exec_module = execute_aside  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        SourceFileLoader.exec_module = execute  # type: ignore[method-assign]
 
 
 def _run_under(mode: Elsewhere, run: Callable[[], None]) -> None:
