@@ -186,12 +186,13 @@ def check_kept_states(streams: Iterable[Stream]) -> None:
 
 def _finds_shown(streams: list[Stream]) -> bool:
     """Whether a state lives that one of `streams` has shown."""
-    return any(is_marked(one) and any(stream.shows(one) for stream in streams) for one in gc.get_objects())
+    # Without isinstance(), which asks objects that only stand for others what they are; there may be a million.
+    tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+    return any(is_marked(one) and any(stream.shows(one) for stream in streams) for one in tensors)
 
 
 def is_marked(one: Any) -> bool:
     """Whether something is a state that stands for another one."""
-    # Without isinstance(), which asks objects that only stand for others what they are.
     if type(one) is not Tensor or one.dtype != torch.uint8 or one.layout is not torch.strided:
         return False
     return one.device.type == "cpu" and one.shape == _state_shape() and compat.mark_of(one) is not None
