@@ -6,9 +6,11 @@ saved it sets it back, and by which a draw past the recording is found out. Code
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,14 +186,21 @@ def check_kept_states(streams: Iterable[Stream]) -> None:
 
 def _finds_shown(streams: list[Stream]) -> bool:
     """Whether a state lives that one of `streams` has shown."""
-    shape = streams[0].first_state.shape
-    for one in gc.get_objects():
-        # Without isinstance(), which asks objects that only stand for others what they are.
-        if type(one) is not Tensor or one.dtype != torch.uint8 or one.shape != shape or one.device.type != "cpu":
-            continue
-        if one.layout is torch.strided and any(stream.shows(one) for stream in streams):
-            return True
-    return False
+    # Without isinstance(), which asks objects that only stand for others what they are; there may be a million.
+    tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+    return any(is_marked(one) and any(stream.shows(one) for stream in streams) for one in tensors)
+
+
+def is_marked(one: Any) -> bool:
+    """Whether something is a state that stands for another one."""
+    if type(one) is not Tensor or one.dtype != torch.uint8 or one.layout is not torch.strided:
+        return False
+    return one.device.type == "cpu" and one.shape == _state_shape() and compat.mark_of(one) is not None
+
+
+@functools.cache
+def _state_shape() -> torch.Size:
+    return torch.Generator().get_state().shape
 
 
 class Draw:

@@ -20,7 +20,7 @@ from torch.utils import swap_tensors
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred.carry import flat_leaves, map_arguments
-from lightning_largescale.parallel.deferred.draws import DeferredError
+from lightning_largescale.parallel.deferred.draws import DeferredError, is_marked
 from lightning_largescale.parallel.deferred.recorder import Recorder
 
 _Handler = Callable[[Recorder, Any, Any, dict[str, Any]], Any]
@@ -39,6 +39,8 @@ class Guise(TorchFunctionMode):
         try:
             if torch.is_autocast_enabled("cpu") and _holds(self._recorder, [args, list(kwargs.values())]):
                 raise DeferredError("operations run under autocast, which leaves the meta device alone")
+            if any(map(is_marked, args)):
+                raise DeferredError("a generator's state is looked into, which was asked for after a draw")
             return _HANDLERS.get(func, _unhandled)(self._recorder, func, args, kwargs)
         except DeferredError as error:
             raise self._recorder.refuse(str(error)) from error
