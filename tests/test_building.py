@@ -30,6 +30,8 @@ pytestmark = quiet
 SEED = 11
 PLANS = [Plan(), Plan(dp_replicate=2), Plan(dp_shard=2), Plan(tp=2)]
 NAMES = ["plain", "replicated", "sharded", "divided"]
+# Built in configure_model every day, and in __init__.
+LATE = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 
 class Late(Family):
@@ -217,7 +219,7 @@ def kinds(plan, devices, late, path=None, save=None):
 @pytest.mark.parametrize(
     "plan", [Plan(dp_shard=2), Plan(tp=2), Plan(dp_replicate=2)], ids=["sharded", "divided", "replicated"]
 )
-@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("late", LATE)
 def test_all_that_modules_have_is_right_when_built_and_saved_and_loaded(two, tmp_path, plan, late):
     path = tmp_path / "a.ckpt"
     first, kept, _, losses = kinds(None, 1, True)
@@ -254,7 +256,7 @@ def with_weights(plan, devices, late, weights, path=None):
     return model.first
 
 
-@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("late", LATE)
 @pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 def test_weights_of_files(two, tmp_path, plan, late):
     model = Kinds(late=False)
@@ -509,7 +511,7 @@ def adapt(plan, late, weights, path, resume):
         return {name: one.detach().clone() for name, one in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("late", LATE)
 @pytest.mark.parametrize("plan", [Plan(), Plan(dp_shard=2)])
 def test_a_base_of_files_and_an_adapter_of_a_checkpoint(two, tmp_path, plan, late):
     weights = {"base.weight": torch.full((4, 4), 3.0), "base.bias": torch.full((4,), 2.0)}
@@ -552,7 +554,7 @@ def sharded():
     return LargeScaleStrategy(Plan(dp_shard=2))
 
 
-@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("late", LATE)
 def test_hooks_of_parameters(two, late):
     expected, _ = hooked(lambda: "auto", 1, late)
     # Under a plan that is decided late, what configure_model builds has no values at first.

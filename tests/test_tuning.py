@@ -228,8 +228,8 @@ def evaluated(plan, devices, stage, short):
 @pytest.mark.parametrize(
     ("plan", "stage"),
     [
-        ("replicate", "predict"),
         ("ZeRO-3", "validate"),
+        pytest.param("replicate", "predict", marks=pytest.mark.slow),
         *(pytest.param("replicate", stage, marks=pytest.mark.slow) for stage in ("validate", "test")),
         *(pytest.param("ZeRO-3", stage, marks=pytest.mark.slow) for stage in ("predict", "test")),
     ],
@@ -268,7 +268,8 @@ def uneven(kind):
         return Tuner(run).scale_batch_size(model, steps_per_trial=4, max_trials=6), model.batch_size
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(Tokens, 16), pytest.param(Count, 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "expected"), [(Tokens, 16), (Count, 64)])
+@pytest.mark.slow
 def test_ranks_with_unequal_data_end_at_the_same_size(two, kind, expected):
     assert two.run(uneven, kind) == [(expected, expected)] * 2
 

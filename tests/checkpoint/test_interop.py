@@ -92,12 +92,12 @@ def uninterrupted():
 CASES = [
     ("stock", "ours directory"),
     ("parallel directory", "ours directory"),
-    ("parallel directory", "ours plain"),
-    ("parallel file", "ours directory"),
+    pytest.param("parallel directory", "ours plain", marks=pytest.mark.slow),
+    pytest.param("parallel file", "ours directory", marks=pytest.mark.slow),
     ("ours directory", "parallel directory"),
     ("ours directory", "stock"),
-    ("ours file", "parallel directory"),
-    ("ours file", "stock"),
+    pytest.param("ours file", "parallel directory", marks=pytest.mark.slow),
+    pytest.param("ours file", "stock", marks=pytest.mark.slow),
 ]
 
 
