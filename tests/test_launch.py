@@ -117,7 +117,8 @@ def test_a_script_fits_twice_on_every_rank(tmp_path):
     assert not ended.orphans
 
 
-@pytest.mark.parametrize("how", ["-c", pytest.param("stdin", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["-c", "stdin"])
 def test_what_is_no_file_forks_and_gets_the_weights(tmp_path, how):
     code = TRAIN.read_text()
     command = ["python", "-c", code] if how == "-c" else ["python", "-"]
@@ -336,6 +337,7 @@ def interrupt(folder, *arguments, everyone, prefix=("python",)):
     return run.end(END_SECONDS)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal(tmp_path):
     check_interrupted(interrupt(tmp_path, "--rank", "2", everyone=True))
 

@@ -134,7 +134,8 @@ def test_embedding_and_head_gathered_by_themselves(two, layout, case):
         assert_parity(losses, plain(case))
 
 
-@pytest.mark.parametrize("layout", ["TP and ZeRO-3", pytest.param("HSDP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP and ZeRO-3", "HSDP"])
 def test_embedding_and_head_gathered_by_themselves_on_four_ranks(four, layout):
     for losses in four.run(fit, dataclasses.replace(PLANS[layout](4), **WRAPPED), 4, "clipping"):
         assert_parity(losses, plain("clipping"))

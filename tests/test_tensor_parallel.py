@@ -352,6 +352,7 @@ def resumed(plan, devices, path):
     return model.losses
 
 
+@pytest.mark.slow
 def test_checkpoints_of_matrices_in_another_order(two, tmp_path):
     """A fused q, k and v is divided in stretches; a checkpoint has it as the user has."""
     path = str(tmp_path / "divided.ckpt")

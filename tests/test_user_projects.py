@@ -68,7 +68,7 @@ ALIKE = {
     "vae",
 }
 # Those that take longest, beside the ones for every day.
-LONG = {"forecaster", "gan", "lora", "lstm", "unet"}
+LONG = {"classifier", "forecaster", "gan", "lora", "lstm", "unet"}
 
 
 @pytest.fixture(autouse=True)

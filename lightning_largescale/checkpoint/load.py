@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_largescale import compat
-from lightning_largescale.checkpoint.directory import load_directory
+from lightning_largescale.checkpoint.directory import EXTRA, load_directory
 from lightning_largescale.checkpoint.files import is_mappable, load_file
 from lightning_largescale.checkpoint.optimizers import indexed_optimizer_state
 from lightning_largescale.parallel.deferred import active_recording
@@ -40,6 +40,7 @@ def load_checkpoint(
     if isinstance(path, str | Path) and Path(path).is_dir():
         with compat.without_function_modes(), compat.without_dispatch_modes():
             loaded = load_directory(Path(path), weights_only=weights_only, device="meta" if meta else "cpu")
+            loaded.pop(EXTRA, None)
             if "optimizer_states" in loaded:
                 loaded["optimizer_states"] = [indexed_optimizer_state(one) for one in loaded["optimizer_states"]]
             return loaded if meta or recorded else _whole(loaded, map_location)

@@ -139,6 +139,7 @@ def test_the_rank_that_failed_first_is_raised(forks, tmp_path, where, rank):
     assert "gloo" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_next_fit_works_after_forks_that_failed(forks, tmp_path):
     for name, plan in (("sharded", Plan(dp_shard=2)), ("replicated", Plan(dp_replicate=2))):
         with pytest.raises(ProcessRaisedException, match="boom in training_step"):

@@ -120,7 +120,7 @@ def check(program, later, random):
 @given(st.lists(calls, max_size=12), st.booleans(), st.booleans())
 @example([(25, 0, 0, 0), (29, 1, 0, 0), (30, 0, 0, 0)], False, True)
 @example([(25, 0, 0, 0), (29, 1, 0, 0), (31, 0, 0, 0)], True, False)
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_same_bits(program, later, random):
     check(program, later, random)
 
