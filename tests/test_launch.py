@@ -171,6 +171,7 @@ print("PLAN", trainer.strategy.plan.world_size, trainer.strategy.report.fits, tr
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_kernel(tmp_path):
     (tmp_path / "drive.py").write_text(NOTEBOOK)
     (tmp_path / "cell.py").write_text(CELL)

@@ -148,6 +148,7 @@ def test_one_rank_out_of_memory_counts_on_all(two, plan, mode, place):
         assert losses == pytest.approx(plain(2 * expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_validation(two):
     # A plain run would go on with trials of validation alone.
     for found, size, losses, _ in two.run(found_then_trained, PLANS["ZeRO-3"], "power", "validation"):
@@ -290,6 +291,7 @@ def wrong(plan):
     return None
 
 
+@pytest.mark.slow
 def test_another_error_ends_all_ranks():
     with ranks(2) as own:
         assert own.run(wrong, PLANS["ZeRO-3"]) == ["DistError", "ValueError"]
