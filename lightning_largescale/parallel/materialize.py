@@ -116,6 +116,8 @@ def materialize(
     for recording in unmade.recordings:
         recording.replay([(one, take) for one, take in takers if recording.holds(one)], random=random)
     _replace(module, made.tensors)
+    # What was drawn and is gone has left holes.
+    trim_heap()
 
 
 def make_again(module: nn.Module, unmade: Unmade, names: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from lightning_largescale.parallel.deferred.tape import Held, Operation
 from lightning_largescale.parallel.pieces import Piece, pieces_of
 
 # Draws of more bytes are made in portions, of this many elements: a multiple of the blocks of normal numbers.
-LARGE_BYTES, PORTION = 64 * 2**20, 4 * 2**20
+LARGE_BYTES, PORTION = 64 * 2**20, 2**20
 _DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
 _DTYPES = (torch.float32, torch.float64)
 
