@@ -120,6 +120,9 @@ class BuildingStrategy(DividingStrategy, ABC):
     def _make_all(self, unmade: Unmade) -> None:
         with _told_in_time():
             materialize(self._module(), unmade, torch.device("cpu"))
+        self._drop_recordings(unmade)
+
+    def _drop_recordings(self, unmade: Unmade) -> None:
         self._recordings = tuple(one for one in self._recordings if one not in unmade.recordings)
 
     def _find_unmade(self) -> Unmade | None:
@@ -170,7 +173,7 @@ class BuildingStrategy(DividingStrategy, ABC):
             if unmade is not None and left:
                 make_again(module, unmade, left)
         if unmade is not None:
-            self._recordings = tuple(one for one in self._recordings if one not in unmade.recordings)
+            self._drop_recordings(unmade)
         self._has_read = module
         self._forget_values()
 

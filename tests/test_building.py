@@ -427,9 +427,10 @@ class OnOneRank(Kinds):
             pickle.dumps(self.body.head.weight)
 
 
-def on_one_rank():
+def first_values(kind):
+    """Of a sharded module, as training starts."""
     torch.manual_seed(SEED)
-    model = OnOneRank()
+    model = kind()
     trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=1).fit(model)
     return model.first
 
@@ -437,7 +438,7 @@ def on_one_rank():
 def test_where_one_rank_cannot_record_all_build(two):
     torch.manual_seed(SEED)
     expected = Kinds(late=False).state_dict()
-    for found in two.run(on_one_rank):
+    for found in two.run(first_values, OnOneRank):
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -454,18 +455,11 @@ class Appends(Kinds):
         pickle.dumps(self.body.blocks[-1].up.weight)
 
 
-def appends():
-    torch.manual_seed(SEED)
-    model = Appends()
-    trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, max_steps=1).fit(model)
-    return model.first
-
-
 def test_what_a_failed_recording_added_is_taken_back(two):
     torch.manual_seed(SEED)
     model = Appends()
     model.configure_model()
-    for found in two.run(appends):
+    for found in two.run(first_values, Appends):
         assert list(found) == list(model.state_dict())
         assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from lightning_largescale.checkpoint.directory import EXTRA, OPTIMIZERS
 from lightning_largescale.checkpoint.files import listed
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import as_ordered, order_of
+from lightning_largescale.parallel.pieces import empty_part
 from lightning_largescale.parallel.rows import global_shape, mark_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
@@ -161,19 +161,6 @@ def _own(value: Tensor, parameter: Tensor | None) -> Any:
         return divided_like(value, parameter)
     if not isinstance(parameter, Tensor) or value.shape != global_shape(parameter):
         return value.whole()
-    if not isinstance(parameter, DTensor):
-        own = torch.empty_like(parameter.detach(), dtype=value.dtype)
-        rows = rows_of(parameter)
-        value.read(own if rows is None else mark_rows(own, rows))
-        return own
-    local = torch.empty_like(parameter.to_local().detach(), dtype=value.dtype)
-    divided = DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    value.read(as_ordered(divided, order_of(parameter)))
-    return divided
+    own = empty_part(parameter, dtype=value.dtype)
+    value.read(own)
+    return own

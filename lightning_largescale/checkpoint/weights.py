@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_largescale.checkpoint.files import listed, stored_weights
 from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.blocks import no_such_module
 
 # A path, or paths by names of parts of the module.
 Weights: TypeAlias = str | Path | Mapping[str, str | Path]
@@ -54,11 +55,9 @@ def read_weights(
 
 
 def _for_part(module: nn.Module, prefix: str, path: str | Path, *, strict: bool) -> dict[str, Tensor]:
-    if prefix and prefix not in dict(module.named_modules()):
-        raise PlanError(
-            f"weights has files for {prefix!r} and {type(module).__name__} has no such module; give names that"
-            " named_modules has."
-        )
+    paths = dict(module.named_modules())
+    if prefix not in paths:
+        raise no_such_module("weights", prefix, module, paths)
     part = module.get_submodule(prefix)
     stored = stored_weights(path)
     targets = _saved_tensors(part)

@@ -23,7 +23,8 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.order import as_ordered, divided, full, order_of
-from lightning_largescale.parallel.rows import global_shape, mark_rows, own_rows, rows_of
+from lightning_largescale.parallel.pieces import empty_part
+from lightning_largescale.parallel.rows import global_shape, own_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 
 # Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.
@@ -129,7 +130,7 @@ def divided_like(value: Any, target: Any) -> Any:
     if rows is not None and value.shape == global_shape(target):
         if not isinstance(value, Stored):
             return own_rows(value, rows).to(target.device)
-        own = mark_rows(torch.empty_like(target.detach(), dtype=value.dtype), rows)
+        own = empty_part(target, dtype=value.dtype)
         value.read(own)
         return own
     if not isinstance(target, DTensor):

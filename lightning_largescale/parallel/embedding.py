@@ -10,7 +10,6 @@ Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalizat
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +27,7 @@ from lightning_largescale.parallel.forward import Forward
 from lightning_largescale.parallel.lookups import Lookups, Table, own_parameters
 from lightning_largescale.parallel.rows import Rows, chunk_rows, full_rows, mark_rows, own_rows
 from lightning_largescale.plan import PlanError
-from lightning_largescale.workload.blocks import find_blocks
+from lightning_largescale.workload.blocks import find_blocks, no_such_module
 from lightning_largescale.workload.parts import share
 
 _STATE = "_largescale_lookups"
@@ -95,11 +94,7 @@ def check_embeddings(module: nn.Module, names: Sequence[str], ranks: int, wrappe
     blocks = [name for name, found in paths.items() if found in repeated]
     for name in names:
         if name not in paths:
-            near = difflib.get_close_matches(name, tables, 1)
-            raise PlanError(
-                f"row_sharded_embeddings has {name!r} and {type(module).__name__} has no such module; give names that"
-                f" named_modules has{f', such as {near[0]!r}' if near else ''}."
-            )
+            raise no_such_module("row_sharded_embeddings", name, module, tables)
         part, given = paths[name], f"row_sharded_embeddings has {name!r}"
         kinds = (nn.Embedding.forward, nn.EmbeddingBag.forward)
         own = own_parameters(part)

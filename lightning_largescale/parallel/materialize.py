@@ -17,15 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import trim_heap
 from lightning_largescale.parallel.deferred import Recording
 from lightning_largescale.parallel.order import as_ordered, order_of
-from lightning_largescale.parallel.pieces import pieces_of
-from lightning_largescale.parallel.rows import mark_rows, rows_of
+from lightning_largescale.parallel.pieces import empty_part, write_part
 from lightning_largescale.parallel.stored import Stored, forget_stored, stored_for
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
@@ -165,7 +163,7 @@ class _Made:
         if self._gone >= _RELEASE_BYTES:
             self._gone = 0
             trim_heap()
-        tensor = _empty(target, self._device)
+        tensor = empty_part(target, device=self._device)
         if values is not None:
             _write(tensor, values)
             self._gone += values.nbytes if isinstance(values, Tensor) else 0
@@ -183,7 +181,7 @@ class _Made:
 
     def take_all(self, target: Tensor, values: Any) -> None:
         """The same on the CPU, of what is no parameter or buffer."""
-        whole = _empty(target, torch.device("cpu"))
+        whole = empty_part(target, device=torch.device("cpu"))
         _write(whole, values)
         self.tensors[id(target)] = whole
 
@@ -193,21 +191,7 @@ def _write(tensor: Tensor, values: Any) -> None:
     if not isinstance(values, Tensor) or isinstance(values, Stored):
         values.read(tensor)
         return
-    for piece in pieces_of(tensor):
-        box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
-        piece.values.copy_(values.detach()[tuple(box)])
-
-
-def _empty(target: Tensor, device: torch.device) -> Tensor:
-    if not isinstance(target, DTensor):
-        plain = torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=device)
-        rows = rows_of(target)
-        return plain if rows is None else mark_rows(plain, rows)
-    local: Tensor = target.to_local().detach()
-    own = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=device)
-    shape, stride = target.shape, target.stride()
-    whole = DTensor.from_local(own, target.device_mesh, target.placements, run_check=False, shape=shape, stride=stride)
-    return as_ordered(whole, order_of(target))
+    write_part(tensor, values)
 
 
 def _replace(module: nn.Module, made: Mapping[int, Tensor]) -> None:

@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_largescale.parallel.order import divided_dim, has_order, order_of
-from lightning_largescale.parallel.rows import rows_of
+from lightning_largescale.parallel.order import as_ordered, divided_dim, has_order, order_of
+from lightning_largescale.parallel.rows import mark_rows, rows_of
 from lightning_largescale.workload.parts import Part, share
 
 # Of one dimension, first element and length of what is held, in the order in which it is held.
@@ -62,6 +63,34 @@ def pieces_of(tensor: Tensor, part: Part | None = None) -> list[Piece]:
             start += size
         dims[dim] = taken
     return [*_boxes(tensor.to_local().detach(), dims)]
+
+
+def empty_part(like: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """Memory for what this rank holds of a tensor that is divided as `like` is, told as that is.
+
+    Args:
+        like: a parameter, divided or not, on any device.
+        dtype: None for that of `like`.
+        device: None for that of `like`.
+    """
+    local = like.to_local() if isinstance(like, DTensor) else like
+    own = torch.empty_strided(
+        local.shape, local.stride(), dtype=dtype or like.dtype, device=local.device if device is None else device
+    )
+    if not isinstance(like, DTensor):
+        rows = rows_of(like)
+        return own if rows is None else mark_rows(own, rows)
+    whole = DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return as_ordered(whole, order_of(like))
+
+
+def write_part(tensor: Tensor, whole: Tensor) -> None:
+    """Write into `tensor` what this rank holds of it, `whole` being all of it."""
+    for piece in pieces_of(tensor):
+        box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
+        piece.values.copy_(whole.detach()[tuple(box)])
 
 
 def in_boxes(piece: Piece, limit_bytes: int) -> Iterator[Piece]:

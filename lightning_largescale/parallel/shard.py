@@ -8,7 +8,6 @@ Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
-from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, has_forward
+from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, has_forward, no_such_module
 from lightning_largescale.workload.parts import Part
 
 # Bytes of full copies freed between two returns of memory to the system: a return walks the heap.
@@ -190,11 +189,7 @@ def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
     blocks = set(find_blocks(module).values())
     for name in names:
         if name not in paths:
-            near = difflib.get_close_matches(name, paths, 1)
-            raise PlanError(
-                f"wrapped_modules has {name!r} and {type(module).__name__} has no such module; give names that"
-                f" named_modules has{f', such as {near[0]!r}' if near else ''}."
-            )
+            raise no_such_module("wrapped_modules", name, module, paths)
         inside = [outer for outer, found in paths.items() if found in blocks or outer in names]
         within = next((outer for outer in inside if name == outer and paths[name] in blocks), None)
         within = within or next((outer for outer in inside if name.startswith(f"{outer}.")), None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.deferred import active_recording
-from lightning_largescale.parallel.pieces import Piece, pieces_of
+from lightning_largescale.parallel.pieces import Piece, pieces_of, write_part
 from lightning_largescale.parallel.rows import global_shape
 
 # Where a tensor on the meta device keeps what was copied into it.
@@ -55,13 +55,10 @@ class Stored(Tensor):
         if (shape := global_shape(out)) != self.shape:
             raise ValueError(f"the stored tensor has shape {tuple(self.shape)} and {tuple(shape)} is to be read")
         self.was_read = True
-        pieces = pieces_of(out)
         if self._written is None:
-            self._read(pieces)
-            return
-        for piece in pieces:
-            box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
-            piece.values.copy_(self._written[tuple(box)])
+            self._read(pieces_of(out))
+        else:
+            write_part(out, self._written)
 
     def _copy_into(self, out: Tensor) -> None:
         """Read into `out`, or have it made of this where it has no values yet."""

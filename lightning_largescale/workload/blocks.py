@@ -15,6 +15,7 @@ more of them and they own matrices (a parameter of two or more dimensions). What
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from lightning_largescale import compat
+from lightning_largescale.plan import PlanError
 
 _CHAINS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 # Of a model without repeated blocks, how many groups of about one size are aimed at.
@@ -111,6 +113,15 @@ def find_groups(module: nn.Module, wraps: Collection[str] = ()) -> dict[str, Gro
     return {
         name: Group(modules=(modules[name],), parameters=tuple(own[name]), shared=tuple(shared[name])) for name in own
     }
+
+
+def no_such_module(option: str, name: str, module: nn.Module, among: Collection[str]) -> PlanError:
+    """What is said where `option` of a plan has the name of no part of `module`; `among` are those that it may have."""
+    near = difflib.get_close_matches(name, among, 1)
+    return PlanError(
+        f"{option} has {name!r} and {type(module).__name__} has no such module; give names that named_modules"
+        f" has{f', such as {near[0]!r}' if near else ''}."
+    )
 
 
 def _split(

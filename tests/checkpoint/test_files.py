@@ -215,7 +215,7 @@ def test_parts_of_a_model(tmp_path):
     save_file({"weight": torch.ones(4, 4), "bias": torch.ones(4)}, tmp_path / "a.safetensors")
     found = read_weights(model, {"body.0": str(tmp_path / "a.safetensors")})
     assert list(found) == ["body.0.weight", "body.0.bias"]
-    with pytest.raises(PlanError, match="weights has files for 'tail' and Model has no such module"):
+    with pytest.raises(PlanError, match="weights has 'tail' and Model has no such module"):
         read_weights(model, {"tail": str(tmp_path / "a.safetensors")})
     assert read_weights(model, None) == {}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_largescale.parallel.deferred.tape import Held, Operation
-from lightning_largescale.parallel.pieces import Piece, pieces_of
+from lightning_largescale.parallel.pieces import Piece, pieces_of, write_part
 
 # Draws of more bytes are made in portions, of this many elements: a multiple of the blocks of normal numbers.
 LARGE_BYTES, PORTION = 64 * 2**20, 2**20
@@ -52,9 +52,7 @@ class Portions:
         if not all(self._is_rows(piece) for piece in pieces):
             whole = torch.empty(self._target.size, dtype=self._target.dtype, device="cpu")
             self._draw(whole)
-            for piece in pieces:
-                box = zip(piece.offsets, piece.values.shape, strict=True)
-                piece.values.copy_(whole[tuple(slice(start, start + size) for start, size in box)])
+            write_part(out, whole)
             return
         row = math.prod(self._target.size[1:])
         kept = [(piece.offsets[0] * row, piece.values.view(-1)) for piece in pieces]
