@@ -1,10 +1,4 @@
-"""Plan: every decision about how a model is trained, in one frozen dataclass that JSON can hold.
-
-Errors a user can cause by a plan, or by a model and machine that fit none, are one type:
-
-    ValueError
-      PlanError: what was given, what is accepted, what to do
-"""
+"""Plan: every decision about how a model is trained, in one frozen dataclass that JSON can hold."""
 
 from __future__ import annotations
 
@@ -15,6 +9,18 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_largescale.plan_fields import PlanError as PlanError
+from lightning_largescale.plan_fields import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_names,
+    check_offload,
+    check_path,
+    check_recomputation,
+)
+from lightning_largescale.plan_words import describe
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware
@@ -32,15 +38,12 @@ MATMUL_TYPE = {
     "64-true": "float64",
 }
 
-_ACCEPTED: dict[str, tuple[str, ...]] = {
+_ACCEPTED: dict[str, tuple[str | None, ...]] = {
     "precision": tuple(MATMUL_TYPE),
     "activation_checkpointing": ("none", "selective", "full"),
     "checkpointed_operations": ("all", "cheap"),
+    **dict.fromkeys(("offload_parameters", "offload_optimizer", "offload_activations"), (None, "cpu", "nvme")),
 }
-
-
-class PlanError(ValueError):
-    """A plan that cannot be carried out, or a wish for one; the message gives what was found and what is accepted."""
 
 
 def _refusing_unknown_fields(cls: type[Plan]) -> type[Plan]:
@@ -90,12 +93,29 @@ class Plan:
         checkpointed_operations: what these blocks run again: "all" of their forward, or what is "cheap": then they keep
             the results of matrix products, convolutions and attention.
 
+        offload_parameters: the tier that parameters of blocks are kept in while they do not compute: None, the device;
+            "cpu", DRAM; "nvme", a disk. Their gradients go there too.
+        offload_optimizer: the tier of the optimizer's state, which is paged in and out around each step.
+        offload_activations: the tier of what blocks save for their backward.
+        nvme_path: a folder on the disk of the nvme tier; None takes the one with the most free bytes.
+        resident_parameter_bytes: of a rank's parameters, how many stay on the device all the same, in whole blocks;
+            None: only those outside of blocks.
+        cpu_parameter_bytes: of those that leave it for "nvme", how many go to DRAM.
+        resident_optimizer_bytes: of a rank's optimizer state, how many stay on the device, in whole pages; None: none.
+        cpu_optimizer_bytes: of the state that leaves it for "nvme", how many go to DRAM.
+        offloaded_blocks: names of the blocks whose activations leave; None: all.
+        prefetched_blocks: how many blocks are fetched ahead of the one that computes.
+        release_gradients: a block's parameters are updated as soon as its gradients are complete in backward, and these
+            dropped.
+
     Raises:
         PlanError: an unknown field, or a field whose value is not of the accepted type or range.
 
     Source: Rajbhandari et al. 2020, "ZeRO", section 5 (stages); Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid
         sharding); Shoeybi et al. 2019, "Megatron-LM", section 3 (tensor parallelism); Korthikanti et al. 2022,
-        "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (sequence parallelism).
+        "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (sequence parallelism);
+        Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (the memory hierarchy); Lv et al. 2023, "Full Parameter
+        Fine-tuning for Large Language Models with Limited Resources", section 3 (gradient release).
     """
 
     dp_replicate: int = 1
@@ -109,57 +129,32 @@ class Plan:
     checkpointed_operations: str = "all"
     wrapped_modules: tuple[str, ...] = ()
     row_sharded_embeddings: tuple[str, ...] = ()
+    offload_parameters: str | None = None
+    offload_optimizer: str | None = None
+    offload_activations: str | None = None
+    nvme_path: str | None = None
+    resident_parameter_bytes: int | None = None
+    cpu_parameter_bytes: int | None = None
+    resident_optimizer_bytes: int | None = None
+    cpu_optimizer_bytes: int | None = None
+    offloaded_blocks: tuple[str, ...] | None = None
+    prefetched_blocks: int = 1
+    release_gradients: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "tp"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlanError(f"{name}={value!r} is not accepted; give a whole number of devices, 1 or more.")
-        for name in ("sequence_parallel", "reshard_after_forward"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise PlanError(f"{name}={value!r} is not accepted; give True or False.")
+            check_count(name, getattr(self, name), "devices")
+        check_count("prefetched_blocks", self.prefetched_blocks, "blocks")
+        for name in ("sequence_parallel", "reshard_after_forward", "release_gradients"):
+            check_flag(name, getattr(self, name))
         for name, accepted in _ACCEPTED.items():
-            value = getattr(self, name)
-            if value not in accepted:
-                raise PlanError(f"{name}={value!r} is not accepted; give {_either(accepted)}.")
-        if self.activation_checkpointing == "none" and self.checkpointed_operations != "all":
-            raise PlanError(
-                f"checkpointed_operations={self.checkpointed_operations!r} contradicts activation_checkpointing='none';"
-                " give 'full' or 'selective', or 'all' operations."
-            )
-        self._check_checkpointed_blocks()
-        self._check_names()
-
-    def _check_checkpointed_blocks(self) -> None:
-        blocks = self.checkpointed_blocks
-        if self.activation_checkpointing != "selective":
-            if blocks is not None:
-                raise PlanError(
-                    f"checkpointed_blocks={blocks!r} contradicts"
-                    f" activation_checkpointing={self.activation_checkpointing!r}; give 'selective', or no blocks."
-                )
-            return
-        if not _are_names(blocks) or not blocks:
-            raise PlanError(
-                f"checkpointed_blocks={blocks!r} is not accepted with activation_checkpointing='selective';"
-                " give the names of the blocks, at least one and each once."
-            )
-        # From JSON and YAML they come as a list.
-        object.__setattr__(self, "checkpointed_blocks", tuple(blocks))
-
-    def _check_names(self) -> None:
-        for field in ("wrapped_modules", "row_sharded_embeddings"):
-            names = getattr(self, field)
-            if not _are_names(names):
-                raise PlanError(f"{field}={names!r} is not accepted; give the names of modules, each once, or none.")
-            object.__setattr__(self, field, tuple(names))
-        for field, refused in (("tp", self.tp > 1), ("precision", self.precision == "16-mixed")):
-            if self.row_sharded_embeddings and refused:
-                raise PlanError(
-                    f"row_sharded_embeddings={self.row_sharded_embeddings!r} cannot be combined with"
-                    f" {field}={getattr(self, field)!r}; leave one of them out."
-                )
+            check_choice(name, getattr(self, name), accepted)
+        if self.nvme_path is not None:
+            object.__setattr__(self, "nvme_path", check_path("nvme_path", self.nvme_path))
+        for check in (check_recomputation, check_names, check_offload):
+            # From JSON and YAML names come as a list.
+            for name, names in check(self).items():
+                object.__setattr__(self, name, names)
 
     @property
     def world_size(self) -> int:
@@ -196,6 +191,11 @@ class Plan:
                 f" and {workload.name} has none; use 'none'."
             )
         self.check_blocks(workload.blocks)
+        if (self.offload_activations or self.offload_parameters) and not workload.blocks:
+            field = "offload_activations" if self.offload_activations else "offload_parameters"
+            raise PlanError(
+                f"{field}={getattr(self, field)!r} needs repeated blocks and {workload.name} has none; use None."
+            )
         for name in self.wrapped_modules:
             if name not in workload.wraps:
                 accepted = f"accepted are {', '.join(map(repr, workload.wraps))}" if workload.wraps else "there is none"
@@ -205,16 +205,18 @@ class Plan:
                 )
 
     def check_blocks(self, blocks: Collection[str]) -> None:
-        """Check the names in `checkpointed_blocks` against those of a model's repeated blocks.
+        """Check the names in `checkpointed_blocks` and `offloaded_blocks` against those of a model's repeated blocks.
 
         Raises:
             PlanError: one of them is not among `blocks`.
         """
-        for name in self.checkpointed_blocks or ():
-            if name not in blocks:
+        for field in ("checkpointed_blocks", "offloaded_blocks"):
+            for name in getattr(self, field) or ():
+                if name in blocks:
+                    continue
                 near = difflib.get_close_matches(name, blocks, 1) or list(blocks)[:1]
                 raise PlanError(
-                    f"checkpointed_blocks has {name!r}, which is no repeated block of the model; accepted are its"
+                    f"{field} has {name!r}, which is no repeated block of the model; accepted are its"
                     f" {len(blocks)}, such as {near[0]!r}."
                 )
 
@@ -255,6 +257,16 @@ class Plan:
         return self.dp_shard > 1 or self.tp > 1
 
     @property
+    def gathers(self) -> bool:
+        """Whether parameters of blocks are brought together before they compute: from ranks, or from another tier."""
+        return self.shards or self.offload_parameters is not None
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept in another tier than the device's."""
+        return any((self.offload_parameters, self.offload_optimizer, self.offload_activations))
+
+    @property
     def heap(self) -> Literal["left", "trimmed", "watched", "mapped"]:
         """What is done on the CPU about the holes that steps leave in a process's heap: nothing, it is trimmed between
         steps, it is trimmed whenever it outgrows what the step needs, or tensors are kept out of it.
@@ -269,30 +281,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
-        stage = "ZeRO-3" if self.reshard_after_forward else "ZeRO-2"
-        if self.dp_shard > 1 and self.dp_replicate > 1:
-            layout = f"HSDP: {self.dp_replicate} replicas, each {stage} over {self.dp_shard} devices"
-        elif self.dp_shard > 1:
-            layout = f"{stage} over {self.dp_shard} devices"
-        elif self.dp_replicate > 1:
-            layout = f"replicated on {self.dp_replicate} devices"
-        else:
-            layout = "" if self.tp > 1 else "plain, one device"
-        if self.tp > 1:
-            among = f"tensor{' and sequence' if self.sequence_parallel else ''} parallel over {self.tp} devices"
-            layout = f"{layout}, each {among}" if layout else among
-        recompute = {"none": "", "full": ", full activation checkpointing"}.get(self.activation_checkpointing)
-        if recompute is None:
-            count = len(self.checkpointed_blocks or ())
-            recompute = f", activation checkpointing of {count} block{'s' if count > 1 else ''}"
-        count = len(self.wrapped_modules) if self.dp_shard > 1 else 0
-        by = "s gathered by themselves" if count > 1 else " gathered by itself"
-        wraps = f", {count} more module{by}" if count else ""
-        if (count := len(self.row_sharded_embeddings)) and self.world_size > 1:
-            wraps += f", {count} row-sharded table{'s' if count > 1 else ''}"
-        if self.checkpointed_operations == "cheap":
-            recompute += " but for products"
-        return f"{layout}{wraps}{recompute}, {self.precision}"
+        return describe(self)
 
     def to_json(self) -> str:
         """JSON text with the version of its format; `from_json` reads it back to an equal plan."""
@@ -373,18 +362,6 @@ class Plan:
             return cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
-
-
-def _are_names(value: object) -> bool:
-    """Whether `value` is a list or tuple of texts, each once."""
-    named = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-    return named and len(set(value)) == len(value)  # type: ignore[arg-type, call-overload]
-
-
-def _either(values: tuple[str, ...]) -> str:
-    """`"'a', 'b' or 'c'"`."""
-    *others, last = map(repr, values)
-    return f"{', '.join(others)} or {last}"
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

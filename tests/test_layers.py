@@ -14,8 +14,9 @@ PACKAGE = Path(lightning_largescale.__file__).parent
 
 # A module or folder may import what stands in a line above its own. compat and units may be imported by all.
 LAYERS = [
-    {"compat", "plan"},
-    {"arithmetic", "units"},
+    {"compat", "plan_fields", "plan_words"},
+    {"plan"},
+    {"arithmetic", "tiers", "units"},
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},
     {
@@ -44,7 +45,7 @@ LAYERS = [
     {"__init__"},
 ]
 # The strategy's own helpers may build on one another; the other lines are of equals that never meet.
-HELPERS = LAYERS[4]
+HELPERS = LAYERS[5]
 
 
 def part(path: Path) -> str:

@@ -70,6 +70,17 @@ PLAIN = {
     "checkpointed_operations": "all",
     "wrapped_modules": [],
     "row_sharded_embeddings": [],
+    "offload_parameters": None,
+    "offload_optimizer": None,
+    "offload_activations": None,
+    "nvme_path": None,
+    "resident_parameter_bytes": None,
+    "cpu_parameter_bytes": None,
+    "resident_optimizer_bytes": None,
+    "cpu_optimizer_bytes": None,
+    "offloaded_blocks": None,
+    "prefetched_blocks": 1,
+    "release_gradients": False,
 }
 
 

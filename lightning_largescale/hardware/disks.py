@@ -15,9 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from lightning_largescale.hardware.model import Disk
 from lightning_largescale.hardware.mounts import Mount, mounts
-
-# Block size of every disk we know of divides it; O_DIRECT wants offsets, lengths and addresses aligned to that.
-ALIGNMENT_BYTES = 4096
+from lightning_largescale.tiers import ALIGNMENT_BYTES
 
 # What holds files of a user's; anything else that is mounted (proc, sysfs, cgroup, ...) is passed over without a word.
 _LOCAL = re.compile("ext[234]|xfs|btrfs|f2fs|zfs|bcachefs|jfs|reiserfs|nilfs2|ntfs3|hfsplus|ufs|overlay")

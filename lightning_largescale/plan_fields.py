@@ -1,0 +1,164 @@
+"""Checks of the values of a plan's fields, and the error that a user can cause by them.
+
+Errors a user can cause by a plan, or by a model and machine that fit none, are one type:
+
+    ValueError
+      PlanError: what was given, what is accepted, what to do
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
+
+# Amounts, each with the field without which it means nothing, and the tiers it is an amount of.
+_AMOUNTS = {
+    "resident_parameter_bytes": ("offload_parameters", ("cpu", "nvme")),
+    "resident_optimizer_bytes": ("offload_optimizer", ("cpu", "nvme")),
+    "cpu_parameter_bytes": ("offload_parameters", ("nvme",)),
+    "cpu_optimizer_bytes": ("offload_optimizer", ("nvme",)),
+}
+
+
+class PlanError(ValueError):
+    """A plan that cannot be carried out, or a wish for one; the message gives what was found and what is accepted."""
+
+
+def check_count(name: str, value: object, of: str) -> None:
+    """Raise PlanError unless `value` is a whole number, 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PlanError(f"{name}={value!r} is not accepted; give a whole number of {of}, 1 or more.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise PlanError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise PlanError(f"{name}={value!r} is not accepted; give True or False.")
+
+
+def check_choice(name: str, value: object, accepted: Sequence[str | None]) -> None:
+    """Raise PlanError unless `value` is one of those accepted."""
+    if value not in accepted:
+        *others, last = map(repr, accepted)
+        raise PlanError(f"{name}={value!r} is not accepted; give {', '.join(others)} or {last}.")
+
+
+def check_path(name: str, value: object) -> str:
+    """`value` as text.
+
+    Raises:
+        PlanError: it is no path.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise PlanError(f"{name}={value!r} is not accepted; give the path of a folder.")
+    return str(os.fspath(value))
+
+
+def check_recomputation(plan: Plan) -> Mapping[str, tuple[str, ...]]:
+    """The names in `checkpointed_blocks` as a tuple.
+
+    Raises:
+        PlanError: the fields of recomputation contradict one another, or these are no names.
+    """
+    mode, blocks = plan.activation_checkpointing, plan.checkpointed_blocks
+    if mode == "none" and plan.checkpointed_operations != "all":
+        raise PlanError(
+            f"checkpointed_operations={plan.checkpointed_operations!r} contradicts activation_checkpointing='none';"
+            " give 'full' or 'selective', or 'all' operations."
+        )
+    if mode != "selective":
+        if blocks is not None:
+            raise PlanError(
+                f"checkpointed_blocks={blocks!r} contradicts activation_checkpointing={mode!r}; give 'selective', or no"
+                " blocks."
+            )
+        return {}
+    if not _are_names(blocks) or not blocks:
+        raise PlanError(
+            f"checkpointed_blocks={blocks!r} is not accepted with activation_checkpointing='selective';"
+            " give the names of the blocks, at least one and each once."
+        )
+    return {"checkpointed_blocks": tuple(blocks)}
+
+
+def check_names(plan: Plan) -> Mapping[str, tuple[str, ...]]:
+    """The names in `wrapped_modules` and `row_sharded_embeddings` as tuples.
+
+    Raises:
+        PlanError: they are no names, or the plan has what cannot be combined with tables.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for field in ("wrapped_modules", "row_sharded_embeddings"):
+        names = getattr(plan, field)
+        if not _are_names(names):
+            raise PlanError(f"{field}={names!r} is not accepted; give the names of modules, each once, or none.")
+        found[field] = tuple(names)
+    tables = found["row_sharded_embeddings"]
+    for field, refused in (
+        ("tp", plan.tp > 1),
+        ("precision", plan.precision == "16-mixed"),
+        ("offload_optimizer", plan.offload_optimizer is not None),
+        ("offload_parameters", plan.offload_parameters is not None),
+        ("release_gradients", plan.release_gradients),
+    ):
+        if tables and refused:
+            raise PlanError(
+                f"row_sharded_embeddings={tables!r} cannot be combined with {field}={getattr(plan, field)!r}; leave one"
+                " of them out."
+            )
+    return found
+
+
+def check_offload(plan: Plan) -> Mapping[str, tuple[str, ...]]:
+    """The names in `offloaded_blocks` as a tuple.
+
+    Raises:
+        PlanError: the fields of the memory hierarchy contradict one another, or these are no names.
+    """
+    for name, (field, tiers) in _AMOUNTS.items():
+        value, tier = getattr(plan, name), getattr(plan, field)
+        if value is None:
+            continue
+        _check_bytes(name, value)
+        if tier not in tiers:
+            raise PlanError(
+                f"{name}={value!r} contradicts {field}={tier!r}; give {' or '.join(map(repr, tiers))} there, or leave"
+                " it out."
+            )
+    replicas = plan.dp_replicate > 1 and not plan.shards
+    for field, refused in (("precision", plan.precision == "16-mixed"), ("dp_replicate", replicas)):
+        if plan.release_gradients and refused:
+            raise PlanError(
+                f"release_gradients=True cannot be combined with {field}={getattr(plan, field)!r}, which needs all"
+                " gradients at once; leave one of them out."
+            )
+    blocks = plan.offloaded_blocks
+    if blocks is None:
+        return {}
+    if plan.offload_activations is None:
+        raise PlanError(
+            f"offloaded_blocks={blocks!r} contradicts offload_activations=None; give 'cpu' or 'nvme' there, or no"
+            " blocks."
+        )
+    if not _are_names(blocks) or not blocks:
+        raise PlanError(
+            f"offloaded_blocks={blocks!r} is not accepted; give the names of the blocks, at least one and each once, or"
+            " None for all."
+        )
+    return {"offloaded_blocks": tuple(blocks)}
+
+
+def _are_names(value: object) -> bool:
+    """Whether `value` is a list or tuple of texts, each once."""
+    named = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return named and len(set(value)) == len(value)  # type: ignore[arg-type, call-overload]
+
+
+def _check_bytes(name: str, value: object) -> None:
+    """Raise PlanError unless `value` is a whole number, 0 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise PlanError(f"{name}={value!r} is not accepted; give a whole number of bytes, 0 or more.")
