@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_largescale.offload.store import Store, Transfer
-from lightning_largescale.tiers import aligned
+from lightning_largescale.tiers import ALIGNMENT_BYTES, aligned
 
 # Pages of this size are handed out and filled at the rate of a fast disk, those of 4 KiB are not.
 _HUGE_BYTES = 2 * 2**20
@@ -79,11 +79,12 @@ class Memory:
         """Where in it `tensor` begins, in bytes."""
         return tensor.data_ptr() - self._address
 
-    def _to_dram(self) -> None:
-        _map(self._address, self.nbytes, _READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS)
+    def _to_dram(self, start: int = 0, stop: int | None = None) -> None:
+        length = (self.nbytes if stop is None else stop) - start
+        _map(self._address + start, length, _READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # Without huge pages it is slower, and that is all.
-            _libc().madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(self.nbytes), mmap.MADV_HUGEPAGE)
+            _advise(self._address + start, length, mmap.MADV_HUGEPAGE)
 
 
 class Region(Memory):
@@ -104,6 +105,7 @@ class Region(Memory):
     def __init__(self, store: Store | None, name: str, nbytes: int) -> None:
         super().__init__(nbytes)
         self._store, self.in_dram = store, True
+        self._kept: list[tuple[int, int]] = []
         if store is not None:
             self._extent = store.reserve(name, nbytes)
             self.drop()
@@ -145,6 +147,20 @@ class Region(Memory):
         )
         self.in_dram = False
 
+    def keep(self, start: int, stop: int) -> None:
+        """Have bytes `start` to `stop`, of a region that is at rest and stays so, in DRAM for good: as zeros."""
+        if self._store is not None and start < stop:
+            self._to_dram(start, stop)
+            self._kept.append((start, stop))
+
+    def rest(self, tensor: Tensor) -> None:
+        """Let the system take back what reading or writing `tensor`, of a region at rest, has brought into memory."""
+        start = self.start_of(tensor)
+        first, last = aligned(start), (start + tensor.nbytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        kept = any(begin < last and first < end for begin, end in self._kept)
+        if self._store is not None and not self.in_dram and first < last and not kept:
+            _advise(self._address + first, last - first, mmap.MADV_DONTNEED)
+
     def read_into(self, memory: Memory, start: int, stop: int, at: int = 0) -> Transfer:
         """Begin to read bytes `start` to `stop` of the file into `memory` from its byte `at` on."""
         if self._store is None or self.in_dram:
@@ -175,6 +191,10 @@ def _map(address: int | None, nbytes: int, protection: int, flags: int, descript
         number = ctypes.get_errno()
         raise OSError(number, f"mapping {nbytes} bytes failed")
     return int(found)
+
+
+def _advise(address: int, nbytes: int, advice: int) -> None:
+    _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice)
 
 
 def _unmap(address: int, nbytes: int) -> None:

@@ -58,6 +58,11 @@ class Transfer:
     def __init__(self, requests: Sequence[Future[None]] = ()) -> None:
         self._requests = requests
 
+    @classmethod
+    def of(cls, transfers: Sequence[Transfer]) -> Transfer:
+        """All of `transfers` as one."""
+        return cls([request for transfer in transfers for request in transfer._requests])
+
     def wait(self) -> None:
         """Until all are done.
 

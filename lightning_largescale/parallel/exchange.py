@@ -5,11 +5,9 @@ The user's optimizer stays, and so do its groups, which schedulers hold: only th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -72,26 +70,3 @@ class Exchange:
             values = state[target] = state.pop(source)
             for key in values:
                 values[key] = apply_to_collection(values[key], Tensor, partial(convert, key))
-
-
-def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `step` whose closure, if there is one, has been evaluated and only tells its result.
-
-    The closure runs forward and backward, which are the module's own and know nothing of what a step is given.
-
-    Args:
-        args: as a hook of the step gets them, the optimizer first.
-        kwargs: as a hook gets them.
-    """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if not callable(closure):
-        return args, dict(kwargs)
-    with torch.enable_grad():
-        result = closure()
-
-    def told() -> Any:
-        return result
-
-    if len(args) > 1:
-        return (args[0], told, *args[2:]), dict(kwargs)
-    return args, {**kwargs, "closure": told}

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.optimizing import closure_first
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.exchange import Exchange, closure_first
+from lightning_largescale.parallel.exchange import Exchange
 from lightning_largescale.parallel.gather import reshard
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.order import divided_dims, order_of

@@ -6,10 +6,8 @@ Others mix elements (factored moments, trust ratios, orthogonalisation): they mu
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_largescale.parallel.exchange import Exchange, closure_first
+from lightning_largescale.optimizing import clone_of, closure_first, in_words
+from lightning_largescale.parallel.exchange import Exchange
 from lightning_largescale.parallel.order import divided, divided_dim, divided_dims, full
 
 # Rows and columns, small enough for milliseconds: of what is treated as small, and of what is treated as large also in
@@ -228,26 +227,6 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
     )
 
 
-def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
-    """An optimizer that steps as `optimizer` does, over other parameters, without its state and hooks.
-
-    What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
-    """
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    clone = copy.copy(optimizer)
-    clone.state, clone.param_groups = defaultdict(dict), param_groups
-    for name, value in vars(optimizer).items():
-        # A scheduler wraps the method of the object that it was given.
-        if name == "step" or name in vars(clone):
-            continue
-        if isinstance(value, Optimizer):
-            value = clone_of(value, param_groups)
-        elif isinstance(value, list) and any(id(item) in own for item in value):
-            value = [parameter for group in param_groups for parameter in group["params"]]
-        setattr(clone, name, value)
-    return clone
-
-
 def _small(value: Any, sample: _Sample, parameter: Tensor) -> Any:
     """State from before the first step, as the sample would have it."""
     if not isinstance(value, Tensor):
@@ -304,9 +283,3 @@ def _sorted_keys(samples: list[_Sample], whole: _Outcome, *parts: _Outcome) -> t
                 size, rest = divmod(sample.start.numel(), value.numel())
                 blocks[key] = 0 if rest else size
     return frozenset(equal - blocks.keys()), blocks
-
-
-def in_words(error: Exception) -> str:
-    """The kind of an error and the first sentence of its message."""
-    first = (str(error).splitlines() or [""])[0].split(". ")[0]
-    return f"{type(error).__name__}: {first.removesuffix('.')}"

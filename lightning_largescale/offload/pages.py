@@ -1,0 +1,187 @@
+"""An optimizer's parameters in pages: stretches of elements that are stepped on at once.
+
+The state of a parameter lies in one piece, key by key, so that it stays a tensor of the parameter's shape; a large
+parameter is cut into several pages, small ones share one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale.tiers import ALIGNMENT_BYTES, PAGE_BYTES, aligned
+
+# Pages end at multiples of it, whatever the size of an element: O_DIRECT takes any stretch, and kernels that treat the
+# rest of a vector apart have none in the middle of a parameter.
+_STRIDE = ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How the state of some parameters is kept.
+
+    Attributes:
+        divisible: a step on some elements of a parameter is that on all of it, as far as they go.
+        dtypes: of the state that has a parameter's shape, by its key; what else there is stays where it is.
+    """
+
+    divisible: bool
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Of the state that is paged."""
+        return sum(dtype.itemsize for dtype in self.dtypes.values())
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Member:
+    """A parameter, and which group of its optimizer it is in.
+
+    Attributes:
+        parameter: of the optimizer, divided among ranks or not.
+        group: the number of its group.
+        kind: of its state.
+        label: parameters with different ones are never in the same page.
+    """
+
+    parameter: Tensor
+    group: int
+    kind: Kind
+    label: str = ""
+
+    @property
+    def local(self) -> Tensor:
+        """What this rank has of it, sharing storage."""
+        return local_of(self.parameter.detach())
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Piece:
+    """Elements of a parameter in a page.
+
+    Attributes:
+        member: the parameter.
+        start: its first element here, of this rank's part.
+        stop: the one after its last.
+        at: where the first lies among the elements of the bundle.
+    """
+
+    member: Member
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the parameter that this rank has."""
+        return self.start == 0 and self.stop == self.member.local.numel()
+
+
+class Bundle:
+    """Parameters whose state lies side by side: all they have under one key, then under the next.
+
+    Args:
+        members: of one kind.
+
+    Attributes:
+        members: as given.
+        dtypes: of the state, by key.
+        nbytes: of all of it.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members, self.dtypes = members, members[0].kind.dtypes
+        sizes = [_padded(member.local.numel()) for member in members]
+        self._offsets = dict(zip(map(id, members), itertools.accumulate(sizes, initial=0), strict=False))
+        self.numel = sum(sizes)
+        lengths = [aligned(self.numel * dtype.itemsize) for dtype in self.dtypes.values()]
+        starts = itertools.accumulate(lengths, initial=0)
+        self._starts = dict(zip(self.dtypes, starts, strict=False))
+        self.nbytes = sum(lengths)
+
+    def start_of(self, member: Member, key: str) -> int:
+        """The first byte of the state of `member` under `key`."""
+        return self._starts[key] + self._offsets[id(member)] * self.dtypes[key].itemsize
+
+    def stretch(self, key: str, start: int, stop: int) -> tuple[int, int]:
+        """First byte, and the one after the last, of elements `start` to `stop` under `key`, as O_DIRECT takes them."""
+        size = self.dtypes[key].itemsize
+        return self._starts[key] + start * size, self._starts[key] + aligned(stop * size)
+
+    def pages(self, moved_bytes: int) -> Iterator[Page]:
+        """The pages that it is cut into.
+
+        Args:
+            moved_bytes: of a parameter's element, beside its state, that are elsewhere too.
+        """
+        length = max(_STRIDE, PAGE_BYTES // max(1, moved_bytes + self.members[0].kind.bytes_per_element))
+        length = length // _STRIDE * _STRIDE if len(self.members) == 1 and self.members[0].kind.divisible else 0
+        for start in range(0, self.numel, length or max(1, self.numel)):
+            stop = min(self.numel, start + length) if length else self.numel
+            yield Page(self, start, stop, tuple(self._pieces(start, stop)))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        for member in self.members:
+            offset, numel = self._offsets[id(member)], member.local.numel()
+            first, last = max(0, start - offset), min(numel, stop - offset)
+            if first < last:
+                yield Piece(member, first, last, offset + first)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Page:
+    """Elements of a bundle that are stepped on at once.
+
+    Attributes:
+        bundle: whose they are.
+        start: the first.
+        stop: the one after the last.
+        pieces: of parameters, in it.
+    """
+
+    bundle: Bundle
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the state of its elements."""
+        stretches = (self.bundle.stretch(key, self.start, self.stop) for key in self.bundle.dtypes)
+        return sum(stop - start for start, stop in stretches)
+
+
+def bundles_of(members: Sequence[Member]) -> Iterator[Bundle]:
+    """`members` in bundles: a large one by itself, small ones of a kind, a group and a label together."""
+    small: dict[object, list[Member]] = {}
+    for member in members:
+        per_element = max(1, member.kind.bytes_per_element)
+        nbytes = member.local.numel() * per_element
+        if not nbytes:
+            continue
+        if 2 * nbytes > PAGE_BYTES:
+            yield Bundle([member])
+            continue
+        key = (member.group, id(member.kind), member.label, member.local.dtype, member.local.device)
+        held = small.setdefault(key, [])
+        if held and sum(_padded(one.local.numel()) for one in held) * per_element + nbytes > PAGE_BYTES:
+            yield Bundle(held)
+            small[key] = held = []
+        held.append(member)
+    yield from map(Bundle, filter(None, small.values()))
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, sharing storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _padded(numel: int) -> int:
+    """`numel` rounded up so that what comes next begins at 64 bytes, whatever its dtype."""
+    return -(-numel // 64) * 64

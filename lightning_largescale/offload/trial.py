@@ -1,0 +1,180 @@
+"""How an optimizer can be paged: asked of the optimizer itself, on small tensors.
+
+Most treat the elements of a parameter one by one: they are paged by elements. Some need a matrix as a whole (Muon,
+Adafactor): they are paged by parameters. Some need all parameters at once (a norm over all of them, a line search):
+they cannot be. What a step on one after the other makes must be what a step on all at once makes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_largescale.offload.pages import Kind
+from lightning_largescale.optimizing import bare_step, clone_of, in_words
+from lightning_largescale.plan import PlanError
+
+_STEPS = 3
+# From here on 8-bit optimizers keep state as codes, and pages may end in the middle of a parameter.
+_LARGE = 4096
+# Whatever the user's, which may be zero at first, or drown the change in rounding.
+_LEARNING_RATE = 1e-2
+# Of a large sample, the elements before a cut.
+_CUTS = (_LARGE, 3 * _LARGE)
+
+# A group's number, how many dimensions, whether large, and the dtype.
+Key = tuple[int, int, bool, torch.dtype]
+_Values = list[list[Tensor]]
+_States = list[list[dict[str, Any]]]
+
+
+def kind_key(parameter: Tensor, group: int) -> Key:
+    """What parameters of one kind have in common."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return group, min(local.dim(), 2), local.numel() >= _LARGE, local.dtype
+
+
+def ask_kinds(optimizer: Optimizer, parameters: Sequence[tuple[Tensor, int]]) -> Mapping[Key, Kind]:
+    """How the state of each of `parameters` can be paged, by `kind_key`.
+
+    The optimizer, its parameters and their gradients stay as they are, and so does the random state.
+
+    Args:
+        optimizer: any.
+        parameters: of it, each with the number of its group.
+
+    Raises:
+        PlanError: a step on some of them after the others is not that on all.
+    """
+    keys = {kind_key(parameter, group): parameter for parameter, group in parameters}
+    device = parameters[0][0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = _tried(optimizer, {key: _sample(key, number, device) for number, key in enumerate(keys)})
+    for key, parameter in keys.items():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        if mesh is not None and mesh.size() > 1 and not kinds[key].divisible:
+            raise PlanError(
+                f"{type(optimizer).__name__} needs a parameter as a whole, of which ranks have parts, so its state"
+                " cannot be paged; leave out offload_optimizer and release_gradients, or give dp_shard=1."
+            )
+    return kinds
+
+
+def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping[Key, Kind]:
+    name = type(optimizer).__name__
+    try:
+        whole, whole_states = _steps(optimizer, samples, lambda key: (), apart=False)
+    except Exception as error:
+        raise PlanError(
+            f"{name} cannot be paged: small tensors to try it on are not accepted ({in_words(error)}); leave out"
+            " offload_optimizer and release_gradients."
+        ) from error
+    dtypes = [_paged_keys(states, values) for states, values in zip(whole_states, whole, strict=True)]
+    for divisible in (True, False):
+        cuts = [_CUTS if divisible and key[2] else () for key in samples]
+        by_key = dict(zip(samples, cuts, strict=True))
+        try:
+            values, states = _steps(optimizer, samples, by_key.__getitem__, apart=True)
+        except Exception:
+            continue
+        alike = [
+            torch.equal(torch.cat([part.reshape(-1) for part in parts]), one[0].reshape(-1))
+            and _same_state(own, expected[0], parts, paged)
+            for parts, own, one, expected, paged in zip(values, states, whole, whole_states, dtypes, strict=True)
+        ]
+        if all(alike):
+            kinds = [Kind(divisible, paged) for paged in dtypes]
+            return dict(zip(samples, kinds, strict=True))
+    raise PlanError(
+        f"{name} cannot be paged: its step on one parameter after the other is not that on all of them; leave out"
+        " offload_optimizer and release_gradients, or choose another optimizer."
+    )
+
+
+def _steps(
+    optimizer: Optimizer, samples: Mapping[Key, list[Tensor]], cuts: Callable[[Key], Sequence[int]], *, apart: bool
+) -> tuple[_Values, _States]:
+    """Values and state of the samples' parts after some steps: of all at once, or `apart`, of one after the other."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    for options in groups:
+        if options.get("lr") is not None:
+            options["lr"] = torch.full_like(options["lr"], _LEARNING_RATE) if _is_tensor(options["lr"]) else 0.01
+    parts = {
+        key: [nn.Parameter(part) for part in _parts(sample[0].clone(), cuts(key))] for key, sample in samples.items()
+    }
+    every = [(key[0], part) for key, own in parts.items() for part in own]
+    clone = clone_of(optimizer, [{**options, "params": []} for options in groups])
+    step = bare_step(clone)
+    for number in range(1, _STEPS + 1):
+        for key, own in parts.items():
+            for part, gradient in zip(own, _parts(samples[key][number], cuts(key)), strict=True):
+                part.grad = gradient.clone()
+        values = [{key: value for key, value in group.items() if key != "params"} for group in clone.param_groups]
+        for turn in [[one] for one in every] if apart else [every]:
+            for index, group in enumerate(clone.param_groups):
+                group.update(values[index])
+                group["params"] = [part for own, part in turn if own == index]
+            with torch.no_grad():
+                step()
+    states = [[dict(clone.state.get(part, {})) for part in own] for own in parts.values()]
+    return [[part.detach() for part in own] for own in parts.values()], states
+
+
+def _parts(tensor: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+    return [*tensor.view(-1).tensor_split(list(cuts))] if cuts else [tensor]
+
+
+def _paged_keys(states: list[dict[str, Any]], values: list[Tensor]) -> dict[str, torch.dtype]:
+    (state,), (value,) = states, values
+    return {key: one.dtype for key, one in state.items() if _is_tensor(one) and one.shape == value.shape and one.dim()}
+
+
+def _same_state(
+    parts: list[dict[str, Any]], whole: dict[str, Any], values: list[Tensor], paged: Mapping[str, torch.dtype]
+) -> bool:
+    """Whether the state of the parts is that of the whole: what is paged in parts, the rest the same in each."""
+    for key, expected in whole.items():
+        found: list[Any] = [part.get(key) for part in parts]
+        if key in paged:
+            if not all(_is_tensor(one) and one.shape == value.shape for one, value in zip(found, values, strict=True)):
+                return False
+            if not torch.equal(torch.cat([one.reshape(-1) for one in found]), expected.reshape(-1)):
+                return False
+        elif not all(_equal(one, expected) for one in found):
+            return False
+    return True
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if _is_tensor(one) and _is_tensor(other):
+        return one.shape == other.shape and torch.equal(one, other)
+    if _is_tensor(one) or _is_tensor(other):
+        return False
+    try:
+        return bool(one == other) or (one != one and other != other)
+    except (RuntimeError, ValueError, TypeError):
+        # Of what cannot be compared nothing is known.
+        return False
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _sample(key: Key, seed: int, device: torch.device) -> list[Tensor]:
+    """A start and a gradient for each step, of rows of very different sizes."""
+    _, dims, large, dtype = key
+    rows, columns = (256, 128) if large else (16, 8)
+    shape = {0: (), 1: (rows * columns,)}.get(dims, (rows, columns))
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(-2, 1, shape[0] if shape else 1).view(-1, *[1] * (len(shape) - 1))
+    scale = scale.expand(shape) if shape else scale.view(())
+    made = [torch.randn(shape, generator=generator) * scale for _ in range(_STEPS + 1)]
+    return [one.to(device, dtype) for one in made]

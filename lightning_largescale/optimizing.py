@@ -1,0 +1,68 @@
+"""What is asked of any optimizer by those who have it step on other tensors than it was given."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `step` whose closure, if there is one, has been evaluated and only tells its result.
+
+    The closure runs forward and backward, which are the module's own and know nothing of what a step is given.
+
+    Args:
+        args: as a hook of the step gets them, the optimizer first.
+        kwargs: as a hook gets them.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        return args, dict(kwargs)
+    with torch.enable_grad():
+        result = closure()
+
+    def told() -> Any:
+        return result
+
+    if len(args) > 1:
+        return (args[0], told, *args[2:]), dict(kwargs)
+    return args, {**kwargs, "closure": told}
+
+
+def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer that steps as `optimizer` does, over other parameters, without its state and hooks.
+
+    What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
+    """
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    clone = copy.copy(optimizer)
+    clone.state, clone.param_groups = defaultdict(dict), param_groups
+    for name, value in vars(optimizer).items():
+        # A scheduler wraps the method of the object that it was given.
+        if name == "step" or name in vars(clone):
+            continue
+        if isinstance(value, Optimizer):
+            value = clone_of(value, param_groups)
+        elif isinstance(value, list) and any(id(item) in own for item in value):
+            value = [parameter for group in param_groups for parameter in group["params"]]
+        setattr(clone, name, value)
+    return clone
+
+
+def bare_step(optimizer: Optimizer) -> Callable[[], Any]:
+    """`optimizer.step` without the hooks around it, and without what a scheduler has put there to count its calls."""
+    step = type(optimizer).step
+    # What torch wraps it in calls the hooks.
+    inner = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+    return inner.__get__(optimizer)  # type: ignore[no-any-return]
+
+
+def in_words(error: Exception) -> str:
+    """The kind of an error and the first sentence of its message."""
+    first = (str(error).splitlines() or [""])[0].split(". ")[0]
+    return f"{type(error).__name__}: {first.removesuffix('.')}"
