@@ -147,7 +147,7 @@ class BuildingStrategy(DividingStrategy, ABC):
         self._to_read = read_weights(module, weights, strict=module.strict_loading, without=self._checkpointed)
         self._checkpointed = ()
         self._unmade = self._find_unmade()
-        if self._may_divide and not agree_on_values(self._unmade):
+        if self.has_peers and self._may_divide and not agree_on_values(self._unmade):
             rank_zero_info(
                 "lightning_largescale: configure_model draws or builds other tensors on some ranks, so each makes all"
                 " of the module, and rank 0's counts."
@@ -164,7 +164,7 @@ class BuildingStrategy(DividingStrategy, ABC):
         if unmade is not None:
             given = [name for name in unmade.tensors if name in self._to_read or name in stored]
             with _told_in_time():
-                materialize(module, unmade, self.root_device, given=given, random=not given)
+                materialize(module, unmade, self.root_device, given=given, random=not given, memory_of=self._memory_of)
         fill(module, self._to_read)
         if self._to_load is not None:
             module.load_state_dict(state, strict=strict)
@@ -176,6 +176,10 @@ class BuildingStrategy(DividingStrategy, ABC):
             self._drop_recordings(unmade)
         self._has_read = module
         self._forget_values()
+
+    def _memory_of(self, parameter: Tensor) -> Tensor | None:
+        """Where this rank's part of a parameter is to be made; None for memory of its own."""
+        return None
 
     def _forget_values(self) -> None:
         """Leave nothing for the next module of what was found for this one."""

@@ -138,6 +138,25 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         else:
             self._undo.callback(compat.set_rank_zero, compat.set_rank_zero(0))
 
+    def connect_alone(self) -> None:
+        """Give a single process a group of its own until teardown, for what only works in one.
+
+        Raises:
+            PlanError: it is one of several that are connected already.
+        """
+        if self.has_peers or (dist.is_initialized() and dist.get_world_size() == 1):
+            return
+        if dist.is_initialized():
+            raise PlanError(
+                "offload in a Trainer of one device needs a process group of one, and this process is in one of"
+                f" {dist.get_world_size()}; give the Trainer as many devices, or call"
+                " torch.distributed.destroy_process_group() first."
+            )
+        backend = "nccl" if self.root_device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        self._undo.callback(dist.destroy_process_group)
+
     @override
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here."""

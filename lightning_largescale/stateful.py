@@ -10,6 +10,8 @@ from typing import Any
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -45,8 +47,9 @@ class StatefulStrategy(ConnectedStrategy):
     @property
     def _may_divide(self) -> bool:
         """Whether the plan divides the module, or may do so once it is decided."""
-        divides = self.plan.shards or bool(self.plan.row_sharded_embeddings)
-        return self.has_peers and (divides or not self._fixed)
+        if self.plan.offload_parameters is not None or not self._fixed:
+            return True
+        return self.has_peers and (self.plan.shards or bool(self.plan.row_sharded_embeddings))
 
     def _is_divided(self) -> bool:
         """Whether ranks hold parts of the module's parameters."""
@@ -64,16 +67,20 @@ class StatefulStrategy(ConnectedStrategy):
         with whole_tables(self._module()), whole_parameters(self._module()):
             yield
 
-    def make_whole(self) -> None:
+    def make_whole(self) -> Mapping[Tensor, Parameter]:
         """Give the module full plain parameters for good, on the CPU and equal on all ranks: a collective.
 
         After `fit` under a sharded plan, for code that knows nothing of ranks. Optimizers do not train them any more.
         Copies of the module that callbacks keep become whole with it.
+
+        Returns:
+            What each shard has become.
         """
         module = self._module()
         make_tables_whole(module)
-        make_whole(module)
+        made = make_whole(module)
         whole_copies(find_copies(callbacks_of(module.trainer), module))
+        return made
 
     # While a batch size is searched for.
     searching = False

@@ -93,7 +93,7 @@ class SteppingStrategy(StatefulStrategy):
             self._known.check()
         # A step that has its backward inside reads gradients there.
         reads = not module.automatic_optimization and self._is_divided()
-        with WholeNumbers() if reads else contextlib.nullcontext():
+        with self._numbers() if reads else contextlib.nullcontext():
             if self._replica is not None:
                 step = partial(module.training_step, *args, **kwargs)
                 with self.precision_plugin.train_step_context(), self._joined():
@@ -179,7 +179,7 @@ class SteppingStrategy(StatefulStrategy):
             def run() -> Any:
                 after_backward.close()
                 result = closure()
-                after_backward.enter_context(WholeNumbers())
+                after_backward.enter_context(self._numbers())
                 return result
 
             divided = self._is_divided()
@@ -187,6 +187,10 @@ class SteppingStrategy(StatefulStrategy):
         if self._trim_heap is not None:
             self._trim_heap()
         return result
+
+    def _numbers(self) -> contextlib.AbstractContextManager[Any]:
+        """Within, numbers about gradients that are divided are whole."""
+        return WholeNumbers()
 
     def forget_step(self) -> None:
         """Make good what a step, ended halfway on all ranks, left behind; its gradients are dropped."""

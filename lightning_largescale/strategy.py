@@ -18,12 +18,12 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from typing_extensions import override
 
 from lightning_largescale import compat
-from lightning_largescale.building import BuildingStrategy
 from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
 from lightning_largescale.checkpoint.weights import Weights, check_weights
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
+from lightning_largescale.offloading import OffloadingStrategy
 from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
@@ -45,7 +45,7 @@ from lightning_largescale.tuning import finders_search_together
 from lightning_largescale.workload.parts import Part
 
 
-class LargeScaleStrategy(BuildingStrategy):
+class LargeScaleStrategy(OffloadingStrategy):
     """Trains a LightningModule as a plan says; the module's code, names and state_dict keys stay as they are.
 
     Args:
@@ -132,6 +132,7 @@ class LargeScaleStrategy(BuildingStrategy):
         plan.check_world_size(self.world_size)
         check_callbacks(callbacks_of(trainer), plan)
         self._adapt(module, plan)
+        self._open_tiers(trainer, module, plan)
         self._use_precision(plan)
         self._convert(module)
         warn_of_distance(plan, self.num_processes)
@@ -143,7 +144,7 @@ class LargeScaleStrategy(BuildingStrategy):
         divided = self._divided(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
-            if not plan.shards:
+            if not plan.gathers:
                 # A sharded module keeps its layers: others would not be known to what gathers their parameters.
                 self._undo.callback(self._layer_sync.revert, module)
         self._trim_heap = HeapTrimmer() if self._heap_is("trimmed", "mapped") else None
@@ -160,11 +161,13 @@ class LargeScaleStrategy(BuildingStrategy):
             self._undo.callback(compile_blocks(module, options))
         if self._heap_is("watched"):
             self._watch_heap()
-        if plan.shards:
+        if plan.gathers:
             if mesh is None:
+                self._spill(sharded_state(module))
                 self._make_values()
             else:
                 self._divide(module, mesh, {name: found.parts for name, found in divided.items()}, on_parts)
+            self._take_over(fitting=fitting)
             self._join(trainer, module)
         else:
             self._place(trainer, module, plan, fitting=fitting)
@@ -172,7 +175,7 @@ class LargeScaleStrategy(BuildingStrategy):
             compat.flag_sigterm_only(trainer)
             self._undo.enter_context(finders_search_together(self, trainer))
         if fitting:
-            self._known = KnownParameters(module, plan) if plan.world_size > 1 else None
+            self._known = KnownParameters(module, plan) if plan.world_size > 1 or plan.gathers else None
             self.setup_optimizers(trainer)
             self._record(trainer)
         self.setup_precision_plugin()
@@ -271,6 +274,7 @@ class LargeScaleStrategy(BuildingStrategy):
             gather_type=cast,
             parts=parts,
             on_parts=on_parts,
+            divided=self._spill,
             make=self._make_values,
         )
 
@@ -317,9 +321,14 @@ class LargeScaleStrategy(BuildingStrategy):
         known = self._known
         # Where a module has no optimizer Lightning's stands in, which has nothing to step.
         optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
-        self._adapted = [] if known is None else [AdaptedOptimizer(optimizer, known) for optimizer in optimizers]
+        self._adapted = (
+            []
+            if known is None
+            else [AdaptedOptimizer(optimizer, known, in_pages=self._pages) for optimizer in optimizers]
+        )
         for adapted in self._adapted:
             self._undo.callback(adapted.undo)
+        self._page(optimizers)
 
     @override
     def teardown(self) -> None:
@@ -330,6 +339,7 @@ class LargeScaleStrategy(BuildingStrategy):
         self._known = None
         self._tensor_mesh = None
         self._converted_by = None
+        self._close_tiers()
         self.precision_plugin.teardown()
         self._undo.close()
         module = self.lightning_module

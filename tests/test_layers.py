@@ -34,6 +34,7 @@ LAYERS = [
         "hub",
         "launch",
         "looking",
+        "offloading",
         "precision",
         "record",
         "sample",

@@ -213,3 +213,59 @@ def forget_sharded_step(module: Any) -> None:
     root._comm_ctx.post_forward_order.clear()
     root._state_ctx.iter_forward_root = None
     root._state_ctx.post_backward_final_callback_queued = False
+
+
+def shards_of(module: Any) -> list[tuple[Any, Any]]:
+    """The parameters of the group of `module`, which `fully_shard` was applied to, each with the flat memory of this
+    rank's shard, padded to the size of the largest.
+
+    Replaced by a public way to say where the memory of a shard lies.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    return [] if group is None else [(one.sharded_param, one._sharded_param_data) for one in group.fsdp_params]
+
+
+def place_shard(module: Any, parameter: Any, memory: Any) -> None:
+    """Let the shard of `parameter`, of the group of `module`, be `memory`: flat, with its values and padding.
+
+    Replaced as `shards_of`.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    found = next(one for one in group.fsdp_params if one.sharded_param is parameter)
+    local = parameter._local_tensor
+    found._sharded_param_data = memory
+    parameter._local_tensor = memory[: local.numel()].view(local.shape)
+
+
+def around_gathers(module: Any, before: Any, after: Any) -> Any:
+    """Call `before` whenever the group of `module`, which `fully_shard` was applied to, is about to be gathered, and
+    `after` when it has been; what undoes it.
+
+    Replaced by public hooks of FSDPModule.unshard, which its own hooks do not call.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    unshard, wait = group.unshard, group.wait_for_unshard
+
+    def unshard_after(*args: Any, **kwargs: Any) -> None:
+        if group._all_gather_result is None and not group.is_unsharded:
+            before()
+        unshard(*args, **kwargs)
+
+    def wait_before() -> None:
+        begun = group._all_gather_result is not None
+        wait()
+        if begun:
+            after()
+
+    group.unshard, group.wait_for_unshard = unshard_after, wait_before
+
+    def undo() -> None:
+        del group.unshard, group.wait_for_unshard
+
+    return undo

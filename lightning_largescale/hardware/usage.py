@@ -12,8 +12,10 @@ import ctypes
 import gc
 import mmap
 import sys
+import weakref
 from pathlib import Path
 from time import monotonic
+from typing import Protocol
 
 import psutil
 import torch
@@ -119,6 +121,29 @@ def forget_pages(tensor: Tensor) -> None:
     start, end = _span(tensor)
     # Whole pages, since others may have the rest.
     _advise(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE, "MADV_DONTNEED")
+
+
+class Resting(Protocol):
+    """Memory that maps a file, and may be taken back at any time."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` views it."""
+
+    def rest(self, tensor: Tensor) -> None:
+        """Let the system take back what reading or writing `tensor` has brought into memory."""
+
+
+# All there is of it in this process.
+resting: weakref.WeakSet[Resting] = weakref.WeakSet()
+
+
+def let_rest(tensor: Tensor) -> None:
+    """Let the system take back the memory of `tensor`, which was read or written, where a file has what is in it."""
+    if tensor.device.type == "cpu" and tensor.numel():
+        for memory in [*resting]:
+            if memory.holds(tensor):
+                memory.rest(tensor)
+                return
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_largescale.hardware import usage
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.tiers import ALIGNMENT_BYTES, aligned
 
@@ -109,6 +110,7 @@ class Region(Memory):
         if store is not None:
             self._extent = store.reserve(name, nbytes)
             self.drop()
+            usage.resting.add(self)
 
     def fetch(self) -> Transfer:
         """Begin to bring it into DRAM; its values are there when the transfer is over."""

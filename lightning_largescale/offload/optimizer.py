@@ -199,7 +199,7 @@ class PagedOptimizer:
                 self._stay.add(page)
                 for key in bundle.dtypes:
                     region.keep(*bundle.stretch(key, page.start, page.stop))
-            else:
+            if self._moves(page):
                 self._buffers.make_room(self._page_bytes(page))
         self.pages += pages
         self._regions[bundle] = region
@@ -234,7 +234,11 @@ class PagedOptimizer:
     def _sorted(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
         """Of those with gradients, pages that move, and pages that stay."""
         live = [page for page in pages if any(_has_gradient(piece) for piece in page.pieces)]
-        return [page for page in live if page not in self._stay], [page for page in live if page in self._stay]
+        return [page for page in live if self._moves(page)], [page for page in live if not self._moves(page)]
+
+    def _moves(self, page: Page) -> bool:
+        """Whether anything of `page` is elsewhere between steps."""
+        return page not in self._stay or self._places.moved_bytes(page) > 0
 
     def _in_turn(self, pages: Sequence[Page]) -> Generator[None, None, None]:
         """Have the optimizer hold the parameters of one page after the other, and in the end its own again."""
@@ -285,12 +289,16 @@ class PagedOptimizer:
             state.update(self._made[member])
 
     def _page_bytes(self, page: Page) -> int:
-        return page.state_bytes + self._places.moved_bytes(page)
+        return self._after_state(page) + self._places.moved_bytes(page)
+
+    def _after_state(self, page: Page) -> int:
+        """Where in a buffer the state of a page ends, and what else moves with it begins."""
+        return 0 if page in self._stay else page.state_bytes
 
     def _segments(self, page: Page) -> Iterator[tuple[str, int, int, int]]:
         """Keys, with the bytes of the region that they have in a page, and where these are in a buffer."""
         at = 0
-        for key in page.bundle.dtypes:
+        for key in page.bundle.dtypes if page not in self._stay else ():
             start, stop = page.bundle.stretch(key, page.start, page.stop)
             yield key, start, stop, at
             at += stop - start
@@ -300,12 +308,12 @@ class PagedOptimizer:
         transfers = []
         if any(self._is_here(piece.member, key) for piece in page.pieces for key in page.bundle.dtypes):
             transfers = [region.read_into(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
-        return Transfer.of([*transfers, *self._places.read(page, buffer, page.state_bytes)])
+        return Transfer.of([*transfers, *self._places.read(page, buffer, self._after_state(page))])
 
     def _write(self, page: Page, buffer: Memory) -> Transfer:
         region = self._regions[page.bundle]
         transfers = [region.write_from(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
-        return Transfer.of([*transfers, *self._places.write(page, buffer, page.state_bytes)])
+        return Transfer.of([*transfers, *self._places.write(page, buffer, self._after_state(page))])
 
     def _is_here(self, member: Member, key: str) -> bool:
         """Whether the state of `member` under `key` is what the region has, and not another's tensor."""
@@ -334,7 +342,7 @@ class _Turn:
             group.update(options)
             group["params"] = []
         for page, buffer in places:
-            found = paged._places.values(page, buffer, page.state_bytes)
+            found = paged._places.values(page, buffer, paged._after_state(page))
             for piece, (values, gradient) in zip(page.pieces, found, strict=True):
                 if _has_gradient(piece):
                     self._hold(page, piece, buffer, values, gradient)
@@ -354,13 +362,12 @@ class _Turn:
         """Where the state of `piece` is for now, by key."""
         member, slots = piece.member, {}
         shape = member.local.shape if piece.whole else (piece.stop - piece.start,)
+        if page in self._paged._stay:
+            return {key: elements(self._paged._view(member, key), piece) for key in page.bundle.dtypes}
+        assert buffer is not None
         for key, _, _, at in self._paged._segments(page):
             dtype = page.bundle.dtypes[key]
-            if buffer is None:
-                view = self._paged._view(member, key)
-                slots[key] = view if piece.whole else view.view(-1)[piece.start : piece.stop]
-            else:
-                slots[key] = buffer.tensor(dtype, shape, at + (piece.at - page.start) * dtype.itemsize)
+            slots[key] = buffer.tensor(dtype, shape, at + (piece.at - page.start) * dtype.itemsize)
         return slots
 
     def _state_of(self, piece: Piece, state: Mapping[str, Any], slots: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
-from lightning_largescale.hardware.usage import trim_heap
+from lightning_largescale.hardware.usage import let_rest, trim_heap
 from lightning_largescale.parallel.deferred import Recording
 from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.pieces import empty_part, write_part
@@ -89,7 +90,13 @@ def agree_on_values(unmade: Unmade | None) -> bool:
 
 
 def materialize(
-    module: nn.Module, unmade: Unmade, device: torch.device, *, given: Collection[str] = (), random: bool = True
+    module: nn.Module,
+    unmade: Unmade,
+    device: torch.device,
+    *,
+    given: Collection[str] = (),
+    random: bool = True,
+    memory_of: Callable[[Tensor], Tensor | None] = lambda target: None,
 ) -> None:
     """Give `module` values on `device`; what is divided gets this rank's part of them.
 
@@ -99,9 +106,10 @@ def materialize(
         device: of this rank.
         given: names whose values come from elsewhere, and are only allocated.
         random: make all draws, so that the generator ends as after a plain construction.
+        memory_of: where this rank's part of a parameter is to be made; None for memory of its own.
     """
     current = dict(_named_tensors(module))
-    made = _Made(device)
+    made = _Made(device, memory_of)
     takers: list[tuple[Tensor, Callable[[Any], None]]] = []
     for name, recorded in unmade.tensors.items():
         take = partial(made.take, current[name])
@@ -152,9 +160,9 @@ def to_device(module: nn.Module, device: torch.device) -> None:
 class _Made:
     """What was made, by the id of what it stands for."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, memory_of: Callable[[Tensor], Tensor | None]) -> None:
         self.tensors: dict[int, Tensor] = {}
-        self._device = device
+        self._device, self._memory_of = device, memory_of
         # Bytes of whole tensors that have gone since memory was last given back.
         self._gone = 0
 
@@ -163,7 +171,7 @@ class _Made:
         if self._gone >= _RELEASE_BYTES:
             self._gone = 0
             trim_heap()
-        tensor = empty_part(target, device=self._device)
+        tensor = empty_part(target, device=self._device, own=self._memory_of(target))
         if values is not None:
             _write(tensor, values)
             self._gone += values.nbytes if isinstance(values, Tensor) else 0
@@ -190,8 +198,9 @@ def _write(tensor: Tensor, values: Any) -> None:
     """Write a whole tensor, or what reads one, into this rank's part of it."""
     if not isinstance(values, Tensor) or isinstance(values, Stored):
         values.read(tensor)
-        return
-    write_part(tensor, values)
+    else:
+        write_part(tensor, values)
+    let_rest(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
 def _replace(module: nn.Module, made: Mapping[int, Tensor]) -> None:

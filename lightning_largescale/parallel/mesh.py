@@ -13,7 +13,7 @@ from lightning_largescale.plan import Plan
 
 
 def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
-    """The mesh that parameters are sharded over, or None where the plan shards nothing.
+    """The mesh that parameters are sharded over, or None where the plan gathers nothing.
 
     Creates process groups, so it is a collective of all ranks.
 
@@ -25,7 +25,7 @@ def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
         Axes ("dp_replicate", "dp_shard", "tp"): ranks of one node are neighbours along the last. The first only where
         there is more than one replica, since FSDP2 reduces gradients over every axis it is given; the last likewise.
     """
-    if not plan.shards:
+    if not plan.gathers:
         return None
     axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
     kept = {name: size for name, size in axes.items() if name == "dp_shard" or size > 1}

@@ -35,6 +35,7 @@ class AdaptedOptimizer:
     Args:
         optimizer: with the same groups on all ranks.
         known: the parameters that it may hold.
+        in_pages: another has it step on this rank's parts.
 
     Attributes:
         optimizer: as given, without Lightning's wrapper.
@@ -44,16 +45,16 @@ class AdaptedOptimizer:
             the module's.
     """
 
-    def __init__(self, optimizer: Optimizer, known: KnownParameters) -> None:
+    def __init__(self, optimizer: Optimizer, known: KnownParameters, *, in_pages: bool = False) -> None:
         self.optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        self._known = known
+        self._known, self._in_pages = known, in_pages
         # Some make their state at once, and would miss it in a trial.
         self._initial = {parameter: dict(state) for parameter, state in self.optimizer.state.items()}
         self._answer = Answer()
         self._sizes: list[int] = []
         # A step may call its base class's, which calls the hooks too.
         self._depth = 0
-        self._exchange = Exchange(self.optimizer, part=_part, to_whole=self._whole)
+        self._exchange = Exchange(self.optimizer, part=_part, to_whole=self.to_whole)
         self._decide()
         self._remove_hooks = compat.hook_nearest(self.optimizer, self._before, self._after)
 
@@ -112,7 +113,7 @@ class AdaptedOptimizer:
             self._decide()
             if (lookups := row_sharded(self._known.module)) is not None:
                 lookups.check_sent()
-            if self._answer.local:
+            if self._answer.local and not self._in_pages:
                 given = closure_first(args, kwargs)
                 self._exchange.begin()
         self._depth += 1
@@ -152,10 +153,9 @@ class AdaptedOptimizer:
             return False
         return size > 0 and parameter.shape[0] % shards == 0 and parameter.numel() // shards % size == 0
 
-    def _whole(self, parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
+    def to_whole(self, parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
         """State of this rank's part of a parameter as a part of the whole parameter's state."""
-        assert isinstance(parameter, DTensor)
-        if key in self._answer.whole_keys:
+        if not isinstance(parameter, DTensor) or key in self._answer.whole_keys:
             return tensor
         if key in self._answer.block_sizes:
             if not self._blocks_whole(parameter, key):

@@ -65,18 +65,21 @@ def pieces_of(tensor: Tensor, part: Part | None = None) -> list[Piece]:
     return [*_boxes(tensor.to_local().detach(), dims)]
 
 
-def empty_part(like: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+def empty_part(
+    like: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, own: Tensor | None = None
+) -> Tensor:
     """Memory for what this rank holds of a tensor that is divided as `like` is, told as that is.
 
     Args:
         like: a parameter, divided or not, on any device.
         dtype: None for that of `like`.
         device: None for that of `like`.
+        own: memory of this rank's part that is there already; None to allocate it.
     """
     local = like.to_local() if isinstance(like, DTensor) else like
-    own = torch.empty_strided(
-        local.shape, local.stride(), dtype=dtype or like.dtype, device=local.device if device is None else device
-    )
+    if own is None:
+        device = local.device if device is None else device
+        own = torch.empty_strided(local.shape, local.stride(), dtype=dtype or like.dtype, device=device)
     if not isinstance(like, DTensor):
         rows = rows_of(like)
         return own if rows is None else mark_rows(own, rows)

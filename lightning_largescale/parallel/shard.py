@@ -50,6 +50,7 @@ def shard_module(
     gather_type: torch.dtype | None = None,
     parts: Mapping[str, Mapping[str, Part]] = {},
     on_parts: Callable[[Callable[[], Any]], Any] | None = None,
+    divided: Callable[[Sharded], None] | None = None,
     make: Callable[[], None] | None = None,
 ) -> None:
     """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
@@ -65,12 +66,13 @@ def shard_module(
 
     Args:
         module: on any device.
-        plan: has `dp_shard` or `tp` above 1.
+        plan: one that gathers.
         mesh: as `build_mesh` makes it.
         device: of this rank.
         gather_type: of the matrices of blocks; None for that they are stored in.
         parts: by block, and name in it, what tensor parallelism divides; the rest is of the block "".
         on_parts: runs a step where it divides some of the rest.
+        divided: is told of what was divided, before it has values where it had none.
         make: gives values to what has none, once it is divided.
 
     Raises:
@@ -80,7 +82,7 @@ def shard_module(
     """
     groups = _groups(module, plan)
     _warn_of_hooks(module)
-    if device.type == "cpu" and plan.dp_shard > 1:
+    if device.type == "cpu" and plan.heap == "mapped":
         matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
@@ -126,6 +128,8 @@ def shard_module(
         for path, parameter in cast(nn.Module, block).named_parameters():
             as_ordered(parameter, parts.get(name, {}).get(path))
     names = [name for name, parameter in module.named_parameters() if parameter in whole]
+    if divided is not None:
+        divided(state)
     if make is not None:
         make()
         for part in module.modules():

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.deferred import active_recording
 from lightning_largescale.parallel.pieces import Piece, pieces_of, write_part
 from lightning_largescale.parallel.rows import global_shape
@@ -70,6 +72,7 @@ class Stored(Tensor):
         else:
             with torch.no_grad():
                 self.read(out)
+                let_rest(out.to_local() if isinstance(out, DTensor) else out)
 
     def whole(self) -> Tensor:
         """All of it, as a plain tensor."""

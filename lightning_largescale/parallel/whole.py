@@ -60,15 +60,19 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
                 _write(shard, values)
 
 
-def make_whole(module: nn.Module) -> None:
+def make_whole(module: nn.Module) -> Mapping[Tensor, nn.Parameter]:
     """Undo the sharding of `module`: full plain parameters on the CPU, equal on all ranks, and nothing that gathers.
 
     A collective. Optimizers of the shards are optimizers of nothing from then on. A module that is not sharded stays
-    as it is.
+    as it is. The shard of a single rank is all of a parameter, and its memory is kept.
+
+    Returns:
+        What each shard has become.
     """
     state = sharded_state(module)
     if state is None:
-        return
+        return {}
+    made: dict[Tensor, nn.Parameter] = {}
     reshard(module)
     shards = _shards(module)
     disable_copies(module)
@@ -81,7 +85,9 @@ def make_whole(module: nn.Module) -> None:
         shard = shards[-1][2]
         owners = [entry for entry in shards if entry[2] is shard]
         shards = [entry for entry in shards if entry[2] is not shard]
-        _put(owners, {shard: _full(shard, torch.device("cpu"))})
+        made[shard] = _full(shard, torch.device("cpu"), keep=True)
+        _put(owners, {shard: made[shard]})
+    return made
 
 
 def _shards(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -92,8 +98,11 @@ def _shards(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     return [place for place in places if isinstance(place[2], DTensor)]
 
 
-def _full(shard: nn.Parameter, device: torch.device) -> nn.Parameter:
+def _full(shard: nn.Parameter, device: torch.device, *, keep: bool = False) -> nn.Parameter:
+    """All of `shard`; of a single rank its own memory, where that may be kept."""
     assert isinstance(shard, DTensor)
+    if keep and shard.device_mesh.size() == 1:
+        return nn.Parameter(shard.to_local().detach(), requires_grad=shard.requires_grad)
     with torch.no_grad():
         whole = full(shard, order_of(shard))
         # Of a single rank the shard is the whole, which is not to be written into twice.

@@ -1,0 +1,295 @@
+"""Gradients as they come: taken to another tier, or used for an update at once.
+
+Gradients of a block are complete in backward before the last of those of the block before it. So when one of another
+block arrives, what has arrived before can leave, or be used.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.1.1; Lv et al. 2023, "Full Parameter Fine-tuning for Large
+    Language Models with Limited Resources" (LOMO), section 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_largescale import compat
+from lightning_largescale.offload.memory import Region
+from lightning_largescale.offload.optimizer import PagedOptimizer, as_divided
+from lightning_largescale.offload.pages import local_of
+from lightning_largescale.offload.parameters import GradientPlaces
+from lightning_largescale.offload.store import Store, Transfer
+from lightning_largescale.plan import PlanError
+from lightning_largescale.tiers import aligned
+
+
+class Arrivals:
+    """Tells when the gradients of a block have arrived, until `stop`.
+
+    Args:
+        label_of: the block of each parameter to watch.
+        arrived: is given each gradient's parameter as it comes.
+        complete: is given a block when one of another has come after it.
+    """
+
+    def __init__(
+        self, label_of: Mapping[Tensor, str], arrived: Callable[[Tensor], None], complete: Callable[[str], None]
+    ) -> None:
+        self._label_of, self._arrived, self._complete = label_of, arrived, complete
+        self._label: str | None = None
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+            for parameter in label_of
+            if parameter.requires_grad
+        ]
+
+    def end(self) -> None:
+        """No more are to come in this backward."""
+        label, self._label = self._label, None
+        if label is not None:
+            self._complete(label)
+
+    def forget(self) -> None:
+        """The backward is over before its end."""
+        self._label = None
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, parameter: Tensor) -> None:
+        label = self._label_of[parameter]
+        if self._label not in (None, label):
+            self.end()
+        self._label = label
+        self._arrived(parameter)
+
+
+class Release:
+    """Updates the parameters of each block as soon as its gradients are complete, and drops these, until `stop`.
+
+    Args:
+        optimizer: of all of them.
+        label_of: the block of each parameter; those of no block are left to the step that follows.
+        prepare: is given parameters, whose gradients are complete, before they are updated.
+    """
+
+    def __init__(
+        self,
+        optimizer: PagedOptimizer,
+        label_of: Mapping[Tensor, str],
+        prepare: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
+    ) -> None:
+        self._optimizer, self._prepare = optimizer, prepare
+        self._waiting: list[Tensor] = []
+        self._done: set[Tensor] = set()
+        self._arrivals = Arrivals(label_of, self._arrived, self._update)
+
+    def end_backward(self) -> None:
+        """Update what is left."""
+        self._arrivals.end()
+
+    def end_step(self) -> None:
+        """The step is done: each may be updated again."""
+        self._done.clear()
+
+    def forget(self) -> None:
+        """Leave a step that raised."""
+        self._arrivals.forget()
+        self._waiting.clear()
+        self._done.clear()
+
+    def stop(self) -> None:
+        """Update no more in backward."""
+        self._arrivals.stop()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if parameter in self._done:
+            raise PlanError(
+                "release_gradients=True has updated a parameter whose gradient is computed once more in the same step;"
+                " a plan for steps with several backwards is release_gradients=False."
+            )
+        self._waiting.append(parameter)
+
+    def _update(self, label: str) -> None:
+        parameters, self._waiting = self._waiting, []
+        self._prepare(parameters)
+        self._optimizer.step_on(parameters)
+        self._done.update(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+
+
+class SpilledGradients(GradientPlaces):
+    """Gradients in a store, from when they are complete until the optimizer reads them, until `stop`.
+
+    `grad` of a parameter is then a tensor that maps the store's file. What clips gradients need not read them: the norm
+    of each is taken as it leaves, and factors and bounds are applied when the optimizer reads it.
+
+    Args:
+        blocks: the parameters of each, all with the same rank's part as their gradients.
+        store: where they go.
+        norms: whether the norms are to be taken.
+
+    Raises:
+        PlanError: the disk has not as many bytes.
+    """
+
+    leave = True
+
+    def __init__(self, blocks: Mapping[str, Sequence[Tensor]], store: Store, *, norms: bool) -> None:
+        self._norms = norms
+        self._regions: dict[str, Region] = {}
+        self._slots: dict[Tensor, tuple[Region, int]] = {}
+        self._members = blocks
+        self._leaving: list[tuple[Region, Transfer]] = []
+        self._known: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._changes: dict[int, list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+        for name, parameters in blocks.items():
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            sizes = [aligned(local_of(parameter.detach()).nbytes) for parameter in trained]
+            if not trained:
+                continue
+            region = self._regions[name] = Region(store, f"the gradients of {name}", sum(sizes))
+            starts = itertools.accumulate(sizes, initial=0)
+            self._slots |= {parameter: (region, start) for parameter, start in zip(trained, starts, strict=False)}
+        label_of = {parameter: name for name, parameters in blocks.items() for parameter in parameters}
+        self._arrivals = Arrivals(
+            {parameter: label for parameter, label in label_of.items() if parameter in self._slots},
+            self._arrived,
+            self._complete,
+        )
+
+    def end_backward(self) -> None:
+        """Until all that came has left.
+
+        Raises:
+            StoreError: it could not.
+        """
+        self._arrivals.end()
+        self._drain(0)
+
+    def forget(self) -> None:
+        """Leave a step that raised, or is done."""
+        self._arrivals.forget()
+        leaving, self._leaving = self._leaving, []
+        for region, transfer in leaving:
+            transfer.wait()
+            region.drop()
+        for region in self._regions.values():
+            if region.in_dram:
+                region.drop()
+        self._known.clear()
+        self._changes.clear()
+
+    def stop(self) -> None:
+        """Let gradients stay in memory."""
+        self._arrivals.stop()
+
+    def region_of(self, gradient: Tensor) -> Region | None:
+        """Of the store, where it is kept; None where it is in memory."""
+        if not gradient.numel():
+            return None
+        return next((region for region in self._regions.values() if region.holds(gradient)), None)
+
+    def changed(self, gradient: Tensor, values: Tensor) -> Tensor:
+        """`values` of it with the changes that were left for when it is read."""
+        for function, args, kwargs in self._changes.get(id(gradient), ()):
+            function(values, *args, **kwargs)
+        return values
+
+    def _arrived(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        own = local_of(gradient)
+        if not own.numel():
+            return
+        region, start = self._slots[parameter]
+        memory = region.tensor(own.dtype, own.shape, start)
+        if own.data_ptr() != memory.data_ptr():
+            if not region.in_dram and not self._kept(region):
+                region.claim()
+            memory.copy_(own)
+            kept = as_divided(parameter, "", memory)
+            parameter.grad = kept
+        else:
+            kept = gradient
+        norm = torch.linalg.vector_norm(kept) if self._norms else None
+        self._known[id(kept)] = kept, norm
+        if not region.in_dram:
+            region.rest(memory)
+
+    def _kept(self, region: Region) -> bool:
+        """Whether gradients of earlier backwards lie there."""
+        held = (parameter.grad for parameter, (own, _) in self._slots.items() if own is region)
+        return any(one is not None and region.holds(local_of(one)) for one in held)
+
+    def _complete(self, name: str) -> None:
+        region = self._regions[name]
+        if region.in_dram:
+            self._leaving.append((region, region.save()))
+        self._drain(1)
+
+    def _drain(self, most: int) -> None:
+        while len(self._leaving) > most:
+            region, transfer = self._leaving.pop(0)
+            transfer.wait()
+            region.drop()
+
+    def clipping(self) -> TorchFunctionMode:
+        """Within, norms of the gradients are those that were taken, and what changes them is left for later."""
+        return _Clipping(self._known, self._changes)
+
+
+class _Clipping(TorchFunctionMode):
+    def __init__(self, known: Mapping[int, tuple[Tensor, Tensor | None]], changes: dict[int, list[Any]]) -> None:
+        super().__init__()
+        self._known, self._changes = known, changes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and id(first) in self._known:
+            if func in _NORMS and not kwargs and args[1:] in ((), (2,), (2.0,)):
+                return self._norm(first)
+            if func in _CHANGES:
+                self._later(func, first, tuple(args[1:]), kwargs)
+                return first
+        kind = compat.foreach_kind(func)
+        if kind == "norms" and not kwargs and args[1:] in ((), (2,), (2.0,)):
+            return [self._norm(tensor) for tensor in args[0]]
+        if kind == "in place":
+            moved = [tensor for tensor in args[0] if id(tensor) in self._known]
+            here = [tensor for tensor in args[0] if id(tensor) not in self._known]
+            for tensor in moved if not any(isinstance(one, list | tuple) for one in args[1:]) else ():
+                self._later(partial(_of_one, func), tensor, tuple(args[1:]), kwargs)
+                args = (here, *args[1:])
+            return func(*args, **kwargs) if args[0] else None
+        return func(*args, **kwargs)
+
+    def _norm(self, tensor: Tensor) -> Tensor:
+        """That was taken, if it was; as a new tensor, which others make a plain one of."""
+        norm = self._known.get(id(tensor), (None, None))[1]
+        return torch.linalg.vector_norm(tensor) if norm is None else norm.clone()
+
+    def _later(self, func: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        plain = tuple(one.full_tensor() if isinstance(one, DTensor) else one for one in args)
+        self._changes.setdefault(id(tensor), []).append((func, plain, kwargs))
+
+
+def _of_one(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+    func([tensor], *args, **kwargs)
+
+
+_NORMS = (torch.linalg.vector_norm,)
+_CHANGES = (Tensor.mul_, Tensor.clamp_)

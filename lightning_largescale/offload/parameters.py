@@ -1,0 +1,255 @@
+"""Parameters and gradients of a sharded module's blocks in another tier.
+
+A block's shard is fetched before the block is gathered and dropped when it has been, in forward and in backward; those
+that follow are fetched meanwhile, in the order of the step before. Gradients leave as they come. With one rank the
+shard is the whole, and all else is the same.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 5.1 and 6.2; Pudipeddi et al. 2020, "Training Large Neural
+    Networks with Constant Memory using a New Execution Algorithm" (L2L), section 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+
+from lightning_largescale import compat
+from lightning_largescale.offload.buffers import Allowance
+from lightning_largescale.offload.memory import Memory, Region
+from lightning_largescale.offload.pages import Member, Page, local_of
+from lightning_largescale.offload.places import Places, elements
+from lightning_largescale.offload.store import Store, Transfer
+from lightning_largescale.tiers import aligned
+
+
+@dataclass(eq=False)
+class Spilled:
+    """A block whose shard is elsewhere.
+
+    Attributes:
+        name: of the block.
+        module: the block, which `fully_shard` was applied to.
+        region: where the shard is.
+        starts: the first byte there of each parameter, by its place among those of the block.
+        transfer: that brings it, if one is under way.
+    """
+
+    name: str
+    module: nn.Module
+    region: Region
+    starts: Sequence[int]
+    transfer: Transfer = field(default_factory=Transfer)
+
+
+class SpilledParameters(Places):
+    """The shards of a module's blocks in a store, from `take_over` on.
+
+    Args:
+        blocks: that `fully_shard` was applied to, by name, in the order in which they run.
+        store: where they go.
+        resident: bytes of shards that stay, in whole blocks, from the last on.
+        ahead: how many blocks are fetched before it is their turn.
+
+    Raises:
+        PlanError: the disk has not as many bytes.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module], store: Store, *, resident: int, ahead: int) -> None:
+        self._store, self._ahead = store, ahead
+        self.blocks: dict[str, Spilled] = {}
+        self.places: dict[Tensor, tuple[Spilled, int]] = {}
+        self.gradients: GradientPlaces = GradientPlaces()
+        self._undo = contextlib.ExitStack()
+        self._order: dict[tuple[bool, str], str] = {}
+        self._last: tuple[bool, str] | None = None
+        allowance = Allowance(resident)
+        full = False
+        for name, module in reversed([*blocks.items()]):
+            sizes = [aligned(data.nbytes) for _, data in compat.shards_of(module)]
+            full = full or not allowance.take(sum(sizes))
+            if full and sizes:
+                self.blocks[name] = self._spilled(name, module, sizes)
+        self.blocks = dict(reversed(self.blocks.items()))
+        names = [*self.blocks]
+        # Until a step has shown another.
+        self._order |= {(False, one): other for one, other in itertools.pairwise(names)}
+        self._order |= {(True, other): one for one, other in itertools.pairwise(names)}
+
+    def _spilled(self, name: str, module: nn.Module, sizes: Sequence[int]) -> Spilled:
+        region = Region(self._store, f"the parameters of {name}", sum(sizes))
+        starts = [*itertools.accumulate(sizes, initial=0)][:-1]
+        block = Spilled(name, module, region, starts)
+        for (parameter, _), start in zip(compat.shards_of(module), starts, strict=True):
+            self.places[parameter] = block, start
+        return block
+
+    def memory_of(self, parameter: Tensor) -> Tensor | None:
+        """Where the shard of a parameter that has no values yet is to be made; None where it stays in memory."""
+        found = self.places.get(parameter)
+        if found is None:
+            return None
+        block, start = found
+        local = local_of(parameter.detach())
+        return block.region.tensor(local.dtype, local.shape, start)
+
+    def take_over(self) -> None:
+        """Move what is still in memory, and fetch from now on what is about to be gathered."""
+        self.places.clear()
+        for block in self.blocks.values():
+            self._move(block)
+            before, after = partial(self._before, block), partial(self._after, block)
+            self._undo.callback(compat.around_gathers(block.module, before, after))
+
+    def _move(self, block: Spilled) -> None:
+        shards = compat.shards_of(block.module)
+        fresh = not any(data.numel() and block.region.holds(data) for _, data in shards)
+        if fresh:
+            block.region.claim()
+        for (parameter, data), start in zip(shards, block.starts, strict=True):
+            self.places[parameter] = block, start
+            if not data.numel() or block.region.holds(data):
+                continue
+            memory = block.region.tensor(data.dtype, data.shape, start)
+            memory.copy_(data)
+            compat.place_shard(block.module, parameter, memory)
+            if not fresh:
+                block.region.rest(memory)
+        if fresh:
+            block.region.save().wait()
+            block.region.drop()
+
+    def settle(self) -> None:
+        """Drop what was fetched for a turn that has not come."""
+        for block in self.blocks.values():
+            if block.region.in_dram:
+                block.transfer.wait()
+                block.region.drop()
+        self._last = None
+
+    def stop(self) -> None:
+        """Fetch no more; parameters stay where they are, and are read from there by whoever reads them."""
+        with contextlib.suppress(RuntimeError):
+            self.settle()
+        self._undo.close()
+
+    def _before(self, block: Spilled) -> None:
+        """Have the shard there, and those that follow on their way."""
+        backward = compat.current_node_sequence() is not None
+        if self._last is not None and self._last[0] == backward and self._last[1] != block.name:
+            self._order[self._last] = block.name
+        self._last = backward, block.name
+        self._fetch(block)
+        following: str | None = block.name
+        for _ in range(self._ahead):
+            following = self._order.get((backward, following or ""))
+            if following is not None:
+                self._fetch(self.blocks[following])
+        block.transfer.wait()
+
+    def _fetch(self, block: Spilled) -> None:
+        if not block.region.in_dram:
+            block.transfer = block.region.fetch()
+
+    def _after(self, block: Spilled) -> None:
+        """What was gathered is a copy."""
+        block.region.drop()
+
+    # As the places of an optimizer's pages
+
+    def bytes_per_element(self, member: Member) -> int:
+        """Of the parameter, and of its gradient where that is elsewhere too."""
+        if member.parameter not in self.places:
+            return 0
+        size = member.local.element_size()
+        return 2 * size if self.gradients.leave else size
+
+    def moved_bytes(self, page: Page) -> int:
+        """What `read` brings of the page's pieces."""
+        return sum(
+            aligned((piece.stop - piece.start) * piece.member.local.element_size()) * (1 + self.gradients.leave)
+            for piece in page.pieces
+            if piece.member.parameter in self.places
+        )
+
+    def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
+        """Begin to bring the elements of the page, and their gradients, into `buffer`."""
+        transfers = []
+        for piece in page.pieces:
+            if piece.member.parameter in self.places:
+                block, _ = self.places[piece.member.parameter]
+                block.transfer.wait()
+        for region, start, length, place, _ in self._stretches(page, at):
+            transfers.append(region.read_into(buffer, start, start + aligned(length), place))
+        return transfers
+
+    def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
+        """Begin to take the elements of the page back."""
+        return [
+            region.write_from(buffer, start, start + aligned(length), place)
+            for region, start, length, place, of_gradient in self._stretches(page, at)
+            if not of_gradient
+        ]
+
+    def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The elements of each piece, and their gradient."""
+        found = {(start, region): place for region, start, _, place, _ in self._stretches(page, at)}
+        for piece in page.pieces:
+            member, gradient = piece.member, piece.member.parameter.grad
+            own = None if gradient is None else local_of(gradient)
+            shape = member.local.shape if piece.whole else (piece.stop - piece.start,)
+
+            def view(region: Region, start: int, like: Tensor, shape: Sequence[int] = shape) -> Tensor:
+                assert buffer is not None
+                return buffer.tensor(like.dtype, shape, found[start, region])
+
+            values = elements(member.local, piece)
+            if member.parameter in self.places:
+                block, first = self.places[member.parameter]
+                values = view(block.region, first + piece.start * values.element_size(), values)
+            if own is None or gradient is None:
+                yield values, None
+                continue
+            region = self.gradients.region_of(own)
+            if region is None:
+                yield values, elements(own, piece)
+                continue
+            moved = view(region, region.start_of(own) + piece.start * own.element_size(), own)
+            yield values, self.gradients.changed(gradient, moved)
+
+    def _stretches(self, page: Page, at: int) -> Iterator[tuple[Region, int, int, int, bool]]:
+        """Of a page's parameters, then of their gradients, that are elsewhere: the region, the first byte there, how
+        many, the first byte in the buffer, and whether it is a gradient.
+        """
+        for piece in page.pieces:
+            parameter, count = piece.member.parameter, piece.stop - piece.start
+            found: list[tuple[Region, int, int, bool]] = []
+            if parameter in self.places:
+                (block, first), size = self.places[parameter], piece.member.local.element_size()
+                found.append((block.region, first + piece.start * size, count * size, False))
+            own = None if parameter.grad is None else local_of(parameter.grad)
+            region = None if own is None else self.gradients.region_of(own)
+            if own is not None and region is not None:
+                size = own.element_size()
+                found.append((region, region.start_of(own) + piece.start * size, count * size, True))
+            for one, start, length, of_gradient in found:
+                yield one, start, length, at, of_gradient
+                at += aligned(length)
+
+
+class GradientPlaces:
+    """Where gradients are: in memory."""
+
+    leave = False
+
+    def region_of(self, gradient: Tensor) -> Region | None:
+        """Of the store, where it is kept; None where it is in memory."""
+        return None
+
+    def changed(self, gradient: Tensor, values: Tensor) -> Tensor:
+        """`values` of it with the changes that were left for when it is read."""
+        return values

@@ -1,0 +1,247 @@
+"""OffloadingStrategy: what of a module and its optimizer is kept in other tiers than the device's."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_value_
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_largescale import compat
+from lightning_largescale.building import BuildingStrategy
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.folder import nvme_folder
+from lightning_largescale.offload.gradients import Release, SpilledGradients
+from lightning_largescale.offload.optimizer import PagedOptimizer, as_divided
+from lightning_largescale.offload.parameters import SpilledParameters
+from lightning_largescale.offload.store import Store
+from lightning_largescale.parallel.gather import Sharded, sharded_state
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.workload.blocks import find_groups
+
+# Hooks that may ask for gradients when those that were released are gone.
+_NEED_GRADIENTS = ("configure_gradient_clipping", "optimizer_step", "on_before_optimizer_step", "on_after_backward")
+
+
+class OffloadingStrategy(BuildingStrategy, ABC):
+    """Keeps optimizer state, parameters and gradients where the plan says, and brings them when they are needed."""
+
+    _store: Store | None = None
+    _buffers: Buffers | None = None
+    _spilled: SpilledParameters | None = None
+    _leaving: SpilledGradients | None = None
+    _release: Release | None = None
+    _paged: Sequence[PagedOptimizer] = ()
+
+    @abstractmethod
+    def _hardware(self) -> Hardware:
+        """What this rank finds."""
+
+    def _open_tiers(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
+        """Make what the plan keeps elsewhere a place.
+
+        Raises:
+            PlanError: there is none, or the module or the Trainer needs what the plan does not leave it.
+        """
+        if plan.release_gradients:
+            _check_release(trainer, module)
+        if plan.offload_optimizer or plan.offload_parameters or plan.release_gradients:
+            _check_dense(module)
+        if plan.offload_parameters is not None:
+            self.connect_alone()
+        if "nvme" in (plan.offload_parameters, plan.offload_optimizer, plan.offload_activations):
+            self.connect_alone()
+            self._store = Store(nvme_folder(plan, self._hardware().disks if plan.nvme_path is None else ()))
+            self._undo.callback(self._store.close)
+        self._buffers = Buffers(pinned=self.root_device.type == "cuda")
+
+    def _spill(self, state: Sharded | None) -> None:
+        """Set space for the shards of the blocks of a module aside, which is divided."""
+        plan = self.plan
+        if plan.offload_parameters != "nvme" or self._store is None or state is None:
+            return
+        blocks: dict[str, Any] = {name: group for name, group in state.groups.items() if name}
+        resident = (plan.resident_parameter_bytes or 0) + (
+            plan.cpu_parameter_bytes or 0 if self.root_device.type == "cpu" else 0
+        )
+        self._spilled = SpilledParameters(blocks, self._store, resident=resident, ahead=plan.prefetched_blocks)
+
+    @override
+    def _memory_of(self, parameter: Tensor) -> Tensor | None:
+        return None if self._spilled is None else self._spilled.memory_of(parameter)
+
+    def _take_over(self, *, fitting: bool) -> None:
+        """Move the shards of blocks, and fetch them from now on when they are gathered."""
+        if self._spilled is None or self._store is None:
+            return
+        self._spilled.take_over()
+        release_free_memory()
+        if fitting and not self.plan.release_gradients:
+            trainer = self._module().trainer
+            members: dict[str, list[Tensor]] = {name: [] for name in self._spilled.blocks}
+            for parameter, (block, _) in self._spilled.places.items():
+                members[block.name].append(parameter)
+            clips = bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", self._module())
+            self._leaving = self._spilled.gradients = SpilledGradients(members, self._store, norms=clips)
+
+    def _page(self, optimizers: Sequence[Optimizer]) -> None:
+        """Have optimizers step page by page where their state, or what they step on, is elsewhere."""
+        plan = self.plan
+        if not self._pages or self._buffers is None:
+            return
+        labels = self._labels() if plan.release_gradients else {}
+        resident = (plan.resident_optimizer_bytes or 0) + (
+            plan.cpu_optimizer_bytes or 0 if self.root_device.type == "cpu" else 0
+        )
+        allowance = Allowance(resident)
+        to_whole = {adapted.optimizer: adapted.to_whole for adapted in self._adapted}
+        self._paged = []
+        for optimizer in optimizers:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self._paged.append(
+                PagedOptimizer(
+                    inner,
+                    store=self._store if plan.offload_optimizer == "nvme" else None,
+                    buffers=self._buffers,
+                    resident=allowance,
+                    places=self._spilled,
+                    label_of=lambda parameter: labels.get(parameter, ""),
+                    to_whole=to_whole.get(inner, as_divided),
+                )
+            )
+        if plan.release_gradients:
+            (paged,) = self._paged
+            self._release = Release(paged, labels, _clips_values(self._module().trainer))
+
+    @property
+    def _pages(self) -> bool:
+        """Whether optimizers step page by page."""
+        return bool(self.plan.offload_optimizer or self.plan.offload_parameters or self.plan.release_gradients)
+
+    def _labels(self) -> Mapping[Tensor, str]:
+        """The block of each parameter that is in one."""
+        module = self._module()
+        state = sharded_state(module)
+        if state is None:
+            groups = find_groups(module, self.plan.wrapped_modules)
+            return {
+                module.get_parameter(parameter): name
+                for name, group in groups.items()
+                for parameter in group.parameters
+                if name
+            }
+        return {
+            parameter: name for name, group in state.groups.items() if name for parameter, _ in compat.shards_of(group)
+        }
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._release is not None:
+            self._release.end_backward()
+        if self._leaving is not None:
+            self._leaving.end_backward()
+        if self._spilled is not None:
+            self._spilled.settle()
+
+    @override
+    def _numbers(self) -> contextlib.AbstractContextManager[Any]:
+        numbers = super()._numbers()
+        if self._leaving is None:
+            return numbers
+        both = contextlib.ExitStack()
+        both.enter_context(numbers)
+        both.enter_context(self._leaving.clipping())
+        return both
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        if self._release is not None:
+            self._release.end_step()
+        if self._leaving is not None:
+            self._leaving.forget()
+        return result
+
+    @override
+    def forget_step(self) -> None:
+        for one in (*self._paged, self._release, self._leaving):
+            if isinstance(one, PagedOptimizer):
+                one.forget_step()
+            elif one is not None:
+                one.forget()
+        super().forget_step()
+
+    def _close_tiers(self) -> None:
+        """Let the module and its optimizers be without the strategy; where their memory is, it stays."""
+        for paged in self._paged:
+            paged.undo()
+        if self._release is not None:
+            self._release.stop()
+        if self._leaving is not None:
+            self._leaving.stop()
+        if self._spilled is not None:
+            self._spilled.stop()
+        self._paged, self._release, self._leaving, self._spilled = (), None, None, None
+        self._store = self._buffers = None
+        module = self.lightning_module
+        if module is not None and sharded_state(module) is not None and not self.plan.shards:
+            self._make_plain()
+
+    def _make_plain(self) -> None:
+        """Give the module of a single process plain parameters, whose memory stays, and its optimizers these."""
+        plain = self.make_whole()
+        for optimizer in self.optimizers:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            for group in inner.param_groups:
+                group["params"] = [plain.get(parameter, parameter) for parameter in group["params"]]
+            for shard, parameter in plain.items():
+                if shard in inner.state:
+                    inner.state[parameter] = apply_to_collection(inner.state.pop(shard), DTensor, DTensor.to_local)
+
+
+def _check_release(trainer: Trainer, module: LightningModule) -> None:
+    """Raise PlanError where something needs all gradients of a step at once."""
+    clips = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE
+    overridden = [name for name in _NEED_GRADIENTS if is_overridden(name, module)]
+    for found, needs in (
+        ("gradient_clip_val clips by norm", clips),
+        (f"accumulate_grad_batches={trainer.accumulate_grad_batches}", trainer.accumulate_grad_batches > 1),
+        ("automatic_optimization=False", not module.automatic_optimization),
+        (f"{type(module).__name__}.{overridden[0] if overridden else ''}", bool(overridden)),
+    ):
+        if needs:
+            raise PlanError(
+                f"release_gradients=True drops gradients in backward, and {found} needs them after it; leave one out."
+            )
+
+
+def _check_dense(module: nn.Module) -> None:
+    """Raise PlanError where a module has sparse gradients."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise PlanError(
+                f"{name!r} is a {type(part).__name__} with sparse=True, and what is offloaded or released takes no"
+                " sparse gradients; make it without sparse=True, or leave out offload_optimizer, offload_parameters"
+                " and release_gradients."
+            )
+
+
+def _clips_values(trainer: Trainer) -> Callable[[Sequence[Tensor]], None]:
+    """What clips the gradients of parameters as the Trainer is to, which does it element by element, or not."""
+    limit = trainer.gradient_clip_val
+    if not limit:
+        return lambda parameters: None
+    return lambda parameters: clip_grad_value_(parameters, limit)
