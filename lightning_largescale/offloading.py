@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.building import BuildingStrategy
+from lightning_largescale.checkpoint import StateMemory
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.buffers import Allowance, Buffers
@@ -124,6 +125,16 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if plan.release_gradients:
             (paged,) = self._paged
             self._release = Release(paged, labels, _clips_values(self._module().trainer))
+
+    @property
+    @override
+    def _keeps_elsewhere(self) -> bool:
+        return self._store is not None
+
+    @override
+    def _state_memory(self, optimizer: Optimizer) -> StateMemory:
+        paged = next((one for one in self._paged if one.optimizer is getattr(optimizer, "optimizer", optimizer)), None)
+        return super()._state_memory(optimizer) if paged is None else paged.state_of
 
     @property
     def _pages(self) -> bool:

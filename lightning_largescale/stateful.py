@@ -56,6 +56,15 @@ class StatefulStrategy(ConnectedStrategy):
         module = self._module()
         return sharded_state(module) is not None or row_sharded(module) is not None
 
+    @property
+    def _keeps_elsewhere(self) -> bool:
+        """Whether what checkpoints hold is on a disk, and is not to be brought into memory for them."""
+        return False
+
+    def _in_parts(self) -> bool:
+        """Whether checkpoints are directories, to which what there is of each tensor is written part by part."""
+        return (self._is_divided() or self._keeps_elsewhere) and not self._saves_whole()
+
     @contextlib.contextmanager
     def full_parameters(self) -> Generator[None, None, None]:
         """Within, the module's parameters are full plain tensors, however they are divided: a collective.
@@ -126,10 +135,7 @@ class StatefulStrategy(ConnectedStrategy):
         """What a checkpoint is to hold: of a sharded module its parts, or full tensors on rank 0 where these are saved;
         a collective.
         """
-        module = self._module()
-        if not self._is_divided() or self._saves_whole():
-            return self.full_module_state()
-        return module.state_dict()
+        return self._module().state_dict() if self._in_parts() else self.full_module_state()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -140,13 +146,13 @@ class StatefulStrategy(ConnectedStrategy):
             PlanError: shards cut what the optimizer keeps in blocks.
         """
         module = self._module()
-        if not self._is_divided():
+        if not self._is_divided() and not self._in_parts():
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         for adapted in self._adapted:
             if adapted.optimizer is inner:
                 adapted.check_state()
-        if self._saves_whole():
+        if not self._in_parts():
             return checkpoint.full_optimizer_state(inner, keep=self.is_global_zero)
         return checkpoint.named_optimizer_state(inner, module)
 
@@ -165,21 +171,28 @@ class StatefulStrategy(ConnectedStrategy):
             )
         kinds: Sequence[list[str]] = checkpoint.saved_kinds(checkpoint_) or [[] for _ in states]
         for optimizer, state, saved in zip(self.optimizers, states, kinds, strict=True):
-            checkpoint.load_optimizer_state(optimizer, state, self._module(), kinds=saved)
+            checkpoint.load_optimizer_state(
+                optimizer, state, self._module(), kinds=saved, memory_of=self._state_memory(optimizer)
+            )
         for adapted in self._adapted:
             adapted.divide_state()
+
+    def _state_memory(self, optimizer: Optimizer) -> checkpoint.StateMemory:
+        """Where the state of a parameter of `optimizer` under a key is to be loaded; None for memory of its own."""
+        return lambda parameter, key: None
 
     @override
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint; a collective.
 
-        Of a sharded module it is a directory to which each rank writes its parts, of others a file, and so with
-        `save_full`, with a checkpoint plugin of the Trainer's, and on file systems that are not mounted.
+        Of a sharded module, and of what is kept on a disk, it is a directory to which each rank writes its parts, of
+        others a file, and so with `save_full`, with a checkpoint plugin of the Trainer's, and on file systems that are
+        not mounted.
 
         Raises:
             PlanError: there is a folder of something else in its place.
         """
-        if not self._is_divided():
+        if not self._is_divided() and not self._in_parts():
             super().save_checkpoint(checkpoint_, filepath, storage_options)
             return
         checkpoint.tell_orders(checkpoint_, self._module())

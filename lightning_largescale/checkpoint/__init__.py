@@ -4,6 +4,7 @@ from lightning_largescale.checkpoint.directory import load_directory, save_direc
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file
 from lightning_largescale.checkpoint.load import consolidate, load_checkpoint
 from lightning_largescale.checkpoint.optimizers import (
+    StateMemory,
     indexed_optimizer_state,
     kinds_of,
     load_optimizer_state,
@@ -18,6 +19,7 @@ from lightning_largescale.checkpoint.whole import (
 )
 
 __all__ = [
+    "StateMemory",
     "consolidate",
     "full_module_state",
     "full_optimizer_state",

@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.pieces import Piece, in_boxes, is_divided, pieces_of
 from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.parallel.stored import Stored
@@ -150,6 +151,8 @@ def is_directory(path: Path) -> bool:
 class _SavePlanner(DefaultSavePlanner):
     """Writes of each tensor the boxes that this rank has; of what is not divided, rank 0 writes all."""
 
+    _written: Tensor | None = None
+
     def create_local_plan(self) -> SavePlan:
         self._boxes: dict[tuple[str, torch.Size], Tensor] = {}
         tensors = {name: value for name, value in self.state_dict.items() if isinstance(value, Tensor)}
@@ -165,6 +168,14 @@ class _SavePlanner(DefaultSavePlanner):
         if index.offset is None:
             return self.state_dict[index.fqn]
         return self._boxes[index.fqn, index.offset]
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """What is written next; what was written before is not needed in memory any more."""
+        if self._written is not None:
+            let_rest(self._written)
+        found: Tensor | io.BytesIO = super().resolve_data(write_item)
+        self._written = found if isinstance(found, Tensor) else None
+        return found
 
     def _writes(self, name: str, tensor: Tensor) -> Iterator[WriteItem]:
         shape, properties = global_shape(tensor), TensorProperties(dtype=tensor.dtype)

@@ -7,7 +7,7 @@ Source: torch.distributed.checkpoint.state_dict, whose form this is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_largescale.checkpoint.directory import EXTRA, OPTIMIZERS
 from lightning_largescale.checkpoint.files import listed
+from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.pieces import empty_part
@@ -26,6 +27,8 @@ from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 
 _Names = dict[Tensor, str]
+# Of a parameter, and a key of its state: what this rank has of it is to be loaded there; None for memory of its own.
+StateMemory = Callable[[Tensor, str], Tensor | None]
 
 
 def named_optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -57,7 +60,12 @@ def saved_kinds(checkpoint: Mapping[str, Any]) -> list[list[str]] | None:
 
 
 def load_optimizer_state(
-    optimizer: Optimizer, state: Mapping[str, Any], module: nn.Module, *, kinds: Sequence[str] = ()
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    module: nn.Module,
+    *,
+    kinds: Sequence[str] = (),
+    memory_of: StateMemory = lambda parameter, key: None,
 ) -> None:
     """`optimizer.load_state_dict` of whole tensors, each rank taking its part without communication.
 
@@ -66,6 +74,7 @@ def load_optimizer_state(
         state: by indices of parameters, or by their names in `module`.
         module: sharded, replicated or plain.
         kinds: `kinds_of` the optimizer that was saved, if it is known.
+        memory_of: where state is to be loaded.
 
     Raises:
         PlanError: it is of an optimizer of another kind, or with other groups.
@@ -79,10 +88,7 @@ def load_optimizer_state(
     if any(isinstance(key, str) for group in state["param_groups"] for key in group["params"]):
         state = _indexed(optimizer, state, module)
     parameters = dict(_by_index(optimizer, state["param_groups"]))
-    divided = {
-        index: apply_to_collection(values, Tensor, _own, parameters.get(index))
-        for index, values in state["state"].items()
-    }
+    divided = {index: _divided(values, parameters.get(index), memory_of) for index, values in state["state"].items()}
     optimizer.load_state_dict({**state, "state": divided})
 
 
@@ -155,12 +161,33 @@ def _told(value: Tensor, parameter: Tensor) -> Tensor:
     return as_ordered(value.detach(), order_of(parameter)) if isinstance(value, DTensor) else value
 
 
-def _own(value: Tensor, parameter: Tensor | None) -> Any:
-    """What this rank is to have of a tensor of the state of `parameter`."""
+def _divided(values: Any, parameter: Tensor | None, memory_of: StateMemory) -> Any:
+    """What this rank is to have of the state of `parameter`."""
+    if not isinstance(values, Mapping) or parameter is None:
+        return apply_to_collection(values, Tensor, _own, parameter)
+    return {
+        key: _own(value, parameter, memory_of(parameter, key))
+        if isinstance(value, Tensor)
+        else apply_to_collection(value, Tensor, _own, parameter)
+        for key, value in values.items()
+    }
+
+
+def _own(value: Tensor, parameter: Tensor | None, memory: Tensor | None = None) -> Any:
+    """What this rank is to have of a tensor of the state of `parameter`, in `memory` if there is any for it."""
+    fits = isinstance(parameter, Tensor) and value.shape == global_shape(parameter)
+    if memory is not None and (not fits or memory.dtype != value.dtype):
+        memory = None
     if not isinstance(value, Stored):
-        return divided_like(value, parameter)
-    if not isinstance(parameter, Tensor) or value.shape != global_shape(parameter):
-        return value.whole()
-    own = empty_part(parameter, dtype=value.dtype)
-    value.read(own)
+        found = divided_like(value, parameter)
+        if memory is None:
+            return found
+        memory.copy_(found.to_local() if isinstance(found, DTensor) else found)
+    if parameter is None or not fits:
+        return value.whole() if isinstance(value, Stored) else value
+    own = empty_part(parameter, dtype=value.dtype, own=memory)
+    if isinstance(value, Stored):
+        value.read(own)
+    if memory is not None:
+        let_rest(memory)
     return own
