@@ -38,7 +38,7 @@ def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:
     Raises:
         PlanError: one replaces parameters, and the plan divides them.
     """
-    divides = plan.shards or (plan.world_size > 1 and plan.row_sharded_embeddings)
+    divides = plan.gathers or (plan.world_size > 1 and plan.row_sharded_embeddings)
     for callback in callbacks:
         if isinstance(callback, ModelPruning) and divides:
             raise PlanError(

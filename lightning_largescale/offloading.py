@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,8 +26,10 @@ from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.buffers import Allowance, Buffers
 from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.offload.gradients import Release, SpilledGradients
-from lightning_largescale.offload.optimizer import PagedOptimizer, as_divided
+from lightning_largescale.offload.optimizer import PagedOptimizer
+from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import SpilledParameters
+from lightning_largescale.offload.state import as_divided
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.gather import Sharded, sharded_state
 from lightning_largescale.plan import Plan, PlanError
@@ -45,6 +48,8 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     _leaving: SpilledGradients | None = None
     _release: Release | None = None
     _paged: Sequence[PagedOptimizer] = ()
+    # Parameters whose shards FSDP2 copies from DRAM to another device.
+    _in_dram: Collection[Tensor] = frozenset()
 
     @abstractmethod
     def _hardware(self) -> Hardware:
@@ -71,9 +76,13 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     def _spill(self, state: Sharded | None) -> None:
         """Set space for the shards of the blocks of a module aside, which is divided."""
         plan = self.plan
-        if plan.offload_parameters != "nvme" or self._store is None or state is None:
+        if plan.offload_parameters is None or state is None:
             return
         blocks: dict[str, Any] = {name: group for name, group in state.groups.items() if name}
+        if self._store is None or plan.offload_parameters == "cpu":
+            if self.root_device.type != "cpu":
+                self._in_dram = {shard for group in blocks.values() for shard, _ in compat.shards_of(group)}
+            return
         resident = (plan.resident_parameter_bytes or 0) + (
             plan.cpu_parameter_bytes or 0 if self.root_device.type == "cpu" else 0
         )
@@ -81,7 +90,12 @@ class OffloadingStrategy(BuildingStrategy, ABC):
 
     @override
     def _memory_of(self, parameter: Tensor) -> Tensor | None:
-        return None if self._spilled is None else self._spilled.memory_of(parameter)
+        if self._spilled is not None:
+            return self._spilled.memory_of(parameter)
+        if parameter not in self._in_dram:
+            return None
+        local = local_of(parameter.detach())
+        return torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=True)
 
     def _take_over(self, *, fitting: bool) -> None:
         """Move the shards of blocks, and fetch them from now on when they are gathered."""
@@ -206,6 +220,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if self._spilled is not None:
             self._spilled.stop()
         self._paged, self._release, self._leaving, self._spilled = (), None, None, None
+        self._in_dram = frozenset()
         self._store = self._buffers = None
         module = self.lightning_module
         if module is not None and sharded_state(module) is not None and not self.plan.shards:

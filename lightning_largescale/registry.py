@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 # Names that are taken, so that what a user reads is the state of things and not that the name is unknown.
 _NOT_YET = {
-    "largescale_fsdp_cpu_offload": "sharding with offload to DRAM",
-    "largescale_fsdp_nvme_offload": "sharding with offload to NVMe",
     "largescale_fsdp_8bit": "sharding with 8-bit optimizer state",
 }
 
@@ -48,6 +46,23 @@ def fsdp_tp_plan(hardware: Hardware) -> Plan:
     ranks = hardware.ranks_per_node
     tp = ranks if hardware.nodes > 1 else next((size for size in range(2, ranks + 1) if ranks % size == 0), 1)
     return Plan(tp=tp, dp_shard=hardware.world_size // tp)
+
+
+def fsdp_cpu_offload_plan(hardware: Hardware) -> Plan:
+    """The plan of `largescale_fsdp_cpu_offload`: ZeRO-3, with the shards of blocks and the optimizer's state in DRAM.
+
+    Source: Ren et al. 2021, "ZeRO-Offload", section 4.
+    """
+    return Plan(dp_shard=hardware.world_size, offload_parameters="cpu", offload_optimizer="cpu")
+
+
+def fsdp_nvme_offload_plan(hardware: Hardware) -> Plan:
+    """The plan of `largescale_fsdp_nvme_offload`: ZeRO-3, with the shards of blocks, their gradients and the state of
+    optimizers on the disk with the most free bytes.
+
+    Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.
+    """
+    return Plan(dp_shard=hardware.world_size, offload_parameters="nvme", offload_optimizer="nvme")
 
 
 def register_strategies(registry: Any) -> None:
@@ -154,6 +169,14 @@ def _strategies() -> dict[str, tuple[Callable[[], LargeScaleStrategy], str]]:
             partial(_planned, fsdp_tp_plan),
             "Divides matrices among the devices of a node, and what each has of them among nodes (2D)",
         ),
+        "largescale_fsdp_cpu_offload": (
+            partial(_planned, fsdp_cpu_offload_plan),
+            "Divides the model among all devices, and keeps parameters and optimizer state in DRAM",
+        ),
+        "largescale_fsdp_nvme_offload": (
+            partial(_planned, fsdp_nvme_offload_plan),
+            "Divides the model among all devices, and keeps parameters, gradients and optimizer state on a disk",
+        ),
     }
     refused = {name: (partial(_refuse, name), f"Reserved for {what}") for name, what in _NOT_YET.items()}
     return {**accepted, **refused}
@@ -174,7 +197,7 @@ def _planned(plan: Callable[[Hardware], Plan]) -> LargeScaleStrategy:
 def _refuse(name: str) -> LargeScaleStrategy:
     raise PlanError(
         f"strategy={name!r} asks for {_NOT_YET[name]}, which this release does not carry out;"
-        " accepted are 'largescale_auto', 'largescale_fsdp', 'largescale_tp' and 'largescale_fsdp_tp'."
+        f" accepted are {', '.join(repr(one) for one in _strategies() if one not in _NOT_YET)}."
     )
 
 

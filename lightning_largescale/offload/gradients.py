@@ -22,9 +22,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
 from lightning_largescale.offload.memory import Region
-from lightning_largescale.offload.optimizer import PagedOptimizer, as_divided
+from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import GradientPlaces
+from lightning_largescale.offload.state import as_divided
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import aligned

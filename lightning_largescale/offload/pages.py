@@ -168,7 +168,14 @@ def bundles_of(members: Sequence[Member]) -> Iterator[Bundle]:
         if 2 * nbytes > PAGE_BYTES:
             yield Bundle([member])
             continue
-        key = (member.group, id(member.kind), member.label, member.local.dtype, member.local.device)
+        key = (
+            member.group,
+            tuple(member.kind.dtypes.items()),
+            member.kind.divisible,
+            member.label,
+            member.local.dtype,
+            member.local.device,
+        )
         held = small.setdefault(key, [])
         if held and sum(_padded(one.local.numel()) for one in held) * per_element + nbytes > PAGE_BYTES:
             yield Bundle(held)

@@ -148,12 +148,13 @@ def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:
-    """Move `module` to `device`, but for what has no values."""
-    if device.type == "meta" or not any(tensor.is_meta for _, tensor in _named_tensors(module)):
+    """Move `module` to `device`, but for what has no values, and for shards, which are where they are to be."""
+    stays = [tensor.is_meta or isinstance(tensor, DTensor) for _, tensor in _named_tensors(module)]
+    if device.type == "meta" or not any(stays):
         module.to(device)
         return
-    for _, tensor in _named_tensors(module):
-        if not tensor.is_meta:
+    for (_, tensor), stay in zip(_named_tensors(module), stays, strict=True):
+        if not stay:
             tensor.data = tensor.data.to(device)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchmetrics import Metric
 
 from lightning_largescale import compat
@@ -262,11 +262,20 @@ def _shard_block(
         mesh=data_mesh(mesh),
         reshard_after_forward=state.plan.reshard_after_forward,
         mp_policy=_policy(gather_type),
+        offload_policy=_offload_policy(state.plan, device),
         ignored_params=left | whole,
     )
     state.groups[name] = cast(FSDPModule, block)
     state.owners |= dict.fromkeys(divided, state.groups[name])
     return sum(parameter.nbytes for parameter in divided.values())
+
+
+def _offload_policy(plan: Plan, device: torch.device) -> OffloadPolicy:
+    """Where FSDP2 keeps the shards of blocks: in DRAM, where they are not to be on the device."""
+    if plan.offload_parameters is None or device.type in ("cpu", "meta"):
+        return OffloadPolicy()
+    # What a disk has behind it is no memory to pin.
+    return CPUOffloadPolicy(pin_memory=plan.offload_parameters == "cpu")
 
 
 def _policy(gather_type: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -1,0 +1,207 @@
+"""Where the state of an optimizer's parameters is between steps, and how it comes to be stepped on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_largescale.hardware.usage import let_rest
+from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.memory import Memory, Region
+from lightning_largescale.offload.pages import Bundle, Kind, Member, Page, Piece, bundles_of, local_of
+from lightning_largescale.offload.places import Places, elements
+from lightning_largescale.offload.store import Store, Transfer
+from lightning_largescale.offload.trial import ask_kinds, kind_key
+
+ToWhole = Callable[[Tensor, str, Tensor], Tensor]
+
+
+def as_divided(parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
+    """State of this rank's part of a parameter as a part of the whole parameter's state, where it has its shape."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.to_local().shape:
+        return tensor
+    return DTensor.from_local(
+        tensor,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+class PagedState:
+    """The pages of an optimizer, and the memory in which the state of each is kept.
+
+    Args:
+        optimizer: whose state.
+        store: where it is kept; None for DRAM.
+        buffers: that pages go through.
+        resident: how many bytes of state stay in memory; what is taken is taken off.
+        places: where the parameters and their gradients are.
+        label_of: parameters with different labels are in different pages.
+        to_whole: what a tensor of the state of this rank's part of a parameter is in the state of the parameter: of
+            which, under which key, and the tensor.
+
+    Attributes:
+        pages: in the order of the optimizer's parameters.
+        members: the parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        store: Store | None,
+        buffers: Buffers,
+        resident: Allowance,
+        places: Places,
+        label_of: Callable[[Tensor], str],
+        to_whole: ToWhole,
+    ) -> None:
+        self._optimizer, self._store, self._buffers = optimizer, store, buffers
+        self._resident, self._places = resident, places
+        self._label_of, self._to_whole = label_of, to_whole
+        self.pages: list[Page] = []
+        self.members: dict[Tensor, Member] = {}
+        self._regions: dict[Bundle, Region] = {}
+        self._stay: set[Page] = set()
+        self._views: dict[tuple[Member, str], Tensor] = {}
+        self._bundle_of: dict[Member, Bundle] = {}
+
+    def lay_out(self) -> None:
+        """Find the pages of parameters that came since, and move the state that they have.
+
+        Raises:
+            PlanError: the optimizer cannot step on some parameters after the others, or the disk has not as many bytes.
+        """
+        fresh = [
+            (parameter, number)
+            for number, group in enumerate(self._optimizer.param_groups)
+            for parameter in group["params"]
+            if parameter not in self.members
+        ]
+        if not fresh:
+            return
+        kinds = ask_kinds(self._optimizer, fresh)
+        members = [
+            Member(
+                parameter, number, self._kept(parameter, kinds[kind_key(parameter, number)]), self._label_of(parameter)
+            )
+            for parameter, number in fresh
+        ]
+        self.members.update({member.parameter: member for member in members})
+        for bundle in bundles_of(members):
+            self._place(bundle)
+        for member in members:
+            self._take_over(member)
+
+    def _kept(self, parameter: Tensor, kind: Kind) -> Kind:
+        """`kind`, or one of which nothing is paged, where the state of `parameter` stays on a device of its own."""
+        local = local_of(parameter.detach())
+        stays = local.device.type != "cpu" and self._resident.take(local.numel() * kind.bytes_per_element)
+        return Kind(divisible=False) if stays else kind
+
+    def _place(self, bundle: Bundle) -> None:
+        """Set space for the state of `bundle` aside, as far as it does not stay in memory."""
+        moved = self._places.bytes_per_element(bundle.members[0])
+        pages = [*bundle.pages(moved)]
+        name = f"the optimizer state of {len(bundle.members)} parameters ({type(self._optimizer).__name__})"
+        stays = self._store is None or not bundle.nbytes
+        region = Region(None if stays else self._store, name, bundle.nbytes)
+        for page in pages:
+            if stays or self._resident.take(page.state_bytes):
+                self._stay.add(page)
+                for key in bundle.dtypes:
+                    region.keep(*bundle.stretch(key, page.start, page.stop))
+            if self.moves(page):
+                self._buffers.make_room(self._page_bytes(page))
+        self.pages += pages
+        self._regions[bundle] = region
+        self._bundle_of.update(dict.fromkeys(bundle.members, bundle))
+
+    def _take_over(self, member: Member) -> None:
+        """Move state that the optimizer made with its groups, before the first step."""
+        state = self._optimizer.state.get(member.parameter, {})
+        for key in member.kind.dtypes:
+            value = state.get(key)
+            if self.is_paged(member, value):
+                view = self.view(member, key)
+                view.copy_(local_of(value))
+                let_rest(view)
+                state[key] = self._to_whole(member.parameter, key, view)
+
+    def view(self, member: Member, key: str) -> Tensor:
+        """The state of `member` under `key`, where it is kept."""
+        if (member, key) not in self._views:
+            bundle = self._bundle_of[member]
+            start = bundle.start_of(member, key)
+            shape, dtype = member.local.shape, bundle.dtypes[key]
+            self._views[member, key] = self._regions[bundle].tensor(dtype, shape, start)
+        return self._views[member, key]
+
+    def moves(self, page: Page) -> bool:
+        """Whether anything of `page` is elsewhere between steps."""
+        return page not in self._stay or self._places.moved_bytes(page) > 0
+
+    def _page_bytes(self, page: Page) -> int:
+        return self._after_state(page) + self._places.moved_bytes(page)
+
+    def _after_state(self, page: Page) -> int:
+        """Where in a buffer the state of a page ends, and what else moves with it begins."""
+        return 0 if page in self._stay else page.state_bytes
+
+    def _segments(self, page: Page) -> Iterator[tuple[str, int, int, int]]:
+        """Keys, with the bytes of the region that they have in a page, and where these are in a buffer."""
+        at = 0
+        for key in page.bundle.dtypes if page not in self._stay else ():
+            start, stop = page.bundle.stretch(key, page.start, page.stop)
+            yield key, start, stop, at
+            at += stop - start
+
+    def read(self, page: Page, buffer: Memory) -> Transfer:
+        region = self._regions[page.bundle]
+        transfers = []
+        if any(self.is_here(piece.member, key) for piece in page.pieces for key in page.bundle.dtypes):
+            transfers = [region.read_into(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
+        return Transfer.of([*transfers, *self._places.read(page, buffer, self._after_state(page))])
+
+    def write(self, page: Page, buffer: Memory) -> Transfer:
+        region = self._regions[page.bundle]
+        transfers = [region.write_from(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
+        return Transfer.of([*transfers, *self._places.write(page, buffer, self._after_state(page))])
+
+    def is_here(self, member: Member, key: str) -> bool:
+        """Whether the state of `member` under `key` is what the region has, and not another's tensor."""
+        value = self._optimizer.state.get(member.parameter, {}).get(key)
+        if not self.is_paged(member, value):
+            return False
+        return self._regions[self._bundle_of[member]].holds(local_of(value))
+
+    def is_paged(self, member: Member, value: Any) -> bool:
+        return isinstance(value, Tensor) and member.local.numel() > 0 and local_of(value).shape == member.local.shape
+
+    def values(self, page: Page, buffer: Memory | None) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
+        """Each piece of a page, its elements and their gradient."""
+        found = self._places.values(page, buffer, self._after_state(page))
+        yield from ((piece, *one) for piece, one in zip(page.pieces, found, strict=True))
+
+    def slots(self, page: Page, piece: Piece, buffer: Memory | None) -> dict[str, Tensor]:
+        """Where the state of `piece` is while `page` is in `buffer`, by key."""
+        member = piece.member
+        if page in self._stay:
+            return {key: elements(self.view(member, key), piece) for key in page.bundle.dtypes}
+        assert buffer is not None
+        shape = member.local.shape if piece.whole else (piece.stop - piece.start,)
+        return {
+            key: buffer.tensor(dtype, shape, at + (piece.at - page.start) * dtype.itemsize)
+            for (key, _, _, at), dtype in zip(self._segments(page), page.bundle.dtypes.values(), strict=True)
+        }
+
+    def whole(self, member: Member, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of the state of this rank's part of `member` as its optimizer has it between steps."""
+        return self._to_whole(member.parameter, key, tensor)
