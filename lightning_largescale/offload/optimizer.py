@@ -160,11 +160,8 @@ class PagedOptimizer:
     def _sorted(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
         """Of those with gradients, pages that move, and pages that stay."""
         live = [page for page in pages if any(_has_gradient(piece.member) for piece in page.pieces)]
-        moves = [self.paged.moves(page) for page in live]
-        found = zip(live, moves, strict=True)
-        return [page for page, moved in found if moved], [
-            page for page, moved in zip(live, moves, strict=True) if not moved
-        ]
+        moved = [page for page in live if self.paged.moves(page)]
+        return moved, [page for page in live if page not in moved]
 
     def _in_turn(self, pages: Sequence[Page], empty: Sequence[Member]) -> Generator[None, None, None]:
         """Have the optimizer hold the parameters of one page after the other, and in the end its own again."""
@@ -257,13 +254,10 @@ class _Turn:
         """Hold a row of zeros in the place of nothing: not all optimizers step on that."""
         local = member.local
         row = local.new_zeros((1, *local.shape[1:]))
-        state = self._optimizer.state.get(member.parameter)
-        found = None
-        if state:
-            found = {
-                key: torch.zeros_like(row) if self._paged.is_paged(member, one) else one for key, one in state.items()
-            }
-        self._add(member, row, torch.zeros_like(row), {}, found)
+        state = self._optimizer.state.get(member.parameter, {})
+        paged = member.kind.dtypes
+        found = {key: torch.zeros_like(row, dtype=paged[key]) if key in paged else one for key, one in state.items()}
+        self._add(member, row, torch.zeros_like(row), {}, found or None)
 
     def end(self) -> None:
         """Take what the step has made of them."""

@@ -164,6 +164,7 @@ class PagedState:
             at += stop - start
 
     def read(self, page: Page, buffer: Memory) -> Transfer:
+        """Begin to bring what moves with `page` into `buffer`."""
         region = self._regions[page.bundle]
         transfers = []
         if any(self.is_here(piece.member, key) for piece in page.pieces for key in page.bundle.dtypes):
@@ -171,6 +172,7 @@ class PagedState:
         return Transfer.of([*transfers, *self._places.read(page, buffer, self._after_state(page))])
 
     def write(self, page: Page, buffer: Memory) -> Transfer:
+        """Begin to take what moves with `page`, and was changed, from where `read` brought it."""
         region = self._regions[page.bundle]
         transfers = [region.write_from(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
         return Transfer.of([*transfers, *self._places.write(page, buffer, self._after_state(page))])
@@ -183,6 +185,7 @@ class PagedState:
         return self._regions[self._bundle_of[member]].holds(local_of(value))
 
     def is_paged(self, member: Member, value: Any) -> bool:
+        """Whether `value`, of the state of `member`, has its shape."""
         return isinstance(value, Tensor) and member.local.numel() > 0 and local_of(value).shape == member.local.shape
 
     def values(self, page: Page, buffer: Memory | None) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
