@@ -11,8 +11,6 @@ import os
 import threading
 from pathlib import Path
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 # How file systems say that they have no O_DIRECT, or nothing to set space aside with.
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -101,7 +99,15 @@ class DirectFile:
             os.close(descriptor)
 
     def _warn(self) -> None:
-        rank_zero_warn(
+        warn(
             f"{str(self.path.parent)!r} is on a file system without O_DIRECT, so what is kept there goes through the"
             " page cache; a folder on a local disk is faster."
         )
+
+
+def warn(message: str) -> None:
+    """Warn on rank 0 alone."""
+    # Its import is what tells lightning_utilities the rank.
+    from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+    rank_zero_warn(message)

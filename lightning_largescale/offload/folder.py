@@ -17,10 +17,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from lightning_largescale.hardware import Disk
 from lightning_largescale.hardware.disks import over_network, refused_folder
+from lightning_largescale.offload.direct import warn
 from lightning_largescale.plan import Plan, PlanError
 
 FILE = "tensors"
@@ -52,7 +51,7 @@ def nvme_folder(plan: Plan, disks: Sequence[Disk], *, root: Path = Path("/")) ->
         return folder
     if over_network(folder, root):
         raise PlanError(f"nvme_path={plan.nvme_path!r} cannot be used: {reason}; give a folder on a local disk.")
-    rank_zero_warn(f"nvme_path={plan.nvme_path!r} is no disk: {reason}; a folder on a local disk would serve.")
+    warn(f"nvme_path={plan.nvme_path!r} is no disk: {reason}; a folder on a local disk would serve.")
     return folder
 
 
