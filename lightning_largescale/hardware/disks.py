@@ -74,6 +74,33 @@ def refusal(mount: Mount, found: list[Mount]) -> str | None:
     return _kind(mount.filesystem) or None
 
 
+def refused_folder(path: str | Path, root: Path = Path("/")) -> str | None:
+    """Why the file system that holds this folder cannot serve as the nvme tier; None where it can, as far as its name
+    says.
+
+    Args:
+        path: the folder.
+        root: folder that holds `proc/self/mountinfo`.
+    """
+    found = mounts(root)
+    mount = _holder(os.fspath(path), found)
+    return None if mount is None else refusal(mount, found)
+
+
+def over_network(path: str | Path, root: Path = Path("/")) -> bool:
+    """Whether what is written to this folder goes over the network.
+
+    Args:
+        path: the folder.
+        root: folder that holds `proc/self/mountinfo`.
+    """
+    found = mounts(root)
+    mount = _holder(os.fspath(path), found)
+    while mount is not None and mount.filesystem == "overlay":
+        mount = _upper_mount(mount, found)
+    return mount is not None and _NETWORK.fullmatch(mount.filesystem) is not None
+
+
 @contextmanager
 def direct_file(folder: str | Path) -> Iterator[int]:
     """The descriptor of an empty file in `folder` that bypasses the page cache; it has no name and is gone when

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import math
 import mmap
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -69,8 +70,11 @@ class Memory:
         return flat.view(tuple(shape))
 
     def view(self, start: int = 0, stop: int | None = None) -> memoryview:
-        """Its bytes, for requests."""
-        return memoryview(self._bytes).cast("B")[start : self.nbytes if stop is None else stop]
+        """Its bytes from `start` to `stop`, for requests."""
+        stop = self.nbytes if stop is None else stop
+        if not 0 <= start <= stop <= self.nbytes:
+            raise ValueError(f"bytes {start} to {stop} of {self.nbytes} are asked for")
+        return memoryview(self._bytes).cast("B")[start:stop]
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` views it."""
@@ -91,6 +95,9 @@ class Memory:
 class Region(Memory):
     """Memory that is in DRAM, or at rest in a file of a store; it begins at rest, as zeros.
 
+    Once the store is closed it stays where it is. The methods wait for what an earlier one has begun wherever they
+    would get in its way.
+
     Args:
         store: on the disk; None for what never leaves DRAM, of which the methods below have nothing to do.
         name: of what is kept in it, for messages.
@@ -107,47 +114,66 @@ class Region(Memory):
         super().__init__(nbytes)
         self._store, self.in_dram = store, True
         self._kept: list[tuple[int, int]] = []
+        self._fetched = Transfer()
+        self._saved: list[Transfer] = []
         if store is not None:
             self._extent = store.reserve(name, nbytes)
             self.drop()
             usage.resting.add(self)
 
     def fetch(self) -> Transfer:
-        """Begin to bring it into DRAM; its values are there when the transfer is over."""
-        if self.in_dram or self._store is None:
+        """Begin to bring it into DRAM; its values are there when the transfer is over. Where it fails, `wait` puts the
+        region to rest again.
+        """
+        if self.in_dram:
+            return self._fetched
+        store = self._open_store()
+        if store is None:
             return Transfer()
         self.claim()
-        return self._store.read(self._extent, self.view())
+        try:
+            self._fetched = store.read(self._extent, self.view())
+        except BaseException:
+            self._rest()
+            raise
+        self._fetched.on_failure(self._rest)
+        return self._fetched
 
     def claim(self) -> None:
         """Have it in DRAM at once, with no values."""
-        if not self.in_dram:
+        if self.in_dram:
+            self._fetched.wait()
+        else:
             self._to_dram()
-            self.in_dram = True
+            self._fetched, self.in_dram = Transfer(), True
 
     def save(self, start: int = 0, stop: int | None = None) -> Transfer:
         """Begin to write what is in DRAM to the file, from byte `start` to `stop`, each rounded to what O_DIRECT
         takes; it stays in DRAM.
         """
-        if self._store is None or not self.in_dram:
+        store = self._open_store()
+        if store is None or not self.in_dram:
             return Transfer()
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._fetched.wait()
+        first = start // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         last = self.nbytes if stop is None else min(self.nbytes, aligned(stop))
-        return self._store.write(self._extent, self.view(first, last), first)
+        transfer = store.write(self._extent, self.view(first, last), first)
+        self._saved = [*(saved for saved in self._saved if not saved.over), transfer]
+        return transfer
 
     def drop(self) -> None:
-        """Let the file alone have it: what is in DRAM and was not saved is lost."""
-        if self._store is None:
+        """Let the file alone have it: what is in DRAM and was not saved is lost.
+
+        Raises:
+            StoreError: a save that was under way failed; then it stays in DRAM.
+        """
+        if self._open_store() is None or not self.in_dram:
             return
-        _map(
-            self._address,
-            self.nbytes,
-            _READ_WRITE,
-            _FIXED | _SHARED,
-            self._store.descriptor,
-            self._extent.offset,
-        )
-        self.in_dram = False
+        saved, self._saved = self._saved, []
+        for transfer in saved:
+            transfer.wait()
+        self._fetched.wait()
+        self._rest()
 
     def keep(self, start: int, stop: int) -> None:
         """Have bytes `start` to `stop`, of a region that is at rest and stays so, in DRAM for good: as zeros."""
@@ -164,19 +190,43 @@ class Region(Memory):
             _advise(self._address + first, last - first, mmap.MADV_DONTNEED)
 
     def read_into(self, memory: Memory, start: int, stop: int, at: int = 0) -> Transfer:
-        """Begin to read bytes `start` to `stop` of the file into `memory` from its byte `at` on."""
-        if self._store is None or self.in_dram:
+        """Begin to read bytes `start` to `stop` of it into `memory` from its byte `at` on, all of them multiples of
+        `ALIGNMENT_BYTES`.
+        """
+        store = self._open_store()
+        if store is None or self.in_dram:
+            self._fetched.wait()
             memory.view(at, at + stop - start)[:] = self.view(start, stop)
             return Transfer()
-        return self._store.read(self._extent, memory.view(at, at + stop - start), start)
+        return store.read(self._extent, memory.view(at, at + stop - start), start)
 
     def write_from(self, memory: Memory, start: int, stop: int, at: int = 0) -> Transfer:
-        """Begin to write bytes `start` to `stop` of the file from `memory`, from its byte `at` on."""
-        if self._store is None or self.in_dram:
+        """Begin to write bytes `start` to `stop` of it from `memory`, from its byte `at` on, all of them multiples of
+        `ALIGNMENT_BYTES`; in the file, and in DRAM where it is.
+        """
+        store = self._open_store()
+        if store is None or self.in_dram:
+            self._fetched.wait()
             self.view(start, stop)[:] = memory.view(at, at + stop - start)
-            if self._store is None:
+            if store is None:
                 return Transfer()
-        return self._store.write(self._extent, memory.view(at, at + stop - start), start)
+        return store.write(self._extent, memory.view(at, at + stop - start), start)
+
+    def _open_store(self) -> Store | None:
+        return None if self._store is None or self._store.closed else self._store
+
+    def _rest(self) -> None:
+        store = self._open_store()
+        if store is not None:
+            _map(
+                self._address,
+                self.nbytes,
+                _READ_WRITE,
+                _FIXED | _SHARED,
+                store.descriptor,
+                self._extent.offset,
+            )
+            self._fetched, self.in_dram = Transfer(), False
 
 
 @functools.cache
@@ -191,7 +241,7 @@ def _map(address: int | None, nbytes: int, protection: int, flags: int, descript
     )
     if found in (None, ctypes.c_void_p(-1).value):
         number = ctypes.get_errno()
-        raise OSError(number, f"mapping {nbytes} bytes failed")
+        raise OSError(number, f"mapping {nbytes} bytes failed: {os.strerror(number)}")
     return int(found)
 
 
@@ -203,6 +253,7 @@ def _unmap(address: int, nbytes: int) -> None:
     _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
 
 
+@functools.cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p

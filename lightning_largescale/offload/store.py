@@ -10,26 +10,26 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 6.3 (DeepNVMe); man pa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import fcntl
+import mmap
 import os
-import shutil
-import tempfile
 import threading
 import weakref
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
+from lightning_largescale.offload.direct import REFUSALS, DirectFile
+from lightning_largescale.offload.folder import FILE, checked, own_folder, remove
+from lightning_largescale.offload.folder import remove_stale as remove_stale
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import ALIGNMENT_BYTES, REQUEST_BYTES, REQUESTS, aligned
 from lightning_largescale.units import format_bytes
 
-_PREFIX, _LOCK, _FILE = "largescale-", "lock", "tensors"
 _VERIFY = "LARGESCALE_STORE_VERIFY"
 
 
@@ -57,6 +57,8 @@ class Transfer:
 
     def __init__(self, requests: Sequence[Future[None]] = ()) -> None:
         self._requests = requests
+        self._process = os.getpid()
+        self._on_failure: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, transfers: Sequence[Transfer]) -> Transfer:
@@ -64,74 +66,50 @@ class Transfer:
         return cls([request for transfer in transfers for request in transfer._requests])
 
     def wait(self) -> None:
-        """Until all are done.
+        """Until all are done; may be called again, and from several threads.
 
         Raises:
-            StoreError: one of them failed.
+            StoreError: one of them failed, or the store was closed before it began.
         """
-        requests, self._requests = self._requests, ()
-        for request in requests:
-            request.exception()
-        for request in requests:
-            request.result()
+        if not self.over and self._process != os.getpid():
+            raise StoreError("this transfer was begun before a fork, so this process has no thread that ends it.")
+        # All of them end before the first failure is told: then nothing touches their memory any more.
+        failures = [error for error in map(_failure, self._requests) if error is not None]
+        if failures:
+            call, self._on_failure = self._on_failure, None
+            if call is not None:
+                call()
+            raise failures[0]
+        self._requests, self._on_failure = (), None
+
+    @property
+    def over(self) -> bool:
+        """Whether all are done, and none failed."""
+        return all(request.done() and _failure(request) is None for request in self._requests)
+
+    def on_failure(self, call: Callable[[], None]) -> None:
+        """Have `wait` call this once before it raises."""
+        self._on_failure = call
 
 
-class DirectFile:
-    """A file whose requests go past the page cache where its file system lets them.
-
-    Args:
-        path: of a file that is made.
-
-    Attributes:
-        path: as given.
-        descriptor: of the file.
-        direct: whether the page cache is passed.
-
-    Source: man page open(2), O_DIRECT.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self.direct = hasattr(os, "O_DIRECT")
-        try:
-            self.descriptor = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self.direct = False
-            self.descriptor = os.open(path, flags, 0o600)
-        if not self.direct:
-            rank_zero_warn(
-                f"{str(path.parent)!r} is on a file system without O_DIRECT, so what is kept there goes through the"
-                " page cache; a folder on a local disk is faster."
-            )
-
-    def reserve(self, offset: int, nbytes: int) -> None:
-        """Have the file system set `nbytes` aside from `offset` on."""
-        os.posix_fallocate(self.descriptor, offset, nbytes)
-
-    def read_at(self, memory: memoryview, offset: int) -> int:
-        """Bytes read into `memory`, which may be fewer than it has."""
-        return os.preadv(self.descriptor, [memory], offset)
-
-    def write_at(self, memory: memoryview, offset: int) -> int:
-        """Bytes written of `memory`, which may be fewer than it has."""
-        return os.pwritev(self.descriptor, [memory], offset)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.descriptor)
+def _failure(request: Future[None]) -> BaseException | None:
+    try:
+        return request.exception()
+    except CancelledError:
+        return StoreError("the store was closed before this transfer was over.")
 
 
 class Store:
     """A file of tensors in a folder of this process's own, removed with it.
 
+    Requests on the same bytes are done in any order: wait for one before the next begins. A forked process may use its
+    copy, with threads of its own; the file is the same.
+
     Args:
         folder: on the disk of the nvme tier; what dead processes have left there is removed.
-        verify: whether a checksum is kept of each request's bytes, and compared when they are read again; None for what
-            the environment variable LARGESCALE_STORE_VERIFY says, "1" or not. It is for bytes that go through the
-            store: what is written into a mapping of the file in between is not known to it.
+        verify: whether a checksum is kept of the bytes that are written, and compared when they are read; None for what
+            the environment variable LARGESCALE_STORE_VERIFY says, "1" or not. What is written into a mapping of the
+            file is not known to it, and counts as wrong.
         file: what the requests go to.
 
     Attributes:
@@ -145,24 +123,30 @@ class Store:
 
     def __init__(self, folder: str | Path, *, verify: bool | None = None, file: type[DirectFile] = DirectFile) -> None:
         folder = Path(folder)
-        _check_folder(folder)
-        remove_stale(folder)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=folder))
-        lock = _locked(self.path)
-        assert lock is not None
-        self._file = file(self.path / _FILE)
+        with checked(folder), contextlib.ExitStack() as undo:
+            remove_stale(folder)
+            self.path, lock = own_folder(folder)
+            undo.callback(remove, self.path, lock)
+            self._file = file(self.path / FILE)
+            undo.pop_all()
         self._end = 0
+        self._lock = threading.Lock()
         self._checksums: _Checksums | None = None
         if os.environ.get(_VERIFY) == "1" if verify is None else verify:
             self._checksums = _Checksums()
-        self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="lightning_largescale store")
+        self._threads = _Threads()
         self.read_bytes, self.written_bytes = 0, 0
-        self._finalizer = weakref.finalize(self, _remove, self.path, self._file, self._threads, lock, os.getpid())
+        self._finalizer = weakref.finalize(self, _end, self.path, self._file, self._threads, lock, os.getpid())
 
     @property
     def descriptor(self) -> int:
         """Of the file, to map it."""
         return self._file.descriptor
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is; then it takes no requests, and `descriptor` is none."""
+        return not self._finalizer.alive
 
     def reserve(self, name: str, nbytes: int) -> Extent:
         """Set space aside, so that no write can meet a full disk.
@@ -174,19 +158,22 @@ class Store:
         Raises:
             PlanError: the disk has not as many.
         """
-        extent = Extent(name, self._end, max(ALIGNMENT_BYTES, aligned(nbytes)))
-        try:
-            self._file.reserve(extent.offset, extent.nbytes)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise self._error("setting aside", extent, 0, extent.nbytes, error) from error
-            room = os.statvfs(self.path)
-            raise PlanError(
-                f"{name} needs {format_bytes(extent.nbytes, up=True)} on {str(self.path.parent)!r} and there are"
-                f" {format_bytes(room.f_bavail * room.f_frsize)} ({error.strerror}); free some, or give another folder"
-                " as nvme_path."
-            ) from error
-        self._end += extent.nbytes
+        nbytes = max(ALIGNMENT_BYTES, aligned(nbytes))
+        with self._lock:
+            self._check_open(name)
+            extent = Extent(name, self._end, nbytes)
+            try:
+                self._file.reserve(extent.offset, nbytes)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise self._error("setting aside", extent, 0, nbytes, error) from error
+                raise PlanError(
+                    f"{name} needs {format_bytes(nbytes, up=True)} on {str(self.path.parent)!r} and there are"
+                    f" {format_bytes(self._file.free_bytes())} ({error.strerror}); free some, or give another folder as"
+                    " nvme_path."
+                ) from error
+            # What is mapped begins at a page, and pages may be larger than what O_DIRECT wants.
+            self._end += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         return extent
 
     def read(self, extent: Extent, memory: memoryview, start: int = 0) -> Transfer:
@@ -198,50 +185,70 @@ class Store:
                 until the transfer is over.
             start: the first byte in the extent, such a multiple too.
         """
-        self.read_bytes += len(memory)
-        return self._begin(self._read, extent, memory, start)
+        transfer = self._begin(self._read, extent, memory, start)
+        with self._lock:
+            self.read_bytes += len(memory)
+        return transfer
 
     def write(self, extent: Extent, memory: memoryview, start: int = 0) -> Transfer:
         """Begin to write `memory`; arguments as of `read`."""
-        self.written_bytes += len(memory)
-        return self._begin(self._write, extent, memory, start)
+        transfer = self._begin(self._write, extent, memory, start)
+        with self._lock:
+            self.written_bytes += len(memory)
+        return transfer
 
     def close(self) -> None:
-        """End what is under way and remove the folder; mappings of the file stay valid."""
+        """End what is under way, give up what has not begun, and remove the folder; mappings of the file stay valid."""
+        self._threads.end(wait=True)
         self._finalizer()
 
     def _begin(
         self, request: Callable[[Extent, int, memoryview], None], extent: Extent, memory: memoryview, start: int
     ) -> Transfer:
-        if start + len(memory) > extent.nbytes:
-            raise ValueError(f"{extent.name} has {extent.nbytes} bytes and {start + len(memory)} are asked for")
+        self._check_open(extent.name)
+        _check_request(extent, memory, start)
         parts = range(0, len(memory), REQUEST_BYTES)
         return Transfer(
             [self._threads.submit(request, extent, start + part, memory[part : part + REQUEST_BYTES]) for part in parts]
         )
 
+    def _check_open(self, name: str) -> None:
+        if self.closed:
+            raise StoreError(f"{str(self.path)!r} is closed, and {name} was asked for.")
+
     def _read(self, extent: Extent, start: int, memory: memoryview) -> None:
-        done = 0
-        while done < len(memory):
-            try:
-                count = self._file.read_at(memory[done:], extent.offset + start + done)
-            except OSError as error:
-                raise self._error("reading", extent, start + done, len(memory) - done, error) from error
-            if count == 0:
-                raise self._error("reading", extent, start + done, len(memory) - done, "the file ends before")
-            done += count
-        if self._checksums is not None and not self._checksums.fits(extent.offset + start, memory):
-            raise self._error("reading", extent, start, len(memory), "these are not the bytes that were written")
+        self._move("reading", self._file.read_at, extent, start, memory)
+        if self._checksums is not None:
+            wrong = self._checksums.wrong(extent.offset + start, memory)
+            if wrong is not None:
+                why = "these are not the bytes that were written, unless they were changed in place while at rest"
+                raise self._error("reading", extent, start + wrong, ALIGNMENT_BYTES, why)
 
     def _write(self, extent: Extent, start: int, memory: memoryview) -> None:
         if self._checksums is not None:
             self._checksums.note(extent.offset + start, memory)
+        self._move("writing", self._file.write_at, extent, start, memory)
+
+    def _move(
+        self, doing: str, move: Callable[[memoryview, int], int], extent: Extent, start: int, memory: memoryview
+    ) -> None:
         done = 0
         while done < len(memory):
+            direct = self._file.direct
             try:
-                done += self._file.write_at(memory[done:], extent.offset + start + done)
+                count = move(memory[done:], extent.offset + start + done)
             except OSError as error:
-                raise self._error("writing", extent, start + done, len(memory) - done, error) from error
+                if direct and error.errno in REFUSALS:
+                    self._file.go_buffered()
+                    continue
+                raise self._error(doing, extent, start + done, len(memory) - done, error) from error
+            # The next request has to be aligned too.
+            if direct and done + count < len(memory):
+                count -= count % ALIGNMENT_BYTES
+            if count == 0:
+                why = "the file ends before" if doing == "reading" else "nothing was taken"
+                raise self._error(doing, extent, start + done, len(memory) - done, why)
+            done += count
 
     def _error(self, doing: str, extent: Extent, start: int, nbytes: int, why: OSError | str) -> StoreError:
         reason = (why.strerror or str(why)) if isinstance(why, OSError) else why
@@ -251,76 +258,80 @@ class Store:
         )
 
 
-class _Checksums:
-    """Of the bytes of each request that wrote, until others write over some of them."""
+class _Threads:
+    """What runs requests; in a forked process, which has none of its parent's threads, others."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[int, int]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+
+    def submit(self, request: Callable[..., None], *arguments: object) -> Future[None]:
+        with self._lock:
+            if self._pool is None or self._process != os.getpid():
+                self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="lightning_largescale store")
+                self._process = os.getpid()
+            try:
+                return self._pool.submit(request, *arguments)
+            except RuntimeError as error:
+                # What was submitted before it is under way, so the whole is told of when it is over.
+                refused: Future[None] = Future()
+                refused.set_exception(StoreError(f"a request came too late ({error})."))
+                return refused
+
+    def end(self, *, wait: bool) -> None:
+        if self._pool is not None and self._process == os.getpid():
+            self._pool.shutdown(wait=wait, cancel_futures=True)
+
+
+class _Checksums:
+    """Of every `ALIGNMENT_BYTES` that were written."""
+
+    def __init__(self) -> None:
+        # 0 where nothing is known; else the sum, and a bit above it.
+        self._known = array("Q")
         self._lock = threading.Lock()
 
     def note(self, offset: int, memory: memoryview) -> None:
-        found = zlib.crc32(memory)
-        end = offset + len(memory)
+        first, sums = offset // ALIGNMENT_BYTES, array("Q", _sums(memory))
         with self._lock:
-            # No request is longer, so nothing that began earlier reaches here.
-            near = [start for start in self._known if offset - REQUEST_BYTES < start < end]
-            for start in near:
-                if start + self._known[start][0] > offset:
-                    del self._known[start]
-            self._known[offset] = len(memory), found
+            self._known.extend([0] * (first + len(sums) - len(self._known)))
+            self._known[first : first + len(sums)] = sums
 
-    def fits(self, offset: int, memory: memoryview) -> bool:
-        known = self._known.get(offset)
-        return known is None or known[0] != len(memory) or known[1] == zlib.crc32(memory)
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove what processes that are no more have left in `folder`; what others use, or own, stays."""
-    for path in folder.glob(f"{_PREFIX}*"):
-        if not (path / _LOCK).is_file():
-            continue
-        with contextlib.suppress(OSError):
-            lock = _locked(path)
-            if lock is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
+    def wrong(self, offset: int, memory: memoryview) -> int | None:
+        """Where in `memory` the first bytes are that differ; None where none do."""
+        first = offset // ALIGNMENT_BYTES
+        with self._lock:
+            known = self._known[first : first + len(memory) // ALIGNMENT_BYTES]
+        # Beyond the end of what is known nothing is.
+        for index, (found, wanted) in enumerate(zip(_sums(memory), known, strict=False)):
+            if wanted not in (0, found):
+                return index * ALIGNMENT_BYTES
+        return None
 
 
-def stores_in(folder: Path) -> Iterator[Path]:
-    """Folders of stores, of whatever process."""
-    return (path for path in folder.glob(f"{_PREFIX}*") if (path / _LOCK).exists())
+def _sums(memory: memoryview) -> Iterator[int]:
+    starts = range(0, len(memory), ALIGNMENT_BYTES)
+    return (zlib.crc32(memory[start : start + ALIGNMENT_BYTES]) | 1 << 32 for start in starts)
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise PlanError(f"nvme_path={str(folder)!r} is no folder; give one on a local disk.")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PlanError(
-            f"nvme_path={str(folder)!r} cannot be written to ({error.strerror}); give another folder on a local disk."
-        ) from error
+def _check_request(extent: Extent, memory: memoryview, start: int) -> None:
+    if start < 0 or start + len(memory) > extent.nbytes:
+        raise ValueError(f"{extent.name} has {extent.nbytes} bytes and {start + len(memory)} are asked for")
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) if len(memory) else 0
+    if any(number % ALIGNMENT_BYTES for number in (address, len(memory), start)):
+        raise ValueError(
+            f"{extent.name}: {len(memory)} bytes at address {address:#x}, for byte {start} on, are not aligned to"
+            f" {ALIGNMENT_BYTES}"
+        )
 
 
-def _locked(path: Path) -> int | None:
-    """The descriptor of the lock of a store's folder, which marks it as in use while it is open; None where it is."""
-    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise
-    return descriptor
-
-
-def _remove(path: Path, file: DirectFile, threads: ThreadPoolExecutor, lock: int, owner: int) -> None:
+def _end(path: Path, file: DirectFile, threads: _Threads, lock: int, owner: int) -> None:
+    # Requests keep their store alive, so none is under way; this may be one of the threads, which cannot wait for all.
+    threads.end(wait=False)
+    file.close()
     # A forked process has a copy of the store, which is not its own to remove.
     if os.getpid() != owner:
+        os.close(lock)
         return
-    threads.shutdown(wait=True, cancel_futures=True)
-    file.close()
-    shutil.rmtree(path, ignore_errors=True)
-    os.close(lock)
+    remove(path, lock)

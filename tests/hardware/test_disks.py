@@ -1,11 +1,10 @@
-import contextlib
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from mounting import mounted_tmpfs
 
-from lightning_largescale.hardware.disks import direct_file, disks, refusal
+from lightning_largescale.hardware.disks import direct_file, disks, over_network, refusal, refused_folder
 from lightning_largescale.hardware.mounts import Mount
 
 
@@ -86,6 +85,51 @@ def test_finds_ours_and_passes_over_the_systems(tmp_path):
     assert not any(list(place.iterdir()) for place in places.values())  # probing leaves nothing behind
 
 
+@pytest.mark.parametrize(
+    ("filesystem", "reason", "network"),
+    [
+        ("ext4", None, False),
+        ("nfs4", "nfs4 is reached over the network", True),
+        ("tmpfs", "tmpfs keeps files in memory", False),
+        ("fuse.s3fs", "fuse.s3fs is reached over the network", True),
+        ("unheardof", None, False),
+    ],
+)
+def test_a_folder_is_what_its_mount_is(tmp_path, filesystem, reason, network):
+    folder = tmp_path / "mounted/below"
+    folder.mkdir(parents=True)
+    root = lay_out(
+        tmp_path / "root",
+        "21 1 8:1 / / rw - ext4 /dev/sda1 rw",
+        f"22 1 0:22 / {tmp_path}/mounted rw - {filesystem} source rw",
+    )
+    assert refused_folder(folder, root) == reason
+    assert over_network(folder, root) is network
+    assert refused_folder(tmp_path, root) is None
+    # What a link leads to counts.
+    (tmp_path / "link").symlink_to(folder)
+    assert refused_folder(str(tmp_path / "link"), root) == reason
+
+
+def test_a_folder_on_an_overlay_is_what_the_overlay_writes_to(tmp_path):
+    (tmp_path / "upper").mkdir()
+    root = lay_out(
+        tmp_path / "root",
+        f"21 1 0:21 / / rw - overlay overlay rw,upperdir={tmp_path}/upper",
+        f"22 1 0:22 / {tmp_path}/upper rw - nfs4 server:/home rw",
+    )
+    assert (
+        refused_folder("/", root)
+        == "what overlay writes goes to another file system, and nfs4 is reached over the network"
+    )
+    assert over_network("/", root)
+
+
+def test_no_list_of_mounts_refuses_no_folder(tmp_path):
+    assert refused_folder(tmp_path, tmp_path) is None
+    assert not over_network(tmp_path, tmp_path)
+
+
 def test_no_list_of_mounts_no_disks(tmp_path):
     assert disks(tmp_path) == ()
 
@@ -114,17 +158,6 @@ def test_a_direct_file_has_no_name_and_is_gone_when_closed(tmp_path):
 def test_a_direct_file_in_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError), direct_file(tmp_path / "none"):
         pass
-
-
-@contextlib.contextmanager
-def mounted_tmpfs(folder: Path):
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("file systems cannot be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
