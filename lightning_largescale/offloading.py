@@ -28,7 +28,7 @@ from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.offload.gradients import Release, SpilledGradients
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
-from lightning_largescale.offload.parameters import SpilledParameters
+from lightning_largescale.offload.parameters import SpilledParameters, bring_back
 from lightning_largescale.offload.state import as_divided
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.gather import Sharded, sharded_state
@@ -72,6 +72,10 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             self._store = Store(nvme_folder(plan, self._hardware().disks if plan.nvme_path is None else ()))
             self._undo.callback(self._store.close)
         self._buffers = Buffers(pinned=self.root_device.type == "cuda")
+        if plan.offload_parameters != "nvme":
+            state = sharded_state(module)
+            groups: dict[str, Any] = {} if state is None else state.groups
+            bring_back(module, groups)
 
     def _spill(self, state: Sharded | None) -> None:
         """Set space for the shards of the blocks of a module aside, which is divided."""

@@ -124,10 +124,10 @@ def forget_pages(tensor: Tensor) -> None:
 
 
 class Resting(Protocol):
-    """Memory that maps a file, and may be taken back at any time."""
+    """Memory that may map a file, and then be taken back at any time."""
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` views it."""
+        """Whether `tensor` views it while it maps the file."""
 
     def rest(self, tensor: Tensor) -> None:
         """Let the system take back what reading or writing `tensor` has brought into memory."""
@@ -139,11 +139,19 @@ resting: weakref.WeakSet[Resting] = weakref.WeakSet()
 
 def let_rest(tensor: Tensor) -> None:
     """Let the system take back the memory of `tensor`, which was read or written, where a file has what is in it."""
-    if tensor.device.type == "cpu" and tensor.numel():
-        for memory in [*resting]:
-            if memory.holds(tensor):
-                memory.rest(tensor)
-                return
+    for memory in _resting_with(tensor):
+        memory.rest(tensor)
+
+
+def at_rest(tensor: Tensor) -> bool:
+    """Whether a file has what is in `tensor`, and its memory may be taken back at any time."""
+    return bool(_resting_with(tensor))
+
+
+def _resting_with(tensor: Tensor) -> list[Resting]:
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return []
+    return [memory for memory in [*resting] if memory.holds(tensor)]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.memory import Region
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
@@ -226,7 +227,7 @@ class SpilledGradients(GradientPlaces):
         norm = torch.linalg.vector_norm(kept) if self._norms else None
         self._known[id(kept)] = kept, norm
         if not region.in_dram:
-            region.rest(memory)
+            let_rest(memory)
 
     def _kept(self, region: Region) -> bool:
         """Whether gradients of earlier backwards lie there."""

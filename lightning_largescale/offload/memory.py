@@ -113,13 +113,15 @@ class Region(Memory):
     def __init__(self, store: Store | None, name: str, nbytes: int) -> None:
         super().__init__(nbytes)
         self._store, self.in_dram = store, True
-        self._kept: list[tuple[int, int]] = []
+        self._mapping = _Mapping(self._address, self.nbytes)
+        # For as long as tensors view the memory, whatever becomes of the region.
+        self._bytes.mapping = self._mapping
         self._fetched = Transfer()
         self._saved: list[Transfer] = []
         if store is not None:
             self._extent = store.reserve(name, nbytes)
             self.drop()
-            usage.resting.add(self)
+            usage.resting.add(self._mapping)
 
     def fetch(self) -> Transfer:
         """Begin to bring it into DRAM; its values are there when the transfer is over. Where it fails, `wait` puts the
@@ -145,7 +147,7 @@ class Region(Memory):
             self._fetched.wait()
         else:
             self._to_dram()
-            self._fetched, self.in_dram = Transfer(), True
+            self._fetched, self.in_dram, self._mapping.maps = Transfer(), True, False
 
     def save(self, start: int = 0, stop: int | None = None) -> Transfer:
         """Begin to write what is in DRAM to the file, from byte `start` to `stop`, each rounded to what O_DIRECT
@@ -179,15 +181,7 @@ class Region(Memory):
         """Have bytes `start` to `stop`, of a region that is at rest and stays so, in DRAM for good: as zeros."""
         if self._store is not None and start < stop:
             self._to_dram(start, stop)
-            self._kept.append((start, stop))
-
-    def rest(self, tensor: Tensor) -> None:
-        """Let the system take back what reading or writing `tensor`, of a region at rest, has brought into memory."""
-        start = self.start_of(tensor)
-        first, last = aligned(start), (start + tensor.nbytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        kept = any(begin < last and first < end for begin, end in self._kept)
-        if self._store is not None and not self.in_dram and first < last and not kept:
-            _advise(self._address + first, last - first, mmap.MADV_DONTNEED)
+            self._mapping.kept.append((start, stop))
 
     def read_into(self, memory: Memory, start: int, stop: int, at: int = 0) -> Transfer:
         """Begin to read bytes `start` to `stop` of it into `memory` from its byte `at` on, all of them multiples of
@@ -226,7 +220,33 @@ class Region(Memory):
                 store.descriptor,
                 self._extent.offset,
             )
-            self._fetched, self.in_dram = Transfer(), False
+            self._fetched, self.in_dram, self._mapping.maps = Transfer(), False, True
+
+
+class _Mapping:
+    """What is known of a region's memory by those who have tensors of it alone.
+
+    Attributes:
+        kept: first bytes, and those after the last, of what stays in DRAM while the rest maps the file.
+        maps: whether it maps the file.
+    """
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self._address, self._nbytes = address, nbytes
+        self.kept: list[tuple[int, int]] = []
+        self.maps = False
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` views it while it maps the file."""
+        return self.maps and self._address <= tensor.data_ptr() < self._address + self._nbytes
+
+    def rest(self, tensor: Tensor) -> None:
+        """Let the system take back what reading or writing `tensor` has brought into memory."""
+        start = tensor.data_ptr() - self._address
+        # Whole pages, since others may have the rest.
+        first, last = aligned(start), (start + tensor.nbytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        if first < last and not any(begin < last and first < end for begin, end in self.kept):
+            _advise(self._address + first, last - first, mmap.MADV_DONTNEED)
 
 
 @functools.cache

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
+from lightning_largescale.hardware.usage import at_rest, let_rest
 from lightning_largescale.offload.buffers import Allowance
 from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.pages import Member, Page, local_of
@@ -118,7 +121,7 @@ class SpilledParameters(Places):
             memory.copy_(data)
             compat.place_shard(block.module, parameter, memory)
             if not fresh:
-                block.region.rest(memory)
+                let_rest(memory)
         if fresh:
             block.region.save().wait()
             block.region.drop()
@@ -239,6 +242,22 @@ class SpilledParameters(Places):
             for one, start, length, of_gradient in found:
                 yield one, start, length, at, of_gradient
                 at += aligned(length)
+
+
+def bring_back(module: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Have in DRAM what an earlier plan has left on a disk of the parameters of `module`.
+
+    Args:
+        module: sharded or not.
+        blocks: that `fully_shard` was applied to, if it is.
+    """
+    for block in blocks.values():
+        for parameter, data in compat.shards_of(block):
+            if at_rest(data):
+                compat.place_shard(block, parameter, data.clone())
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor) and not is_lazy(parameter) and at_rest(parameter):
+            parameter.data = parameter.data.clone()
 
 
 class GradientPlaces:

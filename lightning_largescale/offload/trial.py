@@ -7,6 +7,7 @@ they cannot be. What a step on one after the other makes must be what a step on 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,6 +70,12 @@ def ask_kinds(optimizer: Optimizer, parameters: Sequence[tuple[Tensor, int]]) ->
 
 def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping[Key, Kind]:
     name = type(optimizer).__name__
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise PlanError(
+            f"{name} cannot be paged: it evaluates the loss within its step, and forward and backward run once a step;"
+            " leave out offload_optimizer and release_gradients, or choose another optimizer."
+        )
     try:
         whole, whole_states = _steps(optimizer, samples, lambda key: (), apart=False)
     except Exception as error:
