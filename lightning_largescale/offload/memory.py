@@ -51,7 +51,7 @@ class Memory:
         self._bytes = _bytes_type(self.nbytes).from_address(self._address)
         # Tensors keep the bytes alive, and these the addresses.
         weakref.finalize(self._bytes, _unmap, start, reserved).atexit = False
-        self._to_dram()
+        self._begin()
         if pinned:
             _pin(self._bytes, self._address, self.nbytes)
 
@@ -83,6 +83,9 @@ class Memory:
         """Where in it `tensor` begins, in bytes."""
         return tensor.data_ptr() - self._address
 
+    def _begin(self) -> None:
+        self._to_dram()
+
     def _to_dram(self) -> None:
         _map(self._address, self.nbytes, _READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -109,13 +112,12 @@ class Region(Memory):
     """
 
     def __init__(self, store: Store | None, name: str, nbytes: int) -> None:
-        super().__init__(nbytes)
         self._store, self.in_dram = store, True
         self._fetched = Transfer()
         self._saved: list[Transfer] = []
         if store is not None:
             self._extent = store.reserve(name, nbytes)
-            self.drop()
+        super().__init__(nbytes)
 
     def fetch(self) -> Transfer:
         """Begin to bring it into DRAM; its values are there when the transfer is over. Where it fails, `wait` puts the
@@ -193,6 +195,13 @@ class Region(Memory):
             if store is None:
                 return Transfer()
         return store.write(self._extent, memory.view(at, at + stop - start), start)
+
+    def _begin(self) -> None:
+        # Through DRAM, it would have to be within the limits of that.
+        if self._store is None:
+            self._to_dram()
+        else:
+            self._rest()
 
     def _open_store(self) -> Store | None:
         return None if self._store is None or self._store.closed else self._store
