@@ -108,6 +108,6 @@ class DirectFile:
 def warn(message: str) -> None:
     """Warn on rank 0 alone."""
     # Its import is what tells lightning_utilities the rank.
-    from lightning_utilities.core.rank_zero import rank_zero_warn
+    from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
     rank_zero_warn(message)

@@ -52,7 +52,7 @@ class Memory:
         self._bytes = _bytes_type(self.nbytes).from_address(self._address)
         # Tensors keep the bytes alive, and these the addresses.
         weakref.finalize(self._bytes, _unmap, start, reserved).atexit = False
-        self._to_dram()
+        self._begin()
         if pinned:
             _pin(self._bytes, self._address, self.nbytes)
 
@@ -84,6 +84,9 @@ class Memory:
         """Where in it `tensor` begins, in bytes."""
         return tensor.data_ptr() - self._address
 
+    def _begin(self) -> None:
+        self._to_dram()
+
     def _to_dram(self, start: int = 0, stop: int | None = None) -> None:
         length = (self.nbytes if stop is None else stop) - start
         _map(self._address + start, length, _READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS)
@@ -111,16 +114,13 @@ class Region(Memory):
     """
 
     def __init__(self, store: Store | None, name: str, nbytes: int) -> None:
-        super().__init__(nbytes)
         self._store, self.in_dram = store, True
-        self._mapping = _Mapping(self._address, self.nbytes)
-        # For as long as tensors view the memory, whatever becomes of the region.
-        self._bytes.mapping = self._mapping
         self._fetched = Transfer()
         self._saved: list[Transfer] = []
         if store is not None:
             self._extent = store.reserve(name, nbytes)
-            self.drop()
+        super().__init__(nbytes)
+        if store is not None:
             usage.resting.add(self._mapping)
 
     def fetch(self) -> Transfer:
@@ -205,6 +205,16 @@ class Region(Memory):
             if store is None:
                 return Transfer()
         return store.write(self._extent, memory.view(at, at + stop - start), start)
+
+    def _begin(self) -> None:
+        self._mapping = _Mapping(self._address, self.nbytes)
+        # For as long as tensors view the memory, whatever becomes of the region.
+        self._bytes.mapping = self._mapping
+        # Through DRAM, it would have to be within the limits of that.
+        if self._store is None:
+            self._to_dram()
+        else:
+            self._rest()
 
     def _open_store(self) -> Store | None:
         return None if self._store is None or self._store.closed else self._store
