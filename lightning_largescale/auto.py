@@ -34,7 +34,8 @@ from lightning_largescale.plan import Plan
 from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.panel import after_fit, setup_panel
 from lightning_largescale.planner.products import matmul_sizes
-from lightning_largescale.planner.search import LOSSY, check_allow
+from lightning_largescale.planner.ranking import LOSSY
+from lightning_largescale.planner.search import check_allow
 from lightning_largescale.precision import asked_precision
 from lightning_largescale.record import record_plan
 from lightning_largescale.sample import ask_for_loaders_again

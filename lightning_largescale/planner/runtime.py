@@ -70,6 +70,16 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
 
 def time_of(sizes: Sizes, hardware: Hardware, rates: Rates) -> TimeEstimate:
     """`step_time` of the plan that `sizes` are of."""
+    terms, hidden_seconds = beside_transfers(sizes, hardware, rates)
+    if sizes.plan.offloads:
+        moved = transfers(Away.of(sizes), Passes.of(sizes, terms), rates, sizes.kind)
+        terms, hidden_seconds = {**terms, **moved.terms}, hidden_seconds + moved.hidden_seconds
+    shown = sorted(((name, seconds) for name, seconds in terms.items() if seconds), key=lambda item: -item[1])
+    return TimeEstimate(terms=dict(shown), hidden_seconds=hidden_seconds)
+
+
+def beside_transfers(sizes: Sizes, hardware: Hardware, rates: Rates) -> tuple[dict[str, float], float]:
+    """The terms of a step but for those between tiers, and how much of them is hidden, seconds."""
     plan, micro = sizes.plan, sizes.accumulate
     links = plan_links(plan, hardware)
     terms = {
@@ -85,12 +95,7 @@ def time_of(sizes: Sizes, hardware: Hardware, rates: Rates) -> TimeEstimate:
         "page faults": page_fault_seconds(sizes, rates, micro),
         "optimizer step": optimizer_seconds(sizes, rates),
     }
-    hidden_seconds = _hidden_seconds(sizes, links, terms) if _OVERLAPS[hardware.kind] else 0.0
-    if plan.offloads:
-        moved = transfers(Away.of(sizes), Passes.of(sizes, terms), rates, sizes.kind)
-        terms, hidden_seconds = {**terms, **moved.terms}, hidden_seconds + moved.hidden_seconds
-    shown = sorted(((name, seconds) for name, seconds in terms.items() if seconds), key=lambda item: -item[1])
-    return TimeEstimate(terms=dict(shown), hidden_seconds=hidden_seconds)
+    return terms, _hidden_seconds(sizes, links, terms) if _OVERLAPS[hardware.kind] else 0.0
 
 
 def all_gather_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float:

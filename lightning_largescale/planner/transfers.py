@@ -9,7 +9,7 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 4 (bandwidth that is 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +17,8 @@ from lightning_largescale.hardware import Link, Rates
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.tiers import PAGE_BYTES
 
+# What carries bytes between tiers, as the terms of a step name it.
+CHANNELS = ("nvme read", "nvme write", "host to device", "device to host", "host copies")
 Bytes = Mapping[str, int]
 
 
@@ -120,7 +122,7 @@ def transfers(away: Away, passes: Passes, rates: Rates, kind: str) -> Transfers:
     released = 1 - passes.root_share if passes.releases else 0.0
     stepped = passes.optimizer_seconds
     busy = (passes.forward_seconds, passes.backward_seconds + released * stepped, (1 - released) * stepped)
-    terms: Counter[str] = Counter()
+    terms: dict[str, float] = defaultdict(float)
     hidden = 0.0
     for compute, (read, written) in zip(busy, _traffic(away, passes, released), strict=True):
         channels = _channel_seconds(read, written, rates, kind)
