@@ -91,6 +91,9 @@ class Amounts:
         self._groups = len(sizes.movable) if "parameters" in techniques else 0
         self._blocks = len(sizes.workload.blocks) if "activations" in techniques else 0
         self._state = sizes.optimizer_state if "optimizer" in techniques else 0
+        # Without state that stays: the bytes at setup, and at the worst moment after it.
+        self._peaks: dict[Choice, tuple[int, int]] = {}
+        self._moved_by_groups: dict[int, int] = {}
         # With all that may leave gone.
         self.least = Choice(blocks=self._blocks)
 
@@ -136,11 +139,14 @@ class Amounts:
 
     def _excess(self, choice: Choice) -> int:
         """By how many bytes the device lacks memory, the buffers being those of what is still paged."""
-        share, moments = self.layout.share, self.layout.moments(self.techniques, choice)
-        (setup, setup_moving), *steps = [(total, int(share * moving)) for total, moving in moments]
-        stays = choice.state_bytes + self._buffers(choice) - self._buffers(_staying(choice, 0))
-        most = max((total + holes for total, holes in steps), default=0) + stays
-        return max(most, setup + setup_moving) - self.layout.budgets["device"]
+        amounts = _staying(choice, 0)
+        if amounts not in self._peaks:
+            share, moments = self.layout.share, self.layout.moments(self.techniques, amounts)
+            setup, *steps = (total + int(share * moving) for total, moving in moments)
+            self._peaks[amounts] = setup, max(steps, default=0)
+        setup, most = self._peaks[amounts]
+        stays = choice.state_bytes + self._buffers(choice) - self._buffers(amounts)
+        return max(setup, most + stays) - self.layout.budgets["device"]
 
     def _with_state(self, choice: Choice) -> Choice:
         """As many pages of state as can stay; one leaves at least, else it needs no paging."""
@@ -161,10 +167,6 @@ class Amounts:
             sizes = self.layout.without(self.techniques, Choice(groups=groups, blocks=self._blocks))
             self._moved_by_groups[groups] = sum(moved_in_step(sizes).values())
         return self._moved_by_groups[groups]
-
-    @cached_property
-    def _moved_by_groups(self) -> dict[int, int]:
-        return {}
 
     def _seconds(self, choice: Choice) -> float | None:
         """Of a step; None where other tiers have not the room."""

@@ -212,10 +212,9 @@ class _Pricing:
         yield from found
         if found or any(estimate.peak_bytes["device"] <= budget_bytes for _, estimate in rows):
             return
-        least = [
-            (plan, self._memory(workload, hardware, plan))
-            for plan in least_plans(search, [plan for plan, _ in rows if plan.activation_checkpointing != "selective"])
-        ]
+        most_saving = min((plan for plan, _ in rows), key=_saves_least, default=Plan())
+        alike = [plan for plan, _ in rows if _saves_least(plan)[0] == _saves_least(most_saving)[0]]
+        least = [(plan, self._memory(workload, hardware, plan)) for plan in least_plans(search, alike)]
         for plan, _ in sorted(least, key=lambda row: row[1].peak_bytes)[:1]:
             yield plan, self.estimate(workload, hardware, plan)
 
@@ -225,7 +224,7 @@ class _Pricing:
         """Whether the peak of any plan of these precisions is within the budget."""
         plans = [plan for plan in candidates(workload, hardware) if plan.precision in precisions]
         # Those that save the most first, so that one that fits is found soon.
-        plans.sort(key=lambda plan: (plan.activation_checkpointing == "none", -plan.dp_shard * plan.tp))
+        plans.sort(key=_saves_least)
         if any(self._memory(workload, hardware, plan).peak_bytes <= budget_bytes for plan in plans):
             return True
         search = self._offloading(workload, hardware, budget_bytes)
@@ -251,6 +250,12 @@ class _Pricing:
 
     def _memory(self, workload: Workload, hardware: Hardware, plan: Plan) -> MemoryEstimate:
         return peak_memory(workload, plan, hardware, accumulate_grad_batches=self.accumulate, **self._setup)
+
+
+def _saves_least(plan: Plan) -> tuple[int, int]:
+    """A key by which plans that need the least memory mostly come first."""
+    again = ("full", "selective", "none").index(plan.activation_checkpointing)
+    return 2 * again + (plan.checkpointed_operations == "cheap"), -plan.dp_shard * plan.tp
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:

@@ -146,7 +146,7 @@ class Sizes:
     @cached_property
     def parameters(self) -> int:
         """What the rank keeps of the parameters between steps."""
-        return sum(self.local(parameter) for parameter in self.workload.parameters)
+        return sum(map(self.shard, self.groups)) + sum(map(self.local, self.tables))
 
     @cached_property
     def gradients(self) -> int:
@@ -181,7 +181,7 @@ class Sizes:
     def gathered(self, block: str | None) -> int:
         """Whole parameters of one group while it computes, padding included; the root group's under None."""
         if block not in self._gathered:
-            whole = sum(self.local(p) * self.plan.dp_shard for p in self._group(block))
+            whole = self.shard(block) * self.plan.dp_shard
             halves = self._mixed and block in self.workload.blocks
             self._gathered[block] = whole // 2 if halves else whole
         return self._gathered[block]
