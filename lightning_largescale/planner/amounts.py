@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -99,7 +99,8 @@ class Amounts:
 
     def best(self) -> tuple[Plan, float] | None:
         """The fastest plan that fits every tier, and its seconds; None where none does."""
-        if self._excess(self.least) > 0:
+        # With less to page, buffers are smaller; nothing else is.
+        if self._excess(self.least) > self._buffers(self.least):
             return None
         found = [(seconds, choice) for choice in self._tried() if (seconds := self._seconds(choice)) is not None]
         if not found:
@@ -127,15 +128,16 @@ class Amounts:
 
     def _drawn_out(self, choice: Choice) -> Choice:
         """The same with no group, block or page more in another tier than has to be."""
-        blocks = _first(min(1, self._blocks), choice.blocks, lambda blocks: self._fits(choice, blocks=blocks))
-        choice = dataclasses.replace(choice, blocks=blocks)
-        gone = self._groups - choice.groups
-        gone = _first(min(1, gone), gone, lambda gone: self._fits(choice, groups=self._groups - gone))
-        return self._with_state(dataclasses.replace(choice, groups=self._groups - gone))
+        while choice.blocks > 1 and self._fits(less := dataclasses.replace(choice, blocks=choice.blocks - 1)):
+            choice = less
+        while choice.groups + 1 < self._groups and self._fits(
+            less := dataclasses.replace(choice, groups=choice.groups + 1)
+        ):
+            choice = less
+        return self._with_state(choice)
 
-    def _fits(self, choice: Choice, **changes: int) -> bool:
-        changed = dataclasses.replace(choice, **changes)
-        return self._excess(changed) <= 0 and self._seconds(changed) is not None
+    def _fits(self, choice: Choice) -> bool:
+        return self._excess(choice) <= 0 and self._seconds(choice) is not None
 
     def _excess(self, choice: Choice) -> int:
         """By how many bytes the device lacks memory, the buffers being those of what is still paged."""
@@ -194,8 +196,3 @@ def _values(first: int, last: int) -> list[int]:
     """At most so many whole numbers from `first` to `last`, both included."""
     steps = min(last - first, _MOST_VALUES - 1)
     return [first + (last - first) * step // steps for step in range(steps + 1)] if steps else [first]
-
-
-def _first(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The least number from `low` to `high` that fits, as `high` does and every one above one that does."""
-    return bisect.bisect_left(range(high), True, lo=low, hi=high, key=fits) if high > low else high
