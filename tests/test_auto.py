@@ -13,12 +13,15 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from models import Language, trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from models import VOCAB, Language, trainer
 from ranks import quiet
 
-from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale import auto
+from lightning_largescale.auto import LargeScaleAutoStrategy, _may_release
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.planner import find_plans
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet
@@ -331,3 +334,60 @@ def test_a_clock_that_a_test_has_replaced_is_not_asked(monkeypatch):
     ours, asked[:] = len(asked), []
     trainer(max_steps=2).fit(Language())
     assert ours == len(asked)
+
+
+class Clips(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer): ...
+
+
+class Steps(Language):
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+
+
+class ByHand(Language):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "may"),
+    [
+        (Language, {}, True),
+        (Language, {"gradient_clip_val": 1.0}, False),
+        (Language, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, True),
+        (Language, {"gradient_clip_val": 0.0}, True),
+        (Language, {"callbacks": [Clips()]}, False),
+        (Language, {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 4})]}, False),
+        (Steps, {}, False),
+        (ByHand, {}, False),
+    ],
+)
+def test_gradients_are_released_only_where_nothing_looks_at_all_of_them(module, options, may):
+    assert _may_release(trainer("auto", **options), module()) == may
+
+
+class Later(Language):
+    def configure_model(self):
+        self.bias = torch.nn.Parameter(torch.zeros(VOCAB))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.bias.sum()
+
+
+def told(module):
+    """What rank 0 tells the planner."""
+    options = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "find_plans", lambda *args, **given: options.append(given) or find_plans(*args, **given))
+        trainer(LargeScaleAutoStrategy(), devices=2, max_steps=1).fit(module())
+    return options
+
+
+@pytest.mark.parametrize(("module", "built"), [(Language, True), (Later, False)])
+def test_the_planner_is_told_what_may_be_done_and_whether_the_model_is_there(two, module, built):
+    (options,), others = two.run(told, module)
+    assert others == []
+    assert options["may_release"] is True
+    assert options["built"] is built

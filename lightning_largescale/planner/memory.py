@@ -15,6 +15,16 @@ from dataclasses import dataclass, field
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
+from lightning_largescale.planner.hierarchy import (
+    activations_in_flight,
+    gradients_passing,
+    kept_elsewhere,
+    page_buffers,
+    parameters_here,
+    parameters_in_flight,
+    state_here,
+    temporaries,
+)
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import Segment, Workload
 
@@ -25,6 +35,7 @@ _HEAP_SHARES = {"left": 0.6, "trimmed": 0.15, "watched": 0.15, "mapped": 0.05}
 _TENSOR_SHARE, _CUDA_SHARE = 0.45, 0.06
 _COMES_AND_GOES = (
     "activations",
+    "activations in flight",
     "gathered parameters",
     "gradients",
     "unreduced gradients",
@@ -43,10 +54,12 @@ class MemoryEstimate:
     Attributes:
         moment: that moment, in words: `"backward of blocks.11"`.
         terms: bytes by term, largest first; those of 0 bytes are left out.
+        elsewhere: bytes kept in other tiers, by tier; those of 0 bytes are left out.
     """
 
     moment: str
     terms: Mapping[str, int] = field(default_factory=dict)
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -55,7 +68,13 @@ class MemoryEstimate:
 
 
 def peak_memory(
-    workload: Workload, plan: Plan, hardware: Hardware, *, baseline_bytes: int = 0, accumulate_grad_batches: int = 1
+    workload: Workload,
+    plan: Plan,
+    hardware: Hardware,
+    *,
+    baseline_bytes: int = 0,
+    accumulate_grad_batches: int = 1,
+    built: bool = True,
 ) -> MemoryEstimate:
     """The worst moment of a step of `workload` under `plan`, on one rank.
 
@@ -64,20 +83,41 @@ def peak_memory(
         plan: the plan to price; need not fit the number of devices of `hardware`.
         hardware: of which only the kind counts.
         baseline_bytes: what the process holds before, without the model (bytes).
-        accumulate_grad_batches: micro-batches between optimizer steps; above 1, gradients stay unsharded in between.
+        accumulate_grad_batches: micro-batches between optimizer steps; above 1, gradients stay unsharded in between
+            unless parameters are offloaded.
+        built: the model has its values before setup; without, they are made group by group where it is divided or kept
+            in another tier.
 
     Source: the module's docstring.
     """
     sizes = Sizes(workload, plan, hardware.kind, accumulate_grad_batches)
-    worst, worst_index, worst_terms = max(_moments(sizes, baseline_bytes), key=lambda moment: sum(moment[2].values()))
+    return memory_of(sizes, baseline_bytes=baseline_bytes, built=built)
+
+
+def memory_of(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) -> MemoryEstimate:
+    """`peak_memory` of the plan that `sizes` are of."""
+    worst, worst_index, worst_terms = max(
+        _moments(sizes, baseline_bytes, built), key=lambda moment: sum(moment[2].values())
+    )
     if worst_index is not None:
         worst = f"{worst} of {_where(sizes.step.segments, worst_index)}"
     shown = sorted(((name, size) for name, size in worst_terms.items() if size), key=lambda item: -item[1])
-    return MemoryEstimate(moment=worst, terms=dict(shown))
+    return MemoryEstimate(moment=worst, terms=dict(shown), elsewhere=kept_elsewhere(sizes))
+
+
+def moments_bytes(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) -> list[tuple[int, int]]:
+    """Of each moment of a step, the bytes of all terms but the allocator's, and those of them that come and go.
+
+    Amounts that are kept in other tiers change these by sums, each amount by its own.
+    """
+    return [
+        (sum(terms.values()) - terms["allocator"], _moving_bytes(terms))
+        for _, _, terms in _moments(sizes, baseline_bytes, built)
+    ]
 
 
 def first_excess(
-    sizes: Sizes, budget_bytes: int, recomputed: frozenset[str], *, baseline_bytes: int = 0
+    sizes: Sizes, budget_bytes: int, recomputed: frozenset[str], *, baseline_bytes: int = 0, built: bool = True
 ) -> tuple[int, int] | None:
     """Where a step needs more than `budget_bytes`, if it recomputes the blocks in `recomputed`.
 
@@ -91,9 +131,11 @@ def first_excess(
         budget_bytes: that one rank may hold.
         recomputed: names of blocks in the place of those that the plan has.
         baseline_bytes: as for `peak_memory`.
+        built: as for `peak_memory`.
     """
     moments = (
-        (index or 0, sum(terms.values())) for _, index, terms in _moments(sizes.recomputing(recomputed), baseline_bytes)
+        (index or 0, sum(terms.values()))
+        for _, index, terms in _moments(sizes.recomputing(recomputed), baseline_bytes, built)
     )
     above = [(index, total - budget_bytes) for index, total in moments if total > budget_bytes]
     return min(above, key=lambda moment: (moment[0], -moment[1]), default=None)
@@ -117,7 +159,7 @@ def _moving_bytes(terms: Mapping[str, int]) -> int:
 _Moment = tuple[str, int | None, dict[str, int]]
 
 
-def _moments(sizes: Sizes, baseline_bytes: int) -> Iterator[_Moment]:
+def _moments(sizes: Sizes, baseline_bytes: int, built: bool) -> Iterator[_Moment]:
     """Each moment of one run: what happens, in which segment, and its terms."""
     plan, workload = sizes.plan, sizes.workload
     always = {
@@ -127,44 +169,60 @@ def _moments(sizes: Sizes, baseline_bytes: int) -> Iterator[_Moment]:
         "buffers": workload.buffer_bytes * (1 if plan.activation_checkpointing == "none" else 2),
     }
     share = allocator_share(plan, sizes.kind)
-    for moment, index, changing in _changing(sizes):
+    for moment, index, changing in _changing(sizes, built):
         terms = {**always, **changing}
         terms["allocator"] = int(share * _moving_bytes(terms))
         yield moment, index, terms
 
 
-def _changing(sizes: Sizes) -> Iterator[_Moment]:
-    yield "setup", None, setup_terms(sizes)
+def _changing(sizes: Sizes, built: bool) -> Iterator[_Moment]:
+    yield "setup", None, setup_terms(sizes, built=built)
     states, segments = _states(sizes), sizes.step.segments
+    flights = _in_flight(sizes, backward=False)
     for index in range(len(segments)):
         live = live_in_forward(sizes, index)
-        yield "forward", index, {**states, **forward_terms(sizes, index), "activations": live}
+        yield "forward", index, {**states, **forward_terms(sizes, index), **flights[index], "activations": live}
     if sizes.workload.stage != "fit":
         return
+    flights = _in_flight(sizes, backward=True)
     for index in range(len(segments) - 1, -1, -1):
         live = live_in_backward(sizes, index)
-        yield "backward", index, {**states, **backward_terms(sizes, index), "activations": live}
-        if sizes.sharded:
+        moved = {**states, **flights[index]}
+        yield "backward", index, {**moved, **backward_terms(sizes, index), "activations": live}
+        if sizes.gathers:
             live = live_after_backward(sizes, index)
-            yield "gradient reduction", index, {**states, **reduction_terms(sizes, index), "activations": live}
-    ends = {"gradients": _kept_gradients(sizes), "optimizer temporaries": sizes.optimizer_temporaries}
+            yield "gradient reduction", index, {**moved, **reduction_terms(sizes, index), "activations": live}
+    # What is released has been stepped on, but for the root's.
+    stepped = (None, "") if sizes.plan.release_gradients else sizes.stepped
+    ends = {"gradients": _kept_gradients(sizes), "optimizer temporaries": temporaries(sizes, stepped)}
     yield "optimizer step", None, {**states, **ends}
 
 
-def setup_terms(sizes: Sizes) -> dict[str, int]:
+def setup_terms(sizes: Sizes, *, built: bool = True) -> dict[str, int]:
     """Before the first step: the whole model as the user built it, and the first group's shard beside its full copy.
 
-    On CUDA the whole model is in DRAM and only the group that is being sharded is on the device.
+    On CUDA the whole model is in DRAM and only the group that is being sharded is on the device; so it is on the CPU
+    where the model has no values yet.
     """
     # Tables are divided one after the other, each beside its full copy.
     rows = max(map(sizes.local, sizes.tables), default=0)
-    if not sizes.sharded:
+    if not sizes.gathers:
         return {"parameters": sizes.full_parameters, "rows of a table": rows}
     largest = max((sizes.gathered(block) for block in sizes.groups), default=0)
-    if sizes.kind == "cpu":
+    if sizes.kind == "cpu" and built:
         gathered = max(largest // sizes.plan.dp_shard, rows)
         return {"parameters": sizes.full_parameters, "gathered parameters": gathered}
-    return {"parameters": sizes.parameters, "gathered parameters": largest}
+    return {"parameters": parameters_here(sizes), "gathered parameters": max(largest, rows if not built else 0)}
+
+
+def _in_flight(sizes: Sizes, *, backward: bool) -> list[dict[str, int]]:
+    """At each segment, what is on its way between tiers."""
+    parameters = parameters_in_flight(sizes, backward=backward)
+    activations = activations_in_flight(sizes, backward=backward)
+    return [
+        {"parameters in flight": one, "activations in flight": other}
+        for one, other in zip(parameters, activations, strict=True)
+    ]
 
 
 def live_in_forward(sizes: Sizes, index: int) -> int:
@@ -200,7 +258,7 @@ def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
     Source: lightning.pytorch.loops.optimization.automatic, `Closure.closure`; torch.distributed.fsdp.fully_shard.
     """
     terms = {"gradients": _kept_gradients(sizes)}
-    if sizes.sharded:
+    if sizes.gathers:
         terms["gathered parameters"] = (
             _gathered_at(sizes, {sizes.step.segments[index].block})
             if sizes.plan.reshard_after_forward
@@ -211,19 +269,20 @@ def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
 
 def backward_terms(sizes: Sizes, index: int) -> dict[str, int]:
     """Gradients and gathered parameters while one segment runs backward, the next group's gather in flight included."""
-    gradients = _gradients_so_far(sizes, index)
-    if not sizes.sharded:
-        return {"gradients": gradients}
+    terms = {"gradients": _gradients_so_far(sizes, index)}
     block = sizes.step.segments[index].block
-    return {
-        "gradients": gradients,
-        "unreduced gradients": _unreduced(sizes, block),
-        "gathered parameters": (
-            _gathered_at(sizes, {block, _block_before(sizes, index)})
-            if sizes.plan.reshard_after_forward
-            else sizes.gathered_so_far[index]
-        ),
-    }
+    if sizes.plan.release_gradients:
+        stepped = [name for name in (block, _block_beside(sizes, index, 1)) if name is not None]
+        terms["optimizer temporaries"] = max((temporaries(sizes, [name]) for name in stepped), default=0)
+    if not sizes.gathers:
+        return terms
+    terms["unreduced gradients"] = _unreduced(sizes, block)
+    terms["gathered parameters"] = (
+        _gathered_at(sizes, {block, _block_beside(sizes, index, -1)})
+        if sizes.plan.reshard_after_forward
+        else sizes.gathered_so_far[index]
+    )
+    return terms
 
 
 def reduction_terms(sizes: Sizes, index: int) -> dict[str, int]:
@@ -243,34 +302,39 @@ def reduction_terms(sizes: Sizes, index: int) -> dict[str, int]:
 
 def _states(sizes: Sizes) -> dict[str, int]:
     return {
-        "parameters": sizes.parameters,
-        "optimizer state": sizes.optimizer_state if sizes.workload.stage == "fit" else 0,
+        "parameters": parameters_here(sizes),
+        "optimizer state": state_here(sizes),
+        "page buffers": page_buffers(sizes),
         "batch": sizes.workload.batch_bytes,
     }
 
 
 def _unreduced(sizes: Sizes, block: str | None) -> int:
     """Whole gradients of the group that runs backward and of the root's, which are reduced when all is done."""
-    if sizes.accumulate > 1:
+    if sizes.reductions < sizes.accumulate:
         return 0
     return sum(sizes.gradient(name, whole=True) for name in {None, block})
 
 
 def _kept_gradients(sizes: Sizes) -> int:
-    if sizes.sharded and sizes.accumulate > 1:
+    if sizes.workload.stage != "fit":
+        return 0
+    if sizes.gathers and sizes.reductions < sizes.accumulate:
         dense = (p for p in sizes.trained if p not in sizes.tables)
-        return sum(p.bytes for p in dense) + sizes.table_gradients if sizes.workload.stage == "fit" else 0
-    return sizes.gradients
+        return sum(p.bytes for p in dense) + sizes.table_gradients
+    return sizes.gradients - sizes.passing_gradients
 
 
 def _gradients_so_far(sizes: Sizes, index: int) -> int:
     """Gradients kept while segment `index` runs backward: later groups', its own, the root's; all when accumulating."""
-    if sizes.accumulate > 1 or (sizes.plan.dp_replicate > 1 and not sizes.sharded):
-        return _kept_gradients(sizes)
-    if not sizes.sharded:
-        return sizes.gradients_from_here[index] + sizes.gradient(None, whole=False)
+    after = _block_beside(sizes, index, 1)
+    if sizes.accumulate > 1 or (sizes.plan.dp_replicate > 1 and not sizes.gathers):
+        return _kept_gradients(sizes) + gradients_passing(sizes, {after})
+    if not sizes.gathers:
+        passing = gradients_passing(sizes, {sizes.step.segments[index].block, after})
+        return sizes.kept_from_here[index] + sizes.gradient(None, whole=False) + passing
     # Its own shard of the gradient comes with the reduction, and so does the root's.
-    return sizes.gradients_from_here[index + 1] + sizes.table_gradients
+    return sizes.kept_from_here[index + 1] + sizes.table_gradients + gradients_passing(sizes, {after})
 
 
 def _gathered_at(sizes: Sizes, blocks: set[str | None]) -> int:
@@ -278,11 +342,14 @@ def _gathered_at(sizes: Sizes, blocks: set[str | None]) -> int:
     return sum(sizes.gathered(name) for name in {None, *blocks})
 
 
-def _block_before(sizes: Sizes, index: int) -> str | None:
-    """The block whose backward follows that of segment `index`; None where there is none."""
-    segments = sizes.step.segments
-    others = (segments[before].block for before in range(index - 1, -1, -1))
-    return next((name for name in others if name not in (None, segments[index].block)), None)
+def _block_beside(sizes: Sizes, index: int, step: int) -> str | None:
+    """The block nearest to segment `index` before it (`step` -1) or after it (1); None where there is none."""
+    own, index = sizes.blocks[index], index + step
+    while 0 <= index < len(sizes.blocks):
+        if sizes.blocks[index] not in (None, own):
+            return sizes.blocks[index]
+        index += step
+    return None
 
 
 def _where(segments: tuple[Segment, ...], index: int) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.planner.report import Estimate, Report, plan_fields
+from lightning_largescale.planner.transfers import CHANNELS
 from lightning_largescale.units import format_bytes, format_flops, format_seconds
 from lightning_largescale.workload import Workload
 from lightning_largescale.workload.divisions import division_words
@@ -32,6 +33,9 @@ def setup_panel(report: Report) -> Panel:
     if report.best.tp > 1:
         table.add_row("tensor parallel", Text(division_words(report.workload, report.best.tp)))
     table.add_row("peak memory", memory_bars(estimate, report.budget_bytes))
+    for tier, size in estimate.peak_bytes.items():
+        if tier != "device":
+            table.add_row(f"kept on {tier}", Text(kept_words(size, report.budgets.get(tier))))
     table.add_row("step time", Text(time_words(report, estimate)))
     runner_up = report.runner_up
     if runner_up is not None:
@@ -97,9 +101,16 @@ def memory_bars(estimate: Estimate, budget_bytes: int) -> RenderableType:
     return Group(head, bars)
 
 
+def kept_words(size: int, budget_bytes: int | None) -> str:
+    """Bytes of a tier beside those it has: `"14.5 GiB of 80.0 GiB a rank"`."""
+    return format_bytes(size) + ("" if budget_bytes is None else f" of {format_bytes(budget_bytes)} a rank")
+
+
 def time_words(report: Report, estimate: Estimate) -> str:
-    """The step in a line: seconds, samples a second, and the largest terms."""
-    terms = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in list(estimate.time.terms.items())[:4])
+    """The step in a line: seconds, samples a second, the largest terms and all that moves between tiers."""
+    rows = list(estimate.time.terms.items())
+    rows = rows[:4] + [row for row in rows[4:] if row[0] in CHANNELS]
+    terms = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in rows)
     hidden = f", {format_seconds(estimate.time.hidden_seconds)} hidden" if estimate.time.hidden_seconds else ""
     samples = report.workload.batch_samples * report.best.dp * report.accumulate_grad_batches
     shared = f", not {samples * report.best.tp}, since {report.best.tp} ranks compute the same samples"

@@ -16,6 +16,7 @@ from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner.memory import MemoryEstimate
 from lightning_largescale.planner.runtime import TimeEstimate
+from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.units import format_bytes, format_seconds
 from lightning_largescale.workload import Workload
 
@@ -27,7 +28,8 @@ class Estimate:
     """What one plan is predicted to need.
 
     Attributes:
-        peak_bytes: bytes one rank holds at its worst moment, by tier ("device").
+        peak_bytes: bytes one rank holds on its "device" at its worst moment, and those it keeps on "cpu" and "nvme",
+            where it keeps any.
         step_seconds: seconds of one optimizer step, all its micro-batches included.
         samples_per_second: samples of all ranks together.
         memory: the terms that make up the peak.
@@ -47,7 +49,7 @@ class Estimate:
         """The estimate of `plan` from its two parts; `accumulate` micro-batches make a step."""
         samples = workload.batch_samples * plan.dp * accumulate
         return cls(
-            peak_bytes={"device": memory.peak_bytes},
+            peak_bytes={"device": memory.peak_bytes, **memory.elsewhere},
             step_seconds=time.step_seconds,
             samples_per_second=samples / time.step_seconds if time.step_seconds else float("inf"),
             memory=memory,
@@ -93,6 +95,11 @@ class Report:
     advice: tuple[str, ...] = ()
 
     @property
+    def budgets(self) -> dict[str, int]:
+        """What one rank may hold in each tier that can be planned with, bytes."""
+        return {"device": self.budget_bytes, **tier_budgets(self.hardware)}
+
+    @property
     def fits(self) -> bool:
         """Whether any plan fits."""
         return bool(self.candidates) and self.candidates[0].status == "chosen"
@@ -129,6 +136,7 @@ class Report:
             "version": _REPORT_VERSION,
             "best": dataclasses.asdict(self.best) if self.fits else None,
             "budget_bytes": self.budget_bytes,
+            "budgets": self.budgets,
             "accumulate_grad_batches": self.accumulate_grad_batches,
             "advice": list(self.advice),
             "approximate": list(self.workload.approximate),
@@ -161,7 +169,7 @@ class Report:
             estimate = row.estimate
             table.add_row(
                 plan_fields(row.plan),
-                format_bytes(estimate.peak_bytes["device"]) if estimate else "-",
+                peak_words(estimate.peak_bytes) if estimate else "-",
                 format_seconds(estimate.step_seconds) if estimate else "-",
                 Text(f"{row.status}: {row.reason}"),
                 style="bold" if row.status == "chosen" else "" if row.status == "fits" else "dim",
@@ -181,16 +189,23 @@ class Report:
         large = [row for row in self.candidates if row.status == "too large"]
         if not large or large[0].estimate is None:
             return "no plan is admissible; see the candidates."
-        short = large[0].estimate.peak_bytes["device"] - self.budget_bytes
+        short = shortfalls(large[0].estimate.peak_bytes, self.budgets)
+        lacking = ", ".join(f"{format_bytes(size)} on {tier}" for tier, size in short.items())
         return (
             f"no plan fits {format_bytes(self.budget_bytes)} a rank; the nearest ({plan_fields(large[0].plan)}) lacks"
-            f" {format_bytes(short)} on device: {', or '.join(self.advice)}."
+            f" {lacking}: {', or '.join(self.advice)}."
         )
 
     def _chosen(self) -> Candidate:
         if not self.fits:
             raise PlanError(self.nothing_fits())
         return self.candidates[0]
+
+
+def peak_words(peak_bytes: Mapping[str, int]) -> str:
+    """The bytes of each tier that has any, a line each: `"5.80 GiB"`, then `"14.5 GiB nvme"`."""
+    lines = [format_bytes(size) + ("" if tier == "device" else f" {tier}") for tier, size in peak_bytes.items()]
+    return "\n".join(lines)
 
 
 def plan_fields(plan: Plan) -> str:

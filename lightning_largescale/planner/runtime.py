@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 
 from lightning_largescale.hardware import Hardware, Link, Rates
 from lightning_largescale.plan import MATMUL_TYPE, Plan
+from lightning_largescale.planner.as_run import communicated_share
 from lightning_largescale.planner.links import Links, plan_links
-from lightning_largescale.planner.sizes import Sizes, communicated_share
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.transfers import Away, Passes, transfers
 from lightning_largescale.workload import Segment, Workload
 
 # gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
@@ -33,7 +35,8 @@ class TimeEstimate:
 
     Attributes:
         terms: seconds by term, largest first; those of 0 s are left out.
-        hidden_seconds: communication that runs under compute, already inside `terms` and taken off the sum.
+        hidden_seconds: communication and transfers between tiers that run under compute, already inside `terms` and
+            taken off the sum.
     """
 
     terms: Mapping[str, float] = field(default_factory=dict)
@@ -62,9 +65,23 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
     rates = hardware.rates
     if rates is None:
         raise ValueError("hardware has no measured rates; give Hardware.detect().calibrate() or Hardware.named(...).")
-    sizes = Sizes(workload, plan, hardware.kind, accumulate_grad_batches)
+    return time_of(Sizes(workload, plan, hardware.kind, accumulate_grad_batches), hardware, rates)
+
+
+def time_of(sizes: Sizes, hardware: Hardware, rates: Rates) -> TimeEstimate:
+    """`step_time` of the plan that `sizes` are of."""
+    terms, hidden_seconds = beside_transfers(sizes, hardware, rates)
+    if sizes.plan.offloads:
+        moved = transfers(Away.of(sizes), Passes.of(sizes, terms), rates, sizes.kind)
+        terms, hidden_seconds = {**terms, **moved.terms}, hidden_seconds + moved.hidden_seconds
+    shown = sorted(((name, seconds) for name, seconds in terms.items() if seconds), key=lambda item: -item[1])
+    return TimeEstimate(terms=dict(shown), hidden_seconds=hidden_seconds)
+
+
+def beside_transfers(sizes: Sizes, hardware: Hardware, rates: Rates) -> tuple[dict[str, float], float]:
+    """The terms of a step but for those between tiers, and how much of them is hidden, seconds."""
+    plan, micro = sizes.plan, sizes.accumulate
     links = plan_links(plan, hardware)
-    micro = accumulate_grad_batches
     terms = {
         "forward": micro * sum(_segment_seconds(s, rates, plan, backward=False) for s in sizes.step.segments),
         "backward": micro * sum(_segment_seconds(s, rates, plan, backward=True) for s in sizes.step.segments),
@@ -78,9 +95,7 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
         "page faults": page_fault_seconds(sizes, rates, micro),
         "optimizer step": optimizer_seconds(sizes, rates),
     }
-    hidden_seconds = _hidden_seconds(sizes, links, terms) if _OVERLAPS[hardware.kind] else 0.0
-    shown = sorted(((name, seconds) for name, seconds in terms.items() if seconds), key=lambda item: -item[1])
-    return TimeEstimate(terms=dict(shown), hidden_seconds=hidden_seconds)
+    return terms, _hidden_seconds(sizes, links, terms) if _OVERLAPS[hardware.kind] else 0.0
 
 
 def all_gather_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float:
@@ -142,7 +157,7 @@ def all_gathers_seconds(sizes: Sizes, links: Links, *, backward: bool) -> float:
     Source: ZeRO, section 7.2: parameters travel once more under stage 3 than under stage 2.
     """
     again = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
-    if not sizes.sharded or (backward and not again):
+    if not sizes.gathers or (backward and not again):
         return 0.0
     # The root stays gathered until its backward is done.
     gathered = [block for block in sizes.groups if block is not None or not backward]
@@ -150,27 +165,28 @@ def all_gathers_seconds(sizes: Sizes, links: Links, *, backward: bool) -> float:
 
 
 def reduce_scatters_seconds(sizes: Sizes, links: Links) -> float:
-    """Seconds of reducing every group's gradients to their shards, once an optimizer step.
+    """Seconds of reducing every group's gradients to their shards, once an optimizer step; in every micro-batch where
+    parameters are in another tier, and whole gradients have no place.
 
     Source: ZeRO, section 7.1.
     """
-    if not sizes.sharded or sizes.workload.stage != "fit":
+    if not sizes.gathers or sizes.workload.stage != "fit":
         return 0.0
-    return sum(_group_reduce_scatter_seconds(sizes, block, links) for block in sizes.groups)
+    return sizes.reductions * sum(_group_reduce_scatter_seconds(sizes, block, links) for block in sizes.groups)
 
 
 def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
     """Seconds of averaging gradients over the replicas, once an optimizer step: all at once, or group by group the
-    shards under HSDP.
+    shards under HSDP, as often as they are reduced.
 
     Source: Li et al. 2020, "PyTorch Distributed", section 3.2; Zhao et al. 2023, "PyTorch FSDP", section 3.2.2.
     """
     if sizes.workload.stage != "fit":
         return 0.0
-    if not sizes.sharded:
+    if not sizes.gathers:
         dense_bytes = sizes.gradients - sizes.table_gradients
         return all_reduce_seconds(dense_bytes, sizes.plan.dp_replicate, links.all_reduce)
-    return sum(_group_all_reduce_seconds(sizes, block, links) for block in sizes.groups)
+    return sizes.reductions * sum(_group_all_reduce_seconds(sizes, block, links) for block in sizes.groups)
 
 
 def tensor_seconds(sizes: Sizes, links: Links) -> float:
@@ -227,13 +243,13 @@ def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
 
     Source: torch.distributed.fsdp, `foreach_all_gather_copy_out` and `foreach_reduce_scatter_copy_in`.
     """
-    if not sizes.sharded:
+    if not sizes.gathers:
         return 0.0
     twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
     moved = 0.0
     for block in sizes.groups:
         moved += 2 * sizes.gathered(block) * (2 if twice and block is not None else 1) * micro_batches
-        moved += 2 * sizes.gradient(block, whole=True) if sizes.workload.stage == "fit" else 0
+        moved += 2 * sizes.reductions * sizes.gradient(block, whole=True) if sizes.workload.stage == "fit" else 0
     return moved / rates.memory_bandwidth
 
 
@@ -252,10 +268,10 @@ def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
     again = [_again(sizes, segment) for segment in sizes.step.segments if sizes.recomputes(segment)]
     made += sum(segment.forward_large_bytes for segment in again)
     reduced = 0
-    if sizes.sharded:
+    if sizes.gathers:
         twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
         made += sum(2 * sizes.gathered(block) * (2 if twice and block else 1) for block in sizes.groups)
-        reduced = sum(sizes.gradient(block, whole=True) for block in sizes.groups)
+        reduced = sizes.reductions * sum(sizes.gradient(block, whole=True) for block in sizes.groups)
     return _AFRESH[sizes.plan.heap] * (made * micro_batches + reduced) / rates.fresh_memory
 
 
@@ -290,7 +306,7 @@ def _hidden_seconds(sizes: Sizes, links: Links, terms: Mapping[str, float]) -> f
     reductions = terms["reduce-scatter"] + terms["all-reduce"]
     blocks = (segment.block for segment in sizes.step.segments if segment.block is not None)
     first = {next(blocks, None)} & {*sizes.plan.wrapped_modules}
-    for block in {None, *first} if sizes.sharded else ():
+    for block in {None, *first} if sizes.gathers else ():
         gathers -= _group_all_gather_seconds(sizes, block, links)
         if reductions:
             reductions -= _group_reduce_scatter_seconds(sizes, block, links)

@@ -8,30 +8,30 @@ Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Le
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
+from lightning_largescale.planner.advice import faster, would_fit
 from lightning_largescale.planner.memory import MemoryEstimate, first_excess, peak_memory
-from lightning_largescale.planner.report import Candidate, Estimate, Report, plan_fields
+from lightning_largescale.planner.offload_search import Offloading, least_plans, offloaded_plans
+from lightning_largescale.planner.ranking import LOSSY, ranked
+from lightning_largescale.planner.report import Candidate, Estimate, Report
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.selective import fewest_blocks
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.units import format_bytes, format_seconds, parse_bytes
+from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
+from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
 
-# Values that change the numbers a model trains to; taken only where the user's `allow` names them.
-LOSSY = ("bf16-mixed",)
 # Of what a device has free, the share that a plan may use unless a budget is given: the rest is for what no model of it
 # sees.
 BUDGET_SHARE = 0.9
-_MORE_DEVICES = (2, 4, 8, 16, 32, 64, 128)
-_Option = TypeVar("_Option")
+# Of the plans that save the most, how many are asked whether all that may leave would make them fit, for advice.
+_ASKED = 8
 
 
 def find_plans(
@@ -43,6 +43,8 @@ def find_plans(
     baseline_bytes: int = 0,
     accumulate_grad_batches: int = 1,
     precision: str | None = None,
+    may_release: bool = False,
+    built: bool = True,
 ) -> Report:
     """Price every plan that the devices and the model admit, and rank them.
 
@@ -56,6 +58,9 @@ def find_plans(
         baseline_bytes: what one rank holds there already, the model left out (bytes).
         accumulate_grad_batches: micro-batches between optimizer steps.
         precision: only plans of this precision; without it "32-true" and what `allow` names.
+        may_release: parameters may be updated as their gradients are complete: there is one optimizer, and nothing that
+            needs all gradients at once, as clipping by their norm does.
+        built: the model has its values already; without, they are made where it is divided or kept in another tier.
 
     Raises:
         PlanError: an argument that is not accepted, or a model without parameters. That nothing fits is no error here:
@@ -77,18 +82,21 @@ def find_plans(
     else:
         budget_bytes = parse_bytes(memory_budget, name="memory_budget")
     allowed = {precision} if precision else {"32-true", *allow}
-    price = _Pricing(baseline_bytes, accumulate_grad_batches)
+    price = _Pricing(baseline_bytes, accumulate_grad_batches, may_release, built)
     rows = [(plan, price.estimate(workload, hardware, plan)) for plan in candidates(workload, hardware)]
     rows += list(price.in_part(workload, hardware, rows, budget_bytes))
+    rows += list(price.elsewhere(workload, hardware, rows, budget_bytes, allowed))
+    budgets = {"device": budget_bytes, **tier_budgets(hardware)}
     fixed = precision is not None
     report = Report(
-        candidates=(*_ranked(rows, budget_bytes, allowed, fixed=fixed), *_impossible(workload, hardware)),
+        candidates=(*ranked(rows, budgets, allowed, fixed=fixed), *_impossible(workload, hardware)),
         budget_bytes=budget_bytes,
         hardware=hardware,
         workload=workload,
         accumulate_grad_batches=accumulate_grad_batches,
     )
-    advice = _faster(report, fixed=fixed) if report.fits else _would_fit(report, price, allowed, fixed=fixed)
+    any_fits = functools.partial(price.any_fits, precisions=allowed, budget_bytes=budget_bytes)
+    advice = faster(report, fixed=fixed) if report.fits else would_fit(report, any_fits, allowed, fixed=fixed)
     return dataclasses.replace(report, advice=tuple(advice))
 
 
@@ -159,6 +167,8 @@ class _Pricing:
 
     baseline_bytes: int
     accumulate: int
+    may_release: bool
+    built: bool
 
     def estimate(self, workload: Workload, hardware: Hardware, plan: Plan) -> Estimate:
         memory = self._memory(workload, hardware, plan)
@@ -178,23 +188,74 @@ class _Pricing:
                 if whole not in known:
                     continue
                 sizes = Sizes(workload, whole, hardware.kind, self.accumulate)
-                excess = functools.partial(first_excess, sizes, budget_bytes, baseline_bytes=self.baseline_bytes)
+                excess = functools.partial(first_excess, sizes, budget_bytes, **self._setup)
                 names = fewest_blocks(workload.blocks, sizes.step.segments, sizes.saving, excess)
                 if names is not None:
                     part = dataclasses.replace(whole, activation_checkpointing="selective", checkpointed_blocks=names)
                     yield part, self.estimate(workload, hardware, part)
 
-    def any_fits(self, workload: Workload, hardware: Hardware, precisions: set[str], budget_bytes: int) -> bool:
+    def elsewhere(
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        rows: Sequence[tuple[Plan, Estimate]],
+        budget_bytes: int,
+        allowed: Collection[str],
+    ) -> Iterator[tuple[Plan, Estimate]]:
+        """Plans that keep something in other tiers, or gradients for a while only, because they do not fit without.
+
+        Where none does either, the nearest of those that keep all elsewhere that can be.
+        """
+        search = self._offloading(workload, hardware, budget_bytes)
+        rows = [row for row in rows if row[0].precision in allowed]
+        found = [(plan, self.estimate(workload, hardware, plan)) for plan in offloaded_plans(search, rows)]
+        yield from found
+        if found or any(estimate.peak_bytes["device"] <= budget_bytes for _, estimate in rows):
+            return
+        most_saving = min((plan for plan, _ in rows), key=_saves_least, default=Plan())
+        alike = [plan for plan, _ in rows if _saves_least(plan)[0] == _saves_least(most_saving)[0]]
+        least = [(plan, self._memory(workload, hardware, plan)) for plan in least_plans(search, alike)]
+        for plan, _ in sorted(least, key=lambda row: row[1].peak_bytes)[:1]:
+            yield plan, self.estimate(workload, hardware, plan)
+
+    def any_fits(
+        self, workload: Workload, hardware: Hardware, *, precisions: Collection[str], budget_bytes: int
+    ) -> bool:
         """Whether the peak of any plan of these precisions is within the budget."""
         plans = [plan for plan in candidates(workload, hardware) if plan.precision in precisions]
         # Those that save the most first, so that one that fits is found soon.
-        plans.sort(key=lambda plan: (plan.activation_checkpointing == "none", -plan.dp_shard * plan.tp))
-        return any(self._memory(workload, hardware, plan).peak_bytes <= budget_bytes for plan in plans)
+        plans.sort(key=_saves_least)
+        if any(self._memory(workload, hardware, plan).peak_bytes <= budget_bytes for plan in plans):
+            return True
+        search = self._offloading(workload, hardware, budget_bytes)
+        for plan in least_plans(search, plans[:_ASKED]):
+            memory = self._memory(workload, hardware, plan)
+            if not shortfalls({"device": memory.peak_bytes, **memory.elsewhere}, search.budgets):
+                return True
+        return False
+
+    def _offloading(self, workload: Workload, hardware: Hardware, budget_bytes: int) -> Offloading:
+        return Offloading(
+            workload=workload,
+            hardware=hardware,
+            budgets={"device": budget_bytes, **tier_budgets(hardware)},
+            accumulate=self.accumulate,
+            may_release=self.may_release,
+            setup=self._setup,
+        )
+
+    @property
+    def _setup(self) -> dict[str, Any]:
+        return {"baseline_bytes": self.baseline_bytes, "built": self.built}
 
     def _memory(self, workload: Workload, hardware: Hardware, plan: Plan) -> MemoryEstimate:
-        return peak_memory(
-            workload, plan, hardware, baseline_bytes=self.baseline_bytes, accumulate_grad_batches=self.accumulate
-        )
+        return peak_memory(workload, plan, hardware, accumulate_grad_batches=self.accumulate, **self._setup)
+
+
+def _saves_least(plan: Plan) -> tuple[int, int]:
+    """A key by which plans that need the least memory mostly come first."""
+    again = ("full", "selective", "none").index(plan.activation_checkpointing)
+    return 2 * again + (plan.checkpointed_operations == "cheap"), -plan.dp_shard * plan.tp
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:
@@ -223,59 +284,6 @@ def _check_links(workload: Workload, hardware: Hardware) -> None:
         )
 
 
-def _ranked(rows: list[tuple[Plan, Estimate]], budget_bytes: int, allowed: set[str], *, fixed: bool) -> list[Candidate]:
-    """The plans in order: those that fit by time, then those too large by what they lack, then those not allowed."""
-    fitting = [row for row in rows if row[0].precision in allowed and row[1].peak_bytes["device"] <= budget_bytes]
-    # Ranks of tensor parallelism share their samples, so steps of different plans may be of different numbers.
-    fitting.sort(key=lambda row: (-row[1].samples_per_second, row[1].step_seconds, row[1].peak_bytes["device"]))
-    large = [row for row in rows if row[0].precision in allowed and row[1].peak_bytes["device"] > budget_bytes]
-    large.sort(key=lambda row: row[1].peak_bytes["device"])
-    refused = [row for row in rows if row[0].precision not in allowed]
-    ranked = [
-        Candidate(plan=plan, estimate=estimate, status="fits", reason=_slower(estimate, fitting[0][1]))
-        for plan, estimate in fitting
-    ]
-    if ranked:
-        reason = "the only plan that fits" if len(ranked) == 1 else "the fastest of those that fit"
-        ranked[0] = dataclasses.replace(ranked[0], status="chosen", reason=reason)
-    ranked += [
-        Candidate(plan=plan, estimate=estimate, status="too large", reason=_too_large(estimate, budget_bytes))
-        for plan, estimate in large
-    ]
-    ranked += [
-        Candidate(plan=plan, estimate=estimate, status="not allowed", reason=_not_allowed(plan, allowed, fixed=fixed))
-        for plan, estimate in refused
-    ]
-    return ranked
-
-
-def _slower(estimate: Estimate, best: Estimate) -> str:
-    """Why a plan that fits lost: how much slower, and the term that makes most of the difference."""
-    ratio = best.samples_per_second / estimate.samples_per_second if estimate.samples_per_second else math.inf
-    if ratio <= 1 or not math.isfinite(ratio):
-        return (
-            "as fast, and needs more memory" if estimate.peak_bytes["device"] > best.peak_bytes["device"] else "as fast"
-        )
-    if not math.isclose(ratio, estimate.step_seconds / best.step_seconds, rel_tol=1e-3):
-        samples = "fewer" if estimate.step_seconds < ratio * best.step_seconds else "more"
-        return f"{ratio:.2f} times the time a sample, of which its steps have {samples}"
-    growth = {name: seconds - best.time.terms.get(name, 0.0) for name, seconds in estimate.time.terms.items()}
-    term = max(growth, key=lambda name: growth[name])
-    return f"{ratio:.2f} times the step time, {format_seconds(growth[term])} more of {term}"
-
-
-def _too_large(estimate: Estimate, budget_bytes: int) -> str:
-    short = estimate.peak_bytes["device"] - budget_bytes
-    name, size = next(iter(estimate.memory.terms.items()))
-    return f"lacks {format_bytes(short)} at the {estimate.memory.moment}, where {name} take {format_bytes(size)}"
-
-
-def _not_allowed(plan: Plan, allowed: set[str], *, fixed: bool) -> str:
-    if plan.precision in LOSSY and not fixed:
-        return f"{plan.precision} changes numerics and allow does not name it"
-    return f"precision {plan.precision} is not {' or '.join(sorted(allowed))}, which was asked for"
-
-
 def _impossible(workload: Workload, hardware: Hardware) -> Iterator[Candidate]:
     """Plans that are no candidates at all, and why: one for each reason."""
     if not workload.blocks or workload.stage != "fit":
@@ -292,55 +300,3 @@ def _impossible(workload: Workload, hardware: Hardware) -> Iterator[Candidate]:
 
 def _computes(hardware: Hardware, precision: str) -> bool:
     return hardware.rates is not None and hardware.rates.matmul_rate(MATMUL_TYPE[precision]) is not None
-
-
-def _faster(report: Report, *, fixed: bool) -> Iterator[str]:
-    """What a user could give to go faster, from the candidates that are faster and were not taken."""
-    best = report.best_estimate
-    for status in ("too large", "not allowed"):
-        rows = [row for row in report.candidates if row.status == status and row.estimate is not None]
-        quick = [row for row in rows if row.estimate and row.estimate.step_seconds < 0.99 * best.step_seconds]
-        if not quick:
-            continue
-        row = min(quick, key=lambda row: row.estimate.step_seconds if row.estimate else 0.0)
-        if row.estimate is None:
-            continue
-        gain = f"{best.step_seconds / row.estimate.step_seconds:.2f} times as fast: {plan_fields(row.plan)}"
-        short = row.estimate.peak_bytes["device"] - report.budget_bytes
-        if status == "too large":
-            yield f"{format_bytes(short, up=True)} more memory a rank would be {gain}"
-        elif short <= 0 and not fixed:
-            yield f"allow=({row.plan.precision!r},) would be {gain}"
-
-
-def _would_fit(report: Report, price: _Pricing, allowed: set[str], *, fixed: bool) -> Iterator[str]:
-    """What would make a plan fit, each tried on its own: numerics, a smaller batch, more devices, more memory."""
-    workload, hardware, budget = report.workload, report.hardware, report.budget_bytes
-    for name in sorted(set() if fixed else set(LOSSY) - allowed):
-        if _least(report, {name}) <= budget:
-            yield f"allow {name!r}"
-    batches = [workload.batch_samples >> power for power in range(1, workload.batch_samples.bit_length())]
-    for samples in _first(
-        batches, lambda samples: price.any_fits(workload.with_batch(samples), hardware, allowed, budget)
-    ):
-        yield f"take micro-batch {samples}"
-    machines = [dataclasses.replace(hardware, nodes=hardware.nodes * factor) for factor in _MORE_DEVICES]
-    for machine in _first(machines, lambda machine: price.any_fits(workload, machine, allowed, budget)):
-        yield f"take {machine.world_size} devices"
-    least_bytes = _least(report, allowed)
-    if least_bytes < math.inf:
-        yield f"give a budget of {format_bytes(least_bytes, up=True)}"
-
-
-def _first(options: list[_Option], fits: Callable[[_Option], bool]) -> list[_Option]:
-    """The first option that fits, none where none does; less of a batch and more devices never need more memory."""
-    # The last first: where it does not fit, which takes the longest to find out, no other does.
-    if not options or not fits(options[-1]):
-        return []
-    return [options[bisect.bisect_left(options, True, hi=len(options) - 1, key=fits)]]
-
-
-def _least(report: Report, precisions: set[str]) -> float:
-    """The smallest peak of any plan of these precisions, bytes; infinite where there is none."""
-    rows = [row for row in report.candidates if row.plan.precision in precisions]
-    return min((row.estimate.peak_bytes["device"] for row in rows if row.estimate), default=math.inf)

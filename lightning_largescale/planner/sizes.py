@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate
 
-from lightning_largescale.plan import MATMUL_TYPE, Plan
-from lightning_largescale.workload import Divided, Parameter, Segment, Step, Workload
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.as_run import divided_step, without_copies
+from lightning_largescale.planner.placement import Placement, place
+from lightning_largescale.workload import Parameter, Segment, Step, Workload
 from lightning_largescale.workload.model import only_blocks
 
 # Of a row's number, as tables are given it.
@@ -78,12 +79,34 @@ class Sizes:
         if self.divisions:
             self.step = divided_step(self.step, self.tensor_costs, plan.wrapped_modules)
         self._gathered: dict[str | None, int] = {}
+        self._shards: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
     @cached_property
-    def sharded(self) -> bool:
-        """Whether parameters are divided among ranks."""
-        return self.plan.shards
+    def gathers(self) -> bool:
+        """Whether parameters are brought together, group by group: from ranks, or from another tier."""
+        return self.plan.gathers
+
+    @cached_property
+    def reductions(self) -> int:
+        """How often a step reduces gradients: once, unless whole ones have no place between micro-batches."""
+        return 1 if self.plan.offload_parameters is None else self.accumulate
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Which bytes are kept in which tier."""
+        return place(self)
+
+    @cached_property
+    def movable(self) -> list[str]:
+        """Groups whose parameters can be kept elsewhere, in the module's order: all but the root's."""
+        return [name for name in self.groups if name is not None]
+
+    def shard(self, block: str | None) -> int:
+        """What the rank keeps of the parameters of one group between its uses."""
+        if block not in self._shards:
+            self._shards[block] = sum(map(self.local, self._group(block)))
+        return self._shards[block]
 
     def local(self, parameter: Parameter) -> int:
         """What the rank keeps of `parameter`, bytes."""
@@ -123,7 +146,7 @@ class Sizes:
     @cached_property
     def parameters(self) -> int:
         """What the rank keeps of the parameters between steps."""
-        return sum(self.local(parameter) for parameter in self.workload.parameters)
+        return sum(map(self.shard, self.groups)) + sum(map(self.local, self.tables))
 
     @cached_property
     def gradients(self) -> int:
@@ -131,7 +154,7 @@ class Sizes:
 
         Replicas have buckets for every trainable parameter, used or not.
         """
-        in_buckets = self.plan.dp_replicate > 1 and not self.sharded
+        in_buckets = self.plan.dp_replicate > 1 and not self.gathers
         kept = [p for p in self.workload.parameters if p.trainable] if in_buckets else self.trained
         return sum(self.gradient_of(p) for p in kept) if self._trains else 0
 
@@ -146,21 +169,19 @@ class Sizes:
         return int(total)
 
     @cached_property
-    def optimizer_temporaries(self) -> int:
-        """The most that one optimizer's `step()` allocates for a while."""
-        local = [self.gradient_of(p) for p in self.trained]
-        return max(
-            (
-                int(needs.step_temporary_largest * max(local, default=0) + needs.step_temporary_total * sum(local))
-                for needs in self.workload.optimizers
-            ),
-            default=0,
-        )
+    def stepped(self) -> dict[str | None, tuple[int, int]]:
+        """By group, bytes of what is stepped on: of the largest gradient, and of all; row-sharded tables under ""."""
+        found: dict[str | None, tuple[int, int]] = {}
+        groups = {**self.groups, "": self.tables}
+        for name, group in groups.items():
+            local = [self.gradient_of(p) for p in group if p.trainable and p.used]
+            found[name] = (max(local, default=0), sum(local))
+        return found
 
     def gathered(self, block: str | None) -> int:
         """Whole parameters of one group while it computes, padding included; the root group's under None."""
         if block not in self._gathered:
-            whole = sum(self.local(p) * self.plan.dp_shard for p in self._group(block))
+            whole = self.shard(block) * self.plan.dp_shard
             halves = self._mixed and block in self.workload.blocks
             self._gathered[block] = whole // 2 if halves else whole
         return self._gathered[block]
@@ -175,15 +196,29 @@ class Sizes:
 
     def recomputing(self, blocks: frozenset[str]) -> Sizes:
         """The sizes of the plan if it recomputed `blocks`; what does not depend on them is shared."""
-        # Computed here if it is not yet, so that it is not by each.
-        for name in ("parameters", "gradients", "optimizer_state", "optimizer_temporaries", "full_parameters"):
-            getattr(self, name)
-        if self.sharded:
-            _ = self.gathered_so_far
-        _ = self.gradients_from_here
-        other = copy.copy(self)
+        other = self._sharing(("dropped", "leaving"))
         other._recomputed = blocks
-        vars(other).pop("dropped", None)
+        return other
+
+    def placing(self, plan: Plan) -> Sizes:
+        """The sizes of `plan`, which differs from theirs in what it keeps in other tiers; what that is not is shared.
+
+        It must gather parameters if theirs does.
+        """
+        other = self._sharing(("dropped", "leaving", "placement", "reductions", "kept_from_here", "passing_gradients"))
+        other.plan = plan
+        return other
+
+    def _sharing(self, but: tuple[str, ...]) -> Sizes:
+        # Computed here if it is not yet, so that it is not by each.
+        for name in ("parameters", "gradients", "optimizer_state", "full_parameters", "stepped", "groups"):
+            getattr(self, name)
+        if self.gathers:
+            _ = self.gathered_so_far
+        _ = self.kept_from_here
+        other = copy.copy(self)
+        for name in but:
+            vars(other).pop(name, None)
         return other
 
     def recomputes(self, segment: Segment) -> bool:
@@ -200,23 +235,55 @@ class Sizes:
 
     @cached_property
     def dropped(self) -> list[int]:
-        """What recomputation does not keep of the segments before each."""
-        savings = (self.saving(segment) if self.recomputes(segment) else 0 for segment in self.step.segments)
-        return [*accumulate(savings, initial=0)][:-1]
+        """What of the segments before each is neither kept, by recomputation, nor there, being in another tier."""
+        gone = (
+            leaving + (self.saving(segment) if self.recomputes(segment) else 0)
+            for segment, leaving in zip(self.step.segments, self.leaving, strict=True)
+        )
+        return [*accumulate(gone, initial=0)][:-1]
+
+    @cached_property
+    def leaving(self) -> list[int]:
+        """What of that which each segment saves for backward is moved out of the device's memory meanwhile."""
+        if self.placement.activations not in self.placement.outside:
+            return [0] * len(self.step.segments)
+        return [self.leaving_of(segment) for segment in self.step.segments]
+
+    def leaving_of(self, segment: Segment) -> int:
+        """What of that which `segment` saves for backward is kept in another tier meanwhile."""
+        if segment.block not in self.placement.blocks:
+            return 0
+        return segment.saved_bytes - (self.saving(segment) if self.recomputes(segment) else 0)
 
     @cached_property
     def gathered_so_far(self) -> list[int]:
         """Whole parameters of the root and of every block up to each segment, its own included."""
-        return [self.gathered(None) + size for size in _running(self._blocks, self.gathered)]
+        return [self.gathered(None) + size for size in _running(self.blocks, self.gathered)]
 
     @cached_property
-    def gradients_from_here(self) -> list[int]:
-        """The rank's gradients of every block from each segment on, its own included; one item more, 0."""
-        sums = _running(self._blocks[::-1], lambda block: self.gradient(block, whole=False))
+    def kept_from_here(self) -> list[int]:
+        """Those of the rank's gradients that stay until the optimizer's step, of every block from each segment on, its
+        own included; one item more, 0.
+        """
+        sums = _running(self.blocks[::-1], self.kept_gradient)
         return [*sums[::-1], 0]
 
     @cached_property
-    def _blocks(self) -> list[str | None]:
+    def passing_gradients(self) -> int:
+        """The rank's gradients of all groups whose gradients are there for a while only."""
+        return sum(self.gradient(block, whole=False) for block in self.groups if self.passes(block))
+
+    def passes(self, block: str | None) -> bool:
+        """Whether the gradients of a group are there for a while only: used at once, or moved to another tier."""
+        return block is not None and (self.plan.release_gradients or block in self.placement.away)
+
+    def kept_gradient(self, block: str | None) -> int:
+        """The rank's gradients of one group, if they stay until the optimizer's step."""
+        return 0 if self.passes(block) else self.gradient(block, whole=False)
+
+    @cached_property
+    def blocks(self) -> list[str | None]:
+        """The group of each segment."""
         return [segment.block for segment in self.step.segments]
 
     @cached_property
@@ -225,7 +292,7 @@ class Sizes:
 
     @cached_property
     def _mixed(self) -> bool:
-        return self.sharded and self.plan.precision in ("bf16-mixed", "16-mixed")
+        return self.gathers and self.plan.precision in ("bf16-mixed", "16-mixed")
 
     @cached_property
     def trained(self) -> list[Parameter]:
@@ -248,110 +315,6 @@ class Sizes:
 
     def _group(self, block: str | None) -> list[Parameter]:
         return self.groups.get(block, [])
-
-
-def without_copies(step: Step) -> Step:
-    """`step` as it runs where blocks gather their matrices in the type of compute, so that casts make no copies.
-
-    Source: torch.distributed.fsdp.MixedPrecisionPolicy, `param_dtype`.
-    """
-    segments: list[Segment] = []
-    before = 0
-    for segment in step.segments:
-        after = before + segment.saved_copy_bytes
-        segments.append(
-            replace(
-                segment,
-                forward_moved_bytes=segment.forward_moved_bytes - segment.moved_copy_bytes,
-                saved_bytes=segment.saved_bytes - segment.saved_copy_bytes,
-                forward_entry_bytes=max(0, segment.forward_entry_bytes - before),
-                forward_peak_bytes=segment.forward_peak_bytes - segment.forward_copy_bytes,
-                forward_exit_bytes=max(0, segment.forward_exit_bytes - after),
-                backward_entry_bytes=max(0, segment.backward_entry_bytes - after),
-                backward_peak_bytes=segment.backward_peak_bytes - segment.backward_copy_bytes,
-                backward_exit_bytes=max(0, segment.backward_exit_bytes - before),
-                saved_copy_bytes=0,
-                forward_copy_bytes=0,
-                backward_copy_bytes=0,
-                moved_copy_bytes=0,
-            )
-        )
-        before = after
-    return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
-
-
-def divided_step(step: Step, costs: Mapping[str, Divided], wraps: Collection[str] = ()) -> Step:
-    """`step` as one rank of tensor parallelism runs it: of a block that is divided it computes and saves a share, and
-    so of what lies outside of blocks, `wraps` among it.
-
-    What a block holds for a while is taken to be divided as what it saves.
-
-    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.
-    """
-    segments: list[Segment] = []
-    # Bytes less that are live before a segment, and after it.
-    before = 0
-    for segment in step.segments:
-        found = costs.get("" if segment.block is None or segment.block in wraps else segment.block, Divided())
-        saved = int(segment.saved_bytes * found.saved_share)
-        after = before + segment.saved_bytes - saved
-        inside = {
-            f"{way}_peak_bytes": max(
-                0,
-                entry - less + int((getattr(segment, f"{way}_peak_bytes") - entry) * found.saved_share),
-            )
-            for way, entry, less in (
-                ("forward", segment.forward_entry_bytes, before),
-                ("backward", segment.backward_entry_bytes, after),
-            )
-        }
-        scaled = {
-            name: int(getattr(segment, name) * share)
-            for share, names in (
-                (found.flops_share, ("forward_flops", "backward_flops")),
-                (
-                    found.saved_share,
-                    (
-                        "forward_moved_bytes",
-                        "backward_moved_bytes",
-                        "forward_large_bytes",
-                        "backward_large_bytes",
-                        "moved_product_bytes",
-                    ),
-                ),
-            )
-            for name in names
-        }
-        segments.append(
-            replace(
-                segment,
-                **inside,  # type: ignore[arg-type]
-                **scaled,  # type: ignore[arg-type]
-                saved_bytes=saved,
-                product_bytes=_kept_of_products(segment, found, step.precision),
-                forward_entry_bytes=max(0, segment.forward_entry_bytes - before),
-                forward_exit_bytes=max(0, segment.forward_exit_bytes - after),
-                backward_entry_bytes=max(0, segment.backward_entry_bytes - after),
-                backward_exit_bytes=max(0, segment.backward_exit_bytes - before),
-            )
-        )
-        before = after
-    return replace(step, segments=tuple(segments), loss_peak_bytes=max(0, step.loss_peak_bytes - before))
-
-
-def communicated_share(precision: str) -> float:
-    """Of the bytes that a division says are communicated, those in `precision`: what was looked at is float32."""
-    return 0.5 if precision != "32-true" and MATMUL_TYPE[precision] != "float64" else 1.0
-
-
-def _kept_of_products(segment: Segment, found: Divided, precision: str) -> int:
-    """Results of products on one rank that are still theirs later on: sums over the ranks are made in their place, but
-    for those of which each rank gets a part.
-    """
-    share = communicated_share(precision)
-    scattered = int(share * sum(found.forward_halves)) // 2
-    summed = int(share * sum(found.forward_reduced)) + scattered
-    return int(max(0, segment.product_bytes - summed) * found.flops_share) + scattered
 
 
 def _running(blocks: list[str | None], size: Callable[[str], int]) -> list[int]:

@@ -1,6 +1,8 @@
 """Workloads and hardware with round numbers, for tests that check arithmetic by hand."""
 
-from lightning_largescale.hardware import Hardware, Link, Rates
+import dataclasses
+
+from lightning_largescale.hardware import Disk, Hardware, Link, Rates
 from lightning_largescale.workload import OptimizerNeeds, Parameter, Segment, Step, Workload
 
 MIB = 2**20
@@ -126,3 +128,13 @@ def hardware(world=2, *, kind="cpu", free=8 * 2**30, bf16=1e9, fp32=40e9, **chan
         "origin": "detected",
     }
     return Hardware(**{**fields, **changes})
+
+
+def tiered(world=1, *, kind="cpu", disk=100 * 2**30, dram=None, **changes):
+    """Hardware with a disk of so many free bytes, and on CUDA DRAM behind a link."""
+    machine = hardware(world, kind=kind, **changes)
+    disks = (Disk(path="/scratch", filesystem="ext4", free_bytes=disk),) if disk else ()
+    link = Link(latency_seconds=0, bandwidth=4e9) if kind == "cuda" else None
+    rates = dataclasses.replace(machine.rates, host_to_device=link, device_to_host=link)
+    available = machine.dram_available_bytes if dram is None else dram
+    return dataclasses.replace(machine, disks=disks, rates=rates, dram_available_bytes=available)

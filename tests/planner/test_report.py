@@ -2,13 +2,14 @@ import io
 import json
 
 import pytest
-from planner.builders import MIB, hardware, workload
+from planner.builders import MIB, hardware, step, tiered, workload
 from rich.console import Console
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.panel import after_fit, setup_panel
-from lightning_largescale.planner.report import plan_fields
+from lightning_largescale.planner.panel import after_fit, kept_words, setup_panel
+from lightning_largescale.planner.report import peak_words, plan_fields
 from lightning_largescale.planner.search import find_plans
+from lightning_largescale.units import format_bytes
 
 
 def shown(renderable, width):
@@ -72,3 +73,29 @@ def test_the_estimate_of_each_candidate():
     assert report.estimate_of(report.best) is report.best_estimate
     assert report.estimate_of(Plan(dp_shard=2)) is not None
     assert report.estimate_of(Plan(dp_shard=64)) is None
+
+
+def kept_elsewhere(**changes):
+    work = workload(blocks=16, steps={"32-true": step(blocks=16, saved=8 * MIB, head=4 * MIB)})
+    return find_plans(work, tiered(), memory_budget=800 * MIB, may_release=True, built=False, **changes)
+
+
+def test_each_tier_has_its_line():
+    report = kept_elsewhere()
+    peak_bytes = report.best_estimate.peak_bytes
+    assert set(peak_bytes) == {"device", "nvme"}
+    text = " ".join(shown(setup_panel(report), 140).replace("│", " ").split())
+    assert f"kept on nvme {format_bytes(peak_bytes['nvme'])} of 100 GiB a rank" in text
+    assert "nvme read" in text
+    assert "nvme write" in text
+    assert "hidden" in text
+    assert f"{format_bytes(peak_bytes['nvme'])} nvme" in str(report)
+    read = json.loads(report.to_json())
+    assert read["candidates"][0]["peak_bytes"] == peak_bytes
+    assert read["budgets"] == {"device": 800 * MIB, "nvme": 100 * 1024 * MIB}
+    assert Plan.from_dict(read["best"]) == report.best
+
+
+def test_words_of_tiers():
+    assert peak_words({"device": MIB, "nvme": 2 * MIB}) == "1.00 MiB\n2.00 MiB nvme"
+    assert kept_words(MIB, None) == "1.00 MiB"

@@ -74,31 +74,12 @@ def test_lossy_only_where_allowed():
     assert find_plans(workload(precisions=BOTH), hardware(1), precision="bf16-mixed").best.precision == "bf16-mixed"
 
 
-def test_advice_when_nothing_fits_is_true():
-    work = workload(precisions=BOTH, blocks=6, steps={name: step(name, blocks=6, saved=800 * MIB) for name in BOTH})
-    report = find_plans(work, hardware(1), memory_budget=1100 * MIB)
-    assert not report.fits
-    (batch,) = [line for line in report.advice if line.startswith("take micro-batch")]
-    samples = int(batch.split()[-1])
-    assert find_plans(work.with_batch(samples), hardware(1), memory_budget=1100 * MIB).fits
-    (budget,) = [line for line in report.advice if line.startswith("give a budget of")]
-    assert report.nothing_fits().endswith(budget + ".")
-    assert find_plans(work, hardware(1), memory_budget=budget.removeprefix("give a budget of ")).fits
-
-
 def test_advice_takes_little_more_than_the_search(monkeypatch):
     priced = []
     monkeypatch.setattr(search, "peak_memory", lambda *args, **kw: priced.append(1) or peak_memory(*args, **kw))
     work = workload(precisions=BOTH, batch_samples=1024)
     assert not find_plans(work, hardware(8), memory_budget=MIB).fits
     assert len(priced) < 4 * len(list(candidates(work, hardware(8))))
-
-
-def test_advice_where_no_plan_is_allowed():
-    report = find_plans(workload(precisions=("bf16-mixed",)), hardware(1))
-    assert report.advice == ("allow 'bf16-mixed'",)
-    with pytest.raises(PlanError, match="no plan is admissible; see the candidates"):
-        _ = report.best
 
 
 def test_without_a_budget_the_free_memory_counts():
@@ -164,14 +145,6 @@ def test_nothing_to_train_and_nothing_measured():
     unmeasured = dataclasses.replace(hardware(1), rates=None, origin="file")
     with pytest.raises(PlanError, match="without measured rates"):
         find_plans(workload(), unmeasured)
-
-
-def test_a_precision_that_was_asked_for_is_not_advised_against():
-    work = workload(precisions=BOTH)
-    report = find_plans(work, hardware(1, bf16=400e9), precision="32-true", allow=("bf16-mixed",))
-    assert report.advice == ()
-    (reason, *_) = [row.reason for row in report.candidates if row.status == "not allowed"]
-    assert reason == "precision bf16-mixed is not 32-true, which was asked for"
 
 
 def test_large_modules_are_gathered_by_themselves_where_that_fits_better():

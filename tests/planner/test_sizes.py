@@ -68,7 +68,7 @@ def test_a_block_that_runs_twice_is_gathered_and_reduced_once():
     twice = dataclasses.replace(once, segments=(first, second, first))
     sizes = Sizes(workload(blocks=2, steps={"32-true": twice}), Plan(dp_shard=2), "cpu")
     assert sizes.gathered_so_far == [(8 + 16) * MIB, (8 + 32) * MIB, (8 + 32) * MIB]
-    assert sizes.gradients_from_here == [16 * MIB, 16 * MIB, 8 * MIB, 0]
+    assert sizes.kept_from_here == [16 * MIB, 16 * MIB, 8 * MIB, 0]
 
 
 @given(rows=st.integers(1, 4000), shard=st.integers(1, 64))

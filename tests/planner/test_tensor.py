@@ -8,12 +8,13 @@ from planner.builders import MIB, hardware, parameter, workload
 from planner.test_report import shown
 
 from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.planner.as_run import divided_step
 from lightning_largescale.planner.links import plan_links
 from lightning_largescale.planner.memory import peak_memory
 from lightning_largescale.planner.panel import setup_panel
 from lightning_largescale.planner.runtime import all_gather_seconds, all_reduce_seconds, step_time, tensor_seconds
 from lightning_largescale.planner.search import candidates, find_plans
-from lightning_largescale.planner.sizes import Sizes, divided_step, local_bytes
+from lightning_largescale.planner.sizes import Sizes, local_bytes
 from lightning_largescale.workload import Divided
 from lightning_largescale.workload.divisions import check_division, division_words, share_divided
 from lightning_largescale.workload.parts import Part

@@ -1,0 +1,198 @@
+"""How much of a model is kept in other tiers: the amounts under which one layout fits, and those that cost the least.
+
+A choice has three amounts: how many groups of parameters stay, of how many blocks the activations leave, and how many
+pages of optimizer state stay. Each adds bytes of its own to every moment of a step, so the moments of any choice are
+sums of those of a few.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.hierarchy import moved_in_step
+from lightning_largescale.planner.memory import allocator_share, moments_bytes
+from lightning_largescale.planner.runtime import beside_transfers
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.spread import UNLIMITED, Choice, spread
+from lightning_largescale.planner.transfers import Passes, transfers
+from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
+
+# Values of one amount that are tried, spread evenly over all; the best is then drawn out to what just fits.
+_MOST_VALUES = 12
+Moments = list[tuple[int, int]]
+
+
+class Layout:
+    """One layout of ranks, and what is the same for all that it may keep in other tiers."""
+
+    def __init__(self, sizes: Sizes, hardware: Hardware, budgets: Mapping[str, int], **setup: Any) -> None:
+        """The layout of the plan of `sizes`, which keeps nothing elsewhere.
+
+        Args:
+            sizes: gather parameters if these are to leave.
+            hardware: with rates.
+            budgets: bytes of each tier, the device's included.
+            setup: `baseline_bytes` and `built`, as for `peak_memory`.
+        """
+        self.sizes, self.hardware, self.budgets, self._setup = sizes, hardware, budgets, setup
+        self._moments: dict[object, Moments] = {}
+
+    @cached_property
+    def share(self) -> float:
+        """Bytes lost in holes for each byte that comes and goes."""
+        return allocator_share(self.sizes.plan, self.sizes.kind)
+
+    def without(self, techniques: frozenset[str], choice: Choice) -> Sizes:
+        """The sizes where these amounts are outside of the device's memory, in whichever tier."""
+        tiers = {"nvme" if self.sizes.kind == "cpu" else "cpu": UNLIMITED}
+        found = spread(self.sizes, techniques, choice, tiers)
+        assert found is not None
+        return self.sizes.placing(found.plan)
+
+    def moments(self, techniques: frozenset[str], choice: Choice) -> Moments:
+        """Of each moment, the bytes of all terms but the allocator's, and of those that come and go."""
+        blocks = choice.blocks if "activations" in techniques else 0
+        rest = techniques - {"activations"}
+        found = self._found(rest, Choice(groups=choice.groups if "parameters" in techniques else 0))
+        if not blocks:
+            return found
+        plain, saved = (
+            self._found(frozenset(), Choice()),
+            self._found(frozenset({"activations"}), Choice(blocks=blocks)),
+        )
+        return [
+            (total + other - base, moving + other_moving - base_moving)
+            for (total, moving), (other, other_moving), (base, base_moving) in zip(found, saved, plain, strict=True)
+        ]
+
+    def _found(self, techniques: frozenset[str], choice: Choice) -> Moments:
+        key = techniques, choice
+        if key not in self._moments:
+            sizes = self.without(techniques, choice) if techniques else self.sizes
+            self._moments[key] = moments_bytes(sizes, **self._setup)
+        return self._moments[key]
+
+
+class Amounts:
+    """What some techniques may keep elsewhere under one layout."""
+
+    def __init__(self, layout: Layout, techniques: frozenset[str]) -> None:
+        """Of `techniques`: "release", "optimizer", "activations", "parameters"."""
+        self.layout, self.techniques = layout, techniques
+        sizes = layout.sizes
+        self._groups = len(sizes.movable) if "parameters" in techniques else 0
+        self._blocks = len(sizes.workload.blocks) if "activations" in techniques else 0
+        self._state = sizes.optimizer_state if "optimizer" in techniques else 0
+        # Without state that stays: the bytes at setup, and at the worst moment after it.
+        self._peaks: dict[Choice, tuple[int, int]] = {}
+        self._moved_by_groups: dict[int, int] = {}
+        # With all that may leave gone.
+        self.least = Choice(blocks=self._blocks)
+
+    def best(self) -> tuple[Plan, float] | None:
+        """The fastest plan that fits every tier, and its seconds; None where none does."""
+        # With less to page, buffers are smaller; nothing else is.
+        if self._excess(self.least) > self._buffers(self.least):
+            return None
+        found = [(seconds, choice) for choice in self._tried() if (seconds := self._seconds(choice)) is not None]
+        if not found:
+            return None
+        _, choice = min(found, key=lambda row: row[0])
+        drawn_out = self._drawn_out(choice)
+        seconds = self._seconds(drawn_out)
+        assert seconds is not None
+        plan = self.plan(drawn_out)
+        assert plan is not None
+        return plan, seconds
+
+    def plan(self, choice: Choice) -> Plan | None:
+        """The plan of these amounts; None where other tiers have not the room."""
+        found = spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
+        return None if found is None else found.plan
+
+    def _tried(self) -> Iterator[Choice]:
+        """Choices that fit the device, each with as much state as can stay."""
+        for groups in _values(0, max(0, self._groups - 1)):
+            for blocks in _values(min(1, self._blocks), self._blocks):
+                choice = Choice(groups=groups, blocks=blocks)
+                if self._excess(choice) <= 0:
+                    yield self._with_state(choice)
+
+    def _drawn_out(self, choice: Choice) -> Choice:
+        """The same with no group, block or page more in another tier than has to be."""
+        while choice.blocks > 1 and self._fits(less := dataclasses.replace(choice, blocks=choice.blocks - 1)):
+            choice = less
+        while choice.groups + 1 < self._groups and self._fits(
+            less := dataclasses.replace(choice, groups=choice.groups + 1)
+        ):
+            choice = less
+        return self._with_state(choice)
+
+    def _fits(self, choice: Choice) -> bool:
+        return self._excess(choice) <= 0 and self._seconds(choice) is not None
+
+    def _excess(self, choice: Choice) -> int:
+        """By how many bytes the device lacks memory, the buffers being those of what is still paged."""
+        amounts = _staying(choice, 0)
+        if amounts not in self._peaks:
+            share, moments = self.layout.share, self.layout.moments(self.techniques, amounts)
+            setup, *steps = (total + int(share * moving) for total, moving in moments)
+            self._peaks[amounts] = setup, max(steps, default=0)
+        setup, most = self._peaks[amounts]
+        stays = choice.state_bytes + self._buffers(choice) - self._buffers(amounts)
+        return max(setup, most + stays) - self.layout.budgets["device"]
+
+    def _with_state(self, choice: Choice) -> Choice:
+        """As many pages of state as can stay; one leaves at least, else it needs no paging."""
+        if not self._state:
+            return choice
+        pages = range((self._state - 1) // PAGE_BYTES + 1)
+        fitting = bisect.bisect_left(
+            pages, True, lo=1, key=lambda count: self._excess(_staying(choice, count * PAGE_BYTES)) > 0
+        )
+        return _staying(choice, (fitting - 1) * PAGE_BYTES)
+
+    def _buffers(self, choice: Choice) -> int:
+        return page_buffer_bytes(self._moved(choice.groups) - choice.state_bytes)
+
+    def _moved(self, groups: int) -> int:
+        """Bytes that the optimizer's step moves if no state stays."""
+        if groups not in self._moved_by_groups:
+            sizes = self.layout.without(self.techniques, Choice(groups=groups, blocks=self._blocks))
+            self._moved_by_groups[groups] = sum(moved_in_step(sizes).values())
+        return self._moved_by_groups[groups]
+
+    def _seconds(self, choice: Choice) -> float | None:
+        """Of a step; None where other tiers have not the room."""
+        rates, sizes = self.layout.hardware.rates, self.layout.sizes
+        found = spread(sizes, self.techniques, choice, self.layout.budgets)
+        if found is None or rates is None:
+            return None
+        seconds, passes = self._beside
+        return seconds + transfers(found.away, passes, rates, sizes.kind).step_seconds
+
+    @cached_property
+    def _beside(self) -> tuple[float, Passes]:
+        """Seconds of a step without transfers, and what these run beside."""
+        assert self.layout.hardware.rates is not None
+        sizes = self.layout.without(self.techniques, self.least)
+        terms, hidden_seconds = beside_transfers(sizes, self.layout.hardware, self.layout.hardware.rates)
+        return sum(terms.values()) - hidden_seconds, Passes.of(sizes, terms)
+
+
+def _staying(choice: Choice, state_bytes: int) -> Choice:
+    return dataclasses.replace(choice, state_bytes=state_bytes)
+
+
+def _values(first: int, last: int) -> list[int]:
+    """At most so many whole numbers from `first` to `last`, both included."""
+    steps = min(last - first, _MOST_VALUES - 1)
+    return [first + (last - first) * step // steps for step in range(steps + 1)] if steps else [first]

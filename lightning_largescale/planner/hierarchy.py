@@ -1,0 +1,139 @@
+"""What the memory hierarchy adds to peak memory: what stays, what is on its way, and what is kept in other tiers.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5; Lv et al. 2023, "Full Parameter Fine-tuning for Large
+    Language Models with Limited Resources", section 3 (gradient release).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
+
+# Blocks whose activations are on their way at once: out, while others compute; and back, one ahead of its backward.
+_BLOCKS_OUT, _BLOCKS_BACK = 2, 1
+
+
+def parameters_here(sizes: Sizes) -> int:
+    """Of a rank's parameters, those in the device's memory between their uses, bytes."""
+    return sizes.parameters - sum(map(sizes.shard, sizes.placement.away))
+
+
+def state_here(sizes: Sizes) -> int:
+    """Of a rank's optimizer state, what is in the device's memory between steps, bytes."""
+    return sizes.optimizer_state - sizes.placement.state_away if sizes.workload.stage == "fit" else 0
+
+
+def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
+    """At each segment, bytes of the shards that are fetched ahead of a pass: of the group that computes, until it has
+    been gathered, and of the next ones that have to be fetched.
+    """
+    groups, most = sizes.placement.groups, sizes.plan.prefetched_blocks + 1
+    if not groups:
+        return [0] * len(sizes.blocks)
+    ahead: list[str] = []
+    found: list[int] = []
+    for block in sizes.blocks if backward else sizes.blocks[::-1]:
+        if block in groups and ahead[:1] != [block]:
+            ahead = [str(block), *(name for name in ahead if name != block)][:most]
+        found.append(sum(map(sizes.shard, ahead)))
+    return found if backward else found[::-1]
+
+
+def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
+    """At each segment, bytes of what blocks just before it saved that are on their way to another tier, or back."""
+    most = _BLOCKS_BACK if backward else _BLOCKS_OUT
+    last: list[int] = []
+    found: list[int] = []
+    for block, leaving in zip(sizes.blocks, sizes.leaving, strict=True):
+        found.append(sum(last))
+        if block is not None:
+            last = [leaving, *last][:most]
+    return found
+
+
+def gradients_passing(sizes: Sizes, blocks: Iterable[str | None]) -> int:
+    """Gradients of those of `blocks` whose gradients are used, or moved to another tier, as they come: bytes."""
+    return sum(sizes.gradient(block, whole=False) for block in {*blocks} if sizes.passes(block))
+
+
+def moved_in_step(sizes: Sizes) -> Mapping[str, int]:
+    """By tier, bytes that come from there for the optimizer's step: state, parameters, and gradients unless released.
+
+    Of these, state and parameters go back.
+    """
+    moved: Counter[str] = Counter()
+    if sizes.workload.stage != "fit":
+        return moved
+    moved.update(sizes.placement.state)
+    for name, tier in sizes.placement.groups.items():
+        # A parameter and its gradient have the same bytes.
+        moved[tier] += sizes.gradient(name, whole=False) * (1 if sizes.plan.release_gradients else 2)
+    return moved
+
+
+def page_buffers(sizes: Sizes) -> int:
+    """Bytes of the buffers through which the optimizer's step is paged; they stay from one step to the next."""
+    return page_buffer_bytes(sum(moved_in_step(sizes).values()))
+
+
+def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
+    """The most that the optimizer allocates for a while in stepping on these groups: of what is paged, for a page."""
+    in_pages: list[tuple[int, int]] = []
+    at_once: list[tuple[int, int]] = []
+    for name in names:
+        paged = sizes.plan.offload_optimizer is not None or name in sizes.placement.groups
+        (in_pages if paged else at_once).append(sizes.stepped.get(name, (0, 0)))
+    page = _page_parameter_bytes(sizes) if in_pages else 0
+    return max(_temporaries(sizes, at_once, None), _temporaries(sizes, in_pages, page))
+
+
+def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
+    """By tier, bytes of one rank that are kept outside of the device's memory; on CUDA what passes through DRAM on its
+    way to a disk counts there.
+    """
+    place, fit = sizes.placement, sizes.workload.stage == "fit"
+    kept: Counter[str] = Counter(place.state)
+    for name, tier in place.groups.items():
+        gradients = fit and not sizes.plan.release_gradients
+        kept[tier] += sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0)
+    if place.activations is not None:
+        kept[place.activations] += sum(map(sizes.leaving_of, sizes.step.segments))
+    if kept["nvme"] and sizes.kind != "cpu":
+        kept["cpu"] += staging_bytes(sizes)
+    return {tier: size for tier, size in kept.items() if size and tier in place.outside}
+
+
+def staging_bytes(sizes: Sizes) -> int:
+    """Bytes of the buffers in DRAM through which a CUDA device reads and writes a disk."""
+    place = sizes.placement
+    passing = page_buffer_bytes(moved_in_step(sizes)["nvme"]) if "nvme" in moved_in_step(sizes) else 0
+    shards = sorted((sizes.shard(name) for name, tier in place.groups.items() if tier == "nvme"), reverse=True)
+    passing += sum(shards[: sizes.plan.prefetched_blocks + 1])
+    if place.activations == "nvme":
+        passing += sum(sorted(map(sizes.leaving_of, sizes.step.segments), reverse=True)[:_BLOCKS_OUT])
+    return passing
+
+
+def _page_parameter_bytes(sizes: Sizes) -> int:
+    """Bytes of the parameters that one page is for."""
+    trained = sum(total for _, total in sizes.stepped.values())
+    if sizes.plan.offload_optimizer is None or not sizes.optimizer_state:
+        return PAGE_BYTES // (1 if sizes.plan.release_gradients else 2)
+    return PAGE_BYTES * trained // sizes.optimizer_state
+
+
+def _temporaries(sizes: Sizes, groups: list[tuple[int, int]], page: int | None) -> int:
+    largest = max((largest for largest, _ in groups), default=0)
+    total = sum(total for _, total in groups)
+    if page is not None:
+        largest, total = min(largest, page), min(total, page)
+    return max(
+        (
+            int(needs.step_temporary_largest * largest + needs.step_temporary_total * total)
+            for needs in sizes.workload.optimizers
+        ),
+        default=0,
+    )

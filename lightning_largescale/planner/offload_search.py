@@ -1,0 +1,155 @@
+"""Plans that fit because something is kept in another tier: which techniques, and how much of each.
+
+For every layout that does not fit by itself, each set of techniques is solved for the amounts that cost the least
+(`amounts`). Layouts are taken in the order of how fast they could be at best, and those that could not be faster than
+what has been found are left out, so that the choice is the best of all.
+
+Source: Land and Doig 1960, "An Automatic Method of Solving Discrete Programming Problems" (branch and bound);
+    Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (what can be kept where).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.amounts import Amounts, Layout
+from lightning_largescale.planner.bounds import least_seconds
+from lightning_largescale.planner.report import Estimate
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.spread import UNLIMITED
+from lightning_largescale.workload import Workload
+
+TECHNIQUES = ("release", "optimizer", "activations", "parameters")
+Row = tuple[Plan, Estimate]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Offloading:
+    """What plans that keep bytes elsewhere are searched with.
+
+    Attributes:
+        workload: what one step needs.
+        hardware: with rates.
+        budgets: bytes of each tier, the device's included; tiers that are not in it are not used.
+        accumulate: micro-batches in a step.
+        may_release: nothing needs all gradients at once.
+        setup: `baseline_bytes` and `built`, as for `peak_memory`.
+    """
+
+    workload: Workload
+    hardware: Hardware
+    budgets: Mapping[str, int]
+    accumulate: int
+    may_release: bool
+    setup: Mapping[str, Any]
+
+    def techniques(self, plan: Plan) -> list[frozenset[str]]:
+        """Sets of techniques that may be combined with `plan`, those of the fewest first."""
+        work = self.workload
+        fit, tiers = work.stage == "fit", len(self.budgets) > 1
+        replicas = plan.dp_replicate > 1 and not plan.shards
+        may = {
+            "release": self.may_release
+            and fit
+            and self.accumulate == 1
+            and len(work.optimizers) == 1
+            and plan.precision != "16-mixed"
+            and not replicas,
+            "optimizer": tiers and fit and any(any(needs.state_bytes.values()) for needs in work.optimizers),
+            "activations": tiers and fit and bool(work.blocks),
+            "parameters": tiers and bool(work.blocks),
+        }
+        usable = [name for name in TECHNIQUES if may[name]]
+        sets = (itertools.combinations(usable, count) for count in range(1, len(usable) + 1))
+        return [frozenset(names) for names in itertools.chain.from_iterable(sets)]
+
+    def layouts(self, plan: Plan, *, gathering: bool) -> list[Layout]:
+        """`plan` as it runs where its parameters leave, or where they do not."""
+        plans = [plan]
+        if gathering and not plan.shards:
+            wraps = self.workload.wraps if self.workload.stage == "fit" else ()
+            plans = [dataclasses.replace(plan, wrapped_modules=names) for names in dict.fromkeys(((), wraps))]
+        return [self._layout(plan, gathering=gathering) for plan in plans]
+
+    def _layout(self, plan: Plan, *, gathering: bool) -> Layout:
+        kind = self.hardware.kind
+        tier = ("nvme" if kind == "cpu" else "cpu") if gathering else None
+        # A plan whose parameters leave gathers them; here all of them stay.
+        given = dataclasses.replace(plan, offload_parameters=tier, resident_parameter_bytes=UNLIMITED if tier else None)
+        sizes = Sizes(self.workload, given, kind, self.accumulate)
+        return Layout(sizes, self.hardware, self.budgets, **self.setup)
+
+
+def offloaded_plans(search: Offloading, rows: Sequence[Row]) -> Iterator[Plan]:
+    """The fastest plan that keeps something elsewhere of every layout that may win, from `rows` that fit no more.
+
+    Args:
+        search: what is searched with.
+        rows: plans without, priced; the best that fits of them bounds what is worth looking at.
+
+    Source: the module's docstring.
+    """
+    device = search.budgets["device"]
+    fitting = [estimate for _, estimate in rows if estimate.peak_bytes["device"] <= device]
+    best = max((estimate.samples_per_second for estimate in fitting), default=0.0)
+    found: list[tuple[float, int, Plan, frozenset[str]]] = []
+    for order, (plan, estimate) in enumerate(rows):
+        if estimate.peak_bytes["device"] <= device or plan.activation_checkpointing == "selective":
+            continue
+        for techniques in search.techniques(plan):
+            seconds = least_seconds(
+                search.workload,
+                plan,
+                estimate.memory,
+                estimate.step_seconds,
+                techniques,
+                hardware=search.hardware,
+                budget_bytes=device,
+                accumulate=search.accumulate,
+                built=search.setup.get("built", True),
+            )
+            if seconds is not None:
+                found.append((samples(search, plan) / seconds, order, plan, techniques))
+    # The simplest first of those that may be as fast.
+    found.sort(key=lambda row: (-row[0], len(row[3]), row[1]))
+    layouts: dict[tuple[Plan, bool], list[Layout]] = {}
+    for speed, _, plan, techniques in found:
+        if speed <= best * (1 + 1e-9):
+            break
+        gathering = "parameters" in techniques
+        if (plan, gathering) not in layouts:
+            layouts[plan, gathering] = search.layouts(plan, gathering=gathering)
+        for layout in layouts[plan, gathering]:
+            solved = Amounts(layout, techniques).best()
+            if solved is not None:
+                best = max(best, samples(search, plan) / solved[1])
+                yield solved[0]
+
+
+def samples(search: Offloading, plan: Plan) -> float:
+    """Samples of one step of `plan`."""
+    return float(search.workload.batch_samples * plan.dp * search.accumulate)
+
+
+def least_plans(search: Offloading, plans: Collection[Plan]) -> Iterator[Plan]:
+    """Of each of `plans`, those with all elsewhere that can be: what needs the least memory on the device.
+
+    The last tier is taken to have room for all.
+    """
+    tiers = [tier for tier in ("cpu", "nvme") if tier in search.budgets]
+    search = dataclasses.replace(search, budgets={**search.budgets, **dict.fromkeys(tiers[-1:], UNLIMITED)})
+    for plan in plans:
+        sets = search.techniques(plan)
+        # Parameters that leave have to be gathered again, which may take more than it saves.
+        for names in (sets[-1:], [names for names in sets if "parameters" not in names][-1:]):
+            for techniques in names:
+                for layout in search.layouts(plan, gathering="parameters" in techniques):
+                    amounts = Amounts(layout, techniques)
+                    least = amounts.plan(amounts.least)
+                    if least is not None:
+                        yield least

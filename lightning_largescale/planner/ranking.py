@@ -1,0 +1,86 @@
+"""The order of plans that were priced, and why each has its place: the fastest that fits comes first.
+
+Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Learning Training", section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.report import Candidate, Estimate
+from lightning_largescale.planner.tier_budgets import shortfalls
+from lightning_largescale.units import format_bytes, format_seconds
+
+# Values that change the numbers a model trains to; taken only where the user's `allow` names them.
+LOSSY = ("bf16-mixed",)
+
+
+def ranked(
+    rows: Sequence[tuple[Plan, Estimate]], budgets: Mapping[str, int], allowed: Collection[str], *, fixed: bool
+) -> list[Candidate]:
+    """The plans in order: those that fit by time, then those too large by what they lack, then those not allowed.
+
+    Args:
+        rows: plans and their prices.
+        budgets: bytes of each tier.
+        allowed: precisions that may be taken.
+        fixed: the precision was asked for.
+
+    Source: the module's docstring.
+    """
+    lacking = [shortfalls(estimate.peak_bytes, budgets) for _, estimate in rows]
+    fitting = [row for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and not short]
+    # Ranks of tensor parallelism share their samples, so steps of different plans may be of different numbers.
+    fitting.sort(key=lambda row: (-row[1].samples_per_second, row[1].step_seconds, row[1].peak_bytes["device"]))
+    large = [(*row, short) for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and short]
+    large.sort(key=lambda row: (sum(row[2].values()), row[1].peak_bytes["device"]))
+    refused = [row for row in rows if row[0].precision not in allowed]
+    ranked = [
+        Candidate(plan=plan, estimate=estimate, status="fits", reason=_slower(estimate, fitting[0][1]))
+        for plan, estimate in fitting
+    ]
+    if ranked:
+        reason = "the only plan that fits" if len(ranked) == 1 else "the fastest of those that fit"
+        ranked[0] = dataclasses.replace(ranked[0], status="chosen", reason=reason)
+    ranked += [
+        Candidate(plan=plan, estimate=estimate, status="too large", reason=_too_large(estimate, short))
+        for plan, estimate, short in large
+    ]
+    ranked += [
+        Candidate(plan=plan, estimate=estimate, status="not allowed", reason=_not_allowed(plan, allowed, fixed=fixed))
+        for plan, estimate in refused
+    ]
+    return ranked
+
+
+def _slower(estimate: Estimate, best: Estimate) -> str:
+    """Why a plan that fits lost: how much slower, and the term that makes most of the difference."""
+    ratio = best.samples_per_second / estimate.samples_per_second if estimate.samples_per_second else math.inf
+    if ratio <= 1 or not math.isfinite(ratio):
+        return (
+            "as fast, and needs more memory" if estimate.peak_bytes["device"] > best.peak_bytes["device"] else "as fast"
+        )
+    if not math.isclose(ratio, estimate.step_seconds / best.step_seconds, rel_tol=1e-3):
+        samples = "fewer" if estimate.step_seconds < ratio * best.step_seconds else "more"
+        return f"{ratio:.2f} times the time a sample, of which its steps have {samples}"
+    growth = {name: seconds - best.time.terms.get(name, 0.0) for name, seconds in estimate.time.terms.items()}
+    term = max(growth, key=lambda name: growth[name])
+    return f"{ratio:.2f} times the step time, {format_seconds(growth[term])} more of {term}"
+
+
+def _too_large(estimate: Estimate, short: Mapping[str, float]) -> str:
+    words = [f"lacks {format_bytes(size)} on {tier}" for tier, size in short.items() if tier != "device"]
+    if "device" in short:
+        name, size = next(iter(estimate.memory.terms.items()))
+        where = f"at the {estimate.memory.moment}, where {name} take {format_bytes(size)}"
+        words.insert(0, f"lacks {format_bytes(short['device'])} {where}")
+    return ", and ".join(words)
+
+
+def _not_allowed(plan: Plan, allowed: Collection[str], *, fixed: bool) -> str:
+    if plan.precision in LOSSY and not fixed:
+        return f"{plan.precision} changes numerics and allow does not name it"
+    return f"precision {plan.precision} is not {' or '.join(sorted(allowed))}, which was asked for"

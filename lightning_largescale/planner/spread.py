@@ -1,0 +1,144 @@
+"""Which tier what leaves the device goes to: DRAM first, being faster, as far as it goes, then a disk.
+
+What moves most often has DRAM first: parameters, which every pass fetches; then what a micro-batch saves; then state.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 4 (bandwidth that each needs) and 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.placement import whole_pages
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.transfers import Away
+from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
+
+# Bytes of a tier that has room for anything.
+UNLIMITED = 2**63
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How much stays, and how much leaves.
+
+    Attributes:
+        groups: of parameters that stay, counted from the last.
+        blocks: whose activations leave, counted from the first.
+        state_bytes: of optimizer state that stay.
+    """
+
+    groups: int = 0
+    blocks: int = 0
+    state_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A plan that keeps a choice elsewhere, and the bytes it keeps where."""
+
+    plan: Plan
+    away: Away
+
+
+def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapping[str, int]) -> Spread | None:
+    """The plan of `sizes` with what `choice` keeps outside of the device spread over the tiers.
+
+    Args:
+        sizes: of a plan that keeps nothing elsewhere.
+        techniques: of "release", "optimizer", "activations" and "parameters".
+        choice: the amounts.
+        tiers: bytes that fit "cpu" and "nvme", where they can be used.
+
+    Returns:
+        None where they have not the room.
+    """
+    groups = sizes.movable[: len(sizes.movable) - choice.groups] if "parameters" in techniques else []
+    blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
+    saved = sum(_saved(sizes, blocks))
+    state = sizes.optimizer_state - choice.state_bytes if "optimizer" in techniques else 0
+    gradients = sizes.workload.stage == "fit" and "release" not in techniques
+    kept = [sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0) for name in groups]
+    dram, disk = tiers.get("cpu", 0), tiers.get("nvme")
+    if sum(kept) + saved + state > dram:
+        if disk is None:
+            return None
+        dram = max(0, dram - _staging(sizes, groups, blocks)) if "cpu" in tiers else 0
+    in_dram, dram = _last_within(groups, kept, dram) if "cpu" in tiers else ([], 0)
+    saved_tier = "cpu" if saved <= dram and "cpu" in tiers else "nvme"
+    state_in_dram = whole_pages(state, dram - (saved if saved_tier == "cpu" else 0))
+    on_disk = sum(kept[: len(kept) - len(in_dram)]) + (saved if saved_tier == "nvme" else 0) + state - state_in_dram
+    if on_disk > (disk or 0):
+        return None
+    fields: dict[str, Any] = {"release_gradients": "release" in techniques}
+    if groups:
+        shards = sum(map(sizes.shard, in_dram))
+        stay = sum(map(sizes.shard, sizes.movable[len(groups) :]))
+        fields |= _fields("parameter", len(in_dram) < len(groups), stay, shards)
+        fields["offload_parameters"] = fields.pop("tier")
+    if state:
+        fields |= _fields("optimizer", state_in_dram < state, choice.state_bytes, state_in_dram)
+        fields["offload_optimizer"] = fields.pop("tier")
+    if blocks:
+        some = tuple(blocks) if len(blocks) < len(sizes.workload.blocks) else None
+        fields |= {"offload_activations": saved_tier, "offloaded_blocks": some}
+    away = _away(sizes, groups, in_dram, {saved_tier: saved}, {"cpu": state_in_dram, "nvme": state - state_in_dram})
+    return Spread(plan=dataclasses.replace(sizes.plan, **fields), away=away)
+
+
+def _fields(what: str, to_disk: bool, stay: int, in_dram: int) -> dict[str, Any]:
+    return {
+        "tier": "nvme" if to_disk else "cpu",
+        f"resident_{what}_bytes": stay or None,
+        f"cpu_{what}_bytes": (in_dram or None) if to_disk else None,
+    }
+
+
+def _away(
+    sizes: Sizes,
+    groups: Sequence[str],
+    in_dram: Sequence[str],
+    activations: Mapping[str, int],
+    state: Mapping[str, int],
+) -> Away:
+    on_disk = groups[: len(groups) - len(in_dram)]
+    fit = sizes.workload.stage == "fit"
+    trained = {
+        tier: sum(sizes.gradient(name, whole=False) for name in names) if fit else 0
+        for tier, names in (("cpu", in_dram), ("nvme", on_disk))
+    }
+    return Away(
+        parameters={"cpu": sum(map(sizes.shard, in_dram)), "nvme": sum(map(sizes.shard, on_disk))},
+        trained=trained,
+        state=state,
+        activations=activations,
+    )
+
+
+def _last_within(groups: list[str], kept: list[int], size: int) -> tuple[list[str], int]:
+    """The last groups that `size` bytes have room for, and the bytes left over."""
+    count = 0
+    while count < len(groups) and kept[-1 - count] <= size:
+        size -= kept[-1 - count]
+        count += 1
+    return groups[len(groups) - count :], size
+
+
+def _saved(sizes: Sizes, blocks: Sequence[str]) -> list[int]:
+    """What each segment of `blocks` saves that can leave."""
+    names = frozenset(blocks)
+    return [
+        segment.saved_bytes - (sizes.saving(segment) if sizes.recomputes(segment) else 0)
+        for segment in sizes.step.segments
+        if segment.block in names
+    ]
+
+
+def _staging(sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
+    """The most that passes through DRAM at once on its way to a disk and back."""
+    shards = sorted(map(sizes.shard, groups), reverse=True)[: sizes.plan.prefetched_blocks + 1]
+    saved = sorted(_saved(sizes, blocks), reverse=True)[:2]
+    return PAGE_BUFFERS * PAGE_BYTES + sum(shards) + sum(saved)

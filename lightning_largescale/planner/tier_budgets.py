@@ -1,0 +1,40 @@
+"""How many bytes one rank may keep in each tier, and what an estimate lacks there.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 3 (memory of each tier).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_largescale.hardware import Disk, Hardware
+
+
+def nvme_disk(hardware: Hardware) -> Disk | None:
+    """The disk of the nvme tier where a plan names none: of those that can be it, the one with the most free bytes."""
+    disks = [disk for disk in hardware.disks if disk.refused is None]
+    return max(disks, key=lambda disk: disk.free_bytes, default=None)
+
+
+def tier_budgets(hardware: Hardware) -> dict[str, int]:
+    """Bytes that one rank may keep in each tier that can be planned with, beside the device's.
+
+    DRAM is a tier of its own on CUDA only; a disk needs measured rates, and is shared by the ranks of a node.
+    """
+    budgets: dict[str, int] = {}
+    rates, disk = hardware.rates, nvme_disk(hardware)
+    if rates is None:
+        return budgets
+    linked = rates.host_to_device is not None and rates.device_to_host is not None
+    if hardware.kind == "cuda" and linked:
+        budgets["cpu"] = hardware.dram_available_bytes
+    measured = rates.disk_read is not None and rates.disk_write is not None
+    if disk is not None and measured and (linked or hardware.kind == "cpu"):
+        budgets["nvme"] = disk.free_bytes // hardware.ranks_per_node
+    return budgets
+
+
+def shortfalls(peak_bytes: Mapping[str, int], budgets: Mapping[str, float]) -> dict[str, float]:
+    """By tier, the bytes by which `peak_bytes` exceed `budgets`; empty where they fit."""
+    over = {tier: size - budgets.get(tier, 0) for tier, size in peak_bytes.items()}
+    return {tier: size for tier, size in over.items() if size > 0}

@@ -1,0 +1,178 @@
+"""What stays, what is on its way and what is kept elsewhere, by hand: a root of 8 MiB, four blocks of 16."""
+
+import dataclasses
+
+import pytest
+from planner.builders import MIB, hardware, parameter, workload
+
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.hierarchy import (
+    activations_in_flight,
+    gradients_passing,
+    kept_elsewhere,
+    moved_in_step,
+    page_buffers,
+    parameters_here,
+    parameters_in_flight,
+    staging_bytes,
+    state_here,
+    temporaries,
+)
+from lightning_largescale.planner.memory import _moments, memory_of, peak_memory, setup_terms
+from lightning_largescale.planner.sizes import Sizes
+
+DISK = {"offload_parameters": "nvme", "offload_optimizer": "nvme"}
+
+
+def sizes(kind="cpu", accumulate=1, work=None, **fields):
+    return Sizes(work or workload(), Plan(**fields), kind, accumulate)
+
+
+def mib(count):
+    return count // MIB if count % MIB == 0 else count / MIB
+
+
+def test_the_root_stays_and_so_do_the_last_groups_that_may():
+    assert mib(parameters_here(sizes(offload_parameters="nvme"))) == 8
+    assert mib(parameters_here(sizes(offload_parameters="nvme", resident_parameter_bytes=40 * MIB))) == 8 + 2 * 16
+    assert mib(parameters_here(sizes(offload_parameters="nvme", dp_shard=2))) == 4
+    # On the CPU DRAM is the device's own memory.
+    assert mib(parameters_here(sizes(offload_parameters="cpu"))) == 8 + 64
+    assert mib(parameters_here(sizes("cuda", offload_parameters="cpu"))) == 8
+
+
+def test_shards_of_the_next_groups_are_on_their_way():
+    found = sizes(offload_parameters="nvme")
+    assert [*map(mib, parameters_in_flight(found, backward=False))] == [32, 32, 32, 16, 0]
+    assert [*map(mib, parameters_in_flight(found, backward=True))] == [16, 32, 32, 32, 32]
+    found = sizes(offload_parameters="nvme", resident_parameter_bytes=16 * MIB, prefetched_blocks=2)
+    assert [*map(mib, parameters_in_flight(found, backward=False))] == [48, 32, 16, 0, 0]
+    assert parameters_in_flight(sizes(), backward=True) == [0] * 5
+
+
+def test_state_stays_in_whole_pages():
+    assert state_here(sizes(offload_optimizer="nvme")) == 0
+    assert mib(state_here(sizes(offload_optimizer="nvme", resident_optimizer_bytes=70 * MIB))) == 64
+    assert mib(state_here(sizes(offload_optimizer="nvme", resident_optimizer_bytes=2**40))) == 144
+    assert mib(state_here(sizes(offload_optimizer="cpu"))) == 144
+    assert state_here(sizes("cuda", offload_optimizer="cpu")) == 0
+    assert state_here(sizes(work=workload(stage="validate"))) == 0
+
+
+def test_what_the_step_moves_and_through_which_buffers():
+    assert moved_in_step(sizes(**DISK)) == {"nvme": (144 + 2 * 64) * MIB}
+    assert moved_in_step(sizes(**DISK, release_gradients=True)) == {"nvme": (144 + 64) * MIB}
+    split = sizes("cuda", **DISK, cpu_optimizer_bytes=100 * MIB, cpu_parameter_bytes=20 * MIB)
+    assert moved_in_step(split) == {"cpu": (96 + 2 * 16) * MIB, "nvme": (48 + 2 * 48) * MIB}
+    assert mib(page_buffers(sizes(offload_optimizer="nvme"))) == 144
+    assert mib(page_buffers(sizes(**DISK))) == 6 * 32
+    assert page_buffers(sizes()) == page_buffers(sizes(work=workload(stage="predict"), offload_parameters="nvme")) == 0
+
+
+def test_temporaries_are_those_of_a_page_or_of_a_released_group():
+    needs = dataclasses.replace(workload().optimizers[0], step_temporary_largest=0.0, step_temporary_total=1.0)
+    work = workload(optimizers=(needs,))
+    every = [None, *workload().blocks]
+    assert mib(temporaries(sizes(work=work), every)) == 72
+    assert mib(temporaries(sizes(work=work, release_gradients=True), ["blocks.1"])) == 16
+    # A page of two states is for half as many bytes of parameters.
+    assert mib(temporaries(sizes(work=work, offload_optimizer="nvme"), every)) == 16
+    # Half a page of parameters with their gradients; the root is stepped on as ever.
+    assert mib(temporaries(sizes(work=work, offload_parameters="nvme"), every)) == 16
+    assert mib(temporaries(sizes(work=work, offload_parameters="nvme"), [None])) == 8
+
+
+def test_saved_bytes_of_two_blocks_are_on_their_way_out_and_of_one_back():
+    found = sizes(offload_activations="nvme")
+    assert [*map(mib, activations_in_flight(found, backward=False))] == [0, 64, 128, 128, 128]
+    assert [*map(mib, activations_in_flight(found, backward=True))] == [0, 64, 64, 64, 64]
+    assert [*map(mib, found.dropped)] == [0, 64, 128, 192, 256]
+    again = sizes(offload_activations="nvme", activation_checkpointing="full", offloaded_blocks=("blocks.0",))
+    assert [*map(mib, activations_in_flight(again, backward=False))] == [0, 8, 8, 0, 0]
+    assert [*map(mib, again.dropped)] == [0, 64, 64 + 56, 64 + 2 * 56, 64 + 3 * 56]
+    # What is already in DRAM gains nothing by going there.
+    assert sizes(offload_activations="cpu").dropped == [0] * 5
+
+
+def test_gradients_pass_where_they_are_released_or_leave():
+    assert mib(gradients_passing(sizes(release_gradients=True), ["blocks.0", "blocks.1", None])) == 32
+    assert gradients_passing(sizes(), ["blocks.0"]) == 0
+    partly = sizes(offload_parameters="nvme", resident_parameter_bytes=16 * MIB)
+    assert mib(gradients_passing(partly, ["blocks.2", "blocks.3"])) == 16
+
+
+def test_what_is_kept_where():
+    assert kept_elsewhere(sizes(**DISK)) == {"nvme": (144 + 2 * 64) * MIB}
+    assert kept_elsewhere(sizes(**DISK, release_gradients=True)) == {"nvme": (144 + 64) * MIB}
+    assert kept_elsewhere(sizes(offload_activations="nvme", offloaded_blocks=("blocks.2",))) == {"nvme": 64 * MIB}
+    assert kept_elsewhere(sizes(offload_optimizer="cpu")) == {}
+    assert kept_elsewhere(sizes("cuda", offload_optimizer="cpu")) == {"cpu": 144 * MIB}
+    predict = workload(stage="predict", optimizers=())
+    assert kept_elsewhere(sizes(work=predict, offload_parameters="nvme")) == {"nvme": 64 * MIB}
+
+
+def test_what_goes_to_a_disk_from_cuda_passes_through_dram():
+    found = sizes("cuda", **DISK, offload_activations="nvme")
+    # Buffers of pages, the shards of two groups, what two blocks saved.
+    assert mib(staging_bytes(found)) == 6 * 32 + 2 * 16 + 2 * 64
+    assert kept_elsewhere(found)["cpu"] == staging_bytes(found)
+
+
+def terms_at(what, found):
+    """Terms of the worst of the moments that begin like `what`."""
+    moments = [row for row in _moments(found, 0, True) if row[0] == what[0] and row[1] == what[1]]
+    return {name: mib(size) for name, size in moments[0][2].items()}
+
+
+def test_a_release_keeps_the_gradients_of_two_groups_and_of_the_root():
+    found = sizes(release_gradients=True)
+    assert terms_at(("backward", 1), found)["gradients"] == 8 + 2 * 16
+    assert terms_at(("backward", 3), found)["gradients"] == 8 + 16
+    assert terms_at(("forward", 0), found)["gradients"] == 8
+    assert terms_at(("optimizer step", None), found)["optimizer temporaries"] == 16
+    # Shards: the whole gradients of one group, and the shard of the one before.
+    found = sizes(release_gradients=True, dp_shard=2)
+    assert terms_at(("backward", 1), found)["gradients"] == 8
+    assert terms_at(("backward", 1), found)["unreduced gradients"] == 8 + 16
+
+
+def test_gradients_that_leave_do_so_in_every_micro_batch():
+    found = sizes(accumulate=2, **DISK)
+    assert terms_at(("forward", 0), found)["gradients"] == 8
+    backward = terms_at(("backward", 1), found)
+    assert backward["gradients"] == 8 + 16
+    assert backward["unreduced gradients"] == 8 + 16
+    whole = sizes(accumulate=2, dp_shard=2)
+    assert terms_at(("forward", 0), whole)["gradients"] == 72
+    assert found.reductions == 2
+    assert whole.reductions == 1
+
+
+def test_one_rank_gathers_what_it_fetches_as_several_do():
+    found = terms_at(("backward", 1), sizes(offload_parameters="nvme"))
+    # The root twice, at rest and gathered; the group that computes, and the next.
+    assert found["parameters"] == 8
+    assert found["gathered parameters"] == 8 + 2 * 16
+    assert found["parameters in flight"] == 32
+
+
+def test_a_model_without_values_is_made_group_by_group():
+    found = sizes(offload_parameters="nvme")
+    assert setup_terms(found)["parameters"] == 72 * MIB
+    assert setup_terms(found, built=False) == {"parameters": 8 * MIB, "gathered parameters": 16 * MIB}
+    assert setup_terms(sizes(), built=False)["parameters"] == 72 * MIB
+    small = workload(parameters=(*workload().parameters[1:], parameter("embedding", None, rows=8)), optimizers=())
+    least = peak_memory(small, Plan(offload_parameters="nvme"), hardware(1), built=False)
+    assert least.moment != "setup"
+
+
+def test_the_estimate_has_what_is_kept_elsewhere():
+    estimate = memory_of(sizes(**DISK))
+    assert estimate.elsewhere == {"nvme": (144 + 2 * 64) * MIB}
+    assert estimate.terms["page buffers"] == 6 * 32 * MIB
+
+
+@pytest.mark.parametrize("field", ["offload_parameters", "offload_optimizer", "offload_activations"])
+def test_dram_of_a_cpu_saves_nothing(field):
+    plain = peak_memory(workload(), Plan(), hardware(1)).peak_bytes
+    assert peak_memory(workload(), Plan(**{field: "cpu"}), hardware(1)).peak_bytes >= plain
