@@ -223,6 +223,9 @@ def _median_seconds(run: Callable[[], object], seconds: float, device: torch.dev
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: MatmulSize, seconds: float, most_bytes: int) -> float:
     """FLOP/s at the largest rung of the ladder that leaves time for a few repeats."""
+    # The first product of a process may take as long as there is for all of them.
+    one = torch.ones(1, 1, dtype=dtype, device=device)
+    timed(partial(torch.mm, one, one), device)
     deadline = perf_counter() + seconds
     # The user's random numbers stay where they are.
     generator = torch.Generator(device).manual_seed(0)
