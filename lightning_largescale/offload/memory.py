@@ -16,7 +16,7 @@ import functools
 import math
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,14 @@ class Memory:
     def view(self, start: int = 0, stop: int | None = None) -> memoryview:
         """Its bytes, for requests."""
         return memoryview(self._bytes).cast("B")[start : self.nbytes if stop is None else stop]
+
+    def lend(self, back: Callable[[Memory], object]) -> tuple[Tensor, memoryview]:
+        """All of it as a tensor of bytes, and for requests; `back` is called with it once nothing has either any more:
+        no view of the tensor, and no request that is under way.
+        """
+        lent = _bytes_type(self.nbytes).from_buffer(self._bytes)
+        weakref.finalize(lent, back, self).atexit = False
+        return torch.frombuffer(lent, dtype=torch.uint8), memoryview(lent).cast("B")
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` views it."""
