@@ -132,10 +132,12 @@ class _Offload:
         with self._lock:
             self._calls = [known for known in self._calls if known() is not None]
             last = self._calls[-1]() if self._calls else None
+            # What fails here is not to be heard of again in another step.
             before, self._leaving = self._leaving, []
-            if last is not None:
-                self._leaving = self.tier.send([saved for saved in last.storages() if not (saved.sent or saved.wanted)])
+            leaving = [] if last is None else [one for one in last.storages() if not (one.sent or one.wanted)]
+            sent = self.tier.send(leaving)
             self.tier.settle(before)
+            self._leaving = sent
             tensors = chain(block.parameters(), block.buffers(), (held.get(key) for held, key in self._outside))
             call = _Call(name, self, {place for tensor in tensors for place in _places(tensor)})
             self._calls.append(weakref.ref(call))

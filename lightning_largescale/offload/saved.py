@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.room import Buffers, Extents
-from lightning_largescale.offload.store import Extent, Store, Transfer
+from lightning_largescale.offload.store import Extent, Store, StoreError, Transfer
 from lightning_largescale.tiers import REQUEST_BYTES, REQUESTS, aligned
 
 
@@ -39,6 +39,8 @@ class Saved:
         wanted: its backward has come, so it does not leave any more.
         sent: it is away, or on its way.
         used: it came back, and something was computed with it.
+        left: how many pieces of it are to be written still.
+        error: why it could not leave or come back.
         place: where it is in the other tier.
         coming: on its way back, or back.
         lock: for what changes these, other than the last reference.
@@ -67,7 +69,8 @@ class Saved:
         self.left = 0
         self.place: Any = None
         self.coming: Any = None
-        self.error: Exception | None = None
+        # In words: an error has its traceback, which may have the graph that has this.
+        self.error = ""
         self.lock = threading.Lock()
 
     def forget(self) -> None:
@@ -104,7 +107,7 @@ class Tier(ABC):
         """Have it begin to come back, if it is not here; it is not to leave any more."""
         with saved.lock:
             saved.wanted = True
-            if saved.content is None and saved.coming is None and saved.error is None:
+            if saved.content is None and saved.coming is None and not saved.error:
                 saved.coming = self._begin(saved)
 
     def bytes_of(self, saved: Saved) -> Tensor:
@@ -115,14 +118,14 @@ class Tier(ABC):
         """
         self.fetch(saved)
         with saved.lock:
-            if saved.error is not None:
-                raise saved.error
+            if saved.error:
+                raise StoreError(saved.error)
             if saved.content is not None:
                 return saved.content
             try:
                 found = self._end(saved)
-            except Exception as error:
-                saved.error = error
+            except StoreError as error:
+                saved.error = str(error)
                 raise
             saved.used = True
             return found
@@ -171,10 +174,12 @@ class Disk(Tier):
         """As of every tier."""
         written: Future[None]
         for _, written in sent:
-            written.exception()
-        for known, written in sent:
-            if known() is not None:
-                written.result()
+            written.result()
+        for known, _ in sent:
+            saved = known()
+            # Where backward has come to it, backward says so.
+            if saved is not None and saved.error and not saved.wanted:
+                raise StoreError(saved.error)
 
     def _write(self, known: weakref.ref[Saved], start: int, computed: Any) -> None:
         saved = known()
@@ -189,9 +194,9 @@ class Disk(Tier):
         _copy(staging.tensor(torch.uint8, (stop - start,)), saved.content[start:stop], computed)
         try:
             self._store.write(extent, staging.view(0, aligned(stop - start)), start).wait()
-        except Exception as error:
-            saved.error = error
-            raise
+        except StoreError as error:
+            saved.error = str(error)
+            return
         with saved.lock:
             saved.left -= 1
             if saved.left == 0 and not saved.wanted:
