@@ -23,6 +23,7 @@ from lightning_largescale.checkpoint.weights import Weights, check_weights
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
+from lightning_largescale.offload.activations import offload_activations
 from lightning_largescale.offloading import OffloadingStrategy
 from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
@@ -159,6 +160,7 @@ class LargeScaleStrategy(OffloadingStrategy):
         if self._compile is not False:
             options = {} if self._compile is True else self._compile
             self._undo.callback(compile_blocks(module, options))
+        self._undo.callback(offload_activations(module, plan, self._store, self.root_device))
         if self._heap_is("watched"):
             self._watch_heap()
         if plan.gathers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_largescale.compat.of_autograd import hooks_saved_tensors, versions_of
 from lightning_largescale.compat.of_distributed import (
     abort_process_groups,
     all_gather_tensor,
@@ -130,6 +131,7 @@ __all__ = [
     "gradient_hooks",
     "has_full_backward_hooks",
     "hook_nearest",
+    "hooks_saved_tensors",
     "ignore_parameters",
     "init_process_group",
     "is_compiled",
@@ -165,6 +167,7 @@ __all__ = [
     "tensor_without_values",
     "undo_sharding",
     "version",
+    "versions_of",
     "without_dispatch_modes",
     "without_function_modes",
     "without_gathering",

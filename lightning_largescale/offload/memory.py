@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,14 @@ class Memory:
         if not 0 <= start <= stop <= self.nbytes:
             raise ValueError(f"bytes {start} to {stop} of {self.nbytes} are asked for")
         return memoryview(self._bytes).cast("B")[start:stop]
+
+    def lend(self, back: Callable[[Memory], object]) -> tuple[Tensor, memoryview]:
+        """All of it as a tensor of bytes, and for requests; `back` is called with it once nothing has either any more:
+        no view of the tensor, and no request that is under way.
+        """
+        lent = _bytes_type(self.nbytes).from_buffer(self._bytes)
+        weakref.finalize(lent, back, self).atexit = False
+        return torch.frombuffer(lent, dtype=torch.uint8), memoryview(lent).cast("B")
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` views it."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.forward import Forward
+from lightning_largescale.forward import Forward
 from lightning_largescale.parallel.kept import Contexts, keep_products
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_blocks

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.forward import Forward
+from lightning_largescale.forward import Forward
 from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.batch import map_tensors

@@ -1,0 +1,289 @@
+"""Storages that autograd saves, on their way to another tier and back.
+
+To a disk: requests past the page cache want aligned memory, which tensors have not. So a few threads copy a storage, a
+piece of a request's size at a time, into a buffer that each of them has, and write that: memory that stays warm takes a
+copy at several times a disk's rate, and nothing of a storage's size is needed twice. Back from there a storage is read
+into a buffer of its size, which the tensors that come out of it view: nothing is copied.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 5.1 and 6.3; torch notes, "CUDA semantics", streams and
+    pinned memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_largescale.offload.memory import Memory
+from lightning_largescale.offload.room import Buffers, Extents
+from lightning_largescale.offload.store import Extent, Store, StoreError, Transfer
+from lightning_largescale.tiers import REQUEST_BYTES, REQUESTS, aligned
+
+
+class Saved:
+    """A storage that autograd saves, of which tensors are views.
+
+    Attributes:
+        name: of the block that saves it.
+        nbytes: its size.
+        version: of the tensor that was saved first, when it was.
+        content: its bytes on the device; None while they are elsewhere only.
+        wanted: its backward has come, so it does not leave any more.
+        sent: it is away, or on its way.
+        used: it came back, and something was computed with it.
+        left: how many pieces of it are to be written still.
+        error: why it could not leave or come back.
+        place: where it is in the other tier.
+        coming: on its way back, or back.
+        lock: for what changes these, other than the last reference.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "coming",
+        "content",
+        "error",
+        "left",
+        "lock",
+        "name",
+        "nbytes",
+        "place",
+        "sent",
+        "used",
+        "version",
+        "wanted",
+    )
+
+    def __init__(self, name: str, storage: torch.UntypedStorage, version: int) -> None:
+        self.name, self.nbytes, self.version = name, storage.nbytes(), version
+        self.content: Tensor | None = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        self.wanted = self.sent = self.used = False
+        self.left = 0
+        self.place: Any = None
+        self.coming: Any = None
+        # In words: an error has its traceback, which may have the graph that has this.
+        self.error = ""
+        self.lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Let what came back, and was used, go once more, as far as the tier still has it."""
+        with self.lock:
+            if self.used:
+                self.coming, self.used = None, False
+
+
+# What `send` gave: what left, and by what it is known that it has.
+Sent = list[tuple["weakref.ref[Saved]", Any]]
+
+
+class Tier(ABC):
+    """Where storages go, and come from."""
+
+    @abstractmethod
+    def send(self, storages: Iterable[Saved]) -> Sent:
+        """Have them begin to leave: each stays on the device until it has left, or is used again.
+
+        Raises:
+            PlanError: the tier has no room for them.
+        """
+
+    @abstractmethod
+    def settle(self, sent: Sent) -> None:
+        """Until they have left.
+
+        Raises:
+            StoreError: one of them could not.
+        """
+
+    def fetch(self, saved: Saved) -> None:
+        """Have it begin to come back, if it is not here; it is not to leave any more."""
+        with saved.lock:
+            saved.wanted = True
+            if saved.content is None and saved.coming is None and not saved.error:
+                saved.coming = self._begin(saved)
+
+    def bytes_of(self, saved: Saved) -> Tensor:
+        """Its bytes on the device; until they are there.
+
+        Raises:
+            StoreError: it could not leave, or come back.
+        """
+        self.fetch(saved)
+        with saved.lock:
+            if saved.error:
+                raise StoreError(saved.error)
+            if saved.content is not None:
+                return saved.content
+            try:
+                found = self._end(saved)
+            except StoreError as error:
+                saved.error = str(error)
+                raise
+            saved.used = True
+            return found
+
+    @abstractmethod
+    def _begin(self, saved: Saved) -> Any:
+        """What is known of it while it comes, and after that."""
+
+    @abstractmethod
+    def _end(self, saved: Saved) -> Tensor:
+        """Its bytes, when they are there; called as often as they are used."""
+
+
+class Disk(Tier):
+    """A store.
+
+    Args:
+        store: on the disk.
+        device: the device tier's.
+    """
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self._store, self._device = store, device
+        self._cuda = device.type == "cuda"
+        self._extents = Extents(store)
+        self._buffers = Buffers(pinned=self._cuda)
+        self._taking = threading.Lock()
+        self._own = threading.local()
+        self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="lightning_largescale activations")
+        weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True).atexit = False
+
+    def send(self, storages: Iterable[Saved]) -> Sent:
+        """As of every tier."""
+        computed = torch.cuda.current_stream(self._device).record_event() if self._cuda else None
+        sent: Sent = []
+        for saved in storages:
+            saved.place = self._extents.take(f"what {saved.name} saves", saved.nbytes, saved)
+            starts = range(0, saved.nbytes, REQUEST_BYTES)
+            saved.left, saved.sent = len(starts), True
+            # The last reference to it is then its graph's: without that nothing is written.
+            known = weakref.ref(saved)
+            sent += [(known, self._threads.submit(self._write, known, start, computed)) for start in starts]
+        return sent
+
+    def settle(self, sent: Sent) -> None:
+        """As of every tier."""
+        written: Future[None]
+        for _, written in sent:
+            written.result()
+        for known, _ in sent:
+            saved = known()
+            # Where backward has come to it, backward says so.
+            if saved is not None and saved.error and not saved.wanted:
+                raise StoreError(saved.error)
+
+    def _write(self, known: weakref.ref[Saved], start: int, computed: Any) -> None:
+        saved = known()
+        # Used before it was gone: it stays.
+        if saved is None or saved.wanted or saved.content is None:
+            return
+        extent: Extent = saved.place
+        stop = min(start + REQUEST_BYTES, saved.nbytes)
+        staging: Memory | None = getattr(self._own, "staging", None)
+        if staging is None:
+            staging = self._own.staging = Memory(REQUEST_BYTES, pinned=self._cuda)
+        _copy(staging.tensor(torch.uint8, (stop - start,)), saved.content[start:stop], computed)
+        try:
+            self._store.write(extent, staging.view(0, aligned(stop - start)), start).wait()
+        except StoreError as error:
+            saved.error = str(error)
+            return
+        with saved.lock:
+            saved.left -= 1
+            if saved.left == 0 and not saved.wanted:
+                saved.content = None
+
+    def _begin(self, saved: Saved) -> tuple[Tensor, Transfer]:
+        with self._taking:
+            buffer, view = self._buffers.take(saved.nbytes)
+        return buffer, self._store.read(saved.place, view)
+
+    def _end(self, saved: Saved) -> Tensor:
+        buffer: Tensor
+        buffer, transfer = saved.coming
+        transfer.wait()
+        if buffer.device.type != self._device.type:
+            buffer = buffer.to(self._device)
+            saved.coming = buffer, Transfer()
+        return buffer
+
+
+class Host(Tier):
+    """Pinned DRAM, for a CUDA device: copies run on a stream of their own, and no step of the host waits for one.
+
+    A storage that left is let go only after the stream that computes was told to wait for its copy: whatever that
+    computes next in the same memory comes after it.
+
+    Args:
+        device: that computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._buffers = Buffers(pinned=True)
+        self._taking = threading.Lock()
+
+    def send(self, storages: Iterable[Saved]) -> Sent:
+        """As of every tier."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        sent: Sent = []
+        with torch.cuda.stream(self._stream):
+            for saved in storages:
+                assert saved.content is not None
+                with self._taking:
+                    saved.place, _ = self._buffers.take(saved.nbytes)
+                saved.place[: saved.nbytes].copy_(saved.content, non_blocking=True)
+                saved.sent = True
+                sent.append((weakref.ref(saved), self._stream.record_event()))
+        return sent
+
+    def settle(self, sent: Sent) -> None:
+        """As of every tier."""
+        for known, copied in sent:
+            saved = known()
+            if saved is None:
+                continue
+            torch.cuda.current_stream(self._device).wait_event(copied)
+            with saved.lock:
+                if not saved.wanted:
+                    saved.content = None
+
+    def _begin(self, saved: Saved) -> tuple[Tensor, Any]:
+        # Memory of the stream that computes, which may still compute in it.
+        found = torch.empty(saved.nbytes, dtype=torch.uint8, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            found.copy_(saved.place[: saved.nbytes], non_blocking=True)
+            # It may be let go before anything waited for it.
+            found.record_stream(self._stream)
+            return found, self._stream.record_event()
+
+    def _end(self, saved: Saved) -> Tensor:
+        found: Tensor
+        found, copied = saved.coming
+        torch.cuda.current_stream(self._device).wait_event(copied)
+        return found
+
+
+def _copy(target: Tensor, source: Tensor, computed: Any) -> None:
+    """Copy bytes into DRAM; from a CUDA device once the event `computed` is over."""
+    if computed is None:
+        # Tensor.copy_ would start threads of its own, beside those that compute; the GIL is not held.
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
+        return
+    with torch.cuda.device(source.device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_event(computed)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+        stream.synchronize()
