@@ -778,3 +778,21 @@ def reduced_gradients():
 
 def test_ignore_parameters():
     assert run_connected(2, reduced_gradients) == [([[1.5, 1.5]], [1.0]), ([[1.5, 1.5]], [2.0])]
+
+
+def test_versions_of():
+    tensor = torch.ones(2).requires_grad_() * 1
+    versions = compat.versions_of(tensor)
+    assert versions.untyped_storage().nbytes() == 0
+    before = compat.version(versions)
+    tensor[:1].add_(1)
+    assert compat.version(versions) == compat.version(tensor) == before + 1
+
+
+def test_hooks_saved_tensors():
+    assert not compat.hooks_saved_tensors()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert compat.hooks_saved_tensors()
+    with torch.autograd.graph.disable_saved_tensors_hooks("no"):
+        assert compat.hooks_saved_tensors()
+    assert not compat.hooks_saved_tensors()

@@ -528,6 +528,32 @@ def test_two_ranks_that_shard_train_alike(two, tmp_path, recompute, dtype):
     assert {bytes_ for *_, bytes_ in results} != {0}
 
 
+def gathered(folder):
+    """Bytes that two blocks' steps wrote, and what of their gathered weights is there in between."""
+    store = Store(folder)
+    products = probes(*[lambda block, x: (x.mul(2) @ block.weight.t()) @ block.weight] * 4)
+    blocks = offloaded(nn.Sequential(*products), store)
+    for block in (*blocks, blocks):
+        fully_shard(block, mesh=mesh_of())
+    weights = []
+    blocks[0].register_forward_pre_hook(lambda block, given: weights.append(block.weight.untyped_storage()))
+    x = x_()
+    y = blocks(x)
+    between = weights[0].nbytes()
+    y.sum().backward()
+    store.close()
+    return store.written_bytes, between, x.grad is not None
+
+
+def test_gathered_weights_neither_leave_nor_are_kept(two, tmp_path):
+    product = 128 * 128 * 4
+    for written_bytes, between, trained in two.run(gathered, tmp_path):
+        assert between == 0
+        assert trained
+        # Of the first two, or three, what each product is of.
+        assert written_bytes in (2 * (X + product), 3 * X + 2 * product, 2 * X + 3 * product, 3 * (X + product))
+
+
 PEAK = """
 import sys
 import torch
