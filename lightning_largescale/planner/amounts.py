@@ -21,7 +21,7 @@ from lightning_largescale.planner.hierarchy import moved_in_step
 from lightning_largescale.planner.memory import allocator_share, moments_bytes
 from lightning_largescale.planner.runtime import beside_transfers
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import UNLIMITED, Choice, spread
+from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMITED, Choice, spread
 from lightning_largescale.planner.transfers import Passes, transfers
 from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
 
@@ -45,11 +45,6 @@ class Layout:
         self.sizes, self.hardware, self.budgets, self._setup = sizes, hardware, budgets, setup
         self._moments: dict[object, Moments] = {}
 
-    @cached_property
-    def share(self) -> float:
-        """Bytes lost in holes for each byte that comes and goes."""
-        return allocator_share(self.sizes.plan, self.sizes.kind)
-
     def without(self, techniques: frozenset[str], choice: Choice) -> Sizes:
         """The sizes where these amounts are outside of the device's memory, in whichever tier."""
         tiers = {"nvme" if self.sizes.kind == "cpu" else "cpu": UNLIMITED}
@@ -59,15 +54,12 @@ class Layout:
 
     def moments(self, techniques: frozenset[str], choice: Choice) -> Moments:
         """Of each moment, the bytes of all terms but the allocator's, and of those that come and go."""
-        blocks = choice.blocks if "activations" in techniques else 0
-        rest = techniques - {"activations"}
-        found = self._found(rest, Choice(groups=choice.groups if "parameters" in techniques else 0))
-        if not blocks:
+        of_blocks = techniques & OF_BLOCKS
+        groups = choice.groups if "parameters" in techniques else 0
+        found = self._found(techniques - of_blocks, Choice(groups=groups))
+        if not of_blocks:
             return found
-        plain, saved = (
-            self._found(frozenset(), Choice()),
-            self._found(frozenset({"activations"}), Choice(blocks=blocks)),
-        )
+        plain, saved = self._found(frozenset(), Choice()), self._found(of_blocks, Choice(blocks=choice.blocks))
         return [
             (total + other - base, moving + other_moving - base_moving)
             for (total, moving), (other, other_moving), (base, base_moving) in zip(found, saved, plain, strict=True)
@@ -85,12 +77,16 @@ class Amounts:
     """What some techniques may keep elsewhere under one layout."""
 
     def __init__(self, layout: Layout, techniques: frozenset[str]) -> None:
-        """Of `techniques`: "release", "optimizer", "activations", "parameters"."""
+        """Of `techniques`: "release", "optimizer", "parameters", and one of `OF_BLOCKS`."""
         self.layout, self.techniques = layout, techniques
         sizes = layout.sizes
         self._groups = len(sizes.movable) if "parameters" in techniques else 0
-        self._blocks = len(sizes.workload.blocks) if "activations" in techniques else 0
+        self._blocks = len(sizes.workload.blocks) if techniques & OF_BLOCKS else 0
+        if techniques & {*RECOMPUTATION}:
+            # All of them is a layout of its own.
+            self._blocks -= 1
         self._state = sizes.optimizer_state if "optimizer" in techniques else 0
+        self._beside: dict[int, tuple[float, Passes]] = {}
         # Without state that stays: the bytes at setup, and at the worst moment after it.
         self._peaks: dict[Choice, tuple[int, int]] = {}
         self._moved_by_groups: dict[int, int] = {}
@@ -143,7 +139,7 @@ class Amounts:
         """By how many bytes the device lacks memory, the buffers being those of what is still paged."""
         amounts = _staying(choice, 0)
         if amounts not in self._peaks:
-            share, moments = self.layout.share, self.layout.moments(self.techniques, amounts)
+            share, moments = self._share, self.layout.moments(self.techniques, amounts)
             setup, *steps = (total + int(share * moving) for total, moving in moments)
             self._peaks[amounts] = setup, max(steps, default=0)
         setup, most = self._peaks[amounts]
@@ -176,16 +172,24 @@ class Amounts:
         found = spread(sizes, self.techniques, choice, self.layout.budgets)
         if found is None or rates is None:
             return None
-        seconds, passes = self._beside
+        seconds, passes = self._without_transfers(choice.blocks)
         return seconds + transfers(found.away, passes, rates, sizes.kind).step_seconds
 
-    @cached_property
-    def _beside(self) -> tuple[float, Passes]:
+    def _without_transfers(self, blocks: int) -> tuple[float, Passes]:
         """Seconds of a step without transfers, and what these run beside."""
-        assert self.layout.hardware.rates is not None
+        blocks = blocks if self.techniques & {*RECOMPUTATION} else self._blocks
+        if blocks not in self._beside:
+            assert self.layout.hardware.rates is not None
+            sizes = self.layout.without(self.techniques, Choice(blocks=blocks))
+            terms, hidden_seconds = beside_transfers(sizes, self.layout.hardware, self.layout.hardware.rates)
+            self._beside[blocks] = sum(terms.values()) - hidden_seconds, Passes.of(sizes, terms)
+        return self._beside[blocks]
+
+    @cached_property
+    def _share(self) -> float:
+        """Bytes lost in holes for each byte that comes and goes."""
         sizes = self.layout.without(self.techniques, self.least)
-        terms, hidden_seconds = beside_transfers(sizes, self.layout.hardware, self.layout.hardware.rates)
-        return sum(terms.values()) - hidden_seconds, Passes.of(sizes, terms)
+        return allocator_share(sizes.plan, sizes.kind)
 
 
 def _staying(choice: Choice, state_bytes: int) -> Choice:

@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware import Hardware, Rates
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.memory import MemoryEstimate, allocator_share
+from lightning_largescale.planner.runtime import again_seconds
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.spread import RECOMPUTATION
 from lightning_largescale.workload import Workload
+
+# Of the bytes in question, until the shares are known to less than a thousandth.
+_HALVINGS = 12
 
 
 def least_seconds(
@@ -30,6 +37,7 @@ def least_seconds(
     budget_bytes: int,
     accumulate: int = 1,
     built: bool = True,
+    again_byte_seconds: float = 0.0,
 ) -> float | None:
     """Seconds below which no step of `plan` can last that fits because of `techniques`; None where none fits.
 
@@ -38,34 +46,85 @@ def least_seconds(
         plan: keeps nothing elsewhere.
         memory: of `plan`.
         step_seconds: of `plan`.
-        techniques: of "release", "optimizer", "activations" and "parameters".
+        techniques: of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
         hardware: with rates of the tiers.
         budget_bytes: that one rank may hold on its device tier.
         accumulate: micro-batches in a step.
         built: as for `peak_memory`.
+        again_byte_seconds: the least that running forward again takes for a byte that it need not keep.
 
     Source: the module's docstring.
     """
     if memory.moment == "setup" and built and hardware.kind == "cpu":
         return None
-    tier = "nvme" if hardware.kind == "cpu" else "cpu"
-    other = dataclasses.replace(plan, offload_parameters=tier if "parameters" in techniques else None)
     share = allocator_share(plan, hardware.kind)
-    terms = dict(memory.terms)
     lacking = float(memory.peak_bytes - budget_bytes)
-    if share > allocator_share(other, hardware.kind):
+    if share > allocator_share(_under(plan, techniques, workload.blocks, hardware.kind), hardware.kind):
         # Its holes may close as well.
-        share, lacking = 0.0, lacking - terms.get("allocator", 0)
-    moved = _removable(workload, plan, terms, share, techniques, accumulate)
-    read, written = _byte_seconds(hardware)
-    seconds = 0.0
-    costs = [
-        (reads * read + writes * written if reads or writes else 0.0, size) for size, reads, writes in moved if size > 0
+        share, lacking = 0.0, lacking - memory.terms.get("allocator", 0)
+    costs = _costs(_removable(workload, plan, memory.terms, share, techniques, accumulate), hardware)
+    if not techniques & {*RECOMPUTATION}:
+        seconds = _filled(costs, lacking)
+        return None if seconds is None else max(step_seconds, seconds)
+    # What is recomputed lengthens the compute, what is moved the transfers: shares of the two that last as long.
+    low, high = 0.0, memory.terms.get("activations", 0) * (1 + share)
+    if _filled(costs, lacking - high) is None:
+        return None
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        seconds = _filled(costs, lacking - middle)
+        if seconds is None or seconds > step_seconds + middle * again_byte_seconds:
+            low = middle
+        else:
+            high = middle
+    return max(step_seconds + low * again_byte_seconds, _filled(costs, lacking - high) or 0.0)
+
+
+def least_again(sizes: Sizes, rates: Rates) -> float:
+    """The least seconds that running a block forward again takes for a byte that it need not keep.
+
+    Args:
+        sizes: of a plan under which all blocks recompute.
+        rates: of the hardware.
+    """
+    shares = [
+        again_seconds(sizes, segment, rates) / saving
+        for segment in sizes.step.segments
+        if sizes.recomputes(segment) and (saving := sizes.saving(segment))
     ]
-    for cost, size in sorted(costs):
+    return min(shares, default=0.0)
+
+
+def _under(plan: Plan, techniques: frozenset[str], blocks: Sequence[str], kind: str) -> Plan:
+    """`plan` with `techniques`, whatever their amounts."""
+    tier = "nvme" if kind == "cpu" else "cpu"
+    fields: dict[str, Any] = {f"offload_{name}": tier for name in ("parameters", "optimizer") if name in techniques}
+    fields["release_gradients"] = "release" in techniques
+    if "activations" in techniques:
+        fields["offload_activations"] = tier
+    if techniques & {*RECOMPUTATION}:
+        fields |= {"activation_checkpointing": "selective", "checkpointed_blocks": tuple(blocks)}
+    return dataclasses.replace(plan, **fields)
+
+
+def _costs(removable: list[tuple[float, float, float]], hardware: Hardware) -> list[tuple[float, float]]:
+    """Seconds a byte, and bytes, of what can be removed, the cheapest first."""
+    read, written = _byte_seconds(hardware)
+    return sorted(
+        (reads * read + writes * written if reads or writes else 0.0, size)
+        for size, reads, writes in removable
+        if size > 0
+    )
+
+
+def _filled(costs: list[tuple[float, float]], lacking: float) -> float | None:
+    """Seconds of moving the cheapest bytes that make up what is `lacking`; None where all are too few."""
+    seconds = 0.0
+    for cost, size in costs:
         taken = min(size, max(0.0, lacking))
-        seconds, lacking = seconds + cost * taken, lacking - taken
-    return None if lacking > 0 else max(step_seconds, seconds)
+        if taken:
+            seconds, lacking = seconds + cost * taken, lacking - taken
+    return None if lacking > 0 else seconds
 
 
 def _removable(

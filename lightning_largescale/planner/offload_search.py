@@ -18,13 +18,16 @@ from typing import Any
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.amounts import Amounts, Layout
-from lightning_largescale.planner.bounds import least_seconds
+from lightning_largescale.planner.bounds import least_again, least_seconds
 from lightning_largescale.planner.report import Estimate
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import UNLIMITED
+from lightning_largescale.planner.spread import RECOMPUTATION, UNLIMITED
+from lightning_largescale.planner.tier_budgets import shortfalls
 from lightning_largescale.workload import Workload
 
 TECHNIQUES = ("release", "optimizer", "activations", "parameters")
+# What differs by less is as fast.
+_ROUNDING = 1e-9
 Row = tuple[Plan, Estimate]
 
 
@@ -68,13 +71,32 @@ class Offloading:
         sets = (itertools.combinations(usable, count) for count in range(1, len(usable) + 1))
         return [frozenset(names) for names in itertools.chain.from_iterable(sets)]
 
+    def with_recomputation(self, plan: Plan) -> list[tuple[frozenset[str], float]]:
+        """The same where some blocks recompute instead of having their activations leave, and the least seconds that
+        takes for a byte that is not kept.
+        """
+        work, rates = self.workload, self.hardware.rates
+        if plan.activation_checkpointing != "none" or work.stage != "fit" or len(work.blocks) < 2 or rates is None:
+            return []
+        found: list[tuple[frozenset[str], float]] = []
+        for name, operations in RECOMPUTATION.items():
+            full = dataclasses.replace(plan, activation_checkpointing="full", checkpointed_operations=operations)
+            sizes = Sizes(work, full, self.hardware.kind, self.accumulate)
+            if operations == "cheap" and not any(map(sizes.kept, sizes.step.segments)):
+                continue
+            least = least_again(sizes, rates)
+            sets = (names for names in self.techniques(plan) if "activations" not in names)
+            found += [(names | {name}, self.accumulate * least) for names in sets]
+        return found
+
     def layouts(self, plan: Plan, *, gathering: bool) -> list[Layout]:
         """`plan` as it runs where its parameters leave, or where they do not."""
         plans = [plan]
         if gathering and not plan.shards:
             wraps = self.workload.wraps if self.workload.stage == "fit" else ()
             plans = [dataclasses.replace(plan, wrapped_modules=names) for names in dict.fromkeys(((), wraps))]
-        return [self._layout(plan, gathering=gathering) for plan in plans]
+        layouts = [self._layout(plan, gathering=gathering) for plan in plans]
+        return [layout for layout in layouts if layout.sizes.movable or not gathering]
 
     def _layout(self, plan: Plan, *, gathering: bool) -> Layout:
         kind = self.hardware.kind
@@ -94,14 +116,38 @@ def offloaded_plans(search: Offloading, rows: Sequence[Row]) -> Iterator[Plan]:
 
     Source: the module's docstring.
     """
-    device = search.budgets["device"]
-    fitting = [estimate for _, estimate in rows if estimate.peak_bytes["device"] <= device]
-    best = max((estimate.samples_per_second for estimate in fitting), default=0.0)
+    fitting = [estimate for _, estimate in rows if not shortfalls(estimate.peak_bytes, search.budgets)]
+    best, simplest = max((estimate.samples_per_second for estimate in fitting), default=0.0), 0
+    layouts: dict[tuple[Plan, bool], list[Layout]] = {}
+    for speed, plan, techniques in _bounded(search, rows):
+        if speed < best * (1 - _ROUNDING):
+            break
+        if speed <= best * (1 + _ROUNDING) and len(techniques) >= simplest:
+            continue
+        gathering = "parameters" in techniques
+        if (plan, gathering) not in layouts:
+            layouts[plan, gathering] = search.layouts(plan, gathering=gathering)
+        for layout in layouts[plan, gathering]:
+            solved = Amounts(layout, techniques).best()
+            if solved is None:
+                continue
+            found = samples(search, plan) / solved[1]
+            if found > best * (1 + _ROUNDING) or (found >= best * (1 - _ROUNDING) and len(techniques) < simplest):
+                best, simplest = max(best, found), len(techniques)
+            yield solved[0]
+
+
+def _bounded(search: Offloading, rows: Sequence[Row]) -> list[tuple[float, Plan, frozenset[str]]]:
+    """Each plan of `rows` that does not fit, with each set of techniques that may make it; the most samples a second
+    that they may reach first, and of those that may reach as many the simplest.
+    """
     found: list[tuple[float, int, Plan, frozenset[str]]] = []
     for order, (plan, estimate) in enumerate(rows):
-        if estimate.peak_bytes["device"] <= device or plan.activation_checkpointing == "selective":
+        fits = estimate.peak_bytes["device"] <= search.budgets["device"]
+        if fits or plan.activation_checkpointing == "selective":
             continue
-        for techniques in search.techniques(plan):
+        sets = [(names, 0.0) for names in search.techniques(plan)] + search.with_recomputation(plan)
+        for techniques, again_byte_seconds in sets:
             seconds = least_seconds(
                 search.workload,
                 plan,
@@ -109,26 +155,15 @@ def offloaded_plans(search: Offloading, rows: Sequence[Row]) -> Iterator[Plan]:
                 estimate.step_seconds,
                 techniques,
                 hardware=search.hardware,
-                budget_bytes=device,
+                budget_bytes=search.budgets["device"],
                 accumulate=search.accumulate,
                 built=search.setup.get("built", True),
+                again_byte_seconds=again_byte_seconds,
             )
             if seconds is not None:
                 found.append((samples(search, plan) / seconds, order, plan, techniques))
-    # The simplest first of those that may be as fast.
     found.sort(key=lambda row: (-row[0], len(row[3]), row[1]))
-    layouts: dict[tuple[Plan, bool], list[Layout]] = {}
-    for speed, _, plan, techniques in found:
-        if speed <= best * (1 + 1e-9):
-            break
-        gathering = "parameters" in techniques
-        if (plan, gathering) not in layouts:
-            layouts[plan, gathering] = search.layouts(plan, gathering=gathering)
-        for layout in layouts[plan, gathering]:
-            solved = Amounts(layout, techniques).best()
-            if solved is not None:
-                best = max(best, samples(search, plan) / solved[1])
-                yield solved[0]
+    return [(speed, plan, techniques) for speed, _, plan, techniques in found]
 
 
 def samples(search: Offloading, plan: Plan) -> float:

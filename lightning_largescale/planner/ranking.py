@@ -16,6 +16,7 @@ from lightning_largescale.units import format_bytes, format_seconds
 
 # Values that change the numbers a model trains to; taken only where the user's `allow` names them.
 LOSSY = ("bf16-mixed",)
+_OFFLOADED = ("parameters", "optimizer", "activations")
 
 
 def ranked(
@@ -34,7 +35,7 @@ def ranked(
     lacking = [shortfalls(estimate.peak_bytes, budgets) for _, estimate in rows]
     fitting = [row for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and not short]
     # Ranks of tensor parallelism share their samples, so steps of different plans may be of different numbers.
-    fitting.sort(key=lambda row: (-row[1].samples_per_second, row[1].step_seconds, row[1].peak_bytes["device"]))
+    fitting.sort(key=_order)
     large = [(*row, short) for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and short]
     large.sort(key=lambda row: (sum(row[2].values()), row[1].peak_bytes["device"]))
     refused = [row for row in rows if row[0].precision not in allowed]
@@ -54,6 +55,18 @@ def ranked(
         for plan, estimate in refused
     ]
     return ranked
+
+
+def simplicity(plan: Plan) -> int:
+    """How many techniques keep something of `plan` elsewhere, or for a while only; the fewer, the simpler."""
+    return sum((plan.release_gradients, *(getattr(plan, f"offload_{name}") is not None for name in _OFFLOADED)))
+
+
+def _order(row: tuple[Plan, Estimate]) -> tuple[float, int, float, int]:
+    plan, estimate = row
+    # What differs by rounding alone is as fast.
+    speed = float(f"{estimate.samples_per_second:.9g}")
+    return -speed, simplicity(plan), estimate.step_seconds, estimate.peak_bytes["device"]
 
 
 def _slower(estimate: Estimate, best: Estimate) -> str:

@@ -135,8 +135,12 @@ def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
     """
     if sizes.workload.stage != "fit":
         return 0.0
-    again = [_again(sizes, segment) for segment in sizes.step.segments if sizes.recomputes(segment)]
-    return sum(_segment_seconds(segment, rates, sizes.plan, backward=False) for segment in again)
+    return sum(again_seconds(sizes, segment, rates) for segment in sizes.step.segments if sizes.recomputes(segment))
+
+
+def again_seconds(sizes: Sizes, segment: Segment, rates: Rates) -> float:
+    """Seconds of running `segment` forward once more, a micro-batch; without products, if their results were kept."""
+    return _segment_seconds(_again(sizes, segment), rates, sizes.plan, backward=False)
 
 
 def _again(sizes: Sizes, segment: Segment) -> Segment:

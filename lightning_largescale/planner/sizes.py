@@ -52,9 +52,8 @@ class Sizes:
         accumulate_grad_batches: int = 1,
     ) -> None:
         """Sizes of `plan`."""
-        every = frozenset(workload.blocks if plan.activation_checkpointing == "full" else ())
-        self._recomputed = every | frozenset(plan.checkpointed_blocks or ())
         self.workload, self.plan, self.kind = workload, plan, kind
+        self._recomputed = _recomputed(workload, plan)
         self.accumulate = accumulate_grad_batches
         self.divisions = workload.divisions.get(plan.tp, {})
         self._tp_dims = {
@@ -201,12 +200,11 @@ class Sizes:
         return other
 
     def placing(self, plan: Plan) -> Sizes:
-        """The sizes of `plan`, which differs from theirs in what it keeps in other tiers; what that is not is shared.
-
-        It must gather parameters if theirs does.
+        """The sizes of `plan`, which differs from theirs in what it keeps in other tiers or recomputes; all else is
+        shared. It must gather parameters if theirs does.
         """
         other = self._sharing(("dropped", "leaving", "placement", "reductions", "kept_from_here", "passing_gradients"))
-        other.plan = plan
+        other.plan, other._recomputed = plan, _recomputed(self.workload, plan)
         return other
 
     def _sharing(self, but: tuple[str, ...]) -> Sizes:
@@ -315,6 +313,11 @@ class Sizes:
 
     def _group(self, block: str | None) -> list[Parameter]:
         return self.groups.get(block, [])
+
+
+def _recomputed(workload: Workload, plan: Plan) -> frozenset[str]:
+    every = workload.blocks if plan.activation_checkpointing == "full" else ()
+    return frozenset((*every, *(plan.checkpointed_blocks or ())))
 
 
 def _running(blocks: list[str | None], size: Callable[[str], int]) -> list[int]:

@@ -17,6 +17,9 @@ from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away
 from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
 
+# Of blocks, one of these: their activations leave, or they run again, all of them or what is cheap.
+RECOMPUTATION = {"recomputation": "all", "cheap recomputation": "cheap"}
+OF_BLOCKS = frozenset({"activations", *RECOMPUTATION})
 # Bytes of a tier that has room for anything.
 UNLIMITED = 2**63
 
@@ -27,7 +30,7 @@ class Choice:
 
     Attributes:
         groups: of parameters that stay, counted from the last.
-        blocks: whose activations leave, counted from the first.
+        blocks: whose activations leave, or that recompute, counted from the first.
         state_bytes: of optimizer state that stay.
     """
 
@@ -49,7 +52,7 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
 
     Args:
         sizes: of a plan that keeps nothing elsewhere.
-        techniques: of "release", "optimizer", "activations" and "parameters".
+        techniques: of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
         choice: the amounts.
         tiers: bytes that fit "cpu" and "nvme", where they can be used.
 
@@ -74,6 +77,12 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     if on_disk > (disk or 0):
         return None
     fields: dict[str, Any] = {"release_gradients": "release" in techniques}
+    for name in techniques & {*RECOMPUTATION}:
+        fields |= {
+            "activation_checkpointing": "selective",
+            "checkpointed_blocks": sizes.workload.blocks[: choice.blocks],
+            "checkpointed_operations": RECOMPUTATION[name],
+        }
     if groups:
         shards = sum(map(sizes.shard, in_dram))
         stay = sum(map(sizes.shard, sizes.movable[len(groups) :]))

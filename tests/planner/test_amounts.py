@@ -12,12 +12,16 @@ from lightning_largescale.planner.amounts import Amounts, Layout
 from lightning_largescale.planner.memory import allocator_share, moments_bytes, peak_memory
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import UNLIMITED, Choice
+from lightning_largescale.planner.spread import OF_BLOCKS, UNLIMITED, Choice
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.tiers import PAGE_BYTES
 
 TECHNIQUES = ("release", "optimizer", "activations", "parameters")
-sets = st.sets(st.sampled_from(TECHNIQUES), min_size=1).map(frozenset)
+# Blocks' activations leave, or the blocks recompute: not both.
+sets = st.one_of(
+    st.sets(st.sampled_from(TECHNIQUES), min_size=1),
+    st.sets(st.sampled_from(("release", "optimizer", "parameters"))).map(lambda names: names | {"recomputation"}),
+).map(frozenset)
 
 
 def layout(work, machine, budget, techniques, plan=None):
@@ -42,7 +46,7 @@ def choices(work, techniques):
     """Every choice of amounts there is."""
     state = sum(work.optimizers[0].state_bytes.values())
     groups = range(len(work.blocks)) if "parameters" in techniques else [0]
-    blocks = range(1, len(work.blocks) + 1) if "activations" in techniques else [0]
+    blocks = range(1, len(work.blocks) + ("activations" in techniques)) if techniques & OF_BLOCKS else [0]
     pages = range(0, state, PAGE_BYTES) if "optimizer" in techniques else [0]
     for group, block, page in itertools.product(groups, blocks, pages):
         yield Choice(groups=group, blocks=block, state_bytes=page)

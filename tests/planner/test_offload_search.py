@@ -68,6 +68,45 @@ def test_what_may_be_combined(changes, search, plan, found):
     assert [*map(len, sets)] == sorted(map(len, sets))
 
 
+def test_blocks_recompute_instead_of_having_their_activations_leave():
+    found = searching(heavy(), tiered()).with_recomputation(Plan())
+    assert {names for names, _ in found} == {
+        names | {"recomputation"}
+        for names in searching(heavy(), tiered()).techniques(Plan())
+        if "activations" not in names
+    }
+    # A forward of a block again, for a byte that it need not keep.
+    forward = 1e9 / 40e9 + 8 * MIB / 10e9
+    assert {round(seconds * 7 * MIB, 9) for _, seconds in found} == {round(forward, 9)}
+    assert searching(heavy(), tiered()).with_recomputation(FULL) == []
+    assert searching(heavy(stage="predict"), tiered()).with_recomputation(Plan()) == []
+
+
+def recomputing():
+    """A model whose blocks are soon run again, and save more than a disk takes meanwhile."""
+    return heavy(steps={"32-true": step(blocks=16, saved=64 * MIB, head=4 * MIB, flops=10**8)})
+
+
+def test_some_blocks_recompute_and_some_state_leaves():
+    work, machine = recomputing(), tiered()
+    full = peak_memory(work, FULL, machine).peak_bytes
+    best = find_plans(work, machine, memory_budget=full - 200 * MIB, may_release=True).best
+    assert best.activation_checkpointing == "selective"
+    assert best.offload_optimizer == "nvme"
+    assert best.resident_optimizer_bytes > 0
+    assert best.offload_activations is best.offload_parameters is None
+
+
+def test_of_plans_that_are_as_fast_the_simplest_is_taken():
+    work, machine = recomputing(), tiered()
+    slow = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, disk_read=2e8, disk_write=2e8))
+    full = peak_memory(work, FULL, machine).peak_bytes
+    best = find_plans(work, slow, memory_budget=full + 400 * MIB, may_release=True).best
+    # The last page of state could leave under the arithmetic of the step, to no end.
+    assert best.release_gradients
+    assert not best.offloads
+
+
 def test_parameters_that_leave_one_device_take_large_modules_with_them():
     first = segment("embedding", saved=0, entry=0, peak=MIB, exit_=0, backward_peak=MIB)
     usual = heavy().steps["32-true"]
