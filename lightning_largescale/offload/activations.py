@@ -41,11 +41,12 @@ def offload_activations(module: nn.Module, plan: Plan, store: Store | None, devi
     """Have what the blocks of `module` that `plan` names, or all, save for backward wait in another tier.
 
     Numbers are those of the plain run bit for bit. The module is changed in place, its names and state_dict keys are
-    not. Call after recomputation and compilation were applied, so that what these keep leaves, and before sharding.
-    On a CPU "cpu" is the device's own tier, and nothing is done.
+    not. Call after recomputation and compilation were applied, so that what these keep leaves (of a checkpoint the
+    block's positional inputs), and before sharding. On a CPU "cpu" is the device's own tier, and nothing is done.
 
-    What is written into after it was saved makes backward raise, as it does otherwise. Where hooks on saved tensors are
-    in force already, as inside a checkpoint of the user's own, a block leaves it to them.
+    What is written into after it was saved makes backward raise, as it does otherwise; a write that torch does not
+    count, through `.data`, is not seen. Where hooks on saved tensors are in force already, as inside a checkpoint of
+    the user's own, a block leaves it to them.
 
     Args:
         module: with repeated blocks.

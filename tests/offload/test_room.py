@@ -60,7 +60,7 @@ def test_no_more_is_kept_than_was_in_use_at_once():
     assert not buffers.nbytes
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=40))
 def test_stretches_never_overlap_and_come_back_whole(tmp_path_factory, asked):
     store = Store(tmp_path_factory.mktemp("disk"))
