@@ -273,7 +273,7 @@ class Plan:
 
         Source: parallel/heap.py, which says why.
         """
-        if self.dp_shard > 1 or self.offload_parameters is not None:
+        if self.dp_shard > 1 or self.offload_parameters is not None or self.offload_activations is not None:
             return "mapped"
         if self.activation_checkpointing != "none":
             return "watched"
