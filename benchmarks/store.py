@@ -1,9 +1,10 @@
 """Does the store reach the disk's own rate, and what would page-cache reads of a mapped file reach?
 
-Requests of one size on as many threads, from and to the same buffers: once through `Store`, once by a raw loop of
-preadv and pwritev on a file of the same folder. Reads, writes, and as many of one as of the other at once; the ways
-take turns in one process, and the figure is the ratio of their rates, turn by turn. What is mapped is read by copying
-it into the same buffers, on as many threads, with the file's pages out of the cache before and asked for in order.
+Requests of one size on as many threads, from and to the same buffers and blocks of the disk: once through `Store`, once
+by a raw loop of preadv and pwritev on the store's own file. Reads, writes, and as many of one as of the other at once;
+the ways take turns in one process, and the figure is the ratio of their rates, turn by turn. What is mapped is read by
+copying it into the same buffers, on as many threads, with the file's pages out of the cache before and asked for in
+order.
 
     python benchmarks/store.py --folder /scratch --out benchmarks/results/store_cpu_DATE.md
 """
@@ -30,7 +31,7 @@ MIXES = {"read": ("read",), "write": ("write",), "read and write": ("read", "wri
 
 
 class Bench:
-    """A store and a raw file of the same size, and buffers for both."""
+    """A store, the descriptor of its file, and buffers for both."""
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         self.pages = nbytes // PAGE_BYTES
@@ -40,9 +41,8 @@ class Bench:
         for buffer in self.buffers:
             # No zeros: some file systems would store none of them.
             buffer.tensor(torch.int64, (PAGE_BYTES // 8,)).random_()
-        self.path = self.store.path / "raw"
-        self.raw = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-        os.posix_fallocate(self.raw, 0, nbytes)
+        # Two files lie elsewhere on the disk, which makes more of a difference than how they are written to.
+        self.raw = self.store.descriptor
 
     def through_store(self, mix: tuple[str, ...]) -> float:
         """Seconds of moving every page once, as many under way as there are buffers."""
@@ -73,7 +73,7 @@ class Bench:
         return self._on_threads(move)
 
     def mapped(self, _: tuple[str, ...]) -> float:
-        """The same bytes copied out of a mapping of the raw file, which is not in the page cache when it begins."""
+        """The same bytes copied out of a mapping of the file, which is not in the page cache when it begins."""
         os.posix_fadvise(self.raw, 0, 0, os.POSIX_FADV_DONTNEED)
         views = [torch.frombuffer(buffer.view(), dtype=torch.uint8) for buffer in self.buffers]
         # A tensor wants memory that can be written to; what is never written is the file's own page all the same.
