@@ -41,7 +41,7 @@ class Bench:
         for buffer in self.buffers:
             # No zeros: some file systems would store none of them.
             buffer.tensor(torch.int64, (PAGE_BYTES // 8,)).random_()
-        # Two files lie elsewhere on the disk, which makes more of a difference than how they are written to.
+        # Two files lie elsewhere on the disk, and have differed by more than the ways of writing to them do.
         self.raw = self.store.descriptor
 
     def through_store(self, mix: tuple[str, ...]) -> float:
