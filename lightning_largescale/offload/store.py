@@ -58,12 +58,14 @@ class Transfer:
     def __init__(self, requests: Sequence[Future[None]] = ()) -> None:
         self._requests = requests
         self._process = os.getpid()
-        self._on_failure: Callable[[], None] | None = None
+        self._on_failure: list[Callable[[], None]] = []
 
     @classmethod
     def of(cls, transfers: Sequence[Transfer]) -> Transfer:
         """All of `transfers` as one."""
-        return cls([request for transfer in transfers for request in transfer._requests])
+        whole = cls([request for transfer in transfers for request in transfer._requests])
+        whole._on_failure = [call for transfer in transfers for call in transfer._on_failure]
+        return whole
 
     def wait(self) -> None:
         """Until all are done; may be called again, and from several threads.
@@ -76,11 +78,11 @@ class Transfer:
         # All of them end before the first failure is told: then nothing touches their memory any more.
         failures = [error for error in map(_failure, self._requests) if error is not None]
         if failures:
-            call, self._on_failure = self._on_failure, None
-            if call is not None:
+            calls, self._on_failure = self._on_failure, []
+            for call in calls:
                 call()
             raise failures[0]
-        self._requests, self._on_failure = (), None
+        self._requests, self._on_failure = (), []
 
     @property
     def over(self) -> bool:
@@ -89,7 +91,7 @@ class Transfer:
 
     def on_failure(self, call: Callable[[], None]) -> None:
         """Have `wait` call this once before it raises."""
-        self._on_failure = call
+        self._on_failure.append(call)
 
 
 def _failure(request: Future[None]) -> BaseException | None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_largescale.offload.memory import Memory, Region
-from lightning_largescale.offload.store import DirectFile, Store, StoreError
+from lightning_largescale.offload.store import DirectFile, Store, StoreError, Transfer
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
@@ -295,7 +295,8 @@ def failing_once(method: str) -> type[DirectFile]:
     return Failing
 
 
-def test_a_fetch_that_fails_leaves_the_values_at_rest(tmp_path):
+@pytest.mark.parametrize("together", [False, True])
+def test_a_fetch_that_fails_leaves_the_values_at_rest(tmp_path, together):
     file = failing_once("read_at")
     store = Store(tmp_path, file=file)
     region = Region(store, "layer.weight", PAGE)
@@ -303,7 +304,7 @@ def test_a_fetch_that_fails_leaves_the_values_at_rest(tmp_path):
     region.drop()
     file.failures = 1
     with pytest.raises(StoreError, match=r"reading 4096 bytes of layer.weight at offset 0 .*bad"):
-        region.fetch().wait()
+        (Transfer.of([region.fetch(), Transfer()]) if together else region.fetch()).wait()
     assert not region.in_dram
     assert torch.equal(tensor, torch.arange(1024.0))
     region.fetch().wait()

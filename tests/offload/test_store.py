@@ -222,7 +222,7 @@ def test_where_no_space_can_be_set_aside_what_is_free_has_to_do(tmp_path, monkey
     memory = pages(8, 1)
     store.read(extent, memory).wait()
     assert memory == bytes(8 * PAGE)
-    with pytest.raises(PlanError, match=r"huge needs 1.00 PiB on"):
+    with pytest.raises(PlanError, match=r"huge needs 1.00 PiB on .* .No space left on device.; free some"):
         store.reserve("huge", 2**50)
     store.close()
 
@@ -336,6 +336,8 @@ def test_a_file_deleted_by_others_goes_on(store):
 @pytest.mark.parametrize("doing", ["read", "write"])
 def test_o_direct_refused_at_a_request_is_told_of_once(tmp_path, doing):
     class Refusing(DirectFile):
+        together = threading.Barrier(4)
+
         def read_at(self, memory, offset):
             return self._answer(super().read_at, memory, offset)
 
@@ -344,6 +346,8 @@ def test_o_direct_refused_at_a_request_is_told_of_once(tmp_path, doing):
 
         def _answer(self, move, memory, offset):
             if self.direct:
+                # So that all are refused before one of them is told of.
+                self.together.wait(60)
                 raise OSError(errno.EINVAL, "Invalid argument")
             return move(memory, offset)
 
