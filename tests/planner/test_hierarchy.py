@@ -174,5 +174,9 @@ def test_the_estimate_has_what_is_kept_elsewhere():
 
 @pytest.mark.parametrize("field", ["offload_parameters", "offload_optimizer", "offload_activations"])
 def test_dram_of_a_cpu_saves_nothing(field):
-    plain = peak_memory(workload(), Plan(), hardware(1)).peak_bytes
-    assert peak_memory(workload(), Plan(**{field: "cpu"}), hardware(1)).peak_bytes >= plain
+    def live(plan):
+        # Less is lost in the heap where it is kept without holes.
+        terms = peak_memory(workload(), plan, hardware(1)).terms
+        return sum(size for name, size in terms.items() if name != "allocator")
+
+    assert live(Plan(**{field: "cpu"})) >= live(Plan())
