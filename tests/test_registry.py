@@ -7,7 +7,13 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_largescale import LargeScaleAutoStrategy, LargeScaleStrategy, Plan, PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.registry import fsdp_plan, fsdp_tp_plan, tp_plan
+from lightning_largescale.registry import (
+    fsdp_cpu_offload_plan,
+    fsdp_nvme_offload_plan,
+    fsdp_plan,
+    fsdp_tp_plan,
+    tp_plan,
+)
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
 
@@ -35,18 +41,23 @@ def test_tensor_parallel_sizes_follow_the_nodes():
     assert fsdp_tp_plan(several) == Plan(tp=8, dp_shard=4)
 
 
+def test_offload_strings_shard_over_all_and_keep_the_rest_elsewhere():
+    hardware = Hardware.named("8xH100-80GB")
+    dram = Plan(dp_shard=8, offload_parameters="cpu", offload_optimizer="cpu")
+    assert fsdp_cpu_offload_plan(hardware) == dram
+    assert fsdp_nvme_offload_plan(hardware) == Plan(dp_shard=8, offload_parameters="nvme", offload_optimizer="nvme")
+
+
 @pytest.mark.parametrize(
     ("name", "technique"),
     [
-        ("largescale_fsdp_cpu_offload", "sharding with offload to DRAM"),
-        ("largescale_fsdp_nvme_offload", "sharding with offload to NVMe"),
         ("largescale_fsdp_8bit", "sharding with 8-bit optimizer state"),
     ],
 )
 def test_technique_of_a_later_release(name, technique):
     message = (
         f"^strategy='{name}' asks for {technique}, which this release does not carry out;"
-        r" accepted are 'largescale_auto', 'largescale_fsdp', 'largescale_tp' and 'largescale_fsdp_tp'\.$"
+        r" accepted are 'largescale_auto', 'largescale_fsdp', .*, 'largescale_fsdp_nvme_offload'\.$"
     )
     with pytest.raises(PlanError, match=message):
         Trainer(strategy=name, **QUIET)

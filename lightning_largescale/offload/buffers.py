@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 
 from lightning_largescale.offload.memory import Memory
-from lightning_largescale.offload.store import Transfer
+from lightning_largescale.offload.store import StoreError, Transfer
 from lightning_largescale.tiers import PAGE_BUFFERS
 
 
@@ -38,14 +37,16 @@ class Buffers:
     def __init__(self, *, pinned: bool = False) -> None:
         self._pinned, self._nbytes, self._count = pinned, 0, 0
         self._free: list[Memory] = []
+        self._leaving = deque[tuple[Memory, Transfer]]()
 
     def make_room(self, nbytes: int) -> None:
         """Let each hold `nbytes`; not while any is taken."""
         if nbytes > self._nbytes:
+            self.drain()
             self._nbytes, self._count = nbytes, 0
             self._free.clear()
 
-    def take(self, leaving: deque[tuple[Memory, Transfer]]) -> Memory:
+    def take(self) -> Memory:
         """One that is free; if there is none, the first of those on their way out, once it is through.
 
         Raises:
@@ -56,22 +57,27 @@ class Buffers:
         if self._count < PAGE_BUFFERS:
             self._count += 1
             return Memory(self._nbytes, pinned=self._pinned)
-        memory, transfer = leaving[0]
+        memory, transfer = self._leaving[0]
         transfer.wait()
-        leaving.popleft()
+        self._leaving.popleft()
         return memory
 
-    def give_back(self, taken: Iterable[tuple[Memory, Transfer]]) -> None:
-        """Take back what was taken, once it is through.
+    def give_back(self, memory: Memory, transfer: Transfer) -> None:
+        """Let others take what was taken, once `transfer` is through."""
+        self._leaving.append((memory, transfer))
+
+    def drain(self) -> None:
+        """Until all that was given back is through.
 
         Raises:
             StoreError: a transfer failed.
         """
-        failed: Exception | None = None
-        for memory, transfer in taken:
+        failed: StoreError | None = None
+        while self._leaving:
+            memory, transfer = self._leaving.popleft()
             try:
                 transfer.wait()
-            except RuntimeError as error:
+            except StoreError as error:
                 failed = failed or error
             self._free.append(memory)
         if failed is not None:

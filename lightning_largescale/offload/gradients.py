@@ -92,6 +92,10 @@ class Release:
     ) -> None:
         self._optimizer, self._prepare = optimizer, prepare
         self._waiting: list[Tensor] = []
+        # What was updated after what, in the step before.
+        self._following: dict[str, str] = {}
+        self._members: dict[str, list[Tensor]] = {}
+        self._last: str | None = None
         self._done: set[Tensor] = set()
         self._arrivals = Arrivals(label_of, self._arrived, self._update)
 
@@ -102,12 +106,14 @@ class Release:
     def end_step(self) -> None:
         """The step is done: each may be updated again."""
         self._done.clear()
+        self._last = None
 
     def forget(self) -> None:
         """Leave a step that raised."""
         self._arrivals.forget()
         self._waiting.clear()
         self._done.clear()
+        self._last = None
 
     def stop(self) -> None:
         """Update no more in backward."""
@@ -124,7 +130,11 @@ class Release:
     def _update(self, label: str) -> None:
         parameters, self._waiting = self._waiting, []
         self._prepare(parameters)
-        self._optimizer.step_on(parameters)
+        self._optimizer.step_on({*parameters})
+        if self._last is not None:
+            self._following[self._last] = label
+        self._last, self._members[label] = label, parameters
+        self._optimizer.expect({*self._members.get(self._following.get(label, ""), ())})
         self._done.update(parameters)
         for parameter in parameters:
             parameter.grad = None

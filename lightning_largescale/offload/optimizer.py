@@ -12,7 +12,7 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2; Dettmers et al.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,8 @@ class PagedOptimizer:
         # What the groups have beside parameters, as the step began.
         self._options: list[dict[str, Any]] | None = None
         self._turns: Generator[None, None, None] | None = None
+        # Pages that are read before it is their turn.
+        self._expected: dict[Page, tuple[Memory, Transfer]] = {}
         # A step may call its base class's, which calls the hooks too.
         self._depth = 0
         self.paged.lay_out()
@@ -99,14 +101,35 @@ class PagedOptimizer:
         turns, self._turns = self._turns, None
         if turns is not None:
             turns.close()
+        self._give_back()
 
-    def step_on(self, parameters: Sequence[Tensor]) -> None:
-        """Step on these alone, as a part of the step that is under way or comes next."""
-        wanted = {id(parameter) for parameter in parameters}
-        pages = [page for page in self.paged.pages if any(id(one.member.parameter) in wanted for one in page.pieces)]
+    def step_on(self, parameters: Collection[Tensor]) -> None:
+        """Step on these alone, as a part of the step that is under way or comes next, which waits for what is still on
+        its way then.
+        """
         step = bare_step(self.optimizer)
-        for _ in self._in_turn(pages, [member for member in self._empty() if id(member.parameter) in wanted]):
+        empty = [member for member in self._empty() if member.parameter in parameters]
+        for _ in self._in_turn(self._pages_of(parameters), empty):
             step()
+
+    def expect(self, parameters: Collection[Tensor]) -> None:
+        """Begin to read what `step_on` of these needs first."""
+        for page in [page for page in self._pages_of(parameters) if self.paged.moves(page)][:_AHEAD]:
+            if page not in self._expected:
+                self._expected[page] = self._begun(page)
+
+    def _pages_of(self, parameters: Collection[Tensor]) -> list[Page]:
+        return [page for page in self.paged.pages if any(one.member.parameter in parameters for one in page.pieces)]
+
+    def _begun(self, page: Page) -> tuple[Memory, Transfer]:
+        buffer = self._buffers.take()
+        return buffer, self.paged.read(page, buffer)
+
+    def _give_back(self) -> None:
+        """What was expected and did not come."""
+        for buffer, transfer in self._expected.values():
+            self._buffers.give_back(buffer, transfer)
+        self._expected.clear()
 
     def state_of(self, parameter: Tensor, key: str) -> Tensor | None:
         """The memory in which the state of `parameter` under `key` is kept, to be written into; None where there is
@@ -143,6 +166,8 @@ class PagedOptimizer:
             with self._forgetting():
                 next(self._turns, None)
         self._turns = self._options = None
+        self._give_back()
+        self._buffers.drain()
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
@@ -171,25 +196,23 @@ class PagedOptimizer:
             self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         given = [group["params"] for group in groups]
         coming, ahead = deque[tuple[Page, Memory, Transfer]](), iter(moved)
-        leaving = deque[tuple[Memory, Transfer]]()
 
         def begin() -> None:
             page = next(ahead, None)
             if page is not None:
-                buffer = self._buffers.take(leaving)
-                coming.append((page, buffer, self.paged.read(page, buffer)))
+                coming.append((page, *(self._expected.pop(page, None) or self._begun(page))))
 
         try:
             for _ in range(_AHEAD):
                 begin()
             while coming:
                 begin()
-                page, buffer, transfer = coming.popleft()
-                leaving.append((buffer, transfer))
+                page, buffer, transfer = coming[0]
                 transfer.wait()
                 yield from self._turn([(page, buffer)])
-                leaving.pop()
-                leaving.append((buffer, self.paged.write(page, buffer)))
+                written = self.paged.write(page, buffer)
+                coming.popleft()
+                self._buffers.give_back(buffer, written)
             if stay:
                 yield from self._turn([(page, None) for page in stay])
             if empty:
@@ -199,7 +222,8 @@ class PagedOptimizer:
             self._made.clear()
             for group, params in zip(groups, given, strict=False):
                 group["params"] = params
-            self._buffers.give_back([*((buffer, transfer) for _, buffer, transfer in coming), *leaving])
+            for _, buffer, transfer in coming:
+                self._buffers.give_back(buffer, transfer)
 
     def _turn(
         self, places: Sequence[tuple[Page, Memory | None]], empty: Sequence[Member] = ()
