@@ -29,6 +29,8 @@ REPEATS = 9
 
 # A product of this many FLOPs takes some milliseconds at the slowest rate seen (0.9 GFLOP/s).
 _FIRST_FLOPS = 2 * 128**3
+# From here on the time of a product tells what a larger one takes.
+_TELLING_FLOPS = 2**27
 # Small products and large ones are computed by different instructions.
 _PROBED_EDGES = (32, 256)
 _STREAM_BYTES = 128 * 2**20
@@ -229,19 +231,22 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: MatmulSize, sec
     deadline = perf_counter() + seconds
     # The user's random numbers stay where they are.
     generator = torch.Generator(device).manual_seed(0)
-    rate, best, growth = 0.0, 0.0, 8.0
+    rate, best, growth, measured = 0.0, 0.0, 8.0, 0
     for m, k, n in _ladder(size):
         too_large = (m * k + k * n + m * n) * dtype.itemsize > most_bytes
         # Eight times the FLOPs take eight times as long, or less where a small product is mostly overhead: the last
         # step tells. The first run of a shape sets things up, and two more are the least worth having.
-        too_slow = perf_counter() + 3 * growth * best > deadline
+        # On a busy machine a small product takes as long as its turn does, whatever its size.
+        tells = measured >= _TELLING_FLOPS
+        too_slow = tells and perf_counter() + 3 * growth * best > deadline
         if rate and (too_large or too_slow):
             break
         a = torch.randn(m, k, dtype=dtype, device=device, generator=generator)
         b = torch.randn(k, n, dtype=dtype, device=device, generator=generator)
         left = max(0.0, deadline - perf_counter())
         times = _times(partial(torch.mm, a, b), left if (m, k, n) == size else left / 8, device)
-        reached = 2 * m * k * n / median(times)
+        measured = 2 * m * k * n
+        reached = measured / median(times)
         # Short of the size wanted, the best that was seen is the nearest to it.
         rate = reached if (m, k, n) == size else max(rate, reached)
         growth = min(8.0, max(2.0, min(times) / best)) if best else 8.0
