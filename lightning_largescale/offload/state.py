@@ -95,7 +95,7 @@ class PagedState:
             for parameter, number in fresh
         ]
         self.members.update({member.parameter: member for member in members})
-        for bundle in bundles_of(members):
+        for bundle in bundles_of(members, self._places.bytes_per_element):
             self._place(bundle)
         for member in members:
             self._take_over(member)
