@@ -62,6 +62,15 @@ def bare_step(optimizer: Optimizer) -> Callable[[], Any]:
     return inner.__get__(optimizer)  # type: ignore[no-any-return]
 
 
+def hold(group: dict[str, Any], options: Mapping[str, Any], parameters: list[Any]) -> None:
+    """Let a group of an optimizer have `options` and nothing else beside `parameters`; it stays the same dict.
+
+    A step on all parameters finds the group as it was before; so must one on a part of them after one on another part.
+    """
+    group.clear()
+    group.update({"params": parameters, **options})
+
+
 def in_words(error: Exception) -> str:
     """The kind of an error and the first sentence of its message."""
     first = (str(error).splitlines() or [""])[0].split(". ")[0]

@@ -28,7 +28,7 @@ from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.state import PagedState, ToWhole, as_divided
 from lightning_largescale.offload.store import Store, Transfer
-from lightning_largescale.optimizing import bare_step, closure_first
+from lightning_largescale.optimizing import bare_step, closure_first, hold
 from lightning_largescale.plan import PlanError
 
 # Pages that are on their way in while one is stepped on.
@@ -207,8 +207,7 @@ class PagedOptimizer:
         """Have the optimizer hold what is in some pages, and what stands for parameters that are empty here."""
         assert self._options is not None
         for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
-            group.update(options)
-            group["params"] = []
+            hold(group, options, [])
         turn = _Turn(self.optimizer, self.paged, self._made)
         for page, buffer in places:
             for piece, values, gradient in self.paged.values(page, buffer):

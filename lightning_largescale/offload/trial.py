@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale.offload.pages import Kind
-from lightning_largescale.optimizing import bare_step, clone_of, in_words
+from lightning_largescale.optimizing import bare_step, clone_of, hold, in_words
 from lightning_largescale.plan import PlanError
 
 _STEPS = 3
@@ -126,8 +126,7 @@ def _steps(
         values = [{key: value for key, value in group.items() if key != "params"} for group in clone.param_groups]
         for turn in [[one] for one in every] if apart else [every]:
             for index, group in enumerate(clone.param_groups):
-                group.update(values[index])
-                group["params"] = [part for own, part in turn if own == index]
+                hold(group, values[index], [part for own, part in turn if own == index])
             with torch.no_grad():
                 step()
     states = [[dict(clone.state.get(part, {})) for part in own] for own in parts.values()]
