@@ -106,7 +106,8 @@ class PagedOptimizer:
         pages = [page for page in self.paged.pages if any(id(one.member.parameter) in wanted for one in page.pieces)]
         step = bare_step(self.optimizer)
         for _ in self._in_turn(pages, [member for member in self._empty() if id(member.parameter) in wanted]):
-            step()
+            with compat.without_step_hooks(self.optimizer):
+                step()
 
     def state_of(self, parameter: Tensor, key: str) -> Tensor | None:
         """The memory in which the state of `parameter` under `key` is kept, to be written into; None where there is
@@ -131,7 +132,8 @@ class PagedOptimizer:
                 for number in range(count):
                     next(self._turns)  # type: ignore[arg-type]
                     if number < count - 1:
-                        step()
+                        with compat.without_step_hooks(optimizer):
+                            step()
         self._depth += 1
         return given
 
