@@ -60,6 +60,11 @@ class Member:
         """What this rank has of it, sharing storage."""
         return local_of(self.parameter.detach())
 
+    def laid_out(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor of its shape in the order of its memory, as torch makes the state of a parameter."""
+        local = self.local
+        return tensor if local.is_contiguous() else tensor.as_strided(local.shape, _dense_strides(local))
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Piece:
@@ -194,6 +199,10 @@ def bundles_of(members: Sequence[Member], moved_bytes: Callable[[Member], int] =
 def local_of(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor, sharing storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 def _padded(numel: int) -> int:

@@ -129,7 +129,7 @@ BUILDERS = {
     "AdamW": of(torch.optim.AdamW),
     "AdamW fused": of(torch.optim.AdamW, fused=True),
     "AdamW foreach": of(torch.optim.AdamW, foreach=True),
-    "AdamW lr tensor": of(torch.optim.AdamW, lr=torch.tensor(1e-3)),
+    "AdamW lr tensor": lambda module: of(torch.optim.AdamW, lr=torch.tensor(1e-3))(module),
     "SGD": of(torch.optim.SGD),
     "SGD nesterov": of(torch.optim.SGD, momentum=0.9, nesterov=True),
     "SGD fused": of(torch.optim.SGD, momentum=0.9, fused=True),
@@ -181,20 +181,22 @@ def train(module, optimizer, steps, start=0):
                 module[1].weight.grad = None
             return loss
 
-        losses.append(float(optimizer.step(closure)))
+        losses.append(float(optimizer.step(closure).detach()))
     return losses
 
 
-def alike(one, other):
-    """Whether two things are the same in all they hold, tensors bit for bit."""
-    if isinstance(one, torch.Tensor):
-        same = isinstance(other, torch.Tensor) and (one.shape, one.dtype) == (other.shape, other.dtype)
-        return same and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(alike, one, other))
-    return one == other
+def difference(one, other, path=""):
+    """Where two things that hold tensors are not the same bit for bit, and how; None where they are."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            return f"{path}: {one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"
+        return None if torch.equal(one, other) else f"{path}: {int((one != other).sum())} of {one.numel()} elements"
+    if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
+        return next(filter(None, (difference(one[key], other[key], f"{path}.{key}") for key in one)), None)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        numbered = enumerate(zip(one, other, strict=True))
+        return next(filter(None, (difference(*both, f"{path}.{number}") for number, both in numbered)), None)
+    return None if type(one) is type(other) and one == other else f"{path}: {one!r} and {other!r}"
 
 
 def ordinary_bytes() -> int:
