@@ -40,7 +40,10 @@ def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimi
     What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
     """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    defaults = dict(optimizer.defaults)
     clone = copy.copy(optimizer)
+    # Copying adds one to those that the two have in common, which groups that come later would be given.
+    clone.defaults, optimizer.defaults = optimizer.defaults, defaults
     clone.state, clone.param_groups = defaultdict(dict), param_groups
     for name, value in vars(optimizer).items():
         # A scheduler wraps the method of the object that it was given.

@@ -43,6 +43,12 @@ def test_a_clone_steps_on_other_parameters_alone(parameters):
     assert type(clone) is torch.optim.SGD
 
 
+def test_a_clone_leaves_the_defaults_of_the_optimizer(parameters):
+    optimizer = Wrapping(parameters, lr=0.5)
+    clone_of(optimizer, [{"params": []}])
+    assert optimizer.defaults == {"lr": 0.5}
+
+
 def test_a_clone_has_optimizers_and_lists_of_its_own(parameters):
     optimizer = Wrapping(parameters, lr=0.5)
     other = nn.Parameter(torch.zeros(4))

@@ -217,8 +217,11 @@ class PagedOptimizer:
                     turn.hold(piece, values, gradient, self.paged.slots(page, piece, buffer))
         for member in empty:
             turn.hold_row(member)
-        yield
-        turn.end()
+        try:
+            yield
+            turn.end()
+        finally:
+            turn.leave()
 
     def _keep_state(self) -> None:
         """Let parameters have what the turns of their pieces have made of their state."""
@@ -271,6 +274,11 @@ class _Turn:
                 self._made[member] = {key: self._kept(member, key, value, slots) for key, value in made.items()}
         for kept, slot in self._copies:
             kept.copy_(slot)
+
+    def leave(self) -> None:
+        """Leave nothing of theirs with the optimizer, also after a step that raised."""
+        for _, part, _, _ in self._held:
+            self._optimizer.state.pop(part, None)
 
     def _add(
         self,

@@ -77,14 +77,14 @@ class GlobalNorm(Lion):
 
 
 class Failing(Lion):
-    """Raises in the midst of a step when told to."""
+    """Raises at the update of that number, if one is given."""
 
     calls = 0
-    failing = False
+    failing_at: int | None = None
 
     def update(self, parameter, state, group):
         self.calls += 1
-        if self.failing and self.calls % 4 == 3:
+        if self.calls == self.failing_at:
             raise MemoryError
         super().update(parameter, state, group)
 
