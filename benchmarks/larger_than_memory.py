@@ -1,6 +1,7 @@
 """Does a model whose state is several times larger than memory train, at which rate, and within its budget?
 
-    python benchmarks/larger_than_memory.py [--width 2048] [--layers 24] [--limit 6GiB] [--steps 4] [--plan JSON | --plain]
+    python benchmarks/larger_than_memory.py [--width 2048] [--layers 24] [--limit 6GiB] [--steps 4]
+        [--plan JSON | --plain]
 
 A GPT-2 of that width and depth, in fp32 with AdamW, trains on bytes of Python's standard library in a process of its
 own, which the kernel ends if it takes more than the limit (a memory cgroup; needs root). By default under
@@ -64,9 +65,8 @@ class Rows(Callback):
 
     def on_fit_start(self, trainer, module):
         numel = sum(parameter.numel() for parameter in module.parameters())
-        print(
-            f"| {numel / 1e9:.2f} billion parameters, set up: peak {self.peak()} | loss | s | read GB | written GB | GB/s | peak |"
-        )
+        print(f"{numel / 1e9:.2f} billion parameters; peak while they were made {self.peak()}")
+        print("| | loss | s | read GB | written GB | GB/s | peak |")
         print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
 
     def on_train_batch_start(self, trainer, module, batch, index):

@@ -40,7 +40,10 @@ def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimi
     What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
     """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    defaults = dict(optimizer.defaults)
     clone = copy.copy(optimizer)
+    # Copying adds one to those that the two have in common, which groups that come later would be given.
+    clone.defaults, optimizer.defaults = optimizer.defaults, defaults
     clone.state, clone.param_groups = defaultdict(dict), param_groups
     for name, value in vars(optimizer).items():
         # A scheduler wraps the method of the object that it was given.
@@ -60,6 +63,15 @@ def bare_step(optimizer: Optimizer) -> Callable[[], Any]:
     # What torch wraps it in calls the hooks.
     inner = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
     return inner.__get__(optimizer)  # type: ignore[no-any-return]
+
+
+def hold(group: dict[str, Any], options: Mapping[str, Any], parameters: list[Any]) -> None:
+    """Let a group of an optimizer have `options` and nothing else beside `parameters`; it stays the same dict.
+
+    A step on all parameters finds the group as it was before; so must one on a part of them after one on another part.
+    """
+    group.clear()
+    group.update({"params": parameters, **options})
 
 
 def in_words(error: Exception) -> str:

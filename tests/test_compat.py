@@ -488,6 +488,29 @@ def test_hooks_nearest_to_a_step():
     assert seen[4:] == ["user's before", "user's after"]
 
 
+class Based(torch.optim.SGD):
+    """Its step calls a step that calls the hooks again."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_without_step_hooks():
+    torch.optim.SGD([nn.Parameter(torch.zeros(()))])
+    optimizer = Based([nn.Parameter(torch.zeros(()))], lr=1.0)
+    seen = []
+    before = optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    with compat.without_step_hooks(optimizer):
+        optimizer.step()
+    assert seen == []
+    optimizer.step()
+    assert seen == ["before", "before", "after", "after"]
+    before.remove()
+    optimizer.step()
+    assert seen[4:] == ["after", "after"]
+
+
 def fake_in_a_fork():
     def alone():
         compat.fake_process_group()

@@ -87,6 +87,7 @@ from lightning_largescale.compat.of_torch import (
     version,
     without_dispatch_modes,
     without_function_modes,
+    without_step_hooks,
 )
 
 __all__ = [
@@ -171,4 +172,5 @@ __all__ = [
     "without_dispatch_modes",
     "without_function_modes",
     "without_gathering",
+    "without_step_hooks",
 ]

@@ -28,7 +28,7 @@ from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.state import PagedState, ToWhole, as_divided
 from lightning_largescale.offload.store import Store, Transfer
-from lightning_largescale.optimizing import bare_step, closure_first
+from lightning_largescale.optimizing import bare_step, closure_first, hold
 from lightning_largescale.plan import PlanError
 
 # Pages that are on their way in while one is stepped on.
@@ -110,7 +110,8 @@ class PagedOptimizer:
         step = bare_step(self.optimizer)
         empty = [member for member in self._empty() if member.parameter in parameters]
         for _ in self._in_turn(self._pages_of(parameters), empty):
-            step()
+            with compat.without_step_hooks(self.optimizer):
+                step()
 
     def expect(self, parameters: Collection[Tensor]) -> None:
         """Begin to read what `step_on` of these needs first."""
@@ -154,7 +155,8 @@ class PagedOptimizer:
                 for number in range(count):
                     next(self._turns)  # type: ignore[arg-type]
                     if number < count - 1:
-                        step()
+                        with compat.without_step_hooks(optimizer):
+                            step()
         self._depth += 1
         return given
 
@@ -231,8 +233,7 @@ class PagedOptimizer:
         """Have the optimizer hold what is in some pages, and what stands for parameters that are empty here."""
         assert self._options is not None
         for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
-            group.update(options)
-            group["params"] = []
+            hold(group, options, [])
         turn = _Turn(self.optimizer, self.paged, self._made)
         for page, buffer in places:
             for piece, values, gradient in self.paged.values(page, buffer):
@@ -240,8 +241,11 @@ class PagedOptimizer:
                     turn.hold(piece, values, gradient, self.paged.slots(page, piece, buffer))
         for member in empty:
             turn.hold_row(member)
-        yield
-        turn.end()
+        try:
+            yield
+            turn.end()
+        finally:
+            turn.leave()
 
     def _keep_state(self) -> None:
         """Let parameters have what the turns of their pieces have made of their state."""
@@ -294,6 +298,11 @@ class _Turn:
                 self._made[member] = {key: self._kept(member, key, value, slots) for key, value in made.items()}
         for kept, slot in self._copies:
             kept.copy_(slot)
+
+    def leave(self) -> None:
+        """Leave nothing of theirs with the optimizer, also after a step that raised."""
+        for _, part, _, _ in self._held:
+            self._optimizer.state.pop(part, None)
 
     def _add(
         self,

@@ -7,7 +7,7 @@ parameter is cut into several pages, small ones share one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +59,11 @@ class Member:
     def local(self) -> Tensor:
         """What this rank has of it, sharing storage."""
         return local_of(self.parameter.detach())
+
+    def laid_out(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor of its shape in the order of its memory, as torch makes the state of a parameter."""
+        local = self.local
+        return tensor if local.is_contiguous() else tensor.as_strided(local.shape, _dense_strides(local))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -157,11 +162,17 @@ class Page:
         return sum(stop - start for start, stop in stretches)
 
 
-def bundles_of(members: Sequence[Member]) -> Iterator[Bundle]:
-    """`members` in bundles: a large one by itself, small ones of a kind, a group and a label together."""
+def bundles_of(members: Sequence[Member], moved_bytes: Callable[[Member], int] = lambda member: 0) -> Iterator[Bundle]:
+    """`members` in bundles: a large one by itself, small ones of a kind, a group and a label together.
+
+    Args:
+        members: of one optimizer.
+        moved_bytes: of a parameter's element, beside its state, that are elsewhere too.
+    """
     small: dict[object, list[Member]] = {}
     for member in members:
-        per_element = max(1, member.kind.bytes_per_element)
+        moved = moved_bytes(member)
+        per_element = max(1, moved + member.kind.bytes_per_element)
         nbytes = member.local.numel() * per_element
         if not nbytes:
             continue
@@ -175,6 +186,7 @@ def bundles_of(members: Sequence[Member]) -> Iterator[Bundle]:
             member.label,
             member.local.dtype,
             member.local.device,
+            moved,
         )
         held = small.setdefault(key, [])
         if held and sum(_padded(one.local.numel()) for one in held) * per_element + nbytes > PAGE_BYTES:
@@ -187,6 +199,10 @@ def bundles_of(members: Sequence[Member]) -> Iterator[Bundle]:
 def local_of(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor, sharing storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 def _padded(numel: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +96,7 @@ class PagedState:
             for parameter, number in fresh
         ]
         self.members.update({member.parameter: member for member in members})
-        for bundle in bundles_of(members):
+        for bundle in bundles_of(members, self._places.bytes_per_element):
             self._place(bundle)
         for member in members:
             self._take_over(member)
@@ -103,6 +104,9 @@ class PagedState:
     def _kept(self, parameter: Tensor, kind: Kind) -> Kind:
         """`kind`, or one of which nothing is paged, where the state of `parameter` stays on a device of its own."""
         local = local_of(parameter.detach())
+        if not local.is_contiguous():
+            # Its elements in their order are a copy, and those in the order of its memory may not be its gradient's.
+            kind = replace(kind, divisible=False)
         stays = local.device.type != "cpu" and self._resident.take(local.numel() * kind.bytes_per_element)
         return Kind(divisible=False) if stays else kind
 
@@ -141,7 +145,7 @@ class PagedState:
             bundle = self._bundle_of[member]
             start = bundle.start_of(member, key)
             shape, dtype = member.local.shape, bundle.dtypes[key]
-            self._views[member, key] = self._regions[bundle].tensor(dtype, shape, start)
+            self._views[member, key] = member.laid_out(self._regions[bundle].tensor(dtype, shape, start))
         return self._views[member, key]
 
     def moves(self, page: Page) -> bool:
@@ -200,10 +204,11 @@ class PagedState:
             return {key: elements(self.view(member, key), piece) for key in page.bundle.dtypes}
         assert buffer is not None
         shape = member.local.shape if piece.whole else (piece.stop - piece.start,)
-        return {
+        found = {
             key: buffer.tensor(dtype, shape, at + (piece.at - page.start) * dtype.itemsize)
             for (key, _, _, at), dtype in zip(self._segments(page), page.bundle.dtypes.values(), strict=True)
         }
+        return {key: member.laid_out(slot) for key, slot in found.items()} if piece.whole else found
 
     def whole(self, member: Member, key: str, tensor: Tensor) -> Tensor:
         """A tensor of the state of this rank's part of `member` as its optimizer has it between steps."""

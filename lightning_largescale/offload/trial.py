@@ -7,9 +7,10 @@ they cannot be. What a step on one after the other makes must be what a step on 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale.offload.pages import Kind
-from lightning_largescale.optimizing import bare_step, clone_of, in_words
+from lightning_largescale.optimizing import bare_step, clone_of, hold, in_words
 from lightning_largescale.plan import PlanError
 
 _STEPS = 3
@@ -126,12 +127,32 @@ def _steps(
         values = [{key: value for key, value in group.items() if key != "params"} for group in clone.param_groups]
         for turn in [[one] for one in every] if apart else [every]:
             for index, group in enumerate(clone.param_groups):
-                group.update(values[index])
-                group["params"] = [part for own, part in turn if own == index]
-            with torch.no_grad():
+                hold(group, values[index], [part for own, part in turn if own == index])
+            with torch.no_grad(), _others(clone) if apart else contextlib.nullcontext():
                 step()
     states = [[dict(clone.state.get(part, {})) for part in own] for own in parts.values()]
     return [[part.detach() for part in own] for own in parts.values()], states
+
+
+@contextlib.contextmanager
+def _others(optimizer: Optimizer) -> Iterator[None]:
+    """Within, `optimizer` has other tensors in the place of its parameters, which have their state: of what it keeps
+    elsewhere by its parameters it finds nothing, as in each turn on a page.
+    """
+    held: list[tuple[Tensor, Tensor]] = []
+    for group in optimizer.param_groups:
+        given, group["params"] = group["params"], [nn.Parameter(part.detach()) for part in group["params"]]
+        held += zip(given, group["params"], strict=True)
+    for part, other in held:
+        other.grad = part.grad
+        if part in optimizer.state:
+            optimizer.state[other] = optimizer.state.pop(part)
+    yield
+    for part, other in held:
+        if other.data_ptr() != part.data_ptr():
+            part.copy_(other)
+        if other in optimizer.state:
+            optimizer.state[part] = optimizer.state.pop(other)
 
 
 def _parts(tensor: Tensor, cuts: Sequence[int]) -> list[Tensor]:

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+
+import pytest
+import torch
+from offload.optimizers import (
+    BUILDERS,
+    SMALL_PAGE,
+    Based,
+    Failing,
+    Lion,
+    difference,
+    failing,
+    model,
+    of,
+    ordinary_bytes,
+    output,
+    paged,
+    train,
+)
+from torch import nn
+
+from lightning_largescale.offload import pages
+from lightning_largescale.offload.store import StoreError
+from lightning_largescale.plan import PlanError
+from lightning_largescale.tiers import PAGE_BUFFERS
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*without O_DIRECT")
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _small_pages(monkeypatch):
+    monkeypatch.setattr(pages, "PAGE_BYTES", SMALL_PAGE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """In bfloat16 torch rounds otherwise where a thread's part of a tensor ends than in its midst."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def scheduled(build, folder=None, resident=None, steps=7):
+    """Losses, values, state and the learning rates of a run; resident for `resident` None and no folder."""
+    module = model()
+    optimizer = build(module)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    losses = []
+
+    def run():
+        for step in range(steps):
+            losses.extend(train(module, optimizer, 1, step))
+            scheduler.step()
+        return losses, list(module.parameters()), copy.deepcopy(optimizer.state_dict())
+
+    if resident is None:
+        return run()
+    with paged(optimizer, folder, resident=resident):
+        return run()
+
+
+@pytest.mark.parametrize("tier", ["nvme", "cpu", "part"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_steps_as_on_all_at_once(name, tier, tmp_path):
+    folder, resident = (None if tier == "cpu" else tmp_path), 300_000 if tier == "part" else 0
+    assert not difference(scheduled(BUILDERS[name], folder, resident), scheduled(BUILDERS[name]))
+
+
+def without_closure(build, folder, dtype=torch.float32, change=lambda module: None, **options):
+    """Values and state after steps that are called as loops call them, paged for a folder."""
+    module = model(dtype)
+    change(module)
+    optimizer = build(module)
+
+    def steps():
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            output(module, step).square().mean().backward()
+            optimizer.step()
+        return list(module.parameters()), optimizer.state_dict()
+
+    if folder is None:
+        return steps()
+    with paged(optimizer, folder, **options):
+        return copy.deepcopy(steps())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "SGD nesterov", "own", "Adafactor"])
+def test_other_dtypes(name, dtype, tmp_path):
+    expected = without_closure(BUILDERS[name], None, dtype)
+    assert not difference(without_closure(BUILDERS[name], tmp_path, dtype), expected)
+
+
+def unusual(module):
+    """Parameters without elements, without dimensions, frozen, and of other memory formats."""
+    module[0].weight = nn.Parameter(torch.randn(100, 300, generator=torch.Generator().manual_seed(1)).t())
+    module[2].weight.requires_grad_(False)
+    module.register_parameter("scale", nn.Parameter(torch.ones(())))
+    image = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(2)).to(memory_format=torch.channels_last)
+    module.register_parameter("image", nn.Parameter(image))
+    # Some of a larger tensor.
+    module.register_parameter("part", nn.Parameter(torch.ones(60, 200)[::2, ::2]))
+    for parameter in (module.scale, module.image, module.part):
+        module[4].weight.register_hook(lambda _, one=parameter: note(one))
+    module[4].bias.requires_grad_(False)
+
+
+def note(parameter):
+    parameter.grad = torch.linspace(-1, 1, parameter.numel()).view(parameter.shape)
+    if parameter.dim() == 4:
+        parameter.grad = parameter.grad.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "AdamW foreach", "SGD nesterov", "own", "Adafactor"])
+def test_parameters_of_any_form(name, tmp_path):
+    expected = without_closure(BUILDERS[name], None, change=unusual)
+    assert not difference(without_closure(BUILDERS[name], tmp_path, change=unusual), expected)
+    assert not difference(without_closure(BUILDERS[name], tmp_path, change=unusual, resident=300_000), expected)
+
+
+def hooked(kind, folder):
+    """What hooks of a user see at each of two steps."""
+    module = model()
+    optimizer = of(kind, momentum=0.9)(module)
+    seen = []
+
+    def note(name):
+        return lambda one, args, kwargs: seen.append((name, float(module[0].bias.detach().sum()), len(one.state)))
+
+    optimizer.register_step_pre_hook(note("before"))
+    optimizer.register_step_post_hook(note("after"))
+    if folder is None:
+        optimizer.register_step_post_hook(note("last"))
+        train(module, optimizer, 2)
+        return seen
+    with paged(optimizer, folder):
+        optimizer.register_step_post_hook(note("last"))
+        train(module, optimizer, 2)
+    return seen
+
+
+def test_hooks_of_the_user_are_called_once_a_step_and_see_what_they_would(tmp_path):
+    seen = hooked(torch.optim.SGD, tmp_path)
+    assert [name for name, _, _ in seen] == ["before", "after", "last"] * 2
+    assert seen == hooked(torch.optim.SGD, None)
+
+
+def test_hooks_of_the_user_are_called_as_often_where_a_step_calls_another(tmp_path):
+    names = [name for name, _, _ in hooked(Based, tmp_path)]
+    assert names == [name for name, _, _ in hooked(Based, None)]
+
+
+def scaled(build, folder):
+    """Values, state and scales of steps, of which the third and the fourth find an infinite gradient."""
+    module = model()
+    optimizer = build(module)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    scales = []
+
+    def steps():
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = output(module, step).square().mean() * (torch.inf if step in (2, 3) else 1.0)
+            scaler.scale(loss).backward()
+            if step % 2:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_value_(module.parameters(), 1e-3)
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        return scales, list(module.parameters()), copy.deepcopy(optimizer.state_dict())
+
+    if folder is None:
+        return steps()
+    with paged(optimizer, folder):
+        return steps()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "SGD fused", "own"])
+def test_a_step_with_an_infinite_gradient_is_skipped(name, tmp_path):
+    found = scaled(BUILDERS[name], tmp_path)
+    assert not difference(found, scaled(BUILDERS[name], None))
+    assert found[0][1] > found[0][3]
+
+
+def grown(folder, build):
+    """Of a run to which a group is added, and state is brought that another had."""
+    module, other = model(), model()
+    given = build(other)
+    train(other, given, 2)
+    optimizer = build(module)
+
+    def steps():
+        losses = train(module, optimizer, 2)
+        more = nn.Parameter(torch.ones(300, 150))
+        more.grad = torch.full_like(more, 0.1)
+        optimizer.add_param_group({"params": [more], "lr": 1e-2, "betas": (0.8, 0.9)})
+        optimizer.step()
+        losses += train(module, optimizer, 2, 2)
+        state = copy.deepcopy(optimizer.state_dict())
+        del optimizer.param_groups[2]
+        optimizer.state.pop(more)
+        optimizer.load_state_dict(given.state_dict())
+        losses += train(module, optimizer, 3, 4)
+        return losses, more, list(module.parameters()), state, copy.deepcopy(optimizer.state_dict())
+
+    if folder is None:
+        return steps()
+    with paged(optimizer, folder):
+        return steps()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD nesterov", "own"])
+def test_groups_are_added_and_state_is_loaded_in_mid_run(name, tmp_path):
+    assert not difference(grown(tmp_path, BUILDERS[name]), grown(None, BUILDERS[name]))
+
+
+@pytest.mark.parametrize("place", ["before", "between"])
+def test_state_that_was_there_is_taken_over(place, tmp_path):
+    module, expected = model(), model()
+    optimizer, resident = of(torch.optim.AdamW)(module), of(torch.optim.AdamW)(expected)
+    train(expected, resident, 5)
+    train(module, optimizer, 2)
+    with paged(optimizer, tmp_path):
+        train(module, optimizer, 1, 2)
+    # It is where the store was, whose file is still mapped, and goes on from there, paged again or not.
+    if place == "between":
+        train(module, optimizer, 2, 3)
+    else:
+        with paged(optimizer, tmp_path / ".."):
+            train(module, optimizer, 2, 3)
+    assert not difference(list(module.parameters()), list(expected.parameters()))
+    assert not difference(optimizer.state_dict(), resident.state_dict())
+
+
+def test_state_between_steps_is_ordinary_tensors(tmp_path):
+    module, expected = model(), model()
+    optimizer, resident = of(torch.optim.AdamW)(module), of(torch.optim.AdamW)(expected)
+    with paged(optimizer, tmp_path):
+        for step in range(2):
+            train(module, optimizer, 1, step)
+            train(expected, resident, 1, step)
+            assert list(optimizer.state) == [one for one in module.parameters() if one in optimizer.state]
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            assert not difference(torch.load(file), resident.state_dict())
+            assert not difference(pickle.loads(pickle.dumps(optimizer.state_dict())), resident.state_dict())
+            for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+                # What is changed there counts in the next step.
+                if one in optimizer.state:
+                    optimizer.state[one]["exp_avg"].mul_(0.5)
+                    resident.state[other]["exp_avg"].mul_(0.5)
+        train(module, optimizer, 1, 2)
+        train(expected, resident, 1, 2)
+        assert not difference(optimizer.state_dict(), resident.state_dict())
+
+
+def held(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@pytest.mark.parametrize("calls", [3, 7])
+@pytest.mark.parametrize("step", [0, 1])
+def test_after_a_step_that_raised_all_is_the_users_again(step, calls, tmp_path):
+    module = model()
+    optimizer = of(Failing)(module)
+    before = held(optimizer)
+    with paged(optimizer, tmp_path) as made:
+        train(module, optimizer, step)
+        optimizer.calls, optimizer.failing_at = 0, calls
+        with pytest.raises(MemoryError):
+            train(module, optimizer, 1)
+        made.forget_step()
+        assert all(one is other for one, other in zip(held(optimizer), before, strict=True))
+        assert set(optimizer.state) <= set(before)
+        optimizer.state_dict()
+        optimizer.failing_at = None
+        # The buffers are back: there are few, and each step takes all.
+        for number in range(3):
+            train(module, optimizer, 1, number)
+        assert set(optimizer.state) == set(before[:-1])
+
+
+@pytest.mark.parametrize("reading", [True, False])
+def test_a_store_that_fails_is_told_of_and_nothing_waits(reading, tmp_path):
+    module = model()
+    optimizer = of(torch.optim.AdamW)(module)
+    before = held(optimizer)
+    file = failing(after=4, reading=reading)
+    with paged(optimizer, tmp_path, file=file) as made:
+        with pytest.raises(StoreError, match=r"the optimizer state of .* parameters \(AdamW\) at offset"):
+            train(module, optimizer, 2)
+        made.forget_step()
+        assert all(one is other for one, other in zip(held(optimizer), before, strict=True))
+        assert set(optimizer.state) <= set(before)
+        file.broken = False
+        for step in range(2, 2 + PAGE_BUFFERS):
+            train(module, optimizer, 1, step)
+
+
+def test_sparse_gradients_are_refused(tmp_path):
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+    with paged(optimizer, tmp_path) as made:
+        table(torch.tensor([1])).sum().backward()
+        with pytest.raises(PlanError, match=r"the gradient of a parameter of shape \(10, 4\) is sparse, and optimizer"):
+            optimizer.step()
+        made.forget_step()
+        assert held(optimizer) == [table.weight]
+
+
+def test_some_parameters_are_stepped_on_alone(tmp_path):
+    module, expected = model(), model()
+    optimizer, resident = of(torch.optim.AdamW)(module), of(torch.optim.AdamW)(expected)
+    blocks = {parameter: str(number // 2) for number, parameter in enumerate(module.parameters())}
+    with paged(optimizer, tmp_path, label_of=blocks.__getitem__) as made:
+        for step in range(3):
+            for one in (module, expected):
+                one.zero_grad()
+                output(one, step).square().mean().backward()
+            for label in sorted({*blocks.values()}, reverse=True):
+                own = [one for one in module.parameters() if blocks[one] == label and one.grad is not None]
+                made.step_on(own)
+                for parameter in own:
+                    parameter.grad = None
+            optimizer.step()
+            resident.step()
+        assert not difference(list(module.parameters()), list(expected.parameters()))
+        found, wanted = optimizer.state_dict(), resident.state_dict()
+        assert not difference(dict(sorted(found["state"].items())), wanted["state"])
+        assert not difference(found["param_groups"], wanted["param_groups"])
+
+
+def test_after_undo_it_steps_as_before_on_the_state_that_it_has(tmp_path):
+    module, expected = model(), model()
+    optimizer, resident = of(Lion)(module), of(Lion)(expected)
+    with paged(optimizer, tmp_path) as made:
+        train(module, optimizer, 2)
+        made.undo()
+        turned = []
+        optimizer.register_step_pre_hook(lambda one, args, kwargs: turned.append(held(one)))
+        train(module, optimizer, 2, 2)
+        assert [len(one) for one in turned] == [9, 9]
+    train(expected, resident, 4)
+    assert not difference(optimizer.state_dict(), resident.state_dict())
+    assert not difference(list(module.parameters()), list(expected.parameters()))
+
+
+def test_state_of_is_memory_that_the_next_step_finds(tmp_path):
+    module, expected = model(), model()
+    optimizer, resident = of(torch.optim.AdamW)(module), of(torch.optim.AdamW)(expected)
+    train(expected, resident, 2)
+    module.load_state_dict(expected.state_dict())
+    with paged(optimizer, tmp_path) as made:
+        for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+            for key, value in resident.state.get(other, {}).items():
+                memory = made.state_of(one, key)
+                assert (memory is None) == (key == "step")
+                optimizer.state[one][key] = value.clone() if memory is None else memory.copy_(value)
+        assert made.state_of(module[0].weight, "unknown") is None
+        assert made.state_of(nn.Parameter(torch.ones(1)), "exp_avg") is None
+        train(module, optimizer, 2, 2)
+        train(expected, resident, 2, 2)
+        assert not difference(optimizer.state_dict(), resident.state_dict())
+
+
+class Watched(Lion):
+    """Notes how much ordinary memory there is while it steps."""
+
+    most = 0
+
+    def update(self, parameter, state, group):
+        super().update(parameter, state, group)
+        self.most = max(self.most, ordinary_bytes())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_state_is_in_memory_only_where_it_is_kept_there(on_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "PAGE_BYTES", MIB)
+    parameter = nn.Parameter(torch.zeros(16 * MIB))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = Watched([parameter])
+    before = ordinary_bytes()
+    with paged(optimizer, tmp_path if on_disk else None):
+        for _ in range(3):
+            optimizer.step()
+        assert optimizer.state[parameter]["mean"].nbytes == 64 * MIB
+        assert (optimizer.most - before < 16 * MIB) == on_disk
+        assert (ordinary_bytes() - before < 16 * MIB) == on_disk
