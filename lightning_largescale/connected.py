@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import ABC
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -156,6 +157,9 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         self._undo.callback(dist.destroy_process_group)
+        # Lightning takes any group for one of several processes.
+        self._undo.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
 
     @override
     def barrier(self, name: str | None = None) -> None:

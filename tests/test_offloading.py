@@ -1,0 +1,372 @@
+"""What is kept in other tiers trains as if it were not: numbers, checkpoints, evaluation, errors, and what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from lightning.pytorch import Callback
+from models import Language, SaveLast, trainer
+from ranks import quiet
+from torch import nn, optim
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.hardware.usage import at_rest
+from lightning_largescale.offload import pages
+from lightning_largescale.offload.store import DirectFile, Store, StoreError
+from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.strategy import LargeScaleStrategy
+
+pytestmark = quiet
+
+
+class Sign(optim.Optimizer):
+    """Lion-like: third parties' own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                    parameter.sub_((0.9 * momentum + 0.1 * parameter.grad).sign(), alpha=group["lr"])
+                    momentum.lerp_(parameter.grad, 0.01)
+        return loss
+
+
+OPTIMIZERS = {
+    "Adam": lambda groups: optim.Adam(groups, 1e-3, amsgrad=True),
+    "AdamW": lambda groups: optim.AdamW(groups, 1e-3, fused=True),
+    "SGD": lambda groups: optim.SGD(groups, 1e-2, momentum=0.9, nesterov=True),
+    "Adagrad": lambda groups: optim.Adagrad(groups, 1e-2),
+    "RMSprop": lambda groups: optim.RMSprop(groups, 1e-3, centered=True),
+    "NAdam": lambda groups: optim.NAdam(groups, 1e-3),
+    "Lion-like": lambda groups: Sign(groups, 1e-4),
+    "bitsandbytes": lambda groups: bitsandbytes.optim.AdamW(groups, 1e-3),
+}
+RUNS = {
+    "clipping": {"gradient_clip_val": 0.3},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "groups": {},
+    "schedule": {},
+}
+TIERS = {
+    "optimizer": {"offload_optimizer": "nvme"},
+    "optimizer in DRAM": {"offload_optimizer": "cpu"},
+    "in part": {"offload_optimizer": "nvme", "resident_optimizer_bytes": 20000},
+    "parameters": {"offload_parameters": "nvme"},
+    "parameters in part": {"offload_parameters": "nvme", "resident_parameter_bytes": 8000},
+    "both": {"offload_parameters": "nvme", "offload_optimizer": "nvme"},
+    "activations": {"offload_activations": "nvme"},
+    "all": {"offload_parameters": "nvme", "offload_optimizer": "nvme", "offload_activations": "nvme"},
+}
+RELEASED = {
+    "gradients": {"release_gradients": True},
+    "gradients and state": {"release_gradients": True, "offload_optimizer": "nvme"},
+    "everything": {"release_gradients": True, **TIERS["all"], "activation_checkpointing": "full"},
+}
+
+
+class Model(Language):
+    """A language model with an optimizer of the test's."""
+
+    def __init__(self, kind="AdamW", run="groups", **options):
+        super().__init__(**options)
+        self.kind, self.run = kind, run
+
+    def configure_optimizers(self):
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [{"params": parameters}]
+        if self.run == "groups":
+            groups = [
+                {"params": [one for one in parameters if one.dim() > 1]},
+                {"params": [one for one in parameters if one.dim() < 2], "lr": 3e-3},
+            ]
+        made = OPTIMIZERS[self.kind](groups)
+        if self.run != "schedule":
+            return made
+        return [made], [{"scheduler": optim.lr_scheduler.StepLR(made, 2, 0.7), "interval": "step"}]
+
+
+def trained(plan, kind, run, *, devices=1, steps=6, **options):
+    """Losses, this rank's parameters, and the state of the optimizer after some steps; bytes that went to a disk."""
+    pages.PAGE_BYTES = 16 * 1024
+    model = Model(kind, run, **options)
+    fitted = trainer(LargeScaleStrategy(plan), devices=devices, max_steps=steps, callbacks=[Kept()], **RUNS[run])
+    fitted.fit(model)
+    kept = next(one for one in fitted.callbacks if isinstance(one, Kept))
+    return model.losses, kept.parameters, kept.state, kept.written
+
+
+class Kept(Callback):
+    """What there is at the end of training, while it is as it was trained."""
+
+    def on_train_end(self, fitted, module):
+        def local(value):
+            return value.to_local().clone() if isinstance(value, DTensor) else value
+
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self.parameters = {name: local(parameter.detach()).clone() for parameter, name in names.items()}
+        state = fitted.optimizers[0].state
+        self.state = {
+            names[parameter]: {key: local(value) for key, value in values.items()}
+            for parameter, values in state.items()
+        }
+        store = fitted.strategy._store
+        self.written = 0 if store is None else store.written_bytes
+
+
+def check_same(found, expected):
+    losses, parameters, state, _ = found
+    assert losses == expected[0]
+    assert parameters.keys() == expected[1].keys()
+    for name, value in parameters.items():
+        assert torch.equal(value, expected[1][name]), name
+    assert state.keys() == expected[2].keys()
+    for name, values in state.items():
+        assert list(values) == list(expected[2][name]), name
+        for key, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[2][name][key])), (name, key)
+
+
+def cases(most):
+    """Every optimizer in one run each day, every optimizer in every run now and then."""
+    for number, kind in enumerate(OPTIMIZERS):
+        for place, run in enumerate(RUNS):
+            often = number % len(RUNS) == place and number < most
+            marks = () if often else (pytest.mark.slow,)
+            yield pytest.param(kind, run, marks=marks, id=f"{kind}-{run}")
+
+
+@pytest.fixture(autouse=True)
+def _as_they_were(monkeypatch):
+    monkeypatch.setattr(pages, "PAGE_BYTES", pages.PAGE_BYTES)
+
+
+def steps_of(request):
+    return 50 if "slow" in request.keywords else 4
+
+
+@pytest.mark.parametrize(("kind", "run"), [*cases(4)])
+def test_one_process_trains_as_plainly(tmp_path, request, kind, run):
+    steps = steps_of(request)
+    expected = trained(Plan(), kind, run, steps=steps)
+    tiers = {**TIERS, **(RELEASED if run in ("groups", "schedule") else {})}
+    for name, fields in tiers.items():
+        found = trained(Plan(nvme_path=str(tmp_path), **fields), kind, run, steps=steps)
+        check_same(found, expected)
+        disk = "nvme" in fields.values() and name != "activations"
+        assert (found[3] > 0) == disk, name
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("kind", "run"), [*cases(2)])
+def test_two_ranks_train_as_when_all_stays(two, tmp_path, request, kind, run):
+    steps = steps_of(request)
+    plan = Plan(dp_shard=2, nvme_path=str(tmp_path))
+    expected = two.run(trained, plan, kind, run, devices=2, steps=steps)
+    tiers = {**TIERS, **(RELEASED if run in ("groups", "schedule") else {})}
+    for fields in tiers.values():
+        if run == "accumulation" and "offload_parameters" in fields:
+            # Reduced in every micro-batch, and so in another order.
+            continue
+        found = two.run(trained, Plan(dp_shard=2, nvme_path=str(tmp_path), **fields), kind, run, devices=2, steps=steps)
+        for own, plain in zip(found, expected, strict=True):
+            check_same(own, plain)
+
+
+def test_two_ranks_accumulate_parameters_elsewhere_but_for_rounding(two, tmp_path):
+    expected = two.run(trained, Plan(dp_shard=2), "SGD", "accumulation", devices=2)
+    plan = Plan(dp_shard=2, nvme_path=str(tmp_path), **TIERS["both"])
+    for own, plain in zip(two.run(trained, plan, "SGD", "accumulation", devices=2), expected, strict=True):
+        assert own[0] == pytest.approx(plain[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("tier", ["optimizer", "both", "all"])
+def test_any_plan_reads_what_is_saved_part_by_part(tmp_path, tier):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    plans = {"plain": Plan(), tier: Plan(nvme_path=str(disk), **TIERS[tier])}
+    resumed = {}
+    for name, plan in plans.items():
+        path = tmp_path / f"{name}.ckpt"
+        trainer(LargeScaleStrategy(plan), max_steps=-1, max_epochs=1, callbacks=[SaveLast(path)]).fit(Model(samples=48))
+        assert path.is_dir() == (name == tier)
+        for other, under in plans.items():
+            model = Model(samples=48)
+            fitted = trainer(LargeScaleStrategy(under), max_steps=-1, max_epochs=2)
+            fitted.fit(model, ckpt_path=path)
+            resumed[name, other] = model.losses, [parameter.detach().clone() for parameter in model.parameters()]
+    first, *others = resumed.values()
+    for losses, parameters in others:
+        assert losses == first[0]
+        assert all(map(torch.equal, parameters, first[1]))
+
+
+def test_evaluation_runs_from_what_is_spilled(tmp_path):
+    plain, spilled = Model(), Model()
+    run = trainer(LargeScaleStrategy(Plan(offload_parameters="nvme", nvme_path=str(tmp_path))), limit_val_batches=2)
+    expected = trainer().predict(plain)
+    assert all(map(torch.equal, run.predict(spilled), expected))
+    trainer(limit_val_batches=2).validate(plain, verbose=False)
+    run.validate(spilled, verbose=False)
+    assert spilled.evaluated == plain.evaluated
+
+
+def test_after_fit_the_module_is_plain_and_its_memory_a_file(tmp_path):
+    model = Model()
+    run = trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **TIERS["both"])), max_steps=2)
+    run.fit(model)
+    assert not [*tmp_path.iterdir()]
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    assert at_rest(model.blocks[0].up.weight)
+    assert not at_rest(model.embedding.weight)
+    # All as of any module: read, written to, trained by hand.
+    expected = model.blocks[0].up.weight.clone()
+    model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    optimizer = run.optimizers[0]
+    assert {*optimizer.param_groups[0]["params"], *optimizer.param_groups[1]["params"]} == {*model.parameters()}
+    optimizer.step()
+    assert not torch.equal(model.blocks[0].up.weight, expected)
+    # Under a plan that keeps it in DRAM it comes back.
+    trainer(LargeScaleStrategy(Plan()), max_steps=1).fit(model)
+    assert not any(map(at_rest, model.parameters()))
+
+
+def test_auto_keeps_on_a_disk_what_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    plan = Plan(nvme_path=str(tmp_path), **TIERS["both"])
+    assert LargeScaleAutoStrategy(memory_budget="6GiB").plan == Plan()
+    assert plan.describe() == "one device, parameters on nvme, optimizer state on nvme, 32-true"
+
+
+class Global(optim.SGD):
+    """Divides by the norm of all gradients within its step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        members = [one for group in self.param_groups for one in group["params"] if one.grad is not None]
+        norm = torch.stack([one.grad.norm() for one in members]).norm()
+        for one in members:
+            one.sub_(one.grad / norm, alpha=1e-3)
+        return loss
+
+
+class Sparse(Model):
+    def __init__(self):
+        super().__init__()
+        self.embedding.sparse = True
+
+
+class Clipping(Model):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        pass
+
+
+def with_optimizer(make):
+    model = Model()
+    model.configure_optimizers = lambda: make(model.parameters())
+    return model
+
+
+REFUSED = [
+    ({"offload_optimizer": "nvme"}, lambda: with_optimizer(optim.LBFGS), {}, "LBFGS cannot be paged: it evaluates"),
+    (
+        {"offload_optimizer": "nvme"},
+        lambda: with_optimizer(lambda parameters: Global(parameters, 1e-3)),
+        {},
+        "Global cannot be paged: its step on one parameter after the other is not that on all of them",
+    ),
+    ({"offload_optimizer": "nvme"}, Sparse, {}, "'embedding' is a Embedding with sparse=True, and what is offloaded"),
+    ({"release_gradients": True}, Model, {"gradient_clip_val": 1.0}, "gradient_clip_val clips by norm needs them"),
+    ({"release_gradients": True}, Model, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2 needs them"),
+    ({"release_gradients": True}, Clipping, {}, "Clipping.configure_gradient_clipping needs them after it"),
+]
+
+
+@pytest.mark.parametrize(("fields", "make", "options", "message"), REFUSED)
+def test_what_cannot_be_done_is_said_before_the_first_step(tmp_path, fields, make, options, message):
+    model = make()
+    with pytest.raises(PlanError, match=message):
+        trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **fields)), **options).fit(model)
+    assert model.losses == []
+    assert not [*tmp_path.iterdir()]
+
+
+def test_values_are_clipped_when_gradients_are_released(tmp_path):
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value", "max_steps": 4}
+    plain, released = Model("SGD"), Model("SGD")
+    trainer(LargeScaleStrategy(Plan()), **options).fit(plain)
+    trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **RELEASED["everything"])), **options).fit(released)
+    assert released.losses == plain.losses
+
+
+class Failing(DirectFile):
+    """Fails at a number of requests, as a disk would."""
+
+    left = 200
+
+    def read_at(self, memory, offset):
+        Failing.left -= 1
+        if Failing.left < 0:
+            raise OSError(5, os.strerror(5))
+        return super().read_at(memory, offset)
+
+
+@pytest.mark.parametrize("tier", ["optimizer", "both"])
+def test_a_disk_that_fails_in_mid_run_ends_it_with_its_own_error(tmp_path, monkeypatch, tier):
+    monkeypatch.setattr("lightning_largescale.offloading.Store", lambda folder: Store(folder, file=Failing))
+    monkeypatch.setattr(Failing, "left", 200)
+    monkeypatch.setattr(pages, "PAGE_BYTES", 16 * 1024)
+    model = Model()
+    with pytest.raises(
+        StoreError, match=r"reading \d+ bytes of the .* at offset \d+ of .* failed \(Input/output error\)"
+    ):
+        trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **TIERS[tier])), max_steps=40).fit(model)
+    assert not [*tmp_path.iterdir()]
+    # The module is as usable as after any run that failed.
+    trainer(LargeScaleStrategy(Plan()), max_steps=1).fit(model)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from models import Language, trainer
+from lightning.pytorch import Callback
+from lightning_largescale import LargeScaleStrategy, Plan
+class Told(Callback):
+    def on_train_batch_end(self, *given):
+        print("step", flush=True)
+plan = Plan(offload_optimizer="nvme", offload_parameters="nvme", nvme_path={disk!r})
+trainer(LargeScaleStrategy(plan), max_steps=10000, callbacks=[Told()]).fit(Language(samples=100000))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_leaves_nothing_to_the_next(tmp_path, number):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = SCRIPT.format(tests=str(Path(__file__).parent), disk=str(disk))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for _ in range(3):
+            while "step" not in run.stdout.readline():
+                pass
+        assert len([*disk.iterdir()]) == 1
+        run.send_signal(number)
+    model = Model()
+    trainer(LargeScaleStrategy(Plan(offload_optimizer="nvme", nvme_path=str(disk))), max_steps=1).fit(model)
+    assert not [*disk.iterdir()]
