@@ -12,8 +12,8 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2; Dettmers et al.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.state import PagedState, ToWhole, as_divided
-from lightning_largescale.offload.store import Store, Transfer
+from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.optimizing import bare_step, closure_first, hold
 from lightning_largescale.plan import PlanError
 
@@ -102,24 +102,28 @@ class PagedOptimizer:
         if turns is not None:
             turns.close()
         self._give_back()
+        # What went wrong was told by what ended the step.
+        with suppress(StoreError):
+            self._buffers.drain()
 
     def step_on(self, parameters: Collection[Tensor]) -> None:
         """Step on these alone, as a part of the step that is under way or comes next, which waits for what is still on
         its way then.
         """
         step = bare_step(self.optimizer)
-        empty = [member for member in self._empty() if member.parameter in parameters]
-        for _ in self._in_turn(self._pages_of(parameters), empty):
+        wanted = {*parameters}
+        empty = [member for member in self._empty() if member.parameter in wanted]
+        for _ in self._in_turn(self._pages_of(wanted), empty):
             with compat.without_step_hooks(self.optimizer):
                 step()
 
     def expect(self, parameters: Collection[Tensor]) -> None:
         """Begin to read what `step_on` of these needs first."""
-        for page in [page for page in self._pages_of(parameters) if self.paged.moves(page)][:_AHEAD]:
+        for page in [page for page in self._pages_of({*parameters}) if self.paged.moves(page)][:_AHEAD]:
             if page not in self._expected:
                 self._expected[page] = self._begun(page)
 
-    def _pages_of(self, parameters: Collection[Tensor]) -> list[Page]:
+    def _pages_of(self, parameters: Set[Tensor]) -> list[Page]:
         return [page for page in self.paged.pages if any(one.member.parameter in parameters for one in page.pieces)]
 
     def _begun(self, page: Page) -> tuple[Memory, Transfer]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import deque
 from concurrent.futures import Future
 
 import pytest
@@ -23,34 +22,36 @@ def test_an_allowance_is_taken_off_until_it_does_not_suffice():
 
 
 def test_there_are_no_more_than_so_many_and_those_on_their_way_out_come_first():
-    buffers, leaving = Buffers(), deque()
+    buffers = Buffers()
     buffers.make_room(5000)
-    taken = [buffers.take(leaving) for _ in range(PAGE_BUFFERS)]
+    taken = [buffers.take() for _ in range(PAGE_BUFFERS)]
     assert len({id(memory) for memory in taken}) == PAGE_BUFFERS
     assert {memory.nbytes for memory in taken} == {8192}
-    leaving.extend((memory, over()) for memory in taken)
-    assert [buffers.take(leaving) for _ in taken] == taken
-    assert not leaving
+    for memory in taken:
+        buffers.give_back(memory, over())
+    assert [buffers.take() for _ in taken] == taken
 
 
-def test_what_is_given_back_is_taken_again():
+def test_what_is_drained_is_taken_again():
     buffers = Buffers()
     buffers.make_room(1)
-    memory = buffers.take(deque())
-    buffers.give_back([(memory, over())])
-    assert buffers.take(deque()) is memory
+    memory = buffers.take()
+    buffers.give_back(memory, over())
+    buffers.drain()
+    assert buffers.take() is memory
 
 
 def test_more_room_makes_others():
     buffers = Buffers()
     buffers.make_room(4096)
-    small = buffers.take(deque())
-    buffers.give_back([(small, over())])
+    small = buffers.take()
+    buffers.give_back(small, over())
+    buffers.drain()
     buffers.make_room(4095)
-    assert buffers.take(deque()) is small
-    buffers.give_back([(small, over())])
+    assert buffers.take() is small
+    buffers.give_back(small, over())
     buffers.make_room(4097)
-    others = [buffers.take(deque()) for _ in range(PAGE_BUFFERS)]
+    others = [buffers.take() for _ in range(PAGE_BUFFERS)]
     assert small not in others
     assert {memory.nbytes for memory in others} == {8192}
 
@@ -58,18 +59,19 @@ def test_more_room_makes_others():
 def test_all_are_back_after_a_transfer_that_failed_and_the_first_failure_is_told():
     buffers = Buffers()
     buffers.make_room(1)
-    taken = [buffers.take(deque()) for _ in range(PAGE_BUFFERS)]
+    taken = [buffers.take() for _ in range(PAGE_BUFFERS)]
     transfers = [over(), over(StoreError("one")), over(StoreError("other")), *[over()] * (PAGE_BUFFERS - 3)]
+    for memory, transfer in zip(taken, transfers, strict=True):
+        buffers.give_back(memory, transfer)
     with pytest.raises(StoreError, match="one"):
-        buffers.give_back(zip(taken, transfers, strict=True))
-    assert {id(buffers.take(deque())) for _ in taken} == {id(memory) for memory in taken}
+        buffers.drain()
+    assert {id(buffers.take()) for _ in taken} == {id(memory) for memory in taken}
 
 
-def test_one_whose_transfer_failed_is_still_to_be_given_back():
+def test_one_whose_transfer_failed_is_not_handed_out():
     buffers = Buffers()
     buffers.make_room(1)
-    taken = [buffers.take(deque()) for _ in range(PAGE_BUFFERS)]
-    leaving = deque((memory, over(StoreError("failed"))) for memory in taken)
+    for memory in [buffers.take() for _ in range(PAGE_BUFFERS)]:
+        buffers.give_back(memory, over(StoreError("failed")))
     with pytest.raises(StoreError, match="failed"):
-        buffers.take(leaving)
-    assert [memory for memory, _ in leaving] == taken
+        buffers.take()
