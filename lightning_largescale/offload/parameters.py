@@ -132,7 +132,7 @@ class SpilledParameters(Places):
             if block.region.in_dram:
                 block.transfer.wait()
                 block.region.drop()
-        self._last = None
+        self._end_pass()
 
     def stop(self) -> None:
         """Fetch no more; parameters stay where they are, and are read from there by whoever reads them."""
@@ -143,7 +143,9 @@ class SpilledParameters(Places):
     def _before(self, block: Spilled) -> None:
         """Have the shard there, and those that follow on their way."""
         backward = compat.current_node_sequence() is not None
-        if self._last is not None and self._last[0] == backward and self._last[1] != block.name:
+        if self._last is not None and self._last[0] != backward:
+            self._end_pass()
+        elif self._last is not None and self._last[1] != block.name:
             self._order[self._last] = block.name
         self._last = backward, block.name
         self._fetch(block)
@@ -153,6 +155,12 @@ class SpilledParameters(Places):
             if following is not None:
                 self._fetch(self.blocks[following])
         block.transfer.wait()
+
+    def _end_pass(self) -> None:
+        """Nothing follows the last block of a forward or a backward."""
+        if self._last is not None:
+            self._order.pop(self._last, None)
+        self._last = None
 
     def _fetch(self, block: Spilled) -> None:
         if not block.region.in_dram:
