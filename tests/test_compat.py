@@ -819,3 +819,52 @@ def test_hooks_saved_tensors():
     with torch.autograd.graph.disable_saved_tensors_hooks("no"):
         assert compat.hooks_saved_tensors()
     assert not compat.hooks_saved_tensors()
+
+
+def divided_by_two():
+    """Blocks of which one has a parameter of five rows, and a root that has none of its own."""
+    torch.manual_seed(0)
+    compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    for part in (*module, module):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    return module
+
+
+def shards_placed():
+    module = divided_by_two()
+    shards = compat.shards_of(module[0])
+    assert [one for one, _ in shards] == [*module[0].parameters()]
+    assert compat.shards_of(module) == []
+    before = module(torch.ones(2, 4))
+    for parameter, data in compat.shards_of(module[0]):
+        memory = torch.full_like(data, torch.nan)
+        memory.copy_(data)
+        compat.place_shard(module[0], parameter, memory)
+        data.fill_(torch.nan)
+    after = module(torch.ones(2, 4))
+    same = [one.to_local().data_ptr() == data.data_ptr() for one, data in compat.shards_of(module[0])]
+    return [data.numel() for _, data in shards], len(module[0].weight.to_local()), same, torch.equal(before, after)
+
+
+def test_shards_of_and_place_shard(two):
+    assert two.run(shards_placed) == [([12, 3], 3, [True, True], True), ([12, 3], 2, [True, True], True)]
+
+
+def gathers_seen():
+    module, seen = divided_by_two(), []
+    undo = compat.around_gathers(module[0], lambda: seen.append("before"), lambda: seen.append("after"))
+    x = torch.ones(2, 4, requires_grad=True)
+    module(x).sum().backward()
+    passes = list(seen)
+    module[0].unshard()
+    module[0].unshard()
+    module[0].reshard()
+    by_hand = seen[len(passes) :]
+    undo()
+    module(x).sum().backward()
+    return passes, by_hand, len(seen) - len(passes) - len(by_hand)
+
+
+def test_around_gathers(two):
+    assert two.run(gathers_seen) == [(["before", "after"] * 2, ["before", "after"], 0)] * 2
