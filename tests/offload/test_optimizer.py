@@ -38,15 +38,6 @@ def _small_pages(monkeypatch):
     monkeypatch.setattr(pages, "PAGE_BYTES", SMALL_PAGE)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """In bfloat16 torch rounds otherwise where a thread's part of a tensor ends than in its midst."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def scheduled(build, folder=None, resident=None, steps=7):
     """Losses, values, state and the learning rates of a run; resident for `resident` None and no folder."""
     module = model()
