@@ -9,6 +9,7 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.1.1; Lv et al. 2023,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import GradientPlaces
 from lightning_largescale.offload.state import as_divided
-from lightning_largescale.offload.store import Store, Transfer
+from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import aligned
 
@@ -192,13 +193,12 @@ class SpilledGradients(GradientPlaces):
     def forget(self) -> None:
         """Leave a step that raised, or is done."""
         self._arrivals.forget()
-        leaving, self._leaving = self._leaving, []
-        for region, transfer in leaving:
-            transfer.wait()
-            region.drop()
+        self._leaving.clear()
         for region in self._regions.values():
-            if region.in_dram:
+            # That it could not be written was told of when it was waited for, and nobody wants it any more.
+            with contextlib.suppress(StoreError):
                 region.drop()
+            region.drop()
         self._known.clear()
         self._changes.clear()
 
@@ -292,11 +292,20 @@ class _Clipping(TorchFunctionMode):
     def _norm(self, tensor: Tensor) -> Tensor:
         """That was taken, if it was; as a new tensor, which others make a plain one of."""
         norm = self._known.get(id(tensor), (None, None))[1]
-        return torch.linalg.vector_norm(tensor) if norm is None else norm.clone()
+        return torch.linalg.vector_norm(tensor) if norm is None else _copied(norm)
 
     def _later(self, func: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plain = tuple(one.full_tensor() if isinstance(one, DTensor) else one for one in args)
         self._changes.setdefault(id(tensor), []).append((func, plain, kwargs))
+
+
+def _copied(norm: Tensor) -> Tensor:
+    """A tensor of its own; of a norm of ranks' parts, each still with its part: a clone would put them together, which
+    is a collective, and ranks that have nothing of a gradient have taken no norm of it.
+    """
+    if not isinstance(norm, DTensor):
+        return norm.clone()
+    return DTensor.from_local(norm.to_local().clone(), norm.device_mesh, norm.placements, run_check=False)
 
 
 def _of_one(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -180,8 +180,8 @@ class Region(Memory):
         if self._open_store() is None or not self.in_dram:
             return
         saved, self._saved = self._saved, []
-        for transfer in saved:
-            transfer.wait()
+        # All of them, before the first failure is told: then nothing is written from this memory any more.
+        Transfer.of(saved).wait()
         self._fetched.wait()
         self._rest()
 

@@ -27,8 +27,9 @@ _STEPS = 3
 _LARGE = 4096
 # Whatever the user's, which may be zero at first, or drown the change in rounding.
 _LEARNING_RATE = 1e-2
-# Of a large sample, the elements before a cut.
-_CUTS = (_LARGE, 3 * _LARGE)
+# Of a large sample, and of a small one, the elements before a cut: small parameters are not cut into pages, but among
+# ranks.
+_CUTS, _SMALL_CUTS = (_LARGE, 3 * _LARGE), (64,)
 
 # A group's number, how many dimensions, whether large, and the dtype.
 Key = tuple[int, int, bool, torch.dtype]
@@ -86,7 +87,7 @@ def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping
         ) from error
     dtypes = [_paged_keys(states, values) for states, values in zip(whole_states, whole, strict=True)]
     for divisible in (True, False):
-        cuts = [_CUTS if divisible and key[2] else () for key in samples]
+        cuts = [_cuts(key) if divisible else () for key in samples]
         by_key = dict(zip(samples, cuts, strict=True))
         try:
             values, states = _steps(optimizer, samples, by_key.__getitem__, apart=True)
@@ -104,6 +105,11 @@ def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping
         f"{name} cannot be paged: its step on one parameter after the other is not that on all of them; leave out"
         " offload_optimizer and release_gradients, or choose another optimizer."
     )
+
+
+def _cuts(key: Key) -> Sequence[int]:
+    _, dims, large, _ = key
+    return (_CUTS if large else _SMALL_CUTS) if dims else ()
 
 
 def _steps(

@@ -38,15 +38,6 @@ def _small_pages(monkeypatch):
     monkeypatch.setattr(pages, "PAGE_BYTES", SMALL_PAGE)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """In bfloat16 torch rounds otherwise where a thread's part of a tensor ends than in its midst."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def scheduled(build, folder=None, resident=None, steps=7):
     """Losses, values, state and the learning rates of a run; resident for `resident` None and no folder."""
     module = model()
@@ -397,3 +388,44 @@ def test_the_state_is_in_memory_only_where_it_is_kept_there(on_disk, tmp_path, m
         assert optimizer.state[parameter]["mean"].nbytes == 64 * MIB
         assert (optimizer.most - before < 16 * MIB) == on_disk
         assert (ordinary_bytes() - before < 16 * MIB) == on_disk
+
+
+def with_nothing(name, folder):
+    """A run of an optimizer with parameters without elements, one of them in a group of its own."""
+    module = model()
+    optimizer = BUILDERS[name](module)
+    more = [nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.zeros(0))]
+    optimizer.add_param_group({"params": more[:1]})
+    optimizer.param_groups[0]["params"].append(more[1])
+
+    def steps():
+        for step in range(3):
+            optimizer.zero_grad()
+            output(module, step).square().mean().backward()
+            for parameter in more if step else ():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        return list(module.parameters()), copy.deepcopy(optimizer.state_dict())
+
+    if folder is None:
+        return steps()
+    with paged(optimizer, folder):
+        return steps()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW foreach", "Adagrad", "SGD nesterov", "own"])
+def test_parameters_without_elements(name, tmp_path):
+    found, expected = with_nothing(name, tmp_path), with_nothing(name, None)
+    for (values, state), (wanted_values, wanted) in [(found, expected)]:
+        assert not difference(values, wanted_values)
+        assert not difference(dict(sorted(state["state"].items())), dict(sorted(wanted["state"].items())))
+        assert not difference(state["param_groups"], wanted["param_groups"])
+
+
+def test_nothing_to_step_on_is_a_step(tmp_path):
+    module = model()
+    optimizer = BUILDERS["AdamW"](module)
+    with paged(optimizer, tmp_path):
+        optimizer.step()
+        assert not optimizer.state
+        train(module, optimizer, 1)

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import Block
+from offload.optimizers import SMALL_PAGE, difference, failing
+from offload.test_parameters import batch, sharded, whole
+from ranks import quiet
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from lightning_largescale import compat
+from lightning_largescale.hardware.usage import at_rest
+from lightning_largescale.offload import pages
+from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.gradients import Arrivals, Release, SpilledGradients
+from lightning_largescale.offload.optimizer import PagedOptimizer
+from lightning_largescale.offload.pages import local_of
+from lightning_largescale.offload.parameters import SpilledParameters
+from lightning_largescale.offload.store import Store, StoreError
+from lightning_largescale.parallel.recompute import apply_recompute
+from lightning_largescale.plan import Plan, PlanError
+
+pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*without O_DIRECT")]
+
+
+class Plain(nn.Module):
+    """Blocks, of which a parameter is used in no step, with something before and after them."""
+
+    def __init__(self, layers=4, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(layers))
+        self.blocks[1].register_parameter("unused", nn.Parameter(torch.ones(2)))
+        self.after = nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = self.before(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.after(x)
+
+    def labels(self):
+        return {one: str(number) for number, block in enumerate(self.blocks) for one in block.parameters()}
+
+
+def inputs(step):
+    return torch.randn(3, 16, generator=torch.Generator().manual_seed(step))
+
+
+def losses_of(module, optimizer, backward, steps=5):
+    """Of steps whose gradients, once they are there, are given to `backward`."""
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        loss = module(inputs(step)).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        backward()
+    return losses
+
+
+def released(build, folder, recompute, clip):
+    module = Plain(dropout=0.1)
+    apply_recompute(module, Plan(activation_checkpointing=recompute))
+    optimizer = build(module.parameters())
+    labels, alive = module.labels(), []
+    store = None if folder is None else Store(folder)
+    made = PagedOptimizer(
+        optimizer, store=store, buffers=Buffers(), label_of=lambda one: labels.get(one, ""), resident=Allowance(0)
+    )
+    release = Release(made, labels, clip)
+    for parameter in labels:
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append({label for one, label in labels.items() if one.grad is not None})
+        )
+
+    def backward():
+        release.end_backward()
+        assert not any(one.grad is not None for one in labels)
+        assert module.after.weight.grad is not None
+        clip([*module.before.parameters(), *module.after.parameters()])
+        optimizer.step()
+        release.end_step()
+
+    losses = losses_of(module, optimizer, backward)
+    release.stop()
+    made.undo()
+    found = losses, list(module.parameters()), copy.deepcopy(optimizer.state_dict())
+    if store is not None:
+        store.close()
+    # One block's gradients are dropped when the first of another's is there.
+    assert max(map(len, alive)) <= 2
+    assert len(alive) >= 5 * len(module.blocks)
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("tier", ["nvme", "cpu"])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_updates_in_backward_are_those_after_it(kind, tier, clips, recompute, tmp_path):
+    def clip(parameters):
+        if clips:
+            clip_grad_value_(parameters, 1e-2)
+
+    def build(parameters):
+        return kind(parameters, lr=1e-2, weight_decay=0.1)
+
+    module = Plain(dropout=0.1)
+    optimizer = build(module.parameters())
+
+    def backward():
+        clip(module.parameters())
+        optimizer.step()
+
+    losses = losses_of(module, optimizer, backward)
+    found = released(build, tmp_path if tier == "nvme" else None, recompute, clip)
+    assert found[0] == losses
+    assert not difference(found[1], list(module.parameters()))
+    # It has its keys in the order in which parameters were first stepped on.
+    assert not difference(dict(sorted(found[2]["state"].items())), optimizer.state_dict()["state"])
+
+
+def test_a_second_gradient_in_a_step_is_refused_and_the_next_step_goes_on():
+    module = Plain()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    labels = module.labels()
+    made = PagedOptimizer(optimizer, store=None, buffers=Buffers(), label_of=lambda one: labels.get(one, ""))
+    release = Release(made, labels)
+    module(inputs(0)).sum().backward()
+    release.end_backward()
+    with pytest.raises(PlanError, match="a plan for steps with several backwards is release_gradients=False"):
+        module(inputs(1)).sum().backward()
+    release.forget()
+    made.forget_step()
+    optimizer.zero_grad()
+    for step in (2, 3):
+        module(inputs(step)).sum().backward()
+        release.end_backward()
+        optimizer.step()
+        release.end_step()
+    release.stop()
+    module(inputs(4)).sum().backward()
+    assert all(one.grad is not None for one in module.before.parameters())
+    assert module.blocks[0].up.weight.grad is not None
+
+
+def test_arrivals_tell_of_each_gradient_and_of_blocks_when_they_are_complete():
+    module, told = Plain(layers=3), []
+    labels = module.labels()
+    names = {one: name for name, one in module.named_parameters()}
+    module.blocks[0].up.weight.requires_grad_(False)
+    arrivals = Arrivals(labels, lambda one: told.append(names[one]), lambda label: told.append(f"complete {label}"))
+    module(inputs(0)).sum().backward()
+    assert [one for one in told if one.startswith("complete")] == ["complete 2", "complete 1"]
+    assert set(told) >= {names[one] for one in labels if one.grad is not None}
+    assert "blocks.0.up.weight" not in told
+    arrivals.end()
+    arrivals.end()
+    assert told[-1] == "complete 0"
+    told.clear()
+    module(inputs(0)).sum().backward()
+    arrivals.forget()
+    arrivals.end()
+    assert "complete 0" not in told
+    arrivals.stop()
+    told.clear()
+    module(inputs(0)).sum().backward()
+    assert told == []
+
+
+class Spilling:
+    """A sharded module whose blocks' gradients leave, and its optimizer steps page by page."""
+
+    def __init__(self, world, folder, *, norms=True, parameters=True, file=None):
+        self.module, self.blocks = sharded(world)
+        self.store = Store(folder, **({"file": file} if file else {}))
+        self.places = SpilledParameters(self.blocks if parameters else {}, self.store, resident=0, ahead=1)
+        self.places.take_over()
+        members = {name: [one for one, _ in compat.shards_of(block)] for name, block in self.blocks.items()}
+        self.gradients = self.places.gradients = SpilledGradients(members, self.store, norms=norms)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2)
+        self.paged = PagedOptimizer(self.optimizer, store=self.store, buffers=Buffers(), places=self.places)
+
+    def backward(self, step, scale=1.0):
+        (self.module(batch(step)).square().mean() * scale).backward()
+        self.gradients.end_backward()
+        self.places.settle()
+
+    def step(self):
+        self.optimizer.step()
+        self.gradients.forget()
+        self.optimizer.zero_grad()
+
+    def close(self):
+        self.paged.undo()
+        self.gradients.stop()
+        self.places.stop()
+        self.store.close()
+
+
+class Resident:
+    def __init__(self, world):
+        self.module, self.blocks = sharded(world)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2)
+
+    def backward(self, step, scale=1.0):
+        (self.module(batch(step)).square().mean() * scale).backward()
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def gradients_of(module):
+    return [None if one.grad is None else local_of(one.grad).clone() for one in module.parameters()]
+
+
+def read_between(world, folder, norms):
+    torch.set_num_threads(1)
+    ours, resident = Spilling(world, folder, norms=norms), Resident(world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "PAGE_BYTES", SMALL_PAGE)
+        for step in range(3):
+            # Two backwards, whose gradients add up.
+            for one in (ours, resident):
+                one.backward(2 * step)
+                one.backward(2 * step + 1)
+            assert not difference(gradients_of(ours.module), gradients_of(resident.module))
+            for block in ours.blocks.values():
+                for parameter, _ in compat.shards_of(block):
+                    if parameter.requires_grad and local_of(parameter).numel():
+                        assert at_rest(local_of(parameter.grad))
+            for one in (ours, resident):
+                # What is changed by hand counts too.
+                if step == 1:
+                    for parameter in one.module.parameters():
+                        if parameter.grad is not None:
+                            local_of(parameter.grad).mul_(0.5)
+                one.step()
+            assert not difference(whole(ours.module), whole(resident.module))
+    ours.close()
+    ours.backward_after = ours.module(batch(9)).sum().backward()
+    assert not any(at_rest(local_of(one.grad)) for one in ours.module.parameters() if one.grad is not None)
+    return True
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("norms", [True, False])
+def test_gradients_that_left_are_read_where_they_are_and_add_up(two, world, norms, tmp_path):
+    assert all(two.run(read_between, world, tmp_path, norms))
+
+
+def clipped(world, folder, kind, foreach, norms):
+    torch.set_num_threads(1)
+    ours, resident = Spilling(world, folder, norms=norms), Resident(world)
+    norms_found = []
+
+    def clip(module):
+        parameters = [one for one in module.parameters() if one.grad is not None]
+        if kind == "value":
+            clip_grad_value_(parameters, 1e-2, foreach=foreach)
+            return torch.zeros(())
+        norm = clip_grad_norm_(parameters, 1e-2, foreach=foreach)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    for step in range(3):
+        ours.backward(step)
+        resident.backward(step)
+        read = ours.store.read_bytes
+        with ours.gradients.clipping():
+            found = clip(ours.module)
+        assert ours.store.read_bytes == read
+        norms_found.append(torch.equal(found, clip(resident.module)))
+        ours.step()
+        resident.step()
+        norms_found.append(not difference(whole(ours.module), whole(resident.module)))
+    ours.close()
+    return norms_found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_clipping_is_that_of_the_gradients_themselves(two, world, kind, foreach, tmp_path):
+    for found in two.run(clipped, world, tmp_path, kind, foreach, True):
+        assert found == [True] * 6
+
+
+def test_clipping_where_no_norms_were_taken(two, tmp_path):
+    for found in two.run(clipped, 2, tmp_path, "norm", None, False):
+        assert found == [True] * 6
+
+
+def failed_save(folder):
+    file = failing(after=10**9, reading=False)
+    ours = Spilling(1, folder, file=file)
+    ours.backward(0)
+    ours.step()
+    file.count = 10**9
+    with pytest.raises(StoreError, match=r"writing .* bytes of the gradients of blocks\.\d at offset"):
+        ours.backward(1)
+    file.broken = False
+    ours.gradients.forget()
+    ours.paged.forget_step()
+    compat.forget_sharded_step(ours.module)
+    ours.optimizer.zero_grad()
+    ours.places.settle()
+    ours.backward(2)
+    ours.step()
+    ours.close()
+    return True
+
+
+def test_a_gradient_that_cannot_leave_is_told_of(two, tmp_path):
+    assert all(two.run(failed_save, tmp_path))

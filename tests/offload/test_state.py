@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+import torch
+from offload.optimizers import BUILDERS, SMALL_PAGE, model, output
+from ranks import mesh_of, quiet
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lightning_largescale.hardware.usage import at_rest
+from lightning_largescale.offload import pages
+from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.pages import local_of
+from lightning_largescale.offload.places import Places
+from lightning_largescale.offload.state import PagedState, as_divided
+from lightning_largescale.offload.store import Store
+from lightning_largescale.plan import PlanError
+
+pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*without O_DIRECT")]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "PAGE_BYTES", SMALL_PAGE)
+    store = Store(tmp_path)
+    yield store
+    store.close()
+
+
+def state_of(optimizer, store, resident=0, **options):
+    made = PagedState(
+        optimizer,
+        store=store,
+        resident=Allowance(resident),
+        places=Places(),
+        **{"buffers": Buffers(), "label_of": lambda parameter: "", "to_whole": as_divided, **options},
+    )
+    made.lay_out()
+    return made
+
+
+@pytest.mark.parametrize("resident", [0, 2 * SMALL_PAGE, 2**30])
+def test_pages_stay_as_far_as_they_are_let(store, resident):
+    made = state_of(BUILDERS["AdamW"](model()), store, resident)
+    kept = sum(page.state_bytes for page in made.pages if not made.moves(page))
+    moved = [page.state_bytes for page in made.pages if made.moves(page)]
+    assert kept <= resident
+    assert not moved or kept + min(moved) > resident
+
+
+def test_in_dram_all_stay():
+    made = state_of(BUILDERS["AdamW"](model()), None)
+    assert not any(map(made.moves, made.pages))
+
+
+def test_what_the_optimizer_has_made_already_moves(store):
+    module = model()
+    optimizer = BUILDERS["Adagrad"](module)
+    before = {parameter: state["sum"].clone() for parameter, state in optimizer.state.items()}
+    made = state_of(optimizer, store)
+    assert len(before) == len(made.members) == 9
+    for parameter, state in optimizer.state.items():
+        assert at_rest(state["sum"])
+        assert not at_rest(state["step"])
+        assert torch.equal(state["sum"], before[parameter])
+        assert made.is_here(made.members[parameter], "sum")
+        state["sum"] = state["sum"].clone()
+        assert not made.is_here(made.members[parameter], "sum")
+
+
+def test_what_is_read_is_what_was_written(store):
+    module = model()
+    optimizer, buffers = BUILDERS["AdamW"](module), Buffers()
+    output(module, 0).sum().backward()
+    made = state_of(optimizer, store, buffers=buffers)
+    for parameter, member in made.members.items():
+        optimizer.state[parameter] = {key: made.view(member, key) for key in member.kind.dtypes}
+    for value in (1, 2):
+        for page in made.pages:
+            buffer = buffers.take(deque())
+            made.read(page, buffer).wait()
+            for piece, values, gradient in made.values(page, buffer):
+                assert values.shape == (piece.member.local.shape if piece.whole else (piece.stop - piece.start,))
+                assert (gradient is None) == (piece.member.parameter.grad is None)
+                for number, slot in enumerate(made.slots(page, piece, buffer).values()):
+                    assert slot.eq(number if value == 2 else 0).all()
+                    slot.fill_(number if value == 1 else -number)
+            buffers.give_back([(buffer, made.write(page, buffer))])
+        for member in made.members.values():
+            found = [made.view(member, key).unique().tolist() for key in member.kind.dtypes]
+            assert found == ([[0.0], [1.0]] if value == 1 else [[0.0], [-1.0]])
+
+
+def divided():
+    parameter = nn.Parameter(distribute_tensor(torch.ones(5, 4), mesh_of((2,)), [Shard(0)]))
+    state = torch.zeros_like(parameter.to_local().detach())
+    whole = as_divided(parameter, "mean", state)
+    number = torch.zeros(())
+    return (
+        isinstance(whole, DTensor) and whole.shape == (5, 4) and whole.placements == parameter.placements,
+        local_of(whole).data_ptr() == state.data_ptr() or not state.numel(),
+        as_divided(parameter, "step", number) is number,
+        as_divided(nn.Parameter(torch.ones(2)), "mean", number) is number,
+    )
+
+
+def test_state_of_a_part_is_a_part_of_the_state(two):
+    assert two.run(divided) == [(True,) * 4] * 2
+
+
+def whole_needed():
+    parameter = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh_of((2,)), [Shard(0)]))
+    told = None
+    try:
+        state_of(torch.optim.Muon([parameter], lr=1e-3), None)
+    except PlanError as error:
+        told = str(error)
+    state_of(torch.optim.AdamW([parameter], lr=1e-3), None)
+    alone = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh_of((2, 1))["tp"], [Shard(0)]))
+    state_of(torch.optim.Muon([alone], lr=1e-3), None)
+    return told
+
+
+def test_an_optimizer_that_needs_whole_parameters_is_refused_where_ranks_have_parts(two):
+    assert (
+        two.run(whole_needed)
+        == [
+            "Muon needs a parameter as a whole, of which ranks have parts, so its state cannot be paged; leave out"
+            " offload_optimizer and release_gradients, or give dp_shard=1."
+        ]
+        * 2
+    )
