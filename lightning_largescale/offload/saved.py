@@ -125,7 +125,8 @@ class Tier(ABC):
             try:
                 found = self._end(saved)
             except StoreError as error:
-                saved.error = str(error)
+                # What failed has the error, and the error this graph, in which a garbage collector does not look.
+                saved.error, saved.coming = str(error), None
                 raise
             saved.used = True
             return found

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.store import DirectFile, Store, StoreError, Transfer
 from lightning_largescale.plan import PlanError
@@ -77,6 +78,7 @@ def test_bytes_that_are_not_there_are_refused(bounds):
 
 
 def test_tensors_outlive_their_memory_and_then_it_is_gone():
+    release_free_memory()
     before = resident()
     memory = Memory(32 * MIB)
     tensor = memory.tensor(torch.float32, (8 * MIB,)).fill_(2)
