@@ -83,6 +83,12 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if plan.offload_parameters is None or state is None:
             return
         blocks: dict[str, Any] = {name: group for name, group in state.groups.items() if name}
+        if not blocks:
+            name = type(self._module()).__name__.removeprefix("FSDP")
+            raise PlanError(
+                f"offload_parameters={plan.offload_parameters!r} needs repeated blocks, or wrapped_modules, and {name}"
+                " has none; use None."
+            )
         if self._store is None or plan.offload_parameters == "cpu":
             if self.root_device.type != "cpu":
                 self._in_dram = {shard for group in blocks.values() for shard, _ in compat.shards_of(group)}

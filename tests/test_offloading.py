@@ -282,7 +282,13 @@ def with_optimizer(make):
     return model
 
 
+class Flat(Model):
+    def __init__(self):
+        super().__init__(layers=0)
+
+
 REFUSED = [
+    ({"offload_parameters": "nvme"}, Flat, {}, "offload_parameters='nvme' needs repeated blocks, or wrapped_modules,"),
     ({"offload_optimizer": "nvme"}, lambda: with_optimizer(optim.LBFGS), {}, "LBFGS cannot be paged: it evaluates"),
     (
         {"offload_optimizer": "nvme"},
@@ -304,6 +310,27 @@ def test_what_cannot_be_done_is_said_before_the_first_step(tmp_path, fields, mak
         trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **fields)), **options).fit(model)
     assert model.losses == []
     assert not [*tmp_path.iterdir()]
+
+
+class Grown(Model):
+    """Gets the parameters of a block in mid-run."""
+
+    def configure_optimizers(self):
+        members = [one for name, one in self.named_parameters() if not name.startswith("blocks.1.")]
+        return optim.AdamW(members, 1e-3)
+
+    def on_train_batch_start(self, batch, index):
+        if index == 2:
+            self.optimizers().optimizer.add_param_group({"params": [*self.blocks[1].parameters()]})
+
+
+@pytest.mark.parametrize("tier", ["both", "released"])
+def test_an_optimizer_that_gets_parameters_in_mid_run(tmp_path, tier):
+    fields = {**TIERS["both"], "release_gradients": tier == "released"}
+    plain, moved = Grown(), Grown()
+    trainer(LargeScaleStrategy(Plan()), max_steps=5).fit(plain)
+    trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **fields)), max_steps=5).fit(moved)
+    assert moved.losses == plain.losses
 
 
 def test_values_are_clipped_when_gradients_are_released(tmp_path):
@@ -370,3 +397,25 @@ def test_a_run_that_is_killed_leaves_nothing_to_the_next(tmp_path, number):
     model = Model()
     trainer(LargeScaleStrategy(Plan(offload_optimizer="nvme", nvme_path=str(disk))), max_steps=1).fit(model)
     assert not [*disk.iterdir()]
+
+
+CGROUPS = Path("/sys/fs/cgroup/memory" if Path("/sys/fs/cgroup/memory").is_dir() else "/sys/fs/cgroup")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access(CGROUPS, os.W_OK), reason="needs a memory cgroup of its own, so root")
+def test_a_model_larger_than_memory_trains_where_the_plain_run_is_killed(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks/larger_than_memory.py"
+    size = ["--width", "1024", "--layers", "12", "--limit", "2GiB", "--steps", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+
+    def run(*options):
+        command = [sys.executable, str(script), *size, *options]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+
+    assert run("--plain").stdout.endswith("ended with -9: killed by the kernel, for its memory\n")
+    done = run()
+    assert done.stdout.endswith("ended with 0\n"), done.stdout + done.stderr
+    made = float(done.stdout.split("peak while they were made ")[1].split()[0])
+    # The whole model has 0.76 GiB, and the process 0.35 before it.
+    assert made < 0.75

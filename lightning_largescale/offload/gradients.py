@@ -138,7 +138,9 @@ class Release:
         self._optimizer.expect({*self._members.get(self._following.get(label, ""), ())})
         self._done.update(parameters)
         for parameter in parameters:
-            parameter.grad = None
+            # Of others it is for those who compute it to say.
+            if parameter in self._optimizer.paged.members:
+                parameter.grad = None
 
 
 class SpilledGradients(GradientPlaces):

@@ -111,6 +111,7 @@ class PagedOptimizer:
         its way then.
         """
         step = bare_step(self.optimizer)
+        self.paged.lay_out()
         wanted = {*parameters}
         empty = [member for member in self._empty() if member.parameter in wanted]
         for _ in self._in_turn(self._pages_of(wanted), empty):
