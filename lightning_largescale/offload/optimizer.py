@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.state import PagedState, ToWhole, as_divided
-from lightning_largescale.offload.store import Store, Transfer
+from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.optimizing import bare_step, closure_first, hold
 from lightning_largescale.plan import PlanError
 
@@ -102,6 +102,9 @@ class PagedOptimizer:
         if turns is not None:
             turns.close()
         self._give_back()
+        # What failed was told of by the step; kept, it would be told again by the next that wants the buffer.
+        with suppress(StoreError):
+            self._buffers.drain()
 
     def step_on(self, parameters: Collection[Tensor]) -> None:
         """Step on these alone, as a part of the step that is under way or comes next, which waits for what is still on
