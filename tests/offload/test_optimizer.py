@@ -320,7 +320,7 @@ def test_some_parameters_are_stepped_on_alone(tmp_path):
                 output(one, step).square().mean().backward()
             for label in sorted({*blocks.values()}, reverse=True):
                 own = [one for one in module.parameters() if blocks[one] == label and one.grad is not None]
-                made.step_on(own)
+                made.step_on({*own})
                 for parameter in own:
                     parameter.grad = None
             optimizer.step()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections import deque
-
 import pytest
 import torch
 from offload.optimizers import BUILDERS, SMALL_PAGE, model, output
@@ -79,7 +77,7 @@ def test_what_is_read_is_what_was_written(store):
         optimizer.state[parameter] = {key: made.view(member, key) for key in member.kind.dtypes}
     for value in (1, 2):
         for page in made.pages:
-            buffer = buffers.take(deque())
+            buffer = buffers.take()
             made.read(page, buffer).wait()
             for piece, values, gradient in made.values(page, buffer):
                 assert values.shape == (piece.member.local.shape if piece.whole else (piece.stop - piece.start,))
@@ -87,7 +85,7 @@ def test_what_is_read_is_what_was_written(store):
                 for number, slot in enumerate(made.slots(page, piece, buffer).values()):
                     assert slot.eq(number if value == 2 else 0).all()
                     slot.fill_(number if value == 1 else -number)
-            buffers.give_back([(buffer, made.write(page, buffer))])
+            buffers.give_back(buffer, made.write(page, buffer))
         for member in made.members.values():
             found = [made.view(member, key).unique().tolist() for key in member.kind.dtypes]
             assert found == ([[0.0], [1.0]] if value == 1 else [[0.0], [-1.0]])
