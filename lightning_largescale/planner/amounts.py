@@ -124,12 +124,16 @@ class Amounts:
 
     def _drawn_out(self, choice: Choice) -> Choice:
         """The same with no group, block or page more in another tier than has to be."""
-        while choice.blocks > 1 and self._fits(less := dataclasses.replace(choice, blocks=choice.blocks - 1)):
-            choice = less
-        while choice.groups + 1 < self._groups and self._fits(
-            less := dataclasses.replace(choice, groups=choice.groups + 1)
-        ):
-            choice = less
+        before = None
+        # What stays of one leaves room for the other, as it need not be on its way.
+        while choice != before:
+            before = choice
+            while choice.blocks > 1 and self._fits(less := dataclasses.replace(choice, blocks=choice.blocks - 1)):
+                choice = less
+            while choice.groups + 1 < self._groups and self._fits(
+                less := dataclasses.replace(choice, groups=choice.groups + 1)
+            ):
+                choice = less
         return self._with_state(choice)
 
     def _fits(self, choice: Choice) -> bool:
