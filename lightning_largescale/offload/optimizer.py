@@ -155,6 +155,10 @@ class PagedOptimizer:
             pages, empty, step = self.paged.pages, self._empty(), bare_step(self.optimizer)
             moved, stay = self._sorted(pages)
             count = len(moved) + bool(stay) + bool(empty)
+            if not count and self._options is not None:
+                # What steps on some have made of the groups, the step that was called makes once more.
+                for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
+                    group.update(options)
             self._turns = self._in_turn(pages, empty) if count else None
             with self._forgetting():
                 for number in range(count):
