@@ -182,6 +182,13 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         }
 
     @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._leaving is not None:
+            # Before hooks that read or change gradients.
+            compat.call_after_backward(closure_loss, self._leaving.end_backward)
+
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         if self._release is not None:

@@ -143,6 +143,10 @@ class Release:
                 parameter.grad = None
 
 
+# Gradients by identity, with their norms and the versions of which these are.
+_Known = dict[int, tuple[Tensor, Tensor | None, int]]
+
+
 class SpilledGradients(GradientPlaces):
     """Gradients in a store, from when they are complete until the optimizer reads them, until `stop`.
 
@@ -166,7 +170,7 @@ class SpilledGradients(GradientPlaces):
         self._slots: dict[Tensor, tuple[Region, int]] = {}
         self._members = blocks
         self._leaving: list[tuple[Region, Transfer]] = []
-        self._known: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._known: _Known = {}
         self._changes: dict[int, list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
         for name, parameters in blocks.items():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -237,7 +241,7 @@ class SpilledGradients(GradientPlaces):
         else:
             kept = gradient
         norm = torch.linalg.vector_norm(kept) if self._norms else None
-        self._known[id(kept)] = kept, norm
+        self._known[id(kept)] = kept, norm, compat.version(local_of(kept))
         if not region.in_dram:
             let_rest(memory)
 
@@ -264,7 +268,7 @@ class SpilledGradients(GradientPlaces):
 
 
 class _Clipping(TorchFunctionMode):
-    def __init__(self, known: Mapping[int, tuple[Tensor, Tensor | None]], changes: dict[int, list[Any]]) -> None:
+    def __init__(self, known: _Known, changes: dict[int, list[Any]]) -> None:
         super().__init__()
         self._known, self._changes = known, changes
 
@@ -293,7 +297,10 @@ class _Clipping(TorchFunctionMode):
 
     def _norm(self, tensor: Tensor) -> Tensor:
         """That was taken, if it was; as a new tensor, which others make a plain one of."""
-        norm = self._known.get(id(tensor), (None, None))[1]
+        _, norm, version = self._known.get(id(tensor), (None, None, 0))
+        if compat.version(local_of(tensor)) != version:
+            # It was changed since.
+            norm = None
         return torch.linalg.vector_norm(tensor) if norm is None else _copied(norm)
 
     def _later(self, func: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
