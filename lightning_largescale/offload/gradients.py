@@ -241,7 +241,7 @@ class SpilledGradients(GradientPlaces):
         else:
             kept = gradient
         norm = torch.linalg.vector_norm(kept) if self._norms else None
-        self._known[id(kept)] = kept, norm, compat.version(local_of(kept))
+        self._known[id(kept)] = kept, norm, compat.version(kept)
         if not region.in_dram:
             let_rest(memory)
 
@@ -298,7 +298,7 @@ class _Clipping(TorchFunctionMode):
     def _norm(self, tensor: Tensor) -> Tensor:
         """That was taken, if it was; as a new tensor, which others make a plain one of."""
         _, norm, version = self._known.get(id(tensor), (None, None, 0))
-        if compat.version(local_of(tensor)) != version:
+        if compat.version(tensor) != version:
             # It was changed since.
             norm = None
         return torch.linalg.vector_norm(tensor) if norm is None else _copied(norm)
