@@ -5,6 +5,7 @@ python budget_run.py DEVICES BUDGET_BYTES CGROUP_FOLDER      (a budget of 0: no 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ def main() -> None:
     devices, budget, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     if budget:
         enter(folder, budget)
-    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch import Callback, Trainer, seed_everything
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     import families
@@ -32,9 +33,22 @@ def main() -> None:
 
     # Ranks of tensor parallelism are to have the same data.
     seed_everything(0, verbose=False)
-    strategy = ls.LargeScaleAutoStrategy(memory_budget=budget or "1TiB")
+
+    class InMemory(ls.LargeScaleAutoStrategy):
+        """Plans with what recomputes and divides alone: there is no disk."""
+
+        def _hardware(self):
+            return dataclasses.replace(super()._hardware(), disks=())
+
+    class LooksAtGradients(Callback):
+        """None may be released."""
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer): ...
+
+    strategy = InMemory(memory_budget=budget or "1TiB")
     trainer = Trainer(
         strategy=strategy,
+        callbacks=[LooksAtGradients()],
         accelerator="cpu",
         devices=devices,
         max_steps=4,
