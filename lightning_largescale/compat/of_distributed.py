@@ -109,6 +109,8 @@ def undo_sharding(module: Any) -> None:
         if group is not None:
             handles += group._module_to_pre_save_state_dict_hook_handle.values()
             handles += group._module_to_pre_load_state_dict_hook_handle.values()
+            # Else a plain parameter is taken for a shard once the module loads a state.
+            handles += [parameter._post_load_hook_handle for parameter in group.fsdp_params]
     for handle in handles:
         handle.remove()
     del _module_state_mapping[module]
