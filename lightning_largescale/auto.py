@@ -16,18 +16,15 @@ from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_largescale.callbacks import callbacks_of, shows_summary
+from lightning_largescale.callbacks import needs_all_gradients, shows_summary
 from lightning_largescale.checkpoint.weights import Weights
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
@@ -233,7 +230,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             baseline_bytes=max(held for _, held in ranks),
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             precision=asked_precision(self.precision_plugin),
-            may_release=_may_release(trainer, self._module()),
+            may_release=needs_all_gradients(trainer, self._module()) is None,
             built=self._find_unmade() is None,
         )
 
@@ -251,23 +248,6 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         if len(starts) < 2 or self.report is None:
             return None
         return self.report.accumulate_grad_batches * statistics.median(b - a for a, b in itertools.pairwise(starts))
-
-
-def _may_release(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether parameters may be updated as soon as their own gradients are complete: nothing looks at all of them, and
-    none are accumulated later on.
-    """
-    if not module.automatic_optimization:
-        return False
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
-        return False
-    if any(is_overridden(hook, module) for hook in _SEE_GRADIENTS):
-        return False
-    shared = [hook for hook in _SEE_GRADIENTS if hasattr(Callback, hook)]
-    return not any(
-        isinstance(one, GradientAccumulationScheduler) or any(is_overridden(hook, one) for hook in shared)
-        for one in callbacks_of(trainer)
-    )
 
 
 def _held_beside(module: nn.Module, kind: str) -> int:

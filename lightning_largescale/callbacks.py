@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelPruning, ModelSummary
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning, ModelSummary
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.copies import find_copies
 from lightning_largescale.plan import Plan, PlanError
+
+# Hooks of modules and of callbacks that may ask for the gradients of a step, or for what is done with them.
+_SEE_GRADIENTS = ("configure_gradient_clipping", "optimizer_step", "on_before_optimizer_step", "on_after_backward")
 
 
 def callbacks_of(trainer: Trainer) -> Sequence[Callback]:
@@ -30,6 +35,23 @@ def copies_of(module: nn.Module, callbacks: Sequence[Callback]) -> Iterator[nn.M
 def shows_summary(trainer: Trainer) -> bool:
     """Whether the user wants to be told: `enable_model_summary=False` and `barebones` say no."""
     return any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))
+
+
+def needs_all_gradients(trainer: Trainer, module: LightningModule) -> str | None:
+    """What wants all gradients of a step at once, or accumulates them, in words; None where nothing does."""
+    if not module.automatic_optimization:
+        return "automatic_optimization=False"
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
+        return "gradient_clip_val, which clips by norm,"
+    if trainer.accumulate_grad_batches > 1:
+        return f"accumulate_grad_batches={trainer.accumulate_grad_batches}"
+    for owner in (module, *callbacks_of(trainer)):
+        if isinstance(owner, GradientAccumulationScheduler):
+            return type(owner).__name__
+        for hook in _SEE_GRADIENTS:
+            if (isinstance(owner, LightningModule) or hasattr(Callback, hook)) and is_overridden(hook, owner):
+                return f"{type(owner).__name__}.{hook}"
+    return None
 
 
 def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.building import BuildingStrategy
+from lightning_largescale.callbacks import needs_all_gradients
 from lightning_largescale.checkpoint import StateMemory
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import release_free_memory
@@ -29,14 +29,10 @@ from lightning_largescale.offload.gradients import Release, SpilledGradients
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import SpilledParameters, bring_back
-from lightning_largescale.offload.state import as_divided
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.gather import Sharded, sharded_state
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_groups
-
-# Hooks that may ask for gradients when those that were released are gone.
-_NEED_GRADIENTS = ("configure_gradient_clipping", "optimizer_step", "on_before_optimizer_step", "on_after_backward")
 
 
 class OffloadingStrategy(BuildingStrategy, ABC):
@@ -83,6 +79,12 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if plan.offload_parameters is None or state is None:
             return
         blocks: dict[str, Any] = {name: group for name, group in state.groups.items() if name}
+        # As they stand in the module, which is how plans count those that stay.
+        places = {parameter: place for place, parameter in enumerate(self._module().parameters())}
+        first = {
+            name: min((places[one] for one, _ in compat.shards_of(group)), default=0) for name, group in blocks.items()
+        }
+        blocks = {name: blocks[name] for name in sorted(blocks, key=first.__getitem__)}
         if not blocks:
             name = type(self._module()).__name__.removeprefix("FSDP")
             raise PlanError(
@@ -131,7 +133,6 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             plan.cpu_optimizer_bytes or 0 if self.root_device.type == "cpu" else 0
         )
         allowance = Allowance(resident)
-        to_whole = {adapted.optimizer: adapted.to_whole for adapted in self._adapted}
         self._paged = []
         for optimizer in optimizers:
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -143,7 +144,6 @@ class OffloadingStrategy(BuildingStrategy, ABC):
                     resident=allowance,
                     places=self._spilled,
                     label_of=lambda parameter: labels.get(parameter, ""),
-                    to_whole=to_whole.get(inner, as_divided),
                 )
             )
         if plan.release_gradients:
@@ -185,6 +185,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     def pre_backward(self, closure_loss: Tensor) -> None:
         super().pre_backward(closure_loss)
         if self._leaving is not None:
+            self._leaving.settle()
             # Before hooks that read or change gradients.
             compat.call_after_backward(closure_loss, self._leaving.end_backward)
 
@@ -213,9 +214,13 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         if self._release is not None:
             self._release.end_step()
-        if self._leaving is not None:
-            self._leaving.forget()
         return result
+
+    @override
+    def _end_evaluation(self) -> None:
+        super()._end_evaluation()
+        if self._spilled is not None:
+            self._spilled.settle()
 
     @override
     def forget_step(self) -> None:
@@ -233,6 +238,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if self._release is not None:
             self._release.stop()
         if self._leaving is not None:
+            self._leaving.settle()
             self._leaving.stop()
         if self._spilled is not None:
             self._spilled.stop()
@@ -251,24 +257,19 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             for group in inner.param_groups:
                 group["params"] = [plain.get(parameter, parameter) for parameter in group["params"]]
             for shard, parameter in plain.items():
+                if isinstance(shard.grad, DTensor):
+                    parameter.grad = shard.grad.to_local()
                 if shard in inner.state:
                     inner.state[parameter] = apply_to_collection(inner.state.pop(shard), DTensor, DTensor.to_local)
 
 
 def _check_release(trainer: Trainer, module: LightningModule) -> None:
     """Raise PlanError where something needs all gradients of a step at once."""
-    clips = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE
-    overridden = [name for name in _NEED_GRADIENTS if is_overridden(name, module)]
-    for found, needs in (
-        ("gradient_clip_val clips by norm", clips),
-        (f"accumulate_grad_batches={trainer.accumulate_grad_batches}", trainer.accumulate_grad_batches > 1),
-        ("automatic_optimization=False", not module.automatic_optimization),
-        (f"{type(module).__name__}.{overridden[0] if overridden else ''}", bool(overridden)),
-    ):
-        if needs:
-            raise PlanError(
-                f"release_gradients=True drops gradients in backward, and {found} needs them after it; leave one out."
-            )
+    found = needs_all_gradients(trainer, module)
+    if found is not None:
+        raise PlanError(
+            f"release_gradients=True drops gradients in backward, and {found} needs them after it; leave one out."
+        )
 
 
 def _check_dense(module: nn.Module) -> None:
@@ -276,9 +277,9 @@ def _check_dense(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
             raise PlanError(
-                f"{name!r} is a {type(part).__name__} with sparse=True, and what is offloaded or released takes no"
-                " sparse gradients; make it without sparse=True, or leave out offload_optimizer, offload_parameters"
-                " and release_gradients."
+                f"the {type(part).__name__} {name!r} has sparse=True, and what is offloaded or released takes no sparse"
+                " gradients; make it without sparse=True, or leave out offload_optimizer, offload_parameters and"
+                " release_gradients."
             )
 
 

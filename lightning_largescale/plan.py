@@ -77,8 +77,8 @@ class Plan:
         reshard_after_forward: gathered parameters are dropped after a block's forward and gathered again in backward
             (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
         wrapped_modules: names of modules outside of repeated blocks (large embeddings and heads) that are gathered by
-            themselves, as blocks are; what lies outside of both stays gathered for the whole step. Means nothing with
-            `dp_shard=1`.
+            themselves, as blocks are; what lies outside of both stays gathered for the whole step. Means nothing where
+            parameters are neither divided nor kept elsewhere.
         row_sharded_embeddings: names of `nn.Embedding` and `nn.EmbeddingBag` modules whose rows are divided over all
             devices and looked up by an exchange of ids; their gradients are sparse. Means nothing on one device.
         tp: devices that the matrices of blocks are divided among, each computing its part of every sample.
@@ -275,7 +275,7 @@ class Plan:
         """
         if self.dp_shard > 1 or self.offload_parameters is not None or self.offload_activations is not None:
             return "mapped"
-        if self.activation_checkpointing != "none":
+        if self.activation_checkpointing != "none" or self.offload_optimizer is not None or self.release_gradients:
             return "watched"
         return "trimmed" if self.world_size > 1 else "left"
 

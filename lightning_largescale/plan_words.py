@@ -33,7 +33,7 @@ def _layout(plan: Plan) -> str:
 
 
 def _groups(plan: Plan) -> str:
-    count = len(plan.wrapped_modules) if plan.dp_shard > 1 else 0
+    count = len(plan.wrapped_modules) if plan.dp_shard > 1 or plan.offload_parameters else 0
     by = "s gathered by themselves" if count > 1 else " gathered by itself"
     return f"{count} more module{by}" if count else ""
 

@@ -103,6 +103,28 @@ class Language(LightningModule):
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
 
 
+class Lion(torch.optim.Optimizer):
+    """As others write theirs: a momentum, and a step of its own for each tensor."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, self.state[parameter], group)
+        return loss
+
+    def update(self, parameter, state, group):
+        mean = state.setdefault("mean", torch.zeros_like(parameter))
+        parameter.sub_(mean.lerp(parameter.grad, 0.1).sign(), alpha=group["lr"])
+        mean.lerp_(parameter.grad, 0.01)
+
+
 class SaveLast(Callback):
     """Writes a checkpoint at the end of the last epoch, which one written after fit is not quite to Lightning."""
 

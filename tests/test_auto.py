@@ -18,7 +18,8 @@ from models import VOCAB, Language, trainer
 from ranks import quiet
 
 from lightning_largescale import auto
-from lightning_largescale.auto import LargeScaleAutoStrategy, _may_release
+from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.callbacks import needs_all_gradients
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner import find_plans
@@ -365,7 +366,7 @@ class ByHand(Language):
     ],
 )
 def test_gradients_are_released_only_where_nothing_looks_at_all_of_them(module, options, may):
-    assert _may_release(trainer("auto", **options), module()) == may
+    assert (needs_all_gradients(trainer("auto", **options), module()) is None) == may
 
 
 class Later(Language):

@@ -12,7 +12,8 @@ import bitsandbytes
 import pytest
 import torch
 from lightning.pytorch import Callback
-from models import Language, SaveLast, trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from models import Language, Lion, SaveLast, trainer
 from ranks import quiet
 from torch import nn, optim
 from torch.distributed.tensor import DTensor
@@ -27,25 +28,6 @@ from lightning_largescale.strategy import LargeScaleStrategy
 pytestmark = quiet
 
 
-class Sign(optim.Optimizer):
-    """Lion-like: third parties' own."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                    parameter.sub_((0.9 * momentum + 0.1 * parameter.grad).sign(), alpha=group["lr"])
-                    momentum.lerp_(parameter.grad, 0.01)
-        return loss
-
-
 OPTIMIZERS = {
     "Adam": lambda groups: optim.Adam(groups, 1e-3, amsgrad=True),
     "AdamW": lambda groups: optim.AdamW(groups, 1e-3, fused=True),
@@ -53,7 +35,7 @@ OPTIMIZERS = {
     "Adagrad": lambda groups: optim.Adagrad(groups, 1e-2),
     "RMSprop": lambda groups: optim.RMSprop(groups, 1e-3, centered=True),
     "NAdam": lambda groups: optim.NAdam(groups, 1e-3),
-    "Lion-like": lambda groups: Sign(groups, 1e-4),
+    "Lion-like": lambda groups: Lion(groups, 1e-4),
     "bitsandbytes": lambda groups: bitsandbytes.optim.AdamW(groups, 1e-3),
 }
 RUNS = {
@@ -283,6 +265,11 @@ def with_optimizer(make):
     return model
 
 
+class Watching(Callback):
+    def on_before_optimizer_step(self, fitted, module, optimizer):
+        pass
+
+
 class Flat(Model):
     def __init__(self):
         super().__init__(layers=0)
@@ -297,9 +284,16 @@ REFUSED = [
         {},
         "Global cannot be paged: its step on one parameter after the other is not that on all of them",
     ),
-    ({"offload_optimizer": "nvme"}, Sparse, {}, "'embedding' is a Embedding with sparse=True, and what is offloaded"),
-    ({"release_gradients": True}, Model, {"gradient_clip_val": 1.0}, "gradient_clip_val clips by norm needs them"),
+    ({"offload_optimizer": "nvme"}, Sparse, {}, "the Embedding 'embedding' has sparse=True, and what is offloaded"),
+    ({"release_gradients": True}, Model, {"gradient_clip_val": 1.0}, "gradient_clip_val, which clips by norm, needs"),
     ({"release_gradients": True}, Model, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2 needs them"),
+    ({"release_gradients": True}, Model, {"callbacks": [Watching()]}, "Watching.on_before_optimizer_step needs them"),
+    (
+        {"release_gradients": True},
+        Model,
+        {"callbacks": [GradientAccumulationScheduler({1: 2})]},
+        "GradientAccumulationScheduler needs them",
+    ),
     ({"release_gradients": True}, Clipping, {}, "Clipping.configure_gradient_clipping needs them after it"),
 ]
 
@@ -311,6 +305,105 @@ def test_what_cannot_be_done_is_said_before_the_first_step(tmp_path, fields, mak
         trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **fields)), **options).fit(model)
     assert model.losses == []
     assert not [*tmp_path.iterdir()]
+
+
+class Scaled(Model):
+    """Changes its gradients when they are complete."""
+
+    def on_after_backward(self):
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.5)
+
+
+class ScaledLate(Model):
+    """Changes them before they are clipped."""
+
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.5)
+
+
+class Logged(Model):
+    """Looks at its gradients after they were clipped, and clips them once more."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, 0.3, "norm")
+        found = [parameter.grad for parameter in self.parameters()]
+        self.losses += [float(nn.utils.get_total_norm(found)), *(float(one.abs().sum()) for one in found)]
+        nn.utils.clip_grad_norm_(self.parameters(), 0.2)
+        self.losses += [float(one.norm()) for one in found]
+
+
+class ByHand(Model):
+    """Adds to its gradients after they were clipped, and has two optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        parameters = [*self.parameters()]
+        return [optim.SGD(parameters[::2], 0.1, momentum=0.9), optim.SGD(parameters[1::2], 0.1, momentum=0.9)]
+
+    def training_step(self, batch, index):
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        loss = super().training_step(batch, index)
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+        if index % 2:
+            for parameter in self.parameters():
+                parameter.grad.add_(0.01)
+        first.step()
+        second.step()
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("kind", [Scaled, ScaledLate, Logged, ByHand])
+def test_gradients_on_a_disk_are_those_that_hooks_and_steps_make_of_them(tmp_path, kind, clip):
+    options = {"max_steps": 8 if kind is ByHand else 4, "gradient_clip_val": None if kind is ByHand else clip}
+    plain, spilled = kind(), kind()
+    trainer(LargeScaleStrategy(Plan()), **options).fit(plain)
+    trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **TIERS["both"])), **options).fit(spilled)
+    assert spilled.losses == plain.losses
+    for found, expected in zip(spilled.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found, expected)
+        # As they are left after a fit.
+        assert torch.equal(found.grad, expected.grad)
+
+
+class Regrouped(Model):
+    """Moves parameters to another group of its optimizer in mid-run, and takes some out."""
+
+    def on_train_batch_start(self, batch, index):
+        first, second = self.optimizers().optimizer.param_groups
+        if index == 2:
+            second["params"] = [*second["params"], *first["params"][:3]]
+            first["params"] = first["params"][3:]
+        if index == 4:
+            second["params"] = second["params"][2:]
+
+
+@pytest.mark.parametrize("tier", ["optimizer", "both"])
+def test_an_optimizer_whose_groups_change_in_mid_run(tmp_path, tier):
+    plain, moved = Regrouped(), Regrouped()
+    trainer(LargeScaleStrategy(Plan()), max_steps=7).fit(plain)
+    trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **TIERS[tier])), max_steps=7).fit(moved)
+    assert moved.losses == plain.losses
+
+
+def test_a_parameter_that_is_moved_to_where_other_state_is_kept_of_it_is_refused(tmp_path):
+    class Kept(Regrouped):
+        def configure_optimizers(self):
+            made = super().configure_optimizers()
+            made.param_groups[1]["amsgrad"] = True
+            return made
+
+    with pytest.raises(
+        PlanError, match=r"a parameter of shape \(.*\) was moved to group 1 of AdamW, by which other"
+    ):
+        trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **TIERS["optimizer"]))).fit(Kept())
 
 
 class Grown(Model):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -143,15 +143,31 @@ class Release:
                 parameter.grad = None
 
 
-# Gradients by identity, with their norms and the versions of which these are.
-_Known = dict[int, tuple[Tensor, Tensor | None, int]]
+@dataclass(eq=False)
+class _Gone:
+    """A gradient that has left.
+
+    Attributes:
+        parameter: whose it is, as long as nothing else is in its place.
+        gradient: as its parameter has it: what maps the file.
+        norm: of it; None where it was not taken, or is no longer its.
+        version: of `gradient`, of which `norm` is.
+        changes: that are made when it is read.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    norm: Tensor | None
+    version: int
+    changes: list[Callable[[Tensor], object]] = field(default_factory=list)
 
 
 class SpilledGradients(GradientPlaces):
     """Gradients in a store, from when they are complete until the optimizer reads them, until `stop`.
 
     `grad` of a parameter is then a tensor that maps the store's file. What clips gradients need not read them: the norm
-    of each is taken as it leaves, and factors and bounds are applied when the optimizer reads it.
+    of each is taken as it leaves, and factors and bounds are applied when the optimizer reads it, or at once where
+    something else does.
 
     Args:
         blocks: the parameters of each, all with the same rank's part as their gradients.
@@ -168,10 +184,9 @@ class SpilledGradients(GradientPlaces):
         self._norms = norms
         self._regions: dict[str, Region] = {}
         self._slots: dict[Tensor, tuple[Region, int]] = {}
-        self._members = blocks
         self._leaving: list[tuple[Region, Transfer]] = []
-        self._known: _Known = {}
-        self._changes: dict[int, list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+        # By the identity of the gradient.
+        self._gone: dict[int, _Gone] = {}
         for name, parameters in blocks.items():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             sizes = [aligned(local_of(parameter.detach()).nbytes) for parameter in trained]
@@ -197,7 +212,7 @@ class SpilledGradients(GradientPlaces):
         self._drain(0)
 
     def forget(self) -> None:
-        """Leave a step that raised, or is done."""
+        """Leave a step that raised."""
         self._arrivals.forget()
         self._leaving.clear()
         for region in self._regions.values():
@@ -205,8 +220,7 @@ class SpilledGradients(GradientPlaces):
             with contextlib.suppress(StoreError):
                 region.drop()
             region.drop()
-        self._known.clear()
-        self._changes.clear()
+        self._gone.clear()
 
     def stop(self) -> None:
         """Let gradients stay in memory."""
@@ -220,9 +234,16 @@ class SpilledGradients(GradientPlaces):
 
     def changed(self, gradient: Tensor, values: Tensor) -> Tensor:
         """`values` of it with the changes that were left for when it is read."""
-        for function, args, kwargs in self._changes.get(id(gradient), ()):
-            function(values, *args, **kwargs)
+        gone = self._gone.get(id(gradient))
+        for change in () if gone is None else gone.changes:
+            change(values)
         return values
+
+    def settle(self) -> None:
+        """Make the changes that were left for later to all that is there, for those who read or change it now."""
+        for gone in self._gone.values():
+            if gone.parameter.grad is gone.gradient:
+                _make_changes(gone)
 
     def _arrived(self, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -236,12 +257,14 @@ class SpilledGradients(GradientPlaces):
             if not region.in_dram and not self._kept(region):
                 region.claim()
             memory.copy_(own)
-            kept = as_divided(parameter, "", memory)
+            kept = as_divided(parameter, memory)
             parameter.grad = kept
         else:
             kept = gradient
+        for key in [key for key, gone in self._gone.items() if gone.parameter is parameter]:
+            del self._gone[key]
         norm = torch.linalg.vector_norm(kept) if self._norms else None
-        self._known[id(kept)] = kept, norm, compat.version(kept)
+        self._gone[id(kept)] = _Gone(parameter, kept, norm, compat.version(kept))
         if not region.in_dram:
             let_rest(memory)
 
@@ -263,49 +286,71 @@ class SpilledGradients(GradientPlaces):
             region.drop()
 
     def clipping(self) -> TorchFunctionMode:
-        """Within, norms of the gradients are those that were taken, and what changes them is left for later."""
-        return _Clipping(self._known, self._changes)
+        """Within, norms of the gradients are those that were taken; what scales or bounds them is left for later."""
+        return _Clipping(self._gone)
 
 
 class _Clipping(TorchFunctionMode):
-    def __init__(self, known: _Known, changes: dict[int, list[Any]]) -> None:
+    def __init__(self, gone: Mapping[int, _Gone]) -> None:
         super().__init__()
-        self._known, self._changes = known, changes
+        self._gone = gone
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
-        if isinstance(first, Tensor) and id(first) in self._known:
-            if func in _NORMS and not kwargs and args[1:] in ((), (2,), (2.0,)):
-                return self._norm(first)
-            if func in _CHANGES:
-                self._later(func, first, tuple(args[1:]), kwargs)
-                return first
         kind = compat.foreach_kind(func)
-        if kind == "norms" and not kwargs and args[1:] in ((), (2,), (2.0,)):
+        euclidean = not kwargs and all(isinstance(one, int | float) and one == 2 for one in args[1:])
+        if kind == "norms" and euclidean:
             return [self._norm(tensor) for tensor in args[0]]
-        if kind == "in place":
-            moved = [tensor for tensor in args[0] if id(tensor) in self._known]
-            here = [tensor for tensor in args[0] if id(tensor) not in self._known]
-            for tensor in moved if not any(isinstance(one, list | tuple) for one in args[1:]) else ():
-                self._later(partial(_of_one, func), tensor, tuple(args[1:]), kwargs)
-                args = (here, *args[1:])
-            return func(*args, **kwargs) if args[0] else None
+        if kind == "in place" and not any(isinstance(one, list | tuple) for one in args[1:]):
+            here = [tensor for tensor in args[0] if not self._later(func, tensor, args[1:], kwargs, listed=True)]
+            return func(here, *args[1:], **kwargs) if here else None
+        if func in _NORMS and euclidean and id(args[0]) in self._gone:
+            return self._norm(args[0])
+        if func in _CHANGES and self._later(func, args[0], args[1:], kwargs):
+            return args[0]
+        seen = [self._gone[id(leaf)] for leaf in compat.leaves((args, kwargs)) if id(leaf) in self._gone]
+        if seen and getattr(func, "__name__", "") == "__get__":
+            # Of its shape, and the like, changes make no other.
+            result = func(*args, **kwargs)
+            seen = seen if isinstance(result, Tensor) else []
+        for gone in seen:
+            _make_changes(gone)
         return func(*args, **kwargs)
 
     def _norm(self, tensor: Tensor) -> Tensor:
         """That was taken, if it was; as a new tensor, which others make a plain one of."""
-        _, norm, version = self._known.get(id(tensor), (None, None, 0))
-        if compat.version(tensor) != version:
-            # It was changed since.
-            norm = None
-        return torch.linalg.vector_norm(tensor) if norm is None else _copied(norm)
+        gone = self._gone.get(id(tensor))
+        if gone is not None:
+            _make_changes(gone)
+        if gone is None or gone.norm is None or compat.version(tensor) != gone.version:
+            found: Tensor = torch.linalg.vector_norm(tensor)
+            return found
+        return _copied(gone.norm)
 
-    def _later(self, func: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        plain = tuple(one.full_tensor() if isinstance(one, DTensor) else one for one in args)
-        self._changes.setdefault(id(tensor), []).append((func, plain, kwargs))
+    def _later(
+        self, func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], *, listed: bool = False
+    ) -> bool:
+        """Whether it has left, so that the change is made when it is read."""
+        gone = self._gone.get(id(tensor))
+        if gone is None:
+            return False
+        plain = [one.full_tensor() if isinstance(one, DTensor) else one for one in args]
+        gone.changes.append(lambda values: func([values] if listed else values, *plain, **kwargs))
+        return True
+
+
+def _make_changes(gone: _Gone) -> None:
+    """Make those that were left for later."""
+    if not gone.changes:
+        return
+    changes, gone.changes, gone.norm = gone.changes, [], None
+    values = local_of(gone.gradient)
+    with torch.no_grad():
+        for change in changes:
+            change(values)
+    let_rest(values)
 
 
 def _copied(norm: Tensor) -> Tensor:
@@ -315,10 +360,6 @@ def _copied(norm: Tensor) -> Tensor:
     if not isinstance(norm, DTensor):
         return norm.clone()
     return DTensor.from_local(norm.to_local().clone(), norm.device_mesh, norm.placements, run_check=False)
-
-
-def _of_one(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-    func([tensor], *args, **kwargs)
 
 
 _NORMS = (torch.linalg.vector_norm,)

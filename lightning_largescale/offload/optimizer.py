@@ -26,10 +26,9 @@ from lightning_largescale.offload.buffers import Allowance, Buffers
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.places import Places, elements
-from lightning_largescale.offload.state import PagedState, ToWhole, as_divided
+from lightning_largescale.offload.state import PagedState, as_divided
 from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.optimizing import bare_step, closure_first, hold
-from lightning_largescale.plan import PlanError
 
 # Pages that are on their way in while one is stepped on.
 _AHEAD = 2
@@ -45,8 +44,6 @@ class PagedOptimizer:
         resident: how many bytes of state stay in memory; what is taken is taken off.
         places: where the parameters and their gradients are; None for memory.
         label_of: parameters with different labels are stepped on apart, as `step_on` asks for.
-        to_whole: what a tensor of the state of this rank's part of a parameter is in the state of the parameter: of
-            which, under which key, and the tensor.
 
     Attributes:
         optimizer: as given, without Lightning's wrapper.
@@ -65,7 +62,6 @@ class PagedOptimizer:
         resident: Allowance | None = None,
         places: Places | None = None,
         label_of: Callable[[Tensor], str] = lambda parameter: "",
-        to_whole: ToWhole = as_divided,
     ) -> None:
         self.optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         self._buffers = buffers
@@ -76,7 +72,6 @@ class PagedOptimizer:
             resident=resident or Allowance(0),
             places=places or Places(),
             label_of=label_of,
-            to_whole=to_whole,
         )
         # What turns have made of the state of parameters, of which others may be on their way yet.
         self._made: dict[Member, dict[str, Any]] = {}
@@ -158,7 +153,7 @@ class PagedOptimizer:
             if not count and self._options is not None:
                 # What steps on some have made of the groups, the step that was called makes once more.
                 for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
-                    group.update(options)
+                    hold(group, options, group["params"])
             self._turns = self._in_turn(pages, empty) if count else None
             with self._forgetting():
                 for number in range(count):
@@ -191,13 +186,15 @@ class PagedOptimizer:
     def _empty(self) -> list[Member]:
         """Parameters with gradients of which this rank has nothing."""
         members = self.paged.members.values()
-        return [one for one in members if not one.local.numel() and one.parameter.grad is not None]
+        return [one for one in members if not one.local.numel() and self.paged.is_live(one)]
 
     def _sorted(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
         """Of those with gradients, pages that move, and pages that stay."""
-        live = [page for page in pages if any(_has_gradient(piece.member) for piece in page.pieces)]
-        moved = [page for page in live if self.paged.moves(page)]
-        return moved, [page for page in live if page not in moved]
+        found: tuple[list[Page], list[Page]] = [], []
+        for page in pages:
+            if any(self.paged.is_live(piece.member) for piece in page.pieces):
+                found[not self.paged.moves(page)].append(page)
+        return found
 
     def _in_turn(self, pages: Sequence[Page], empty: Sequence[Member]) -> Generator[None, None, None]:
         """Have the optimizer hold the parameters of one page after the other, and in the end its own again."""
@@ -246,7 +243,7 @@ class PagedOptimizer:
         turn = _Turn(self.optimizer, self.paged, self._made)
         for page, buffer in places:
             for piece, values, gradient in self.paged.values(page, buffer):
-                if _has_gradient(piece.member) and gradient is not None:
+                if gradient is not None and self.paged.is_live(piece.member):
                     turn.hold(piece, values, gradient, self.paged.slots(page, piece, buffer))
         for member in empty:
             turn.hold_row(member)
@@ -325,7 +322,7 @@ class _Turn:
         part.grad = gradient
         if state is not None:
             self._optimizer.state[part] = state
-        self._optimizer.param_groups[member.group]["params"].append(part)
+        self._optimizer.param_groups[self._paged.group_of[member.parameter]]["params"].append(part)
         self._held.append((member, part, values, slots))
 
     def _state_of(self, piece: Piece, state: Mapping[str, Any], slots: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -346,21 +343,9 @@ class _Turn:
         """What the optimizer is to have, between steps, of what it has made of a part's state."""
         slot = slots.get(key)
         if not member.local.numel() and key in member.kind.dtypes:
-            return self._paged.whole(member, key, value[:0])
+            return as_divided(member.parameter, value[:0])
         if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
             return value
         if value.data_ptr() != slot.data_ptr():
             slot.copy_(value)
-        return self._paged.whole(member, key, self._paged.view(member, key))
-
-
-def _has_gradient(member: Member) -> bool:
-    gradient = member.parameter.grad
-    if gradient is None:
-        return False
-    if local_of(gradient).is_sparse:
-        raise PlanError(
-            f"the gradient of a parameter of shape {tuple(member.parameter.shape)} is sparse, and optimizer state that"
-            " is paged takes none; make its module without sparse=True, or leave out offload_optimizer."
-        )
-    return True
+        return as_divided(member.parameter, self._paged.view(member, key))

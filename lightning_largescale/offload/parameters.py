@@ -26,7 +26,7 @@ from lightning_largescale.offload.buffers import Allowance
 from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.pages import Member, Page, local_of
 from lightning_largescale.offload.places import Places, elements
-from lightning_largescale.offload.store import Store, Transfer
+from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.tiers import aligned
 
 
@@ -73,10 +73,10 @@ class SpilledParameters(Places):
         allowance = Allowance(resident)
         full = False
         for name, module in reversed([*blocks.items()]):
-            sizes = [aligned(data.nbytes) for _, data in compat.shards_of(module)]
+            sizes = [data.nbytes for _, data in compat.shards_of(module)]
             full = full or not allowance.take(sum(sizes))
             if full and sizes:
-                self.blocks[name] = self._spilled(name, module, sizes)
+                self.blocks[name] = self._spilled(name, module, [*map(aligned, sizes)])
         self.blocks = dict(reversed(self.blocks.items()))
         names = [*self.blocks]
         # Until a step has shown another.
@@ -136,7 +136,8 @@ class SpilledParameters(Places):
 
     def stop(self) -> None:
         """Fetch no more; parameters stay where they are, and are read from there by whoever reads them."""
-        with contextlib.suppress(RuntimeError):
+        # What could not be read was told of by what ended the run.
+        with contextlib.suppress(StoreError):
             self.settle()
         self._undo.close()
 

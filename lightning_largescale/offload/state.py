@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,10 @@ from lightning_largescale.offload.pages import Bundle, Kind, Member, Page, Piece
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.offload.trial import ask_kinds, kind_key
+from lightning_largescale.plan import PlanError
 
-ToWhole = Callable[[Tensor, str, Tensor], Tensor]
 
-
-def as_divided(parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
+def as_divided(parameter: Tensor, tensor: Tensor) -> Tensor:
     """State of this rank's part of a parameter as a part of the whole parameter's state, where it has its shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.to_local().shape:
         return tensor
@@ -45,12 +44,11 @@ class PagedState:
         resident: how many bytes of state stay in memory; what is taken is taken off.
         places: where the parameters and their gradients are.
         label_of: parameters with different labels are in different pages.
-        to_whole: what a tensor of the state of this rank's part of a parameter is in the state of the parameter: of
-            which, under which key, and the tensor.
 
     Attributes:
         pages: in the order of the optimizer's parameters.
-        members: the parameters.
+        members: the parameters, also those that the optimizer has no more.
+        group_of: the number of the group of each that it has, as it was last laid out.
     """
 
     def __init__(
@@ -62,12 +60,12 @@ class PagedState:
         resident: Allowance,
         places: Places,
         label_of: Callable[[Tensor], str],
-        to_whole: ToWhole,
     ) -> None:
         self._optimizer, self._store, self._buffers = optimizer, store, buffers
         self._resident, self._places = resident, places
-        self._label_of, self._to_whole = label_of, to_whole
+        self._label_of = label_of
         self.pages: list[Page] = []
+        self.group_of: dict[Tensor, int] = {}
         self.members: dict[Tensor, Member] = {}
         self._regions: dict[Bundle, Region] = {}
         self._stay: set[Page] = set()
@@ -75,17 +73,17 @@ class PagedState:
         self._bundle_of: dict[Member, Bundle] = {}
 
     def lay_out(self) -> None:
-        """Find the pages of parameters that came since, and move the state that they have.
+        """Find the pages of parameters that came since, and move the state that they have; note which are in which
+        group now.
 
         Raises:
-            PlanError: the optimizer cannot step on some parameters after the others, or the disk has not as many bytes.
+            PlanError: the optimizer cannot step on some parameters after the others, the disk has not as many bytes, or
+                a parameter is in another group, by which other state is kept of it.
         """
-        fresh = [
-            (parameter, number)
-            for number, group in enumerate(self._optimizer.param_groups)
-            for parameter in group["params"]
-            if parameter not in self.members
-        ]
+        before, groups = self.group_of, self._optimizer.param_groups
+        self.group_of = {one: number for number, group in enumerate(groups) for one in group["params"]}
+        self._check_moved([(one, number) for one, number in self.group_of.items() if before.get(one) != number])
+        fresh = [(one, number) for one, number in self.group_of.items() if one not in self.members]
         if not fresh:
             return
         kinds = ask_kinds(self._optimizer, fresh)
@@ -100,6 +98,36 @@ class PagedState:
             self._place(bundle)
         for member in members:
             self._take_over(member)
+
+    def _check_moved(self, found: Sequence[tuple[Tensor, int]]) -> None:
+        moved = [(one, number) for one, number in found if one in self.members and self.members[one].group != number]
+        kinds = ask_kinds(self._optimizer, moved) if moved else {}
+        for parameter, number in moved:
+            kind, own = kinds[kind_key(parameter, number)], self.members[parameter].kind
+            # What is stepped on as a whole, with no state that is paged, may have any.
+            other = kind.dtypes != own.dtypes and (own.divisible or own.dtypes)
+            if other or (own.divisible and not kind.divisible):
+                raise PlanError(
+                    f"a parameter of shape {tuple(parameter.shape)} was moved to group {number} of"
+                    f" {type(self._optimizer).__name__}, by which other state is kept of it than was set aside; make"
+                    " the groups in configure_optimizers, or leave out offload_optimizer and release_gradients."
+                )
+
+    def is_live(self, member: Member) -> bool:
+        """Whether the optimizer has it, and it has a gradient.
+
+        Raises:
+            PlanError: that is sparse.
+        """
+        gradient = member.parameter.grad
+        if gradient is None or member.parameter not in self.group_of:
+            return False
+        if local_of(gradient).is_sparse:
+            raise PlanError(
+                f"the gradient of a parameter of shape {tuple(member.parameter.shape)} is sparse, and optimizer state"
+                " that is paged takes none; make its module without sparse=True, or leave out offload_optimizer."
+            )
+        return True
 
     def _kept(self, parameter: Tensor, kind: Kind) -> Kind:
         """`kind`, or one of which nothing is paged, where the state of `parameter` stays on a device of its own."""
@@ -137,7 +165,7 @@ class PagedState:
                 view = self.view(member, key)
                 view.copy_(local_of(value))
                 let_rest(view)
-                state[key] = self._to_whole(member.parameter, key, view)
+                state[key] = as_divided(member.parameter, view)
 
     def view(self, member: Member, key: str) -> Tensor:
         """The state of `member` under `key`, where it is kept."""
@@ -209,7 +237,3 @@ class PagedState:
             for (key, _, _, at), dtype in zip(self._segments(page), page.bundle.dtypes.values(), strict=True)
         }
         return {key: member.laid_out(slot) for key, slot in found.items()} if piece.whole else found
-
-    def whole(self, member: Member, key: str, tensor: Tensor) -> Tensor:
-        """A tensor of the state of this rank's part of `member` as its optimizer has it between steps."""
-        return self._to_whole(member.parameter, key, tensor)

@@ -169,10 +169,11 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise self._error("setting aside", extent, 0, nbytes, error) from error
+                before = f", beside {format_bytes(self._end, up=True)} for what came before" if self._end else ""
                 raise PlanError(
-                    f"{name} needs {format_bytes(nbytes, up=True)} on {str(self.path.parent)!r} and there are"
-                    f" {format_bytes(self._file.free_bytes())} ({error.strerror}); free some, or give another folder as"
-                    " nvme_path."
+                    f"{format_bytes(nbytes, up=True)} are needed on {str(self.path.parent)!r} for {name}{before}, and"
+                    f" there are {format_bytes(self._file.free_bytes())} ({error.strerror}); free some, or give another"
+                    " folder as nvme_path."
                 ) from error
             # What is mapped begins at a page, and pages may be larger than what O_DIRECT wants.
             self._end += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -76,22 +76,25 @@ def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise PlanError(
             f"{name} cannot be paged: it evaluates the loss within its step, and forward and backward run once a step;"
-            " leave out offload_optimizer and release_gradients, or choose another optimizer."
+            " leave out offload_optimizer, offload_parameters and release_gradients, or choose another optimizer."
         )
     try:
         whole, whole_states = _steps(optimizer, samples, lambda key: (), apart=False)
     except Exception as error:
         raise PlanError(
             f"{name} cannot be paged: small tensors to try it on are not accepted ({in_words(error)}); leave out"
-            " offload_optimizer and release_gradients."
+            " offload_optimizer, offload_parameters and release_gradients."
         ) from error
     dtypes = [_paged_keys(states, values) for states, values in zip(whole_states, whole, strict=True)]
+    why, failure = "", None
     for divisible in (True, False):
         cuts = [_cuts(key) if divisible else () for key in samples]
         by_key = dict(zip(samples, cuts, strict=True))
         try:
             values, states = _steps(optimizer, samples, by_key.__getitem__, apart=True)
-        except Exception:
+        except Exception as error:
+            # Whatever its code raises on parts says that it needs the whole.
+            why, failure = f"fails ({in_words(error)})", error
             continue
         alike = [
             torch.equal(torch.cat([part.reshape(-1) for part in parts]), one[0].reshape(-1))
@@ -101,10 +104,11 @@ def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping
         if all(alike):
             kinds = [Kind(divisible, paged) for paged in dtypes]
             return dict(zip(samples, kinds, strict=True))
+        why, failure = "is not that on all of them", None
     raise PlanError(
-        f"{name} cannot be paged: its step on one parameter after the other is not that on all of them; leave out"
-        " offload_optimizer and release_gradients, or choose another optimizer."
-    )
+        f"{name} cannot be paged: its step on one parameter after the other {why}; leave out offload_optimizer,"
+        " offload_parameters and release_gradients, or choose another optimizer."
+    ) from failure
 
 
 def _cuts(key: Key) -> Sequence[int]:
@@ -119,7 +123,8 @@ def _steps(
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     for options in groups:
         if options.get("lr") is not None:
-            options["lr"] = torch.full_like(options["lr"], _LEARNING_RATE) if _is_tensor(options["lr"]) else 0.01
+            given = options["lr"]
+            options["lr"] = torch.full_like(given, _LEARNING_RATE) if _is_tensor(given) else _LEARNING_RATE
     parts = {
         key: [nn.Parameter(part) for part in _parts(sample[0].clone(), cuts(key))] for key, sample in samples.items()
     }

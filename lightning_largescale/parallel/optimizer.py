@@ -35,7 +35,7 @@ class AdaptedOptimizer:
     Args:
         optimizer: with the same groups on all ranks.
         known: the parameters that it may hold.
-        in_pages: another has it step on this rank's parts.
+        in_pages: another has it step on this rank's parts, and has seen to it that it can.
 
     Attributes:
         optimizer: as given, without Lightning's wrapper.
@@ -54,7 +54,7 @@ class AdaptedOptimizer:
         self._sizes: list[int] = []
         # A step may call its base class's, which calls the hooks too.
         self._depth = 0
-        self._exchange = Exchange(self.optimizer, part=_part, to_whole=self.to_whole)
+        self._exchange = Exchange(self.optimizer, part=_part, to_whole=self._whole)
         self._decide()
         self._remove_hooks = compat.hook_nearest(self.optimizer, self._before, self._after)
 
@@ -113,7 +113,7 @@ class AdaptedOptimizer:
             self._decide()
             if (lookups := row_sharded(self._known.module)) is not None:
                 lookups.check_sent()
-            if self._answer.local and not self._in_pages:
+            if self._answer.local:
                 given = closure_first(args, kwargs)
                 self._exchange.begin()
         self._depth += 1
@@ -134,6 +134,8 @@ class AdaptedOptimizer:
             return
         self._sizes = sizes
         check_takes_rows(self.optimizer, row_sharded(self._known.module), self._initial)
+        if self._in_pages:
+            return
         self._answer = ask(self.optimizer, self._initial)
         if self._answer.refusal is not None:
             raise PlanError(
@@ -153,9 +155,10 @@ class AdaptedOptimizer:
             return False
         return size > 0 and parameter.shape[0] % shards == 0 and parameter.numel() // shards % size == 0
 
-    def to_whole(self, parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
+    def _whole(self, parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
         """State of this rank's part of a parameter as a part of the whole parameter's state."""
-        if not isinstance(parameter, DTensor) or key in self._answer.whole_keys:
+        assert isinstance(parameter, DTensor)
+        if key in self._answer.whole_keys:
             return tensor
         if key in self._answer.block_sizes:
             if not self._blocks_whole(parameter, key):

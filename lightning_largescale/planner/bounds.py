@@ -68,6 +68,8 @@ def least_seconds(
         return None if seconds is None else max(step_seconds, seconds)
     # What is recomputed lengthens the compute, what is moved the transfers: shares of the two that last as long.
     low, high = 0.0, memory.terms.get("activations", 0) * (1 + share)
+    # With each byte that is not kept its share of the holes goes.
+    again_byte_seconds /= 1 + share
     if _filled(costs, lacking - high) is None:
         return None
     for _ in range(_HALVINGS):

@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
+from models import Lion
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_largescale.offload.buffers import Allowance, Buffers
 from lightning_largescale.offload.direct import DirectFile
@@ -17,28 +17,6 @@ from lightning_largescale.offload.store import Store
 
 # Of the pages of these tests, so that the largest parameters of the model have several.
 SMALL_PAGE = 64 * 1024
-
-
-class Lion(Optimizer):
-    """As others write theirs: a momentum, and a step of its own for each tensor."""
-
-    def __init__(self, params, lr=1e-3, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, self.state[parameter], group)
-        return loss
-
-    def update(self, parameter, state, group):
-        mean = state.setdefault("mean", torch.zeros_like(parameter))
-        parameter.sub_(mean.lerp(parameter.grad, 0.1).sign(), alpha=group["lr"])
-        mean.lerp_(parameter.grad, 0.01)
 
 
 class Counting(Lion):

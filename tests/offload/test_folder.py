@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, use):
 
 
 def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path, start_python):
-    process = start_python(STORE + "import time; time.sleep(60)")
+    process = start_python(STORE + "import signal; signal.pause()")
     left = tmp_path / process.stdout.readline().strip()
     Store(tmp_path).close()
     assert left.is_dir(), "its process lives"

@@ -396,7 +396,7 @@ def test_a_region_without_a_store_is_always_in_dram():
 
 def test_a_region_that_the_disk_has_no_room_for(tmp_path):
     store = Store(tmp_path)
-    with pytest.raises(PlanError, match=r"layer.weight needs .* on"):
+    with pytest.raises(PlanError, match=r"are needed on .* for layer.weight, "):
         Region(store, "layer.weight", 2**46)
     store.close()
 

@@ -183,7 +183,7 @@ def test_in_the_order_that_a_step_has_shown_each_is_fetched_once_for_a_pass(two,
 def names_spilled(folder):
     _, blocks = sharded(2)
     store, found = Store(folder), []
-    size = sum(pages.aligned(data.nbytes) for _, data in compat.shards_of(blocks["blocks.0"]))
+    size = sum(data.nbytes for _, data in compat.shards_of(blocks["blocks.0"]))
     for resident in (0, size - 1, size, 3 * size, BLOCKS * size):
         made = SpilledParameters(blocks, store, resident=resident, ahead=1)
         made.take_over()

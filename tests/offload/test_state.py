@@ -33,7 +33,7 @@ def state_of(optimizer, store, resident=0, **options):
         store=store,
         resident=Allowance(resident),
         places=Places(),
-        **{"buffers": Buffers(), "label_of": lambda parameter: "", "to_whole": as_divided, **options},
+        **{"buffers": Buffers(), "label_of": lambda parameter: "", **options},
     )
     made.lay_out()
     return made
@@ -94,13 +94,13 @@ def test_what_is_read_is_what_was_written(store):
 def divided():
     parameter = nn.Parameter(distribute_tensor(torch.ones(5, 4), mesh_of((2,)), [Shard(0)]))
     state = torch.zeros_like(parameter.to_local().detach())
-    whole = as_divided(parameter, "mean", state)
+    whole = as_divided(parameter, state)
     number = torch.zeros(())
     return (
         isinstance(whole, DTensor) and whole.shape == (5, 4) and whole.placements == parameter.placements,
         local_of(whole).data_ptr() == state.data_ptr() or not state.numel(),
-        as_divided(parameter, "step", number) is number,
-        as_divided(nn.Parameter(torch.ones(2)), "mean", number) is number,
+        as_divided(parameter, number) is number,
+        as_divided(nn.Parameter(torch.ones(2)), number) is number,
     )
 
 

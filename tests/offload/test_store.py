@@ -200,7 +200,8 @@ def test_a_full_disk_is_told_of_before_anything_is_written(tmp_path, filesystem)
         kept = store.reserve("first", 4 * 2**20)
         free = os.statvfs(folder).f_bavail * PAGE
         message = (
-            rf"second needs 64.0 MiB on '{folder}' and there are \d+(\.\d+)? MiB \(No space left on device\); free"
+            rf"64.0 MiB are needed on '{folder}' for second, beside \d+(\.\d+)? MiB for what came before, and there are"
+            r" \d+(\.\d+)? MiB \(No space left on device\); free"
         )
         with pytest.raises(PlanError, match=message):
             store.reserve("second", 64 * 2**20)
@@ -222,7 +223,9 @@ def test_where_no_space_can_be_set_aside_what_is_free_has_to_do(tmp_path, monkey
     memory = pages(8, 1)
     store.read(extent, memory).wait()
     assert memory == bytes(8 * PAGE)
-    with pytest.raises(PlanError, match=r"huge needs 1.00 PiB on .* .No space left on device.; free some"):
+    with pytest.raises(
+        PlanError, match=r"1.00 PiB are needed on .* for huge, .* there are .* .No space left on device.; free some"
+    ):
         store.reserve("huge", 2**50)
     store.close()
 
@@ -329,7 +332,7 @@ def test_a_file_deleted_by_others_goes_on(store):
     store.read(extent, read).wait()
     assert read == written
     store.write(store.reserve("more", PAGE), pages(1)).wait()
-    with pytest.raises(PlanError, match="huge needs"):
+    with pytest.raises(PlanError, match=r"are needed on .* for huge, "):
         store.reserve("huge", 2**50)
 
 

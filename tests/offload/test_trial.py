@@ -88,7 +88,7 @@ class Aside(Lion):
         parameter.sub_(mean.mul_(0.9).add_(parameter.grad), alpha=group["lr"])
 
 
-ELSE = "leave out offload_optimizer and release_gradients, or choose another optimizer."
+ELSE = "leave out offload_optimizer, offload_parameters and release_gradients, or choose another optimizer."
 APART = "cannot be paged: its step on one parameter after the other is not that on all of them; " + ELSE
 
 
@@ -108,13 +108,13 @@ APART = "cannot be paged: its step on one parameter after the other is not that 
         (
             torch.optim.SparseAdam,
             "SparseAdam cannot be paged: small tensors to try it on are not accepted (RuntimeError: SparseAdam does not"
-            " support dense gradients, please consider Adam instead); leave out offload_optimizer and"
-            " release_gradients.",
+            " support dense gradients, please consider Adam instead); leave out offload_optimizer,"
+            " offload_parameters and release_gradients.",
         ),
         (
             Sparse,
             "Sparse cannot be paged: small tensors to try it on are not accepted (RuntimeError: only for sparse "
-            "gradients); leave out offload_optimizer and release_gradients.",
+            "gradients); leave out offload_optimizer, offload_parameters and release_gradients.",
         ),
         (GlobalNorm, "GlobalNorm " + APART),
         (Noisy, "Noisy " + APART),

@@ -6,11 +6,10 @@ import os
 
 import pytest
 import torch
-from models import Language, SaveLast, read_checkpoint, trainer
+from models import Language, Lion, SaveLast, read_checkpoint, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -18,34 +17,19 @@ from lightning_largescale.strategy import LargeScaleStrategy
 pytestmark = quiet
 
 
-class Elementwise(Optimizer):
-    """As Lion: a sign of a mean, kept in the state and, as some do, a number beside it of a shape of its own."""
+class Elementwise(Lion):
+    """As Lion, with a number beside its mean of a shape of its own, as some keep."""
 
-    def __init__(self, parameters, lr=1e-3):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, self.state[parameter], group["lr"])
-        return loss
-
-    def update(self, parameter, state, lr):
+    def update(self, parameter, state, group):
         state["steps"] = state.get("steps", torch.zeros(1)) + 1
-        mean = state.setdefault("mean", torch.zeros_like(parameter))
-        parameter.add_(mean.lerp(parameter.grad, 0.1).sign(), alpha=-lr)
-        mean.lerp_(parameter.grad, 0.01)
+        super().update(parameter, state, group)
 
 
 class Replacing(Elementwise):
     """Puts a new tensor in the place of the old one, in numpy, which knows of no DTensors."""
 
-    def update(self, parameter, state, lr):
-        array = parameter.numpy() - lr * parameter.grad.numpy()
+    def update(self, parameter, state, group):
+        array = parameter.numpy() - group["lr"] * parameter.grad.numpy()
         parameter.data = torch.as_tensor(array)
 
 
@@ -54,19 +38,19 @@ class Failing(Elementwise):
 
     failing = False
 
-    def update(self, parameter, state, lr):
+    def update(self, parameter, state, group):
         if self.failing and parameter is self.param_groups[0]["params"][1]:
             raise MemoryError
         mean = state.setdefault("mean", torch.zeros_like(parameter))
-        parameter.sub_(mean.mul_(0.9).add_(parameter.grad), alpha=lr)
+        parameter.sub_(mean.mul_(0.9).add_(parameter.grad), alpha=group["lr"])
 
 
 class FailingInParts(Failing):
     """The same, where DTensors have no storage to look at."""
 
-    def update(self, parameter, state, lr):
+    def update(self, parameter, state, group):
         parameter.numpy()
-        super().update(parameter, state, lr)
+        super().update(parameter, state, group)
 
 
 class Based(torch.optim.SGD):
@@ -79,23 +63,25 @@ class Based(torch.optim.SGD):
 class TrustRatio(Elementwise):
     """As LAMB: norms of whole parameters."""
 
-    def update(self, parameter, state, lr):
-        parameter.sub_(parameter.grad * (lr * parameter.norm() / parameter.grad.norm().clamp(min=1e-6)))
+    def update(self, parameter, state, group):
+        parameter.sub_(parameter.grad * (group["lr"] * parameter.norm() / parameter.grad.norm().clamp(min=1e-6)))
 
 
 class TrustNumber(Elementwise):
     """As `TrustRatio`, where the norm of a DTensor is only this rank's."""
 
-    def update(self, parameter, state, lr):
-        parameter.sub_(parameter.grad, alpha=lr * float(parameter.norm()) / max(float(parameter.grad.norm()), 1e-6))
+    def update(self, parameter, state, group):
+        parameter.sub_(
+            parameter.grad, alpha=group["lr"] * float(parameter.norm()) / max(float(parameter.grad.norm()), 1e-6)
+        )
 
 
 class RanksDiffer(Elementwise):
     """Steps on plain tensors as it does on DTensors, but on one rank."""
 
-    def update(self, parameter, state, lr):
+    def update(self, parameter, state, group):
         differs = os.environ.get("RANK") == "1" and not isinstance(parameter, DTensor)
-        parameter.sub_(parameter.grad, alpha=2 * lr if differs else lr)
+        parameter.sub_(parameter.grad, alpha=2 * group["lr"] if differs else group["lr"])
 
 
 class Sharpness(Elementwise):

@@ -31,7 +31,8 @@ def bound(work, machine, plan, techniques, budget, built=False, again=0.0):
 
 
 def test_by_hand():
-    work, machine, plan = workload(), tiered(), Plan()
+    # Of a plan whose heap is watched as it is.
+    work, machine, plan = workload(), tiered(), Plan(activation_checkpointing="full")
     memory, seconds = peak_memory(work, plan, machine), step_time(work, plan, machine).step_seconds
     optimizer = frozenset({"optimizer"})
     # A byte of state that leaves takes one read and one write at 1 GB/s.
@@ -39,7 +40,8 @@ def test_by_hand():
     assert bound(work, machine, plan, optimizer, memory.peak_bytes - lacking) == max(seconds, 2 * lacking / 1e9)
     # There are 144 MiB of it.
     assert bound(work, machine, plan, optimizer, memory.peak_bytes - 145 * MIB) is None
-    assert bound(work, machine, plan, frozenset({"release"}), memory.peak_bytes - lacking) == seconds
+    # Gradients are there at the worst moment, and cost nothing to drop.
+    assert bound(work, machine, plan, frozenset({"release"}), memory.peak_bytes - 50 * MIB) == seconds
 
 
 def test_nothing_helps_a_model_that_is_too_large_when_it_is_built():
