@@ -400,9 +400,7 @@ def test_a_parameter_that_is_moved_to_where_other_state_is_kept_of_it_is_refused
             made.param_groups[1]["amsgrad"] = True
             return made
 
-    with pytest.raises(
-        PlanError, match=r"a parameter of shape \(.*\) was moved to group 1 of AdamW, by which other"
-    ):
+    with pytest.raises(PlanError, match=r"a parameter of shape \(.*\) was moved to group 1 of AdamW, by which other"):
         trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **TIERS["optimizer"]))).fit(Kept())
 
 

@@ -14,12 +14,15 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from models import DIM, GLOBAL_BATCH, VOCAB, Language, read_checkpoint, trainer
-from ranks import quiet
+from ranks import mesh_of, quiet
 from torch import nn
 
-from lightning_largescale.checkpoint.directory import load_directory
+from lightning_largescale.checkpoint.directory import load_directory, save_directory
 from lightning_largescale.checkpoint.files import stored_weights
 from lightning_largescale.checkpoint.load import consolidate
+from lightning_largescale.hardware.usage import held_bytes, let_rest, peak_bytes, release_free_memory, start_peak
+from lightning_largescale.offload.memory import Region
+from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -326,3 +329,28 @@ def test_a_plugin_of_the_trainer_is_given_whole_tensors(two, written, tmp_path):
     expected = read_checkpoint(written[0])["state_dict"]
     found = torch.load(path, weights_only=False)["state_dict"]
     assert all(torch.equal(found[name], value) for name, value in expected.items() if name != "_extra_state")
+
+
+def memory_of_saving(folder):
+    """Resident memory that saving 512 MiB, which are at rest in a file, takes on this rank; rank 0 writes them."""
+    mesh_of()
+    own = folder / os.environ["RANK"]
+    own.mkdir()
+    store = Store(own)
+    weights = Region(store, "weights", 512 * 2**20).tensor(torch.float32, (8, 2**24))
+    for row in weights:
+        row.fill_(1.0)
+        let_rest(row)
+    release_free_memory()
+    start_peak("cpu")
+    before = held_bytes("cpu")
+    save_directory({"state_dict": {"weights": weights}}, folder / "saved")
+    store.close()
+    return peak_bytes("cpu") - before
+
+
+def test_what_is_at_rest_on_a_disk_is_never_whole_in_memory_when_it_is_saved(two, tmp_path):
+    first, second = two.run(memory_of_saving, tmp_path)
+    # A box of 64 MiB, where it maps the file and as it is written, and the one before it.
+    assert first < 224 * 2**20
+    assert second < 32 * 2**20
