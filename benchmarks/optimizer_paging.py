@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lightning_largescale.offload.buffers import Buffers
+from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.store import Store, Transfer
@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     parameters = parameters_of(options.millions)
     optimizer, resident = (torch.optim.AdamW(parameters, fused=True) for _ in range(2))
-    store, buffers = Store(options.folder), Buffers()
+    store, buffers = Store(options.folder), PageBuffers()
     paged = PagedOptimizer(optimizer, store=store, buffers=buffers)
     memories = [Memory(max(page.state_bytes for page in paged.paged.pages)) for _ in range(PAGE_BUFFERS)]
     runs: dict[str, Callable[[], object]] = {

@@ -27,7 +27,9 @@ from typing_extensions import override
 from lightning_largescale.callbacks import needs_all_gradients, shows_summary
 from lightning_largescale.checkpoint.weights import Weights
 from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware.disks import disk_at
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
+from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.plan import Plan
@@ -46,8 +48,6 @@ from lightning_largescale.workload import Workload
 _Value = TypeVar("_Value")
 # Enough intervals for a steady median, few enough to cost nothing.
 _TIMED_STEPS = 1000
-# Hooks that may read or change the gradients of the whole module, or step in a way of their own.
-_SEE_GRADIENTS = ("configure_gradient_clipping", "optimizer_step", "on_before_optimizer_step", "on_after_backward")
 # Of the predicted peak, from where on a plain run's heap keeps no holes: it grows between two looks at it.
 _NEAR = 0.97
 
@@ -65,6 +65,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         allow: values that change numerics and may be chosen all the same: "bf16-mixed".
         sample_batch: a batch to trace with, in place of one from the trainer's own loader.
         plan_out: file that the chosen plan's JSON is written to, for `LargeScaleStrategy(path)`.
+        nvme_path: a folder on the disk of the nvme tier; None takes that of the detected ones with the most free bytes.
         start_method: as for `LargeScaleStrategy`.
         process_group_backend: as for `LargeScaleStrategy`.
         timeout: as for `LargeScaleStrategy`.
@@ -85,6 +86,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         allow: Sequence[str] = (),
         sample_batch: Any = None,
         plan_out: str | Path | None = None,
+        nvme_path: str | Path | None = None,
         start_method: Literal["popen", "fork", "spawn"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -106,9 +108,18 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         check_allow(allow)
         self._allow = tuple(allow)
         self._plan_out = plan_out
+        # Checked as a plan's is.
+        self._nvme_path = Plan(nvme_path=nvme_path).nvme_path  # type: ignore[arg-type]  # a path is made text
         self.report: Report | None = None
         self._planned_for: tuple[object, TrainerFn | None] = (None, None)
         self._step_starts: deque[float] = deque(maxlen=_TIMED_STEPS)
+
+    @override
+    def _hardware(self) -> Hardware:
+        found = super()._hardware()
+        if self._nvme_path is None:
+            return found
+        return dataclasses.replace(found, disks=(disk_at(nvme_folder(Plan(nvme_path=self._nvme_path), ())),))
 
     @override
     def _decide(self, trainer: Trainer) -> Plan:
@@ -154,7 +165,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         start_peak(kind)
         if self.is_global_zero:
             if self._plan_out is not None:
-                best.save(self._plan_out)
+                dataclasses.replace(best, nvme_path=self._nvme_path).save(self._plan_out)
             if shown:
                 Console().print(setup_panel(self.report))
         return best

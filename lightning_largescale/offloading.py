@@ -23,7 +23,7 @@ from lightning_largescale.callbacks import needs_all_gradients
 from lightning_largescale.checkpoint import StateMemory
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import release_free_memory
-from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.offload.gradients import Release, SpilledGradients
 from lightning_largescale.offload.optimizer import PagedOptimizer
@@ -39,7 +39,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     """Keeps optimizer state, parameters and gradients where the plan says, and brings them when they are needed."""
 
     _store: Store | None = None
-    _buffers: Buffers | None = None
+    _buffers: PageBuffers | None = None
     _spilled: SpilledParameters | None = None
     _leaving: SpilledGradients | None = None
     _release: Release | None = None
@@ -67,7 +67,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             self.connect_alone()
             self._store = Store(nvme_folder(plan, self._hardware().disks if plan.nvme_path is None else ()))
             self._undo.callback(self._store.close)
-        self._buffers = Buffers(pinned=self.root_device.type == "cuda")
+        self._buffers = PageBuffers(pinned=self.root_device.type == "cuda")
         if plan.offload_parameters != "nvme":
             state = sharded_state(module)
             groups: dict[str, Any] = {} if state is None else state.groups

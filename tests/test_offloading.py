@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,13 +14,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from models import Language, Lion, SaveLast, trainer
+from models import DIM, Language, Lion, SaveLast, trainer
 from ranks import quiet
 from torch import nn, optim
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
-from lightning_largescale.hardware.usage import at_rest
+from lightning_largescale.hardware.usage import at_rest, held_bytes, peak_bytes, release_free_memory
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.store import DirectFile, Store, StoreError
 from lightning_largescale.plan import Plan, PlanError
@@ -228,11 +229,52 @@ def test_after_fit_the_module_is_plain_and_its_memory_a_file(tmp_path):
     assert not any(map(at_rest, model.parameters()))
 
 
-def test_auto_keeps_on_a_disk_what_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    plan = Plan(nvme_path=str(tmp_path), **TIERS["both"])
-    assert LargeScaleAutoStrategy(memory_budget="6GiB").plan == Plan()
-    assert plan.describe() == "one device, parameters on nvme, optimizer state on nvme, 32-true"
+class Wide(Language):
+    """Of 100 MiB, built where Lightning asks for it."""
+
+    def __init__(self):
+        super().__init__(layers=0, samples=24)
+        self.wide = None
+
+    def configure_model(self):
+        if self.wide is None:
+            self.inside = nn.Linear(DIM, 1024)
+            self.wide = nn.ModuleList(nn.Sequential(nn.Linear(1024, 1024), nn.Tanh()) for _ in range(25))
+            self.outside = nn.Linear(1024, DIM)
+
+    def forward(self, tokens):
+        x = self.inside(super().forward(tokens))
+        for block in self.wide:
+            x = x + block(x)
+        return self.outside(x)
+
+
+class Peak(Callback):
+    """What the steps of a run held at most, and wrote."""
+
+    def on_train_batch_end(self, fitted, module, *given):
+        self.bytes, self.written = peak_bytes("cpu"), fitted.strategy._store.written_bytes
+
+
+def test_auto_keeps_on_a_disk_what_does_not_fit(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    release_free_memory()
+    # Parameters, gradients and state are of 400 MiB.
+    budget = held_bytes("cpu") + 330 * 2**20
+    strategy = LargeScaleAutoStrategy(memory_budget=budget, nvme_path=disk, plan_out=tmp_path / "plan.json")
+    plain, model = Wide(), Wide()
+    told = Peak()
+    trainer(strategy, max_steps=3, callbacks=[told]).fit(model)
+    assert told.bytes <= budget
+    assert told.written > 0
+    plan = strategy.plan
+    assert "nvme" in (plan.offload_parameters, plan.offload_optimizer)
+    assert strategy.report.best_estimate.peak_bytes["nvme"] > 0
+    assert Plan.load(tmp_path / "plan.json") == dataclasses.replace(plan, nvme_path=str(disk))
+    assert peak_bytes("cpu") <= budget
+    trainer(LargeScaleStrategy(Plan()), max_steps=3).fit(plain)
+    assert model.losses == plain.losses
 
 
 class Global(optim.SGD):
@@ -463,7 +505,7 @@ def test_a_disk_that_fails_in_mid_run_ends_it_with_its_own_error(tmp_path, monke
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from models import Language, trainer
+from models import DIM, Language, trainer
 from lightning.pytorch import Callback
 from lightning_largescale import LargeScaleStrategy, Plan
 class Told(Callback):

@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -58,6 +58,12 @@ def disks(root: Path = Path("/")) -> tuple[Disk, ...]:
     return tuple(sorted(named.values(), key=lambda disk: (disk.refused is not None, -disk.free_bytes, disk.path)))
 
 
+def nvme_disk(found: Sequence[Disk]) -> Disk | None:
+    """The disk of the nvme tier where a plan names none: of those that can be it, the one with the most free bytes."""
+    disks = [disk for disk in found if disk.refused is None]
+    return max(disks, key=lambda disk: disk.free_bytes, default=None)
+
+
 def refusal(mount: Mount, found: list[Mount]) -> str | None:
     """Why this kind of file system cannot be the nvme tier; None where it can, as far as its name says.
 
@@ -72,6 +78,21 @@ def refusal(mount: Mount, found: list[Mount]) -> str | None:
         reason = None if upper is None else refusal(upper, found)
         return None if reason is None else f"what overlay writes goes to another file system, and {reason}"
     return _kind(mount.filesystem) or None
+
+
+def disk_at(path: str | Path, root: Path = Path("/")) -> Disk:
+    """The file system that holds this folder, as a disk of which it is the writable folder.
+
+    Args:
+        path: a folder that exists.
+        root: folder that holds `proc/self/mountinfo`.
+    """
+    found = mounts(root)
+    mount = _holder(os.fspath(path), found)
+    if mount is not None:
+        return _disk(mount, os.fspath(path), found)
+    room = os.statvfs(path)
+    return Disk(path=os.fspath(path), filesystem="unknown", free_bytes=room.f_bavail * room.f_frsize)
 
 
 def refused_folder(path: str | Path, root: Path = Path("/")) -> str | None:

@@ -28,6 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_largescale import compat
 from lightning_largescale.forward import Forward
+from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.saved import Disk, Host, Saved, Sent, Tier
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import Plan, PlanError
@@ -274,6 +275,6 @@ def _places(tensor: Any) -> Iterator[int]:
     if tensor is None:
         return
     with torch.no_grad():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = local_of(tensor)
     for part in compat.dense_parts(local):
         yield part.untyped_storage().data_ptr()

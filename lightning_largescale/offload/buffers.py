@@ -27,7 +27,7 @@ class Allowance:
         return True
 
 
-class Buffers:
+class PageBuffers:
     """At most `PAGE_BUFFERS` pieces of memory, each as large as the largest page, made when they are first needed.
 
     Args:

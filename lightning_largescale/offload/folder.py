@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_largescale.hardware import Disk
-from lightning_largescale.hardware.disks import over_network, refused_folder
+from lightning_largescale.hardware.disks import nvme_disk, over_network, refused_folder
 from lightning_largescale.offload.direct import warn
 from lightning_largescale.plan import Plan, PlanError
 
@@ -56,10 +56,10 @@ def nvme_folder(plan: Plan, disks: Sequence[Disk], *, root: Path = Path("/")) ->
 
 
 def _detected(disks: Sequence[Disk]) -> Path:
-    for disk in disks:
-        if disk.refused is None:
-            return Path(disk.path)
-    why = "; ".join(f"{disk.path}: {disk.refused}" for disk in disks) or "there is none that we may write to"
+    disk = nvme_disk(disks)
+    if disk is not None:
+        return Path(disk.path)
+    why = "; ".join(f"{one.path}: {one.refused}" for one in disks) or "there is none that we may write to"
     raise PlanError(f"the nvme tier needs a folder on a local disk and none was found ({why}); give one as nvme_path.")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
-from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.places import Places, elements
@@ -58,7 +58,7 @@ class PagedOptimizer:
         optimizer: Optimizer,
         *,
         store: Store | None,
-        buffers: Buffers,
+        buffers: PageBuffers,
         resident: Allowance | None = None,
         places: Places | None = None,
         label_of: Callable[[Tensor], str] = lambda parameter: "",

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale.hardware.usage import let_rest
-from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.pages import Bundle, Kind, Member, Page, Piece, bundles_of, local_of
 from lightning_largescale.offload.places import Places, elements
@@ -56,7 +56,7 @@ class PagedState:
         optimizer: Optimizer,
         *,
         store: Store | None,
-        buffers: Buffers,
+        buffers: PageBuffers,
         resident: Allowance,
         places: Places,
         label_of: Callable[[Tensor], str],

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware.disks import nvme_disk
 from lightning_largescale.planner.report import Estimate, Report, plan_fields
 from lightning_largescale.planner.transfers import CHANNELS
 from lightning_largescale.units import format_bytes, format_flops, format_seconds
@@ -35,7 +36,9 @@ def setup_panel(report: Report) -> Panel:
     table.add_row("peak memory", memory_bars(estimate, report.budget_bytes))
     for tier, size in estimate.peak_bytes.items():
         if tier != "device":
-            table.add_row(f"kept on {tier}", Text(kept_words(size, report.budgets.get(tier))))
+            disk = nvme_disk(report.hardware.disks) if tier == "nvme" else None
+            where = f", in {disk.path}" if disk is not None else ""
+            table.add_row(f"kept on {tier}", Text(kept_words(size, report.budgets.get(tier)) + where))
     table.add_row("step time", Text(time_words(report, estimate)))
     runner_up = report.runner_up
     if runner_up is not None:

@@ -7,13 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_largescale.hardware import Disk, Hardware
-
-
-def nvme_disk(hardware: Hardware) -> Disk | None:
-    """The disk of the nvme tier where a plan names none: of those that can be it, the one with the most free bytes."""
-    disks = [disk for disk in hardware.disks if disk.refused is None]
-    return max(disks, key=lambda disk: disk.free_bytes, default=None)
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware.disks import nvme_disk
 
 
 def tier_budgets(hardware: Hardware) -> dict[str, int]:
@@ -22,7 +17,7 @@ def tier_budgets(hardware: Hardware) -> dict[str, int]:
     DRAM is a tier of its own on CUDA only; a disk needs measured rates, and is shared by the ranks of a node.
     """
     budgets: dict[str, int] = {}
-    rates, disk = hardware.rates, nvme_disk(hardware)
+    rates, disk = hardware.rates, nvme_disk(hardware.disks)
     if rates is None:
         return budgets
     linked = rates.host_to_device is not None and rates.device_to_host is not None

@@ -10,7 +10,7 @@ import torch
 from models import Lion
 from torch import nn
 
-from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.direct import DirectFile
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.store import Store
@@ -137,7 +137,7 @@ def paged(optimizer, folder=None, *, resident=0, file=DirectFile, **options):
     """`optimizer`, paged: with its state in `folder`, in DRAM for None."""
     store = None if folder is None else Store(folder, file=file)
     try:
-        made = PagedOptimizer(optimizer, store=store, buffers=Buffers(), resident=Allowance(resident), **options)
+        made = PagedOptimizer(optimizer, store=store, buffers=PageBuffers(), resident=Allowance(resident), **options)
         yield made
         made.undo()
     finally:

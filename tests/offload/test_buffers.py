@@ -4,7 +4,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.store import StoreError, Transfer
 from lightning_largescale.tiers import PAGE_BUFFERS
 
@@ -22,7 +22,7 @@ def test_an_allowance_is_taken_off_until_it_does_not_suffice():
 
 
 def test_there_are_no_more_than_so_many_and_those_on_their_way_out_come_first():
-    buffers = Buffers()
+    buffers = PageBuffers()
     buffers.make_room(5000)
     taken = [buffers.take() for _ in range(PAGE_BUFFERS)]
     assert len({id(memory) for memory in taken}) == PAGE_BUFFERS
@@ -33,7 +33,7 @@ def test_there_are_no_more_than_so_many_and_those_on_their_way_out_come_first():
 
 
 def test_what_is_drained_is_taken_again():
-    buffers = Buffers()
+    buffers = PageBuffers()
     buffers.make_room(1)
     memory = buffers.take()
     buffers.give_back(memory, over())
@@ -42,7 +42,7 @@ def test_what_is_drained_is_taken_again():
 
 
 def test_more_room_makes_others():
-    buffers = Buffers()
+    buffers = PageBuffers()
     buffers.make_room(4096)
     small = buffers.take()
     buffers.give_back(small, over())
@@ -57,7 +57,7 @@ def test_more_room_makes_others():
 
 
 def test_all_are_back_after_a_transfer_that_failed_and_the_first_failure_is_told():
-    buffers = Buffers()
+    buffers = PageBuffers()
     buffers.make_room(1)
     taken = [buffers.take() for _ in range(PAGE_BUFFERS)]
     transfers = [over(), over(StoreError("one")), over(StoreError("other")), *[over()] * (PAGE_BUFFERS - 3)]
@@ -69,7 +69,7 @@ def test_all_are_back_after_a_transfer_that_failed_and_the_first_failure_is_told
 
 
 def test_one_whose_transfer_failed_is_not_handed_out():
-    buffers = Buffers()
+    buffers = PageBuffers()
     buffers.make_room(1)
     for memory in [buffers.take() for _ in range(PAGE_BUFFERS)]:
         buffers.give_back(memory, over(StoreError("failed")))

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.gradients import Arrivals, Release, SpilledGradients
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
@@ -71,7 +71,7 @@ def released(build, folder, recompute, clip):
     labels, alive = module.labels(), []
     store = None if folder is None else Store(folder)
     made = PagedOptimizer(
-        optimizer, store=store, buffers=Buffers(), label_of=lambda one: labels.get(one, ""), resident=Allowance(0)
+        optimizer, store=store, buffers=PageBuffers(), label_of=lambda one: labels.get(one, ""), resident=Allowance(0)
     )
     release = Release(made, labels, clip)
     for parameter in labels:
@@ -130,7 +130,7 @@ def test_a_second_gradient_in_a_step_is_refused_and_the_next_step_goes_on():
     module = Plain()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     labels = module.labels()
-    made = PagedOptimizer(optimizer, store=None, buffers=Buffers(), label_of=lambda one: labels.get(one, ""))
+    made = PagedOptimizer(optimizer, store=None, buffers=PageBuffers(), label_of=lambda one: labels.get(one, ""))
     release = Release(made, labels)
     module(inputs(0)).sum().backward()
     release.end_backward()
@@ -185,7 +185,7 @@ class Spilling:
         members = {name: [one for one, _ in compat.shards_of(block)] for name, block in self.blocks.items()}
         self.gradients = self.places.gradients = SpilledGradients(members, self.store, norms=norms)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2)
-        self.paged = PagedOptimizer(self.optimizer, store=self.store, buffers=Buffers(), places=self.places)
+        self.paged = PagedOptimizer(self.optimizer, store=self.store, buffers=PageBuffers(), places=self.places)
 
     def backward(self, step, scale=1.0):
         (self.module(batch(step)).square().mean() * scale).backward()

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.buffers import Buffers
+from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.memory import Region
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
@@ -110,7 +110,7 @@ def trained_alike(world, folder, page_bytes, tier):
         patch.setattr(pages, "PAGE_BYTES", page_bytes)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
         state = None if tier == "cpu" else store
-        paged = PagedOptimizer(optimizer, store=state, buffers=Buffers(), places=made)
+        paged = PagedOptimizer(optimizer, store=state, buffers=PageBuffers(), places=made)
         found = train(module, optimizer, 5, made.settle)
         assert found == losses
         assert same(whole(module), whole(expected))

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.buffers import Allowance, Buffers
+from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.places import Places
 from lightning_largescale.offload.state import PagedState, as_divided
@@ -33,7 +33,7 @@ def state_of(optimizer, store, resident=0, **options):
         store=store,
         resident=Allowance(resident),
         places=Places(),
-        **{"buffers": Buffers(), "label_of": lambda parameter: "", **options},
+        **{"buffers": PageBuffers(), "label_of": lambda parameter: "", **options},
     )
     made.lay_out()
     return made
@@ -70,7 +70,7 @@ def test_what_the_optimizer_has_made_already_moves(store):
 
 def test_what_is_read_is_what_was_written(store):
     module = model()
-    optimizer, buffers = BUILDERS["AdamW"](module), Buffers()
+    optimizer, buffers = BUILDERS["AdamW"](module), PageBuffers()
     output(module, 0).sum().backward()
     made = state_of(optimizer, store, buffers=buffers)
     for parameter, member in made.members.items():

@@ -3,7 +3,8 @@ import dataclasses
 from planner.builders import tiered
 
 from lightning_largescale.hardware import Disk
-from lightning_largescale.planner.tier_budgets import nvme_disk, shortfalls, tier_budgets
+from lightning_largescale.hardware.disks import nvme_disk
+from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 
 GIB = 2**30
 
@@ -19,8 +20,8 @@ def test_the_largest_disk_that_is_not_refused():
         Disk(path="/b", filesystem="ext4", free_bytes=3),
         Disk(path="/c", filesystem="tmpfs", free_bytes=9, refused="it is memory"),
     )
-    assert nvme_disk(dataclasses.replace(tiered(), disks=disks)).path == "/b"
-    assert nvme_disk(dataclasses.replace(tiered(), disks=disks[2:])) is None
+    assert nvme_disk(disks).path == "/b"
+    assert nvme_disk(disks[2:]) is None
     assert tier_budgets(dataclasses.replace(tiered(), disks=disks[2:])) == {}
 
 
