@@ -238,6 +238,7 @@ class Wide(Language):
 
     def configure_model(self):
         if self.wide is None:
+            torch.manual_seed(1)
             self.inside = nn.Linear(DIM, 1024)
             self.wide = nn.ModuleList(nn.Sequential(nn.Linear(1024, 1024), nn.Tanh()) for _ in range(25))
             self.outside = nn.Linear(1024, DIM)
