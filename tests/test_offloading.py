@@ -278,6 +278,14 @@ def test_auto_keeps_on_a_disk_what_does_not_fit(tmp_path):
     assert model.losses == plain.losses
 
 
+@pytest.mark.parametrize("tier", ["optimizer", "both"])
+def test_an_optimizer_that_needs_whole_matrices_has_them_on_one_process(tmp_path, tier):
+    plain, paged = (with_optimizer(lambda parameters: optim.Adafactor(parameters, 1e-2)) for _ in range(2))
+    trainer(LargeScaleStrategy(Plan()), max_steps=4).fit(plain)
+    trainer(LargeScaleStrategy(Plan(nvme_path=str(tmp_path), **TIERS[tier])), max_steps=4).fit(paged)
+    assert paged.losses == plain.losses
+
+
 class Global(optim.SGD):
     """Divides by the norm of all gradients within its step."""
 
@@ -321,6 +329,7 @@ class Flat(Model):
 REFUSED = [
     ({"offload_parameters": "nvme"}, Flat, {}, "offload_parameters='nvme' needs repeated blocks, or wrapped_modules,"),
     ({"offload_optimizer": "nvme"}, lambda: with_optimizer(optim.LBFGS), {}, "LBFGS cannot be paged: it evaluates"),
+    ({"offload_parameters": "nvme"}, lambda: with_optimizer(optim.LBFGS), {}, "LBFGS cannot be paged: it evaluates"),
     (
         {"offload_optimizer": "nvme"},
         lambda: with_optimizer(lambda parameters: Global(parameters, 1e-3)),
