@@ -21,6 +21,8 @@ from lightning_largescale.launch import watch_peers
 from lightning_largescale.plan import PlanError
 
 _Value = TypeVar("_Value")
+# Beside a device DRAM has tensors too, of which norms are summed: gradients of parameters that FSDP2 keeps there.
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 class ConnectedStrategy(ParallelStrategy, ABC):
@@ -132,9 +134,8 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         self.set_world_ranks()
         if self.has_peers:
             reset_seed()
-            self._process_group_backend = compat.init_process_group(
-                self.cluster_environment, self._process_group_backend, self.root_device, self._timeout
-            )
+            backend = self._process_group_backend = self._process_group_backend or _BACKENDS[self.root_device.type]
+            compat.init_process_group(self.cluster_environment, backend, self.root_device, self._timeout)
             watch_peers(self)
         else:
             self._undo.callback(compat.set_rank_zero, compat.set_rank_zero(0))
@@ -153,9 +154,8 @@ class ConnectedStrategy(ParallelStrategy, ABC):
                 f" {dist.get_world_size()}; give the Trainer as many devices, or call"
                 " torch.distributed.destroy_process_group() first."
             )
-        backend = "nccl" if self.root_device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(_BACKENDS[self.root_device.type], store=store, rank=0, world_size=1)
         self._undo.callback(dist.destroy_process_group)
         # Lightning takes any group for one of several processes.
         self._undo.enter_context(warnings.catch_warnings())
@@ -165,7 +165,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here."""
         if self.has_peers and dist.is_initialized():
-            ids = [self.root_device.index] if dist.get_backend() == "nccl" else None
+            ids = [self.root_device.index] if "nccl" in dist.get_backend() else None
             dist.barrier(device_ids=ids)
 
     @override

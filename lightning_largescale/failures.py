@@ -160,7 +160,7 @@ def leave_process_group() -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    if dist.get_backend() == "nccl":
+    if "nccl" in dist.get_backend():
         compat.abort_process_groups()
     else:
         dist.destroy_process_group()

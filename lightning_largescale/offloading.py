@@ -26,12 +26,15 @@ from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.offload.gradients import Release, SpilledGradients
+from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import SpilledParameters, bring_back
+from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.gather import Sharded, sharded_state
 from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.tiers import group_tiers
 from lightning_largescale.workload.blocks import find_groups
 
 
@@ -91,14 +94,14 @@ class OffloadingStrategy(BuildingStrategy, ABC):
                 f"offload_parameters={plan.offload_parameters!r} needs repeated blocks, or wrapped_modules, and {name}"
                 " has none; use None."
             )
-        if self._store is None or plan.offload_parameters == "cpu":
-            if self.root_device.type != "cpu":
-                self._in_dram = {shard for group in blocks.values() for shard, _ in compat.shards_of(group)}
-            return
-        resident = (plan.resident_parameter_bytes or 0) + (
-            plan.cpu_parameter_bytes or 0 if self.root_device.type == "cpu" else 0
-        )
-        self._spilled = SpilledParameters(blocks, self._store, resident=resident, ahead=plan.prefetched_blocks)
+        sizes = {name: sum(data.nbytes for _, data in compat.shards_of(group)) for name, group in blocks.items()}
+        tiers = group_tiers(plan, sizes)
+        if self.root_device.type != "cpu":
+            in_dram = [blocks[name] for name, tier in tiers.items() if tier == "cpu"]
+            self._in_dram = {shard for group in in_dram for shard, _ in compat.shards_of(group)}
+        on_disk = {name: blocks[name] for name, tier in tiers.items() if tier == "nvme"}
+        if self._store is not None and on_disk:
+            self._spilled = SpilledParameters(on_disk, self._store, ahead=plan.prefetched_blocks)
 
     @override
     def _memory_of(self, parameter: Tensor) -> Tensor | None:
@@ -129,10 +132,11 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if not self._pages or self._buffers is None:
             return
         labels = self._labels() if plan.release_gradients else {}
-        resident = (plan.resident_optimizer_bytes or 0) + (
-            plan.cpu_optimizer_bytes or 0 if self.root_device.type == "cpu" else 0
-        )
-        allowance = Allowance(resident)
+        resident, dram = Allowance(plan.resident_optimizer_bytes or 0), Allowance(plan.cpu_optimizer_bytes or 0)
+        lanes = None if self.root_device.type == "cpu" else Lanes(self.root_device)
+        places = self._spilled or Places()
+        if plan.host_optimizer_step and lanes is not None:
+            places = HostPlaces(lanes, places)
         self._paged = []
         for optimizer in optimizers:
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -141,8 +145,10 @@ class OffloadingStrategy(BuildingStrategy, ABC):
                     inner,
                     store=self._store if plan.offload_optimizer == "nvme" else None,
                     buffers=self._buffers,
-                    resident=allowance,
-                    places=self._spilled,
+                    resident=resident,
+                    dram=dram,
+                    places=places,
+                    lanes=lanes,
                     label_of=lambda parameter: labels.get(parameter, ""),
                 )
             )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
 
 def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `step` whose closure, if there is one, has been evaluated and only tells its result.
@@ -72,6 +74,18 @@ def hold(group: dict[str, Any], options: Mapping[str, Any], parameters: list[Any
     """
     group.clear()
     group.update({"params": parameters, **options})
+
+
+def vectorized(optimizer: Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` of a group with which a step on the CPU is one kernel, if `optimizer` is one of torch's own that has
+    one there and the user has left open which implementation it takes.
+
+    Source: torch.optim, Algorithms ("fused" of Adam, AdamW, SGD and Adagrad).
+    """
+    chosen = options.get("foreach") or options.get("differentiable") or options.get("capturable")
+    if type(optimizer) not in _FUSED or options.get("fused", False) is not None or chosen:
+        return dict(options)
+    return {**options, "foreach": False, "fused": True}
 
 
 def in_words(error: Exception) -> str:

@@ -96,6 +96,8 @@ class Plan:
         offload_parameters: the tier that parameters of blocks are kept in while they do not compute: None, the device;
             "cpu", DRAM; "nvme", a disk. Their gradients go there too.
         offload_optimizer: the tier of the optimizer's state, which is paged in and out around each step.
+        host_optimizer_step: parameters whose state left the device are stepped on in DRAM, by the host's cores, to
+            which their gradients are copied; else their state is brought to the device. Means nothing on the CPU.
         offload_activations: the tier of what blocks save for their backward.
         nvme_path: a folder on the disk of the nvme tier; None takes the one with the most free bytes.
         resident_parameter_bytes: of a rank's parameters, how many stay on the device all the same, in whole blocks;
@@ -114,7 +116,8 @@ class Plan:
     Source: Rajbhandari et al. 2020, "ZeRO", section 5 (stages); Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid
         sharding); Shoeybi et al. 2019, "Megatron-LM", section 3 (tensor parallelism); Korthikanti et al. 2022,
         "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (sequence parallelism);
-        Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (the memory hierarchy); Lv et al. 2023, "Full Parameter
+        Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (the memory hierarchy); Ren et al. 2021, "ZeRO-Offload",
+        section 4 (the step on the host); Lv et al. 2023, "Full Parameter
         Fine-tuning for Large Language Models with Limited Resources", section 3 (gradient release).
     """
 
@@ -131,6 +134,7 @@ class Plan:
     row_sharded_embeddings: tuple[str, ...] = ()
     offload_parameters: str | None = None
     offload_optimizer: str | None = None
+    host_optimizer_step: bool = False
     offload_activations: str | None = None
     nvme_path: str | None = None
     resident_parameter_bytes: int | None = None
@@ -145,7 +149,7 @@ class Plan:
         for name in ("dp_replicate", "dp_shard", "tp"):
             check_count(name, getattr(self, name), "devices")
         check_count("prefetched_blocks", self.prefetched_blocks, "blocks")
-        for name in ("sequence_parallel", "reshard_after_forward", "release_gradients"):
+        for name in ("sequence_parallel", "reshard_after_forward", "host_optimizer_step", "release_gradients"):
             check_flag(name, getattr(self, name))
         for name, accepted in _ACCEPTED.items():
             check_choice(name, getattr(self, name), accepted)

@@ -129,6 +129,10 @@ def check_offload(plan: Plan) -> Mapping[str, tuple[str, ...]]:
                 f"{name}={value!r} contradicts {field}={tier!r}; give {' or '.join(map(repr, tiers))} there, or leave"
                 " it out."
             )
+    if plan.host_optimizer_step and plan.offload_optimizer is None:
+        raise PlanError(
+            "host_optimizer_step=True contradicts offload_optimizer=None; give 'cpu' or 'nvme' there, or leave it out."
+        )
     replicas = plan.dp_replicate > 1 and not plan.shards
     for field, refused in (("precision", plan.precision == "16-mixed"), ("dp_replicate", replicas)):
         if plan.release_gradients and refused:

@@ -51,6 +51,8 @@ def _offload(plan: Plan) -> list[str]:
     ):
         if tier is not None:
             words.append(f"{'part of ' if in_part else ''}{name} on {tier}")
+    if plan.host_optimizer_step:
+        words.append("stepped on by the host")
     if plan.offload_activations is not None:
         blocks = f" of {_counted(len(plan.offloaded_blocks), 'block')}" if plan.offloaded_blocks else ""
         words.append(f"activations{blocks} on {plan.offload_activations}")

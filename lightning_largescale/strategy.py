@@ -248,7 +248,7 @@ class LargeScaleStrategy(OffloadingStrategy):
     def _adapt(self, module: LightningModule, plan: Plan) -> None:
         """Make a module whole that an earlier plan divided, unless `plan` divides it alike."""
         state = sharded_state(module)
-        if state is None or adapt(module, plan):
+        if state is None or adapt(module, plan, self.root_device):
             return
         if (ranks := state.plan.world_size) != self.world_size:
             raise PlanError(

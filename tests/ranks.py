@@ -120,7 +120,7 @@ def connected(function: Callable[..., Any], *args: Any) -> Any:
 def mesh_of(shape: tuple[int, ...] | None = None) -> DeviceMesh:
     """Of all ranks of a launch, connected as a Trainer would and from then on; with a dimension for tp and dp_shard."""
     if not dist.is_initialized():
-        compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+        compat.init_process_group(TorchElasticEnvironment(), "gloo", torch.device("cpu"), timedelta(seconds=60))
     shape = shape or (dist.get_world_size(),)
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp_shard", "tp")[-len(shape) :])
 

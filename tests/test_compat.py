@@ -215,7 +215,7 @@ def test_attached_trainer():
 
 def connect():
     environment = TorchElasticEnvironment()
-    backend = compat.init_process_group(environment, None, torch.device("cpu"), timedelta(seconds=60))
+    compat.init_process_group(environment, "gloo", torch.device("cpu"), timedelta(seconds=60))
     compat.set_rank_zero(environment.global_rank())
     mean = compat.reduce_tensor(torch.tensor(float(environment.global_rank())), None, "mean")
     shown = rank_zero_only(lambda: "shown")()
@@ -224,7 +224,7 @@ def connect():
     compat.forget_forward(layer)
     layer.register_forward_pre_hook(lambda module, inputs: module.unshard())
     layer(torch.ones(1, 2))
-    return backend, float(mean), shown, type(layer.weight) is nn.Parameter
+    return dist.get_backend(), float(mean), shown, type(layer.weight) is nn.Parameter
 
 
 def test_ranks_and_a_forward_that_gathers_nothing(two):
@@ -581,7 +581,7 @@ def half_a_step():
     """Whether a step after one that ended in the midst of its backward has the gradients of the one before."""
     torch.manual_seed(0)
     environment = TorchElasticEnvironment()
-    compat.init_process_group(environment, None, torch.device("cpu"), timedelta(seconds=60))
+    compat.init_process_group(environment, "gloo", torch.device("cpu"), timedelta(seconds=60))
     root = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
     for part in (*root, root):
         fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
@@ -616,7 +616,7 @@ class InFrozen(nn.Linear):
 
 def backward_of_frozen():
     """Also as with a torch that does not look into dataclasses."""
-    compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    compat.init_process_group(TorchElasticEnvironment(), "gloo", torch.device("cpu"), timedelta(seconds=60))
     gradients = []
     for known in (True, False):
         block = fully_shard(InFrozen(4, 4), mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
@@ -635,7 +635,7 @@ def test_gather_for_backward_of(two):
 
 
 def hooks_of_a_sharded_module():
-    compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    compat.init_process_group(TorchElasticEnvironment(), "gloo", torch.device("cpu"), timedelta(seconds=60))
     block = nn.Linear(4, 4)
     fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
     given = []
@@ -824,7 +824,7 @@ def test_hooks_saved_tensors():
 def divided_by_two():
     """Blocks of which one has a parameter of five rows, and a root that has none of its own."""
     torch.manual_seed(0)
-    compat.init_process_group(TorchElasticEnvironment(), None, torch.device("cpu"), timedelta(seconds=60))
+    compat.init_process_group(TorchElasticEnvironment(), "gloo", torch.device("cpu"), timedelta(seconds=60))
     module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
     for part in (*module, module):
         fully_shard(part, mesh=init_device_mesh("cpu", (2,)))

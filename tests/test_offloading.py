@@ -47,7 +47,8 @@ RUNS = {
 }
 TIERS = {
     "optimizer": {"offload_optimizer": "nvme"},
-    "optimizer in DRAM": {"offload_optimizer": "cpu"},
+    # On the CPU the host is the device.
+    "optimizer in DRAM": {"offload_optimizer": "cpu", "host_optimizer_step": True},
     "in part": {"offload_optimizer": "nvme", "resident_optimizer_bytes": 20000},
     "parameters": {"offload_parameters": "nvme"},
     "parameters in part": {"offload_parameters": "nvme", "resident_parameter_bytes": 8000},
@@ -83,11 +84,12 @@ class Model(Language):
         return [made], [{"scheduler": optim.lr_scheduler.StepLR(made, 2, 0.7), "interval": "step"}]
 
 
-def trained(plan, kind, run, *, devices=1, steps=6, **options):
+def trained(plan, kind, run, *, devices=1, steps=6, accelerator="cpu", **options):
     """Losses, this rank's parameters, and the state of the optimizer after some steps; bytes that went to a disk."""
     pages.PAGE_BYTES = 16 * 1024
     model = Model(kind, run, **options)
-    fitted = trainer(LargeScaleStrategy(plan), devices=devices, max_steps=steps, callbacks=[Kept()], **RUNS[run])
+    given = {"devices": devices, "max_steps": steps, "accelerator": accelerator, **RUNS[run]}
+    fitted = trainer(LargeScaleStrategy(plan), callbacks=[Kept()], **given)
     fitted.fit(model)
     kept = next(one for one in fitted.callbacks if isinstance(one, Kept))
     return model.losses, kept.parameters, kept.state, kept.written
@@ -153,6 +155,37 @@ def test_one_process_trains_as_plainly(tmp_path, request, kind, run):
         disk = "nvme" in fields.values() and name != "activations"
         assert (found[3] > 0) == disk, name
     assert not [*tmp_path.iterdir()]
+
+
+BESIDE_CUDA = {
+    **TIERS,
+    **RELEASED,
+    "on the host": {"offload_optimizer": "cpu", "host_optimizer_step": True},
+    "parameters in DRAM": {"offload_parameters": "cpu", "offload_optimizer": "cpu"},
+    "parameters partly in DRAM": {"offload_parameters": "cpu", "resident_parameter_bytes": 8000},
+    "activations in DRAM": {"offload_activations": "cpu"},
+    "three tiers": {
+        "offload_parameters": "nvme",
+        "resident_parameter_bytes": 8000,
+        "cpu_parameter_bytes": 8000,
+        "offload_optimizer": "nvme",
+        "resident_optimizer_bytes": 20000,
+        "cpu_optimizer_bytes": 40000,
+    },
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+@pytest.mark.parametrize("tier", BESIDE_CUDA)
+def test_a_cuda_device_trains_as_plainly(tmp_path, tier, kind):
+    run = "groups" if "release_gradients" in BESIDE_CUDA[tier] else "clipping"
+    expected = trained(Plan(), kind, run, accelerator="cuda")
+    found = trained(Plan(nvme_path=str(tmp_path), **BESIDE_CUDA[tier]), kind, run, accelerator="cuda")
+    # Some kernels add in any order, and the host steps with others.
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    for name, value in found[1].items():
+        torch.testing.assert_close(value.cpu(), expected[1][name].cpu(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "run"), [*cases(2)])

@@ -91,6 +91,7 @@ def test_signature_is_kept_for_tools_that_read_it():
         "row_sharded_embeddings",
         "offload_parameters",
         "offload_optimizer",
+        "host_optimizer_step",
         "offload_activations",
         "nvme_path",
         "resident_parameter_bytes",
@@ -111,6 +112,11 @@ BAD = [
     (
         {"cpu_optimizer_bytes": 1, "offload_optimizer": "cpu"},
         "cpu_optimizer_bytes=1 contradicts offload_optimizer='cpu'; give 'nvme' there, or leave it out",
+    ),
+    ({"host_optimizer_step": 1}, "host_optimizer_step=1 is not accepted; give True or False"),
+    (
+        {"host_optimizer_step": True},
+        "host_optimizer_step=True contradicts offload_optimizer=None; give 'cpu' or 'nvme' there, or leave it out",
     ),
     ({"offloaded_blocks": ["a"]}, "offloaded_blocks=['a'] contradicts offload_activations=None; give 'cpu' or 'nvme'"),
     ({"offloaded_blocks": [], "offload_activations": "cpu"}, "offloaded_blocks=[] is not accepted; give the names"),

@@ -72,6 +72,7 @@ PLAIN = {
     "row_sharded_embeddings": [],
     "offload_parameters": None,
     "offload_optimizer": None,
+    "host_optimizer_step": False,
     "offload_activations": None,
     "nvme_path": None,
     "resident_parameter_bytes": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -128,20 +129,18 @@ def attached_trainer(module: Any) -> Any:
     return module.__dict__.get("_trainer")
 
 
-def init_process_group(environment: Any, backend: str | None, device: Any, timeout: Any) -> str:
-    """Connect this process to the others of the cluster `environment`, if it is not yet; the backend that is used.
+def init_process_group(environment: Any, backend: str, device: Any, timeout: Any) -> None:
+    """Connect this process to the others of the cluster `environment`, if it is not yet.
 
-    Replaced by a public function of Lightning; its strategies call this one.
+    Replaced by a public function of Lightning; its strategies call these.
     """
-    from lightning.fabric.utilities.distributed import (
-        _get_default_process_group_backend_for_device,
-        _init_dist_connection,
-    )
+    from lightning.fabric.utilities.distributed import _destroy_dist_connection, _init_dist_connection
 
-    backend = backend or _get_default_process_group_backend_for_device(device)
     device_id = None if device.type == "cpu" else device
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
-    return backend
+    if "nccl" in backend and backend != "nccl":
+        # Which it does for nccl alone.
+        atexit.register(_destroy_dist_connection)
 
 
 def reduce_tensor(tensor: Any, group: Any, reduce_op: Any) -> Any:

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 # Drivers, firmware and libraries change what a machine reaches, mostly for the better.
 KEPT_SECONDS = 30 * 24 * 3600
 # Counts up when what is measured changes its meaning.
-_VERSION = 2
+_VERSION = 3
 
 
 def cache_folder() -> Path:

@@ -47,6 +47,7 @@ _SHARES = {
     "matrix products": 0.35,
     "memory": 0.06,
     "fresh memory": 0.06,
+    "host memory": 0.06,
     "copies": 0.06,
     "disk": 0.13,
     "collectives": 0.3,
@@ -170,6 +171,10 @@ def _alone(
     if device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
         parts["fresh memory"] = lambda left: {"fresh_memory": fresh_memory(left, most_bytes=most_bytes)}
     if device.type == "cuda":
+        host = torch.device("cpu")
+        parts["host memory"] = lambda left: {
+            "host_memory_bandwidth": memory_bandwidth(host, left, most_bytes=most_bytes)
+        }
         parts["copies"] = lambda left: _copies(device, left, most_bytes)
     if _grouped(hardware):
         parts["scratch"] = lambda left: _scratch(device, most_bytes)
@@ -217,7 +222,8 @@ def _disk_folder(hardware: Hardware) -> str:
 def _shared_out(found: Found, hardware: Hardware) -> Found:
     """One rank's part of what a process measured that had the node to itself."""
     ranks = hardware.ranks_per_node
-    shared = ["disk_read", "disk_write"] + (["memory_bandwidth", "fresh_memory"] if hardware.kind == "cpu" else [])
+    shared = ["disk_read", "disk_write", "host_memory_bandwidth"]
+    shared += ["memory_bandwidth", "fresh_memory"] if hardware.kind == "cpu" else []
     found = {name: value / ranks if name in shared else value for name, value in found.items()}
     if hardware.kind == "cpu":
         found["matmul"] = {name: rate / ranks for name, rate in found["matmul"].items()}

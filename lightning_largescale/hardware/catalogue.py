@@ -41,6 +41,7 @@ class Device:
         node_devices: devices in the usual node, among which its cores and memory are divided.
         node_cores: CPU cores of that node.
         node_dram_gb: its DRAM, 10**9 bytes.
+        node_dram_gb_s: bandwidth of all of that, 10**9 bytes a second.
         node_network_gbit_s: its network cards for computing, together, one direction, 10**9 bits a second.
         node_source: which node that is.
     """
@@ -55,6 +56,7 @@ class Device:
     node_devices: int
     node_cores: int
     node_dram_gb: int
+    node_dram_gb_s: float
     node_network_gbit_s: float
     node_source: str
 
@@ -74,8 +76,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=112,
         node_dram_gb=2000,
+        node_dram_gb_s=614.4,
         node_network_gbit_s=8 * 400,
-        node_source="NVIDIA DGX H100 data sheet: 2 x 56 cores, 2 TB, 8 x 400 Gb/s ConnectX-7 for computing",
+        node_source="NVIDIA DGX H100 data sheet: 2 x 56 cores, 2 TB, 8 x 400 Gb/s ConnectX-7 for computing;"
+        " 2 x 8 channels of DDR5-4800 (Intel Xeon Platinum 8480C)",
     ),
     "H200-141GB": Device(
         title="NVIDIA H200 SXM 141GB",
@@ -88,8 +92,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=112,
         node_dram_gb=2000,
+        node_dram_gb_s=614.4,
         node_network_gbit_s=8 * 400,
-        node_source="NVIDIA DGX H200 data sheet: 2 x 56 cores, 2 TB, 8 x 400 Gb/s ConnectX-7 for computing",
+        node_source="NVIDIA DGX H200 data sheet: 2 x 56 cores, 2 TB, 8 x 400 Gb/s ConnectX-7 for computing;"
+        " 2 x 8 channels of DDR5-4800 (Intel Xeon Platinum 8480C)",
     ),
     "B200-180GB": Device(
         title="NVIDIA B200 SXM 180GB",
@@ -103,8 +109,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=112,
         node_dram_gb=2000,
+        node_dram_gb_s=716.8,
         node_network_gbit_s=8 * 400,
-        node_source="NVIDIA DGX B200 data sheet: 2 x 56 cores, 2 TB, 8 x 400 Gb/s ConnectX-7 for computing",
+        node_source="NVIDIA DGX B200 data sheet: 2 x 56 cores, 2 TB, 8 x 400 Gb/s ConnectX-7 for computing;"
+        " 2 x 8 channels of DDR5-5600 (Intel Xeon Platinum 8570)",
     ),
     "A100-40GB": Device(
         title="NVIDIA A100 SXM4 40GB",
@@ -117,8 +125,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=128,
         node_dram_gb=1000,
+        node_dram_gb_s=409.6,
         node_network_gbit_s=8 * 200,
-        node_source="NVIDIA DGX A100 320GB data sheet: 2 x 64 cores, 1 TB, 8 x 200 Gb/s ConnectX-6 for computing",
+        node_source="NVIDIA DGX A100 320GB data sheet: 2 x 64 cores, 1 TB, 8 x 200 Gb/s ConnectX-6 for computing;"
+        " 2 x 8 channels of DDR4-3200 (AMD EPYC 7742)",
     ),
     "A100-80GB": Device(
         title="NVIDIA A100 SXM4 80GB",
@@ -131,8 +141,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=128,
         node_dram_gb=2000,
+        node_dram_gb_s=409.6,
         node_network_gbit_s=8 * 200,
-        node_source="NVIDIA DGX A100 640GB data sheet: 2 x 64 cores, 2 TB, 8 x 200 Gb/s ConnectX-6 for computing",
+        node_source="NVIDIA DGX A100 640GB data sheet: 2 x 64 cores, 2 TB, 8 x 200 Gb/s ConnectX-6 for computing;"
+        " 2 x 8 channels of DDR4-3200 (AMD EPYC 7742)",
     ),
     "V100-32GB": Device(
         title="NVIDIA V100 SXM2 32GB",
@@ -145,8 +157,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=40,
         node_dram_gb=512,
+        node_dram_gb_s=153.6,
         node_network_gbit_s=4 * 100,
-        node_source="NVIDIA DGX-1 with V100 data sheet: 2 x 20 cores, 512 GB, 4 x 100 Gb/s InfiniBand EDR",
+        node_source="NVIDIA DGX-1 with V100 data sheet: 2 x 20 cores, 512 GB, 4 x 100 Gb/s InfiniBand EDR;"
+        " 2 x 4 channels of DDR4-2400 (Intel Xeon E5-2698 v4)",
     ),
     "L4-24GB": Device(
         title="NVIDIA L4 24GB",
@@ -159,8 +173,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=48,
         node_dram_gb=384,
+        node_dram_gb_s=281.6,
         node_network_gbit_s=100,
-        node_source="Google Cloud g2-standard-96: 8 x L4, 96 threads, 384 GB, 100 Gb/s",
+        node_source="Google Cloud g2-standard-96: 8 x L4, 96 threads, 384 GB, 100 Gb/s;"
+        " assumed 2 x 6 channels of DDR4-2933 (Intel Xeon, 2nd generation)",
     ),
     "L40S-48GB": Device(
         title="NVIDIA L40S 48GB",
@@ -173,8 +189,10 @@ DEVICES: dict[str, Device] = {
         node_devices=8,
         node_cores=96,
         node_dram_gb=1536,
+        node_dram_gb_s=409.6,
         node_network_gbit_s=400,
-        node_source="AWS g6e.48xlarge: 8 x L40S, 192 threads, 1,536 GB, 400 Gb/s",
+        node_source="AWS g6e.48xlarge: 8 x L40S, 192 threads, 1,536 GB, 400 Gb/s;"
+        " 2 x 8 channels of DDR4-3200 (AMD EPYC, 3rd generation)",
     ),
     "RTX4090-24GB": Device(
         title="NVIDIA GeForce RTX 4090 24GB",
@@ -187,8 +205,10 @@ DEVICES: dict[str, Device] = {
         node_devices=1,
         node_cores=8,
         node_dram_gb=64,
+        node_dram_gb_s=89.6,
         node_network_gbit_s=10,
-        node_source="assumed: a workstation with 8 cores, 64 GB and 10 Gb/s Ethernet; no vendor's reference",
+        node_source="assumed: a workstation with 8 cores, 64 GB, 2 channels of DDR5-5600 and 10 Gb/s Ethernet;"
+        " no vendor's reference",
     ),
     "RTX3090-24GB": Device(
         title="NVIDIA GeForce RTX 3090 24GB",
@@ -202,8 +222,10 @@ DEVICES: dict[str, Device] = {
         node_devices=1,
         node_cores=8,
         node_dram_gb=64,
+        node_dram_gb_s=51.2,
         node_network_gbit_s=10,
-        node_source="assumed: a workstation with 8 cores, 64 GB and 10 Gb/s Ethernet; no vendor's reference",
+        node_source="assumed: a workstation with 8 cores, 64 GB, 2 channels of DDR4-3200 and 10 Gb/s Ethernet;"
+        " no vendor's reference",
     ),
 }
 
@@ -259,6 +281,7 @@ def _rates(device: Device, count: int, nodes: int) -> Rates:
     return Rates(
         matmul={name: rate * _TERA for name, rate in device.tflops.items()},
         memory_bandwidth=device.memory_gb_s * _GB,
+        host_memory_bandwidth=device.node_dram_gb_s / device.node_devices * _GB,
         all_gather=ring,
         reduce_scatter=ring,
         all_reduce=ring,

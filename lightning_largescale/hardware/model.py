@@ -76,6 +76,8 @@ class Rates:
         node_all_gather: link of the all-gather among the ranks of one node where there are several nodes; None where
             there are not, and where it is not known: `calibrate` measures over all ranks only. The next likewise.
         node_reduce_scatter: link of the reduce-scatter inside a node.
+        host_memory_bandwidth: bytes a second of DRAM, as `memory_bandwidth`, while every rank uses it; None on CPU, of
+            which it is the memory.
         host_to_device: link of pinned copies to the device; None on CPU.
         device_to_host: link of pinned copies from the device; None on CPU.
         disk_read: bytes a second read with O_DIRECT; None where no disk takes it.
@@ -90,6 +92,7 @@ class Rates:
     all_reduce: Link | None = None
     node_all_gather: Link | None = None
     node_reduce_scatter: Link | None = None
+    host_memory_bandwidth: float | None = None
     host_to_device: Link | None = None
     device_to_host: Link | None = None
     disk_read: float | None = None
@@ -123,6 +126,7 @@ class Rates:
             matmul=matmul,
             memory_bandwidth=reader.positive("memory_bandwidth"),
             fresh_memory=reader.optional("fresh_memory", reader.positive),
+            host_memory_bandwidth=reader.optional("host_memory_bandwidth", reader.positive),
             disk_read=reader.optional("disk_read", reader.positive),
             disk_write=reader.optional("disk_write", reader.positive),
             **{

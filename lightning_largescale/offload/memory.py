@@ -113,6 +113,7 @@ class Region(Memory):
         store: on the disk; None for what never leaves DRAM, of which the methods below have nothing to do.
         name: of what is kept in it, for messages.
         nbytes: its size.
+        pinned: as of `Memory`, of what never leaves DRAM.
 
     Attributes:
         in_dram: whether it is.
@@ -121,13 +122,13 @@ class Region(Memory):
         PlanError: the disk has not as many bytes.
     """
 
-    def __init__(self, store: Store | None, name: str, nbytes: int) -> None:
+    def __init__(self, store: Store | None, name: str, nbytes: int, *, pinned: bool = False) -> None:
         self._store, self.in_dram = store, True
         self._fetched = Transfer()
         self._saved: list[Transfer] = []
         if store is not None:
             self._extent = store.reserve(name, nbytes)
-        super().__init__(nbytes)
+        super().__init__(nbytes, pinned=pinned and store is None)
         if store is not None:
             usage.resting.add(self._mapping)
 

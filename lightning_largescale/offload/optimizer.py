@@ -23,12 +23,13 @@ from torch.optim import Optimizer
 
 from lightning_largescale import compat
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
+from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.state import PagedState, as_divided
 from lightning_largescale.offload.store import Store, StoreError, Transfer
-from lightning_largescale.optimizing import bare_step, closure_first, hold
+from lightning_largescale.optimizing import bare_step, closure_first, hold, vectorized
 
 # Pages that are on their way in while one is stepped on.
 _AHEAD = 2
@@ -41,8 +42,10 @@ class PagedOptimizer:
         optimizer: over parameters as they are trained, divided among ranks or not.
         store: where the state is kept; None for DRAM.
         buffers: that pages go through.
-        resident: how many bytes of state stay in memory; what is taken is taken off.
+        resident: how many bytes of state stay on the device; what is taken is taken off. The next likewise.
+        dram: how many of those that leave it stay in DRAM, where there is a store.
         places: where the parameters and their gradients are; None for memory.
+        lanes: to the device, where that is not DRAM's: what is stepped on there is brought, and taken back.
         label_of: parameters with different labels are stepped on apart, as `step_on` asks for.
 
     Attributes:
@@ -60,17 +63,21 @@ class PagedOptimizer:
         store: Store | None,
         buffers: PageBuffers,
         resident: Allowance | None = None,
+        dram: Allowance | None = None,
         places: Places | None = None,
+        lanes: Lanes | None = None,
         label_of: Callable[[Tensor], str] = lambda parameter: "",
     ) -> None:
         self.optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        self._buffers = buffers
+        self._buffers, self._lanes = buffers, lanes
         self.paged = PagedState(
             self.optimizer,
             store=store,
             buffers=buffers,
             resident=resident or Allowance(0),
+            dram=dram or Allowance(0),
             places=places or Places(),
+            lanes=lanes,
             label_of=label_of,
         )
         # What turns have made of the state of parameters, of which others may be on their way yet.
@@ -79,7 +86,7 @@ class PagedOptimizer:
         self._options: list[dict[str, Any]] | None = None
         self._turns: Generator[None, None, None] | None = None
         # Pages that are read before it is their turn.
-        self._expected: dict[Page, tuple[Memory, Transfer]] = {}
+        self._expected: dict[Page, tuple[Memory | None, Transfer]] = {}
         # A step may call its base class's, which calls the hooks too.
         self._depth = 0
         self.paged.lay_out()
@@ -122,15 +129,21 @@ class PagedOptimizer:
     def _pages_of(self, parameters: Set[Tensor]) -> list[Page]:
         return [page for page in self.paged.pages if any(one.member.parameter in parameters for one in page.pieces)]
 
-    def _begun(self, page: Page) -> tuple[Memory, Transfer]:
+    def _begun(self, page: Page) -> tuple[Memory | None, Transfer]:
+        if not self.paged.moves(page):
+            return None, Transfer()
         buffer = self._buffers.take()
         return buffer, self.paged.read(page, buffer)
 
     def _give_back(self) -> None:
         """What was expected and did not come."""
         for buffer, transfer in self._expected.values():
-            self._buffers.give_back(buffer, transfer)
+            self._take_back(buffer, transfer)
         self._expected.clear()
+
+    def _take_back(self, buffer: Memory | None, transfer: Transfer) -> None:
+        if buffer is not None:
+            self._buffers.give_back(buffer, transfer)
 
     def state_of(self, parameter: Tensor, key: str) -> Tensor | None:
         """The memory in which the state of `parameter` under `key` is kept, to be written into; None where there is
@@ -189,11 +202,11 @@ class PagedOptimizer:
         return [one for one in members if not one.local.numel() and self.paged.is_live(one)]
 
     def _sorted(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
-        """Of those with gradients, pages that move, and pages that stay."""
+        """Of those with gradients, pages of which something moves, and pages that stay."""
         found: tuple[list[Page], list[Page]] = [], []
         for page in pages:
             if any(self.paged.is_live(piece.member) for piece in page.pieces):
-                found[not self.paged.moves(page)].append(page)
+                found[not (self.paged.moves(page) or self.paged.crosses(page))].append(page)
         return found
 
     def _in_turn(self, pages: Sequence[Page], empty: Sequence[Member]) -> Generator[None, None, None]:
@@ -203,12 +216,21 @@ class PagedOptimizer:
         if self._options is None:
             self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         given = [group["params"] for group in groups]
-        coming, ahead = deque[tuple[Page, Memory, Transfer]](), iter(moved)
+        coming, ahead = deque[tuple[Page, Memory | None, Transfer]](), iter(moved)
+        leaving = deque[tuple[Page, Memory | None, Transfer]]()
 
         def begin() -> None:
             page = next(ahead, None)
             if page is not None:
                 coming.append((page, *(self._expected.pop(page, None) or self._begun(page))))
+
+        def end(most: int) -> None:
+            while len(leaving) > most:
+                page, buffer, taken = leaving[0]
+                taken.wait()
+                written = Transfer() if buffer is None else self.paged.write(page, buffer)
+                leaving.popleft()
+                self._take_back(buffer, written)
 
         try:
             for _ in range(_AHEAD):
@@ -217,10 +239,11 @@ class PagedOptimizer:
                 begin()
                 page, buffer, transfer = coming[0]
                 transfer.wait()
-                yield from self._turn([(page, buffer)])
-                written = self.paged.write(page, buffer)
+                leaving.append((page, buffer, (yield from self._turn([(page, buffer)]))))
                 coming.popleft()
-                self._buffers.give_back(buffer, written)
+                # The next is brought to the device while this one is taken from there.
+                end(0 if self._lanes is None else 1)
+            end(0)
             if stay:
                 yield from self._turn([(page, None) for page in stay])
             if empty:
@@ -230,28 +253,35 @@ class PagedOptimizer:
             self._made.clear()
             for group, params in zip(groups, given, strict=False):
                 group["params"] = params
-            for _, buffer, transfer in coming:
-                self._buffers.give_back(buffer, transfer)
+            for _, buffer, transfer in (*coming, *leaving):
+                self._take_back(buffer, transfer)
 
     def _turn(
         self, places: Sequence[tuple[Page, Memory | None]], empty: Sequence[Member] = ()
-    ) -> Generator[None, None, None]:
-        """Have the optimizer hold what is in some pages, and what stands for parameters that are empty here."""
+    ) -> Generator[None, None, Transfer]:
+        """Have the optimizer hold what is in some pages, and what stands for parameters that are empty here; what
+        takes from the device what was brought there.
+        """
         assert self._options is not None
-        for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
-            hold(group, options, [])
+        groups = [*zip(self.optimizer.param_groups, self._options, strict=False)]
+        by_host = any(self.paged.by_host(page) for page, _ in places)
+        for group, options in groups:
+            hold(group, vectorized(self.optimizer, options) if by_host else options, [])
         turn = _Turn(self.optimizer, self.paged, self._made)
         for page, buffer in places:
+            lanes = self._lanes if self.paged.crosses(page) else None
             for piece, values, gradient in self.paged.values(page, buffer):
                 if gradient is not None and self.paged.is_live(piece.member):
-                    turn.hold(piece, values, gradient, self.paged.slots(page, piece, buffer))
+                    turn.hold(piece, values, gradient, self.paged.slots(page, piece, buffer), lanes)
         for member in empty:
             turn.hold_row(member)
         try:
             yield
-            turn.end()
+            return turn.end()
         finally:
             turn.leave()
+            for group, options in groups if by_host else ():
+                group.update({key: options[key] for key in ("foreach", "fused") if key in options})
 
     def _keep_state(self) -> None:
         """Let parameters have what the turns of their pieces have made of their state."""
@@ -273,16 +303,21 @@ class _Turn:
 
     def __init__(self, optimizer: Optimizer, paged: PagedState, made: dict[Member, dict[str, Any]]) -> None:
         self._optimizer, self._paged, self._made = optimizer, paged, made
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._lanes: Lanes | None = None
+        self._brought: list[tuple[Tensor, Tensor]] = []
         self._held: list[tuple[Member, nn.Parameter, Tensor, Mapping[str, Tensor]]] = []
 
-    def hold(self, piece: Piece, values: Tensor, gradient: Tensor, kept: Mapping[str, Tensor]) -> None:
-        """Hold a piece, whose state is for now in what is `kept`."""
-        # It is where the parameter is while it is stepped on.
-        slots = {key: slot.to(values.device, non_blocking=True) for key, slot in kept.items()}
-        self._copies += [(kept[key], slot) for key, slot in slots.items() if slot is not kept[key]]
+    def hold(
+        self, piece: Piece, values: Tensor, gradient: Tensor, slots: Mapping[str, Tensor], lanes: Lanes | None
+    ) -> None:
+        """Hold a piece, whose state is in `slots`, or is brought from there by `lanes`."""
+        if lanes is not None:
+            self._lanes, kept, slots = lanes, slots, lanes.bring(slots)
+            self._brought += [(kept[key], slot) for key, slot in slots.items()]
         state = self._optimizer.state.get(piece.member.parameter)
-        self._add(piece.member, values, gradient, slots, self._state_of(piece, state, slots) if state else None)
+        self._add(
+            piece.member, values, gradient, slots, self._state_of(piece, state, slots, values.device) if state else None
+        )
 
     def hold_row(self, member: Member) -> None:
         """Hold a row of zeros in the place of nothing: not all optimizers step on that."""
@@ -293,8 +328,8 @@ class _Turn:
         found = {key: torch.zeros_like(row, dtype=paged[key]) if key in paged else one for key, one in state.items()}
         self._add(member, row, torch.zeros_like(row), {}, found or None)
 
-    def end(self) -> None:
-        """Take what the step has made of them."""
+    def end(self) -> Transfer:
+        """Take what the step has made of them; what takes back what was brought."""
         for member, part, values, slots in self._held:
             if values.data_ptr() != part.data_ptr():
                 # Some write a new tensor into `parameter.data`.
@@ -302,8 +337,7 @@ class _Turn:
             made = self._optimizer.state.pop(part, None)
             if made is not None:
                 self._made[member] = {key: self._kept(member, key, value, slots) for key, value in made.items()}
-        for kept, slot in self._copies:
-            kept.copy_(slot)
+        return Transfer() if self._lanes is None else self._lanes.fetch(self._brought)
 
     def leave(self) -> None:
         """Leave nothing of theirs with the optimizer, also after a step that raised."""
@@ -325,7 +359,9 @@ class _Turn:
         self._optimizer.param_groups[self._paged.group_of[member.parameter]]["params"].append(part)
         self._held.append((member, part, values, slots))
 
-    def _state_of(self, piece: Piece, state: Mapping[str, Any], slots: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _state_of(
+        self, piece: Piece, state: Mapping[str, Any], slots: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in state.items():
             slot = slots.get(key)
@@ -337,6 +373,9 @@ class _Turn:
                 # Of several pieces each counts its steps.
                 apart = isinstance(value, Tensor) and not piece.whole
                 found[key] = local_of(value).clone() if apart else value
+                if isinstance(value, Tensor) and device.type == "cpu" != value.device.type:
+                    # Of an earlier run, in which the device stepped.
+                    found[key] = local_of(value).cpu()
         return found
 
     def _kept(self, member: Member, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:

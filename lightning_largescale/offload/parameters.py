@@ -22,7 +22,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import at_rest, let_rest
-from lightning_largescale.offload.buffers import Allowance
 from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.pages import Member, Page, local_of
 from lightning_largescale.offload.places import Places, elements
@@ -55,14 +54,13 @@ class SpilledParameters(Places):
     Args:
         blocks: that `fully_shard` was applied to, by name, in the order in which they run.
         store: where they go.
-        resident: bytes of shards that stay, in whole blocks, from the last on.
         ahead: how many blocks are fetched before it is their turn.
 
     Raises:
         PlanError: the disk has not as many bytes.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module], store: Store, *, resident: int, ahead: int) -> None:
+    def __init__(self, blocks: Mapping[str, nn.Module], store: Store, *, ahead: int) -> None:
         self._store, self._ahead = store, ahead
         self.blocks: dict[str, Spilled] = {}
         self.places: dict[Tensor, tuple[Spilled, int]] = {}
@@ -70,14 +68,10 @@ class SpilledParameters(Places):
         self._undo = contextlib.ExitStack()
         self._order: dict[tuple[bool, str], str] = {}
         self._last: tuple[bool, str] | None = None
-        allowance = Allowance(resident)
-        full = False
-        for name, module in reversed([*blocks.items()]):
-            sizes = [data.nbytes for _, data in compat.shards_of(module)]
-            full = full or not allowance.take(sum(sizes))
-            if full and sizes:
-                self.blocks[name] = self._spilled(name, module, [*map(aligned, sizes)])
-        self.blocks = dict(reversed(self.blocks.items()))
+        for name, module in blocks.items():
+            sizes = [aligned(data.nbytes) for _, data in compat.shards_of(module)]
+            if sizes:
+                self.blocks[name] = self._spilled(name, module, sizes)
         names = [*self.blocks]
         # Until a step has shown another.
         self._order |= {(False, one): other for one, other in itertools.pairwise(names)}
@@ -187,6 +181,10 @@ class SpilledParameters(Places):
             for piece in page.pieces
             if piece.member.parameter in self.places
         )
+
+    def keeps(self, member: Member) -> bool:
+        """Not, where it is elsewhere."""
+        return member.parameter not in self.places
 
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
         """Begin to bring the elements of the page, and their gradients, into `buffer`."""

@@ -1,4 +1,7 @@
-"""Where an optimizer finds the parameters and gradients of a page."""
+"""Where an optimizer finds the parameters and gradients of a page.
+
+Source: Ren et al. 2021, "ZeRO-Offload", section 4 (the optimizer's step on the host).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.store import Transfer
@@ -22,6 +26,10 @@ class Places:
         """What moves with `page`, beside its state."""
         return 0
 
+    def keeps(self, member: Member) -> bool:
+        """Whether `member` is stepped on where it is."""
+        return True
+
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
         """Begin to bring what moves with `page` into `buffer`, from its byte `at` on."""
         return ()
@@ -35,6 +43,76 @@ class Places:
         for piece in page.pieces:
             gradient = piece.member.parameter.grad
             yield elements(piece.member.local, piece), None if gradient is None else elements(local_of(gradient), piece)
+
+
+class HostPlaces(Places):
+    """Parameters on a device that are stepped on in DRAM by the host's cores: they and their gradients are copied
+    there, and they back.
+
+    Args:
+        lanes: to the device.
+        others: where those are that are elsewhere already.
+    """
+
+    def __init__(self, lanes: Lanes, others: Places) -> None:
+        self._lanes, self._others = lanes, others
+
+    def bytes_per_element(self, member: Member) -> int:
+        """Of the parameter and of its gradient."""
+        return 2 * member.local.element_size() if self._copies(member) else self._others.bytes_per_element(member)
+
+    def moved_bytes(self, page: Page) -> int:
+        """Of the parameters and of their gradients."""
+        if not self._copies(page.pieces[0].member):
+            return self._others.moved_bytes(page)
+        return sum(2 * _padded(piece) for piece in page.pieces)
+
+    def keeps(self, member: Member) -> bool:
+        """Not, where it is copied."""
+        return not self._copies(member) and self._others.keeps(member)
+
+    def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
+        """Begin to copy parameters and gradients."""
+        if not self._copies(page.pieces[0].member):
+            return self._others.read(page, buffer, at)
+        here, there = super().values(page, buffer, at), self.values(page, buffer, at)
+        pairs = [
+            (copy, source)
+            for given, copies in zip(here, there, strict=True)
+            for source, copy in zip(given, copies, strict=True)
+            if source is not None and copy is not None
+        ]
+        return [self._lanes.fetch(pairs)]
+
+    def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
+        """Begin to copy parameters back."""
+        if not self._copies(page.pieces[0].member):
+            return self._others.write(page, buffer, at)
+        here, there = super().values(page, buffer, at), self.values(page, buffer, at)
+        return [self._lanes.put([(given, copy) for (given, _), (copy, _) in zip(here, there, strict=True)])]
+
+    def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The copies."""
+        if not self._copies(page.pieces[0].member):
+            yield from self._others.values(page, buffer, at)
+            return
+        assert buffer is not None
+        for piece in page.pieces:
+            local, gradient = piece.member.local, piece.member.parameter.grad
+            shape = local.shape if piece.whole else (piece.stop - piece.start,)
+            copies = [buffer.tensor(local.dtype, shape, at + place) for place in (0, _padded(piece))]
+            at += 2 * _padded(piece)
+            yield copies[0], None if gradient is None else copies[1]
+
+    def _copies(self, member: Member) -> bool:
+        """Whether it is on the device, and its state is not."""
+        on_device = member.local.device.type == self._lanes.device.type
+        return on_device and bool(member.kind.dtypes) and self._others.keeps(member)
+
+
+def _padded(piece: Piece) -> int:
+    """Bytes of its elements, up to where any dtype may begin."""
+    return -(-(piece.stop - piece.start) * piece.member.local.element_size() // 64) * 64
 
 
 def elements(tensor: Tensor, piece: Piece) -> Tensor:

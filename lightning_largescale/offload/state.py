@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
+from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.pages import Bundle, Kind, Member, Page, Piece, bundles_of, local_of
 from lightning_largescale.offload.places import Places, elements
@@ -41,8 +42,10 @@ class PagedState:
         optimizer: whose state.
         store: where it is kept; None for DRAM.
         buffers: that pages go through.
-        resident: how many bytes of state stay in memory; what is taken is taken off.
+        resident: how many bytes of state stay on the device; what is taken is taken off. The next likewise.
+        dram: how many of those that leave it stay in DRAM, where there is a store.
         places: where the parameters and their gradients are.
+        lanes: to the device; None where DRAM is its memory.
         label_of: parameters with different labels are in different pages.
 
     Attributes:
@@ -58,11 +61,13 @@ class PagedState:
         store: Store | None,
         buffers: PageBuffers,
         resident: Allowance,
+        dram: Allowance,
         places: Places,
+        lanes: Lanes | None,
         label_of: Callable[[Tensor], str],
     ) -> None:
         self._optimizer, self._store, self._buffers = optimizer, store, buffers
-        self._resident, self._places = resident, places
+        self._resident, self._dram, self._places, self._lanes = resident, dram, places, lanes
         self._label_of = label_of
         self.pages: list[Page] = []
         self.group_of: dict[Tensor, int] = {}
@@ -135,8 +140,12 @@ class PagedState:
         if not local.is_contiguous():
             # Its elements in their order are a copy, and those in the order of its memory may not be its gradient's.
             kind = replace(kind, divisible=False)
-        stays = local.device.type != "cpu" and self._resident.take(local.numel() * kind.bytes_per_element)
+        stays = self._on_device(local) and self._resident.take(local.numel() * kind.bytes_per_element)
         return Kind(divisible=False) if stays else kind
+
+    def _on_device(self, local: Tensor) -> bool:
+        """Whether it is in the memory of a device that is not DRAM."""
+        return self._lanes is not None and local.device.type == self._lanes.device.type
 
     def _place(self, bundle: Bundle) -> None:
         """Set space for the state of `bundle` aside, as far as it does not stay in memory."""
@@ -144,9 +153,11 @@ class PagedState:
         pages = [*bundle.pages(moved)]
         name = f"the optimizer state of {len(bundle.members)} parameters ({type(self._optimizer).__name__})"
         stays = self._store is None or not bundle.nbytes
-        region = Region(None if stays else self._store, name, bundle.nbytes)
+        pinned = self._lanes is not None and self._lanes.pinned
+        region = Region(None if stays else self._store, name, bundle.nbytes, pinned=pinned)
+        in_dram = [self._dram] if self._lanes is not None else [self._resident, self._dram]
         for page in pages:
-            if stays or self._resident.take(page.state_bytes):
+            if stays or any(allowance.take(page.state_bytes) for allowance in in_dram):
                 self._stay.add(page)
                 for key in bundle.dtypes:
                     region.keep(*bundle.stretch(key, page.start, page.stop))
@@ -177,8 +188,20 @@ class PagedState:
         return self._views[member, key]
 
     def moves(self, page: Page) -> bool:
-        """Whether anything of `page` is elsewhere between steps."""
+        """Whether anything of `page` passes through a buffer: it is elsewhere than in DRAM, or stepped on elsewhere
+        than where it is.
+        """
         return page not in self._stay or self._places.moved_bytes(page) > 0
+
+    def crosses(self, page: Page) -> bool:
+        """Whether its state is brought to the device, where its parameters are."""
+        member = page.pieces[0].member
+        return bool(page.bundle.dtypes) and self._on_device(member.local) and self._places.keeps(member)
+
+    def by_host(self, page: Page) -> bool:
+        """Whether parameters that are on the device are stepped on by the host's cores."""
+        member = page.pieces[0].member
+        return self._on_device(member.local) and not self._places.keeps(member)
 
     def _page_bytes(self, page: Page) -> int:
         return self._after_state(page) + self._places.moved_bytes(page)

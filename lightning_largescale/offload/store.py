@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lightning_largescale.offload.direct import REFUSALS, DirectFile
 from lightning_largescale.offload.folder import FILE, checked, own_folder, remove
@@ -52,10 +53,20 @@ class Extent:
     nbytes: int
 
 
+class Request(Protocol):
+    """What is asked of one that is under way, as of a `Future`."""
+
+    def done(self) -> bool:
+        """Whether it is over."""
+
+    def exception(self) -> BaseException | None:
+        """Until it is over: what it failed with, or None."""
+
+
 class Transfer:
     """Requests that are under way."""
 
-    def __init__(self, requests: Sequence[Future[None]] = ()) -> None:
+    def __init__(self, requests: Sequence[Request] = ()) -> None:
         self._requests = requests
         self._process = os.getpid()
         self._on_failure: list[Callable[[], None]] = []
@@ -94,7 +105,7 @@ class Transfer:
         self._on_failure.append(call)
 
 
-def _failure(request: Future[None]) -> BaseException | None:
+def _failure(request: Request) -> BaseException | None:
     try:
         return request.exception()
     except CancelledError:

@@ -34,6 +34,7 @@ from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.tiers import group_tiers, shard_bytes
 from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, has_forward, no_such_module
 from lightning_largescale.workload.parts import Part
 
@@ -95,6 +96,7 @@ def shard_module(
     root_too: set[nn.Parameter] = set()
     freed = 0
     rest = dict(parts.get("", {}))
+    tiers = {} if device.type in ("cpu", "meta") else block_tiers(module, plan, groups, parts, gather_type)
     for name, group in groups.items():
         if name:
             wraps = name in plan.wrapped_modules
@@ -111,6 +113,7 @@ def shard_module(
                 device=device,
                 gather_type=None if wraps else gather_type,
                 parts={path.removeprefix(f"{name}."): part for path, part in own.items()} or parts.get(name, {}),
+                tier=tiers.get(name),
             )
         if freed >= _RELEASE_BYTES and device.type == "cpu":
             freed = 0
@@ -151,12 +154,15 @@ def shard_module(
         release_free_memory()
 
 
-def adapt(module: nn.Module, plan: Plan) -> bool:
-    """Let `module`, sharded by an earlier plan, go on under `plan`, if `plan` divides it in the same way."""
+def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
+    """Let `module`, sharded by an earlier plan, go on under `plan`, if that divides it in the same way on `device`."""
     state = sharded_state(module)
     assert state is not None
     before = state.plan
-    alike = ("dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules", "row_sharded_embeddings")
+    alike = ["dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules", "row_sharded_embeddings"]
+    if device.type != "cpu":
+        # FSDP2 has been told which shards are in DRAM.
+        alike += ["offload_parameters", "resident_parameter_bytes", "cpu_parameter_bytes"]
     if any(getattr(before, name) != getattr(plan, name) for name in alike):
         return False
     set_plan(state, plan)
@@ -240,8 +246,12 @@ def _shard_block(
     device: torch.device,
     gather_type: torch.dtype | None,
     parts: Mapping[str, Part],
+    tier: str | None,
 ) -> int:
-    """Divide one block, but for parameters in `whole` and what is added to `root_too`; the bytes of its full copy."""
+    """Divide one block, but for parameters in `whole` and what is added to `root_too`; the bytes of its full copy.
+
+    Its shards go to DRAM on their way to `tier`, where it is another than the device's.
+    """
     block = group.modules[0]
     to_device(block, device)
     equal_weights(itertools.chain(block.parameters(), block.buffers()))
@@ -262,7 +272,8 @@ def _shard_block(
         mesh=data_mesh(mesh),
         reshard_after_forward=state.plan.reshard_after_forward,
         mp_policy=_policy(gather_type),
-        offload_policy=_offload_policy(state.plan, device),
+        # What a disk has behind it is no memory to pin.
+        offload_policy=CPUOffloadPolicy(pin_memory=tier == "cpu") if tier else OffloadPolicy(),
         ignored_params=left | whole,
     )
     state.groups[name] = cast(FSDPModule, block)
@@ -270,12 +281,37 @@ def _shard_block(
     return sum(parameter.nbytes for parameter in divided.values())
 
 
-def _offload_policy(plan: Plan, device: torch.device) -> OffloadPolicy:
-    """Where FSDP2 keeps the shards of blocks: in DRAM, where they are not to be on the device."""
-    if plan.offload_parameters is None or device.type in ("cpu", "meta"):
-        return OffloadPolicy()
-    # What a disk has behind it is no memory to pin.
-    return CPUOffloadPolicy(pin_memory=plan.offload_parameters == "cpu")
+def block_tiers(
+    module: nn.Module,
+    plan: Plan,
+    groups: Mapping[str, Group],
+    parts: Mapping[str, Mapping[str, Part]],
+    gather_type: torch.dtype | None,
+) -> Mapping[str, str]:
+    """By name of a group whose shards leave the device, their tier.
+
+    Args:
+        module: not divided yet.
+        plan: by which it will be.
+        groups: what is gathered together, by name.
+        parts: as for `shard_module`.
+        gather_type: likewise.
+    """
+    places = {path: place for place, (path, _) in enumerate(module.named_parameters())}
+    sizes: dict[str, int] = {}
+    # As they stand in the module, which is how plans count those that stay.
+    first = {
+        name: min((places[path] for path in group.parameters), default=0) for name, group in groups.items() if name
+    }
+    for name in sorted(first, key=first.__getitem__):
+        wraps, sizes[name] = name in plan.wrapped_modules, 0
+        for path in groups[name].parameters:
+            parameter = module.get_parameter(path)
+            if parameter.dim() > (0 if wraps or gather_type is None else 1):
+                part = parts.get("", {}).get(path) if wraps else parts.get(name, {}).get(path.removeprefix(f"{name}."))
+                dim = None if part is None else part.dim
+                sizes[name] += shard_bytes(parameter.shape, parameter.nbytes, plan.dp_shard, plan.tp, dim)
+    return group_tiers(plan, sizes)
 
 
 def _policy(gather_type: torch.dtype | None) -> MixedPrecisionPolicy:

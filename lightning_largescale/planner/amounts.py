@@ -19,9 +19,10 @@ from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.hierarchy import moved_in_step
 from lightning_largescale.planner.memory import allocator_share, moments_bytes
+from lightning_largescale.planner.placement import state_that_may_stay
 from lightning_largescale.planner.runtime import beside_transfers
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMITED, Choice, spread
+from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMITED, Choice, Spread, spread
 from lightning_largescale.planner.transfers import Passes, transfers
 from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
 
@@ -90,6 +91,8 @@ class Amounts:
         # Without state that stays: the bytes at setup, and at the worst moment after it.
         self._peaks: dict[Choice, tuple[int, int]] = {}
         self._moved_by_groups: dict[int, int] = {}
+        # Who may step on state that is elsewhere: the device or, on CUDA, the host.
+        self._steppers = (False, True) if self._state and sizes.kind == "cuda" else (False,)
         # With all that may leave gone.
         self.least = Choice(blocks=self._blocks)
 
@@ -103,16 +106,18 @@ class Amounts:
             return None
         _, choice = min(found, key=lambda row: row[0])
         drawn_out = self._drawn_out(choice)
-        seconds = self._seconds(drawn_out)
-        assert seconds is not None
-        plan = self.plan(drawn_out)
+        plan, seconds = self.plan(drawn_out), self._seconds(drawn_out)
         assert plan is not None
+        assert seconds is not None
         return plan, seconds
 
     def plan(self, choice: Choice) -> Plan | None:
-        """The plan of these amounts; None where other tiers have not the room."""
+        """The fastest plan of these amounts; None where other tiers have not the room."""
         found = spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
-        return None if found is None else found.plan
+        if found is None or self.layout.hardware.rates is None:
+            return None if found is None else found.plan
+        _, by_host = self._priced(choice, found)
+        return dataclasses.replace(found.plan, host_optimizer_step=by_host)
 
     def _tried(self) -> Iterator[Choice]:
         """Choices that fit the device, each with as much state as can stay."""
@@ -154,11 +159,18 @@ class Amounts:
         """As many pages of state as can stay; one leaves at least, else it needs no paging."""
         if not self._state:
             return choice
-        pages = range((self._state - 1) // PAGE_BYTES + 1)
+        pages = range(self._most_state(choice.groups) // PAGE_BYTES + 1)
         fitting = bisect.bisect_left(
             pages, True, lo=1, key=lambda count: self._excess(_staying(choice, count * PAGE_BYTES)) > 0
         )
         return _staying(choice, (fitting - 1) * PAGE_BYTES)
+
+    def _most_state(self, groups: int) -> int:
+        """Bytes of state that may stay, if so many groups do."""
+        sizes = self.layout.sizes
+        fit = sizes.workload.stage == "fit"
+        leave = sizes.movable[: self._groups - groups] if fit else []
+        return min(self._state - 1, state_that_may_stay(sizes, sum(sizes.gradient(one, whole=False) for one in leave)))
 
     def _buffers(self, choice: Choice) -> int:
         return page_buffer_bytes(self._moved(choice.groups) - choice.state_bytes)
@@ -172,12 +184,23 @@ class Amounts:
 
     def _seconds(self, choice: Choice) -> float | None:
         """Of a step; None where other tiers have not the room."""
-        rates, sizes = self.layout.hardware.rates, self.layout.sizes
-        found = spread(sizes, self.techniques, choice, self.layout.budgets)
-        if found is None or rates is None:
+        found = spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
+        if found is None or self.layout.hardware.rates is None:
             return None
+        seconds, _ = self._priced(choice, found)
+        return seconds
+
+    def _priced(self, choice: Choice, found: Spread) -> tuple[float, bool]:
+        """Seconds of a step, and whether the host steps on what is elsewhere: with whoever is the faster."""
+        rates, sizes = self.layout.hardware.rates, self.layout.sizes
+        assert rates is not None
         seconds, passes = self._without_transfers(choice.blocks)
-        return seconds + transfers(found.away, passes, rates, sizes.kind).step_seconds
+        moved = [
+            (transfers(found.away.stepped_on(sizes, by_host=by_host), passes, rates, sizes.kind).step_seconds, by_host)
+            for by_host in self._steppers
+        ]
+        least, by_host = min(moved)
+        return seconds + least, by_host
 
     def _without_transfers(self, blocks: int) -> tuple[float, Passes]:
         """Seconds of a step without transfers, and what these run beside."""

@@ -62,7 +62,7 @@ def least_seconds(
     if share > allocator_share(_under(plan, techniques, workload.blocks, hardware.kind), hardware.kind):
         # Its holes may close as well.
         share, lacking = 0.0, lacking - memory.terms.get("allocator", 0)
-    costs = _costs(_removable(workload, plan, memory.terms, share, techniques, accumulate), hardware)
+    costs = _costs(_removable(workload, plan, memory.terms, share, techniques, accumulate, hardware.kind), hardware)
     if not techniques & {*RECOMPUTATION}:
         seconds = _filled(costs, lacking)
         return None if seconds is None else max(step_seconds, seconds)
@@ -136,6 +136,7 @@ def _removable(
     share: float,
     techniques: frozenset[str],
     accumulate: int,
+    kind: str,
 ) -> list[tuple[float, float, float]]:
     """What can be taken off the worst moment: bytes, and how often each of them is read and written in a step."""
     holes = 1 + share
@@ -144,7 +145,9 @@ def _removable(
     if "release" in techniques:
         found.append((gradients, 0.0, 0.0))
     if "optimizer" in techniques:
-        found.append((terms.get("optimizer state", 0), 1.0, 1.0))
+        # On CUDA the host may step on it: then parameters come back instead, unless they are elsewhere as well.
+        copies = 1.0 if kind == "cpu" else 0.0 if "parameters" in techniques else _parameters_of_state(workload)
+        found.append((terms.get("optimizer state", 0), min(1.0, copies), 1.0))
     if "activations" in techniques:
         found.append((terms.get("activations", 0) * holes, accumulate / holes, accumulate / holes))
     if "parameters" in techniques:
@@ -155,8 +158,16 @@ def _removable(
         also = 0.0 if "release" in techniques else gradients
         size = terms.get("parameters", 0) + also
         each = 1 + (holes if also else 0.0)
-        found.append((size, (fetched + trained) / each, (1.0 if trained else 0.0) / each))
+        # What steps on them on CUDA is the host.
+        paged = 1.0 if trained and kind == "cpu" else 0.0
+        found.append((size, (fetched + paged) / each, paged / each))
     return found
+
+
+def _parameters_of_state(workload: Workload) -> float:
+    """Bytes of parameters that are stepped on for each byte of optimizer state."""
+    state = sum(sum(needs.state_bytes.values()) for needs in workload.optimizers)
+    return sum(one.bytes for one in workload.parameters if one.trainable and one.used) / state if state else 0.0
 
 
 def _byte_seconds(hardware: Hardware) -> tuple[float, float]:

@@ -101,15 +101,17 @@ def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
         kept[tier] += sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0)
     if place.activations is not None:
         kept[place.activations] += sum(map(sizes.leaving_of, sizes.step.segments))
-    if kept["nvme"] and sizes.kind != "cpu":
+    if sizes.kind != "cpu" and (kept["nvme"] or sizes.plan.host_optimizer_step):
         kept["cpu"] += staging_bytes(sizes)
     return {tier: size for tier, size in kept.items() if size and tier in place.outside}
 
 
 def staging_bytes(sizes: Sizes) -> int:
-    """Bytes of the buffers in DRAM through which a CUDA device reads and writes a disk."""
-    place = sizes.placement
-    passing = page_buffer_bytes(moved_in_step(sizes)["nvme"]) if "nvme" in moved_in_step(sizes) else 0
+    """Bytes of the buffers in DRAM through which a CUDA device reads and writes a disk, and into which what the host
+    steps on is copied.
+    """
+    place, moved = sizes.placement, moved_in_step(sizes)
+    passing = page_buffer_bytes(sum(moved.values()) if sizes.plan.host_optimizer_step else moved.get("nvme", 0))
     shards = sorted((sizes.shard(name) for name, tier in place.groups.items() if tier == "nvme"), reverse=True)
     passing += sum(shards[: sizes.plan.prefetched_blocks + 1])
     if place.activations == "nvme":
@@ -119,10 +121,9 @@ def staging_bytes(sizes: Sizes) -> int:
 
 def _page_parameter_bytes(sizes: Sizes) -> int:
     """Bytes of the parameters that one page is for."""
-    trained = sum(total for _, total in sizes.stepped.values())
     if sizes.plan.offload_optimizer is None or not sizes.optimizer_state:
         return PAGE_BYTES // (1 if sizes.plan.release_gradients else 2)
-    return PAGE_BYTES * trained // sizes.optimizer_state
+    return PAGE_BYTES * sizes.trained_bytes // sizes.optimizer_state
 
 
 def _temporaries(sizes: Sizes, groups: list[tuple[int, int]], page: int | None) -> int:

@@ -5,11 +5,11 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (what moves between 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lightning_largescale.tiers import PAGE_BYTES
+from lightning_largescale.tiers import PAGE_BYTES, group_tiers
 
 if TYPE_CHECKING:
     from lightning_largescale.planner.sizes import Sizes
@@ -50,9 +50,10 @@ def place(sizes: Sizes) -> Placement:
     blocks: frozenset[str] = frozenset()
     if plan.offload_activations is not None and sizes.workload.stage == "fit":
         blocks = frozenset(sizes.workload.blocks if plan.offloaded_blocks is None else plan.offloaded_blocks)
+    groups = group_tiers(plan, {name: sizes.shard(name) for name in sizes.movable})
     return Placement(
-        groups=_group_tiers(sizes),
-        state=_state_tiers(sizes),
+        groups=groups,
+        state=_state_tiers(sizes, groups),
         activations=plan.offload_activations if blocks else None,
         blocks=blocks,
         outside=frozenset({"nvme"} if sizes.kind == "cpu" else {"cpu", "nvme"}),
@@ -65,32 +66,20 @@ def whole_pages(total_bytes: int, amount_bytes: int | None) -> int:
     return total_bytes if amount >= total_bytes else amount // PAGE_BYTES * PAGE_BYTES
 
 
-def last_groups(sizes: Sizes, names: Sequence[str], amount_bytes: int | None) -> list[str]:
-    """Of the groups in `names`, the last ones whose shards make no more than `amount_bytes` in all; None has none."""
-    taken: list[str] = []
-    left = amount_bytes or 0
-    for name in reversed(names):
-        left -= sizes.shard(name)
-        if left < 0:
-            break
-        taken.append(name)
-    return taken
+def state_that_may_stay(sizes: Sizes, trained_away: int) -> int:
+    """Of a rank's optimizer state, bytes that may stay on the device where `trained_away` bytes of the parameters that
+    are stepped on are kept elsewhere: on CUDA, these are stepped on by the host.
+    """
+    if sizes.kind == "cpu" or not sizes.trained_bytes:
+        return sizes.optimizer_state
+    return sizes.optimizer_state * (sizes.trained_bytes - trained_away) // sizes.trained_bytes
 
 
-def _group_tiers(sizes: Sizes) -> dict[str, str]:
-    plan = sizes.plan
-    if plan.offload_parameters is None:
-        return {}
-    stay = set(last_groups(sizes, sizes.movable, plan.resident_parameter_bytes))
-    leave = [name for name in sizes.movable if name not in stay]
-    in_dram = set(last_groups(sizes, leave, plan.cpu_parameter_bytes))
-    return {name: "cpu" if name in in_dram else plan.offload_parameters for name in leave}
-
-
-def _state_tiers(sizes: Sizes) -> dict[str, int]:
+def _state_tiers(sizes: Sizes, groups: Collection[str]) -> dict[str, int]:
     plan, total = sizes.plan, sizes.optimizer_state
     if plan.offload_optimizer is None or sizes.workload.stage != "fit":
         return {}
-    leaves = total - whole_pages(total, plan.resident_optimizer_bytes)
+    may_stay = state_that_may_stay(sizes, sum(sizes.gradient(name, whole=False) for name in groups))
+    leaves = total - whole_pages(may_stay, plan.resident_optimizer_bytes)
     in_dram = leaves if plan.offload_optimizer == "cpu" else whole_pages(leaves, plan.cpu_optimizer_bytes)
     return {tier: size for tier, size in (("cpu", in_dram), ("nvme", leaves - in_dram)) if size}

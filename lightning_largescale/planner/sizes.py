@@ -14,24 +14,12 @@ from itertools import accumulate
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.as_run import divided_step, without_copies
 from lightning_largescale.planner.placement import Placement, place
+from lightning_largescale.tiers import shard_bytes
 from lightning_largescale.workload import Parameter, Segment, Step, Workload
 from lightning_largescale.workload.model import only_blocks
 
 # Of a row's number, as tables are given it.
 _ID_BYTES = 8
-
-
-def local_bytes(parameter: Parameter, dp_shard: int, tp: int = 1, tp_dim: int | None = None) -> int:
-    """Bytes of the largest shard of `parameter`: what `tp` ranks have of its dimension `tp_dim`, if that is one; of
-    that, rows of its first dimension divided among `dp_shard` ranks, rounded up.
-
-    Source: torch.distributed.fsdp.fully_shard, "Shard(0)" with padding to the largest chunk.
-    """
-    part = parameter.bytes if tp_dim is None else parameter.bytes // tp
-    if dp_shard == 1 or not parameter.shape or parameter.shape[0] == 0:
-        return part
-    rows = parameter.shape[0] // tp if tp_dim == 0 else parameter.shape[0]
-    return math.ceil(rows / dp_shard) * (part // rows)
 
 
 def _row_bytes(parameter: Parameter) -> int:
@@ -111,11 +99,12 @@ class Sizes:
         """What the rank keeps of `parameter`, bytes."""
         if parameter.name in self._table_names:
             return math.ceil(parameter.shape[0] / self.plan.world_size) * _row_bytes(parameter)
-        return local_bytes(parameter, self.plan.dp_shard, self.plan.tp, self._tp_dims.get(parameter.name))
+        dim = self._tp_dims.get(parameter.name)
+        return shard_bytes(parameter.shape, parameter.bytes, self.plan.dp_shard, self.plan.tp, dim)
 
     def part(self, parameter: Parameter) -> int:
         """What the rank computes with of `parameter`: its part under tensor parallelism, else all."""
-        return local_bytes(parameter, 1, self.plan.tp, self._tp_dims.get(parameter.name))
+        return shard_bytes(parameter.shape, parameter.bytes, 1, self.plan.tp, self._tp_dims.get(parameter.name))
 
     def gradient_of(self, parameter: Parameter) -> int:
         """What the rank keeps of the gradient of `parameter`: of a row-sharded table the rows that were looked up."""
@@ -177,6 +166,11 @@ class Sizes:
             found[name] = (max(local, default=0), sum(local))
         return found
 
+    @cached_property
+    def trained_bytes(self) -> int:
+        """Of the rank's parameters, those that are stepped on."""
+        return sum(total for _, total in self.stepped.values())
+
     def gathered(self, block: str | None) -> int:
         """Whole parameters of one group while it computes, padding included; the root group's under None."""
         if block not in self._gathered:
@@ -209,7 +203,7 @@ class Sizes:
 
     def _sharing(self, but: tuple[str, ...]) -> Sizes:
         # Computed here if it is not yet, so that it is not by each.
-        for name in ("parameters", "gradients", "optimizer_state", "full_parameters", "stepped", "groups"):
+        for name in ("parameters", "gradients", "optimizer_state", "full_parameters", "trained_bytes", "groups"):
             getattr(self, name)
         if self.gathers:
             _ = self.gathered_so_far

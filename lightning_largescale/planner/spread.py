@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.placement import whole_pages
+from lightning_largescale.planner.placement import state_that_may_stay, whole_pages
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away
 from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
@@ -41,7 +41,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """A plan that keeps a choice elsewhere, and the bytes it keeps where."""
+    """A plan that keeps a choice elsewhere, and the bytes it keeps where; who steps on them is not said yet."""
 
     plan: Plan
     away: Away
@@ -62,9 +62,11 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     groups = sizes.movable[: len(sizes.movable) - choice.groups] if "parameters" in techniques else []
     blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
     saved = sum(_saved(sizes, blocks))
-    state = sizes.optimizer_state - choice.state_bytes if "optimizer" in techniques else 0
-    gradients = sizes.workload.stage == "fit" and "release" not in techniques
-    kept = [sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0) for name in groups]
+    trained = [sizes.gradient(name, whole=False) if sizes.workload.stage == "fit" else 0 for name in groups]
+    stays = min(choice.state_bytes, state_that_may_stay(sizes, sum(trained)))
+    state = sizes.optimizer_state - stays if "optimizer" in techniques else 0
+    gradients = 0 if "release" in techniques else 1
+    kept = [sizes.shard(name) + gradients * size for name, size in zip(groups, trained, strict=True)]
     dram, disk = tiers.get("cpu", 0), tiers.get("nvme")
     if sum(kept) + saved + state > dram:
         if disk is None:
@@ -89,7 +91,7 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
         fields |= _fields("parameter", len(in_dram) < len(groups), stay, shards)
         fields["offload_parameters"] = fields.pop("tier")
     if state:
-        fields |= _fields("optimizer", state_in_dram < state, choice.state_bytes, state_in_dram)
+        fields |= _fields("optimizer", state_in_dram < state, stays, state_in_dram)
         fields["offload_optimizer"] = fields.pop("tier")
     if blocks:
         some = tuple(blocks) if len(blocks) < len(sizes.workload.blocks) else None

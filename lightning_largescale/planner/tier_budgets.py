@@ -14,13 +14,13 @@ from lightning_largescale.hardware.disks import nvme_disk
 def tier_budgets(hardware: Hardware) -> dict[str, int]:
     """Bytes that one rank may keep in each tier that can be planned with, beside the device's.
 
-    DRAM is a tier of its own on CUDA only; a disk needs measured rates, and is shared by the ranks of a node.
+    DRAM is a tier of its own on CUDA only; both need measured rates, and a disk is shared by the ranks of a node.
     """
     budgets: dict[str, int] = {}
     rates, disk = hardware.rates, nvme_disk(hardware.disks)
     if rates is None:
         return budgets
-    linked = rates.host_to_device is not None and rates.device_to_host is not None
+    linked = None not in (rates.host_to_device, rates.device_to_host, rates.host_memory_bandwidth)
     if hardware.kind == "cuda" and linked:
         budgets["cpu"] = hardware.dram_available_bytes
     measured = rates.disk_read is not None and rates.disk_write is not None

@@ -14,8 +14,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.buffers import Allowance, PageBuffers
+from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.gradients import Arrivals, Release, SpilledGradients
+from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import SpilledParameters
@@ -64,14 +65,14 @@ def losses_of(module, optimizer, backward, steps=5):
     return losses
 
 
-def released(build, folder, recompute, clip):
+def released(build, folder, recompute, clip, lanes=None):
     module = Plain(dropout=0.1)
     apply_recompute(module, Plan(activation_checkpointing=recompute))
     optimizer = build(module.parameters())
     labels, alive = module.labels(), []
     store = None if folder is None else Store(folder)
     made = PagedOptimizer(
-        optimizer, store=store, buffers=PageBuffers(), label_of=lambda one: labels.get(one, ""), resident=Allowance(0)
+        optimizer, store=store, buffers=PageBuffers(), label_of=lambda one: labels.get(one, ""), lanes=lanes
     )
     release = Release(made, labels, clip)
     for parameter in labels:
@@ -101,7 +102,7 @@ def released(build, folder, recompute, clip):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("clips", [False, True])
-@pytest.mark.parametrize("tier", ["nvme", "cpu"])
+@pytest.mark.parametrize("tier", ["nvme", "cpu", "device"])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_updates_in_backward_are_those_after_it(kind, tier, clips, recompute, tmp_path):
     def clip(parameters):
@@ -119,7 +120,8 @@ def test_updates_in_backward_are_those_after_it(kind, tier, clips, recompute, tm
         optimizer.step()
 
     losses = losses_of(module, optimizer, backward)
-    found = released(build, tmp_path if tier == "nvme" else None, recompute, clip)
+    lanes = Lanes(torch.device("cpu")) if tier == "device" else None
+    found = released(build, tmp_path if tier == "nvme" else None, recompute, clip, lanes)
     assert found[0] == losses
     assert not difference(found[1], list(module.parameters()))
     # It has its keys in the order in which parameters were first stepped on.
@@ -180,7 +182,7 @@ class Spilling:
     def __init__(self, world, folder, *, norms=True, parameters=True, file=None):
         self.module, self.blocks = sharded(world)
         self.store = Store(folder, **({"file": file} if file else {}))
-        self.places = SpilledParameters(self.blocks if parameters else {}, self.store, resident=0, ahead=1)
+        self.places = SpilledParameters(self.blocks if parameters else {}, self.store, ahead=1)
         self.places.take_over()
         members = {name: [one for one, _ in compat.shards_of(block)] for name, block in self.blocks.items()}
         self.gradients = self.places.gradients = SpilledGradients(members, self.store, norms=norms)

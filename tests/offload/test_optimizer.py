@@ -25,7 +25,11 @@ from offload.optimizers import (
 from torch import nn
 
 from lightning_largescale.offload import pages
+from lightning_largescale.offload.buffers import Allowance
+from lightning_largescale.offload.lanes import Lanes
+from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import StoreError
+from lightning_largescale.optimizing import vectorized
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import PAGE_BUFFERS
 
@@ -38,7 +42,7 @@ def _small_pages(monkeypatch):
     monkeypatch.setattr(pages, "PAGE_BYTES", SMALL_PAGE)
 
 
-def scheduled(build, folder=None, resident=None, steps=7):
+def scheduled(build, folder=None, resident=None, steps=7, **options):
     """Losses, values, state and the learning rates of a run; resident for `resident` None and no folder."""
     module = model()
     optimizer = build(module)
@@ -53,7 +57,7 @@ def scheduled(build, folder=None, resident=None, steps=7):
 
     if resident is None:
         return run()
-    with paged(optimizer, folder, resident=resident):
+    with paged(optimizer, folder, resident=resident, **options):
         return run()
 
 
@@ -62,6 +66,54 @@ def scheduled(build, folder=None, resident=None, steps=7):
 def test_steps_as_on_all_at_once(name, tier, tmp_path):
     folder, resident = (None if tier == "cpu" else tmp_path), 300_000 if tier == "part" else 0
     assert not difference(scheduled(BUILDERS[name], folder, resident), scheduled(BUILDERS[name]))
+
+
+def beside_a_device(build, folder, by_host=False, resident=0, dram=0):
+    """As `scheduled`, of an optimizer whose parameters are on a device that DRAM is not the memory of."""
+    lanes = Lanes(torch.device("cpu"))
+    places = HostPlaces(lanes, Places()) if by_host else Places()
+    return scheduled(build, folder, resident, lanes=lanes, places=places, dram=Allowance(dram))
+
+
+# One of each way to keep state, and those of torch's that have one kernel on the CPU.
+SOME = ["Adam amsgrad maximize", "AdamW", "AdamW fused", "AdamW lr tensor", "SGD", "SGD nesterov", "Adagrad"]
+SOME += ["own counting", "bitsandbytes AdamW8bit", "Adafactor"]
+
+
+@pytest.mark.parametrize("tier", ["nvme", "cpu", "part"])
+@pytest.mark.parametrize("name", SOME)
+def test_state_is_brought_to_the_device_and_back(name, tier, tmp_path):
+    folder = None if tier == "cpu" else tmp_path
+    amounts = {"resident": 300_000, "dram": 2 * SMALL_PAGE} if tier == "part" else {}
+    assert not difference(beside_a_device(BUILDERS[name], folder, **amounts), scheduled(BUILDERS[name]))
+
+
+def fused(name):
+    """Builds the optimizer of that name, with the kernel that the host takes where the user has left that open."""
+
+    def build(module):
+        made = BUILDERS[name](module)
+        for group in made.param_groups:
+            group.update(vectorized(made, group))
+        return made
+
+    return build
+
+
+def without_choices(result):
+    losses, values, state = result
+    groups = [{**group, "foreach": None, "fused": None} for group in state["param_groups"]]
+    return losses, values, {**state, "param_groups": groups}
+
+
+@pytest.mark.parametrize("tier", ["nvme", "part"])
+@pytest.mark.parametrize("name", SOME)
+def test_the_host_steps_with_one_kernel_where_there_is_one(name, tier, tmp_path):
+    amounts = {"dram": 2 * SMALL_PAGE} if tier == "part" else {}
+    found = beside_a_device(BUILDERS[name], tmp_path, by_host=True, **amounts)
+    assert not difference(without_choices(found), without_choices(scheduled(fused(name))))
+    groups, plain = found[2]["param_groups"], scheduled(BUILDERS[name])[2]["param_groups"]
+    assert [group.get("fused") for group in groups] == [group.get("fused") for group in plain]
 
 
 def without_closure(build, folder, dtype=torch.float32, change=lambda module: None, **options):

@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
+from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.pages import local_of
-from lightning_largescale.offload.places import Places
+from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.state import PagedState, as_divided
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import PlanError
@@ -32,8 +33,14 @@ def state_of(optimizer, store, resident=0, **options):
         optimizer,
         store=store,
         resident=Allowance(resident),
-        places=Places(),
-        **{"buffers": PageBuffers(), "label_of": lambda parameter: "", **options},
+        **{
+            "dram": Allowance(0),
+            "places": Places(),
+            "lanes": None,
+            "buffers": PageBuffers(),
+            "label_of": lambda parameter: "",
+            **options,
+        },
     )
     made.lay_out()
     return made
@@ -51,6 +58,26 @@ def test_pages_stay_as_far_as_they_are_let(store, resident):
 def test_in_dram_all_stay():
     made = state_of(BUILDERS["AdamW"](model()), None)
     assert not any(map(made.moves, made.pages))
+
+
+def test_beside_a_device_what_leaves_it_stays_in_dram_as_far_as_it_may(store):
+    lanes = Lanes(torch.device("cpu"))
+    made = state_of(BUILDERS["AdamW"](model()), store, 300_000, dram=Allowance(2 * SMALL_PAGE), lanes=lanes)
+    # Parameters as a whole stay on the device, pages of others are in DRAM.
+    stay = [member.local.numel() * 8 for member in made.members.values() if not member.kind.dtypes]
+    assert sum(stay) <= 300_000 < sum(stay) + 300 * 150 * 8
+    in_dram = [page for page in made.pages if made.crosses(page) and not made.moves(page)]
+    assert sum(page.state_bytes for page in in_dram) <= 2 * SMALL_PAGE < sum(page.state_bytes for page in made.pages)
+    assert len(in_dram) > 1
+    assert all(made.crosses(page) == bool(page.bundle.dtypes) for page in made.pages)
+
+
+def test_what_the_host_steps_on_does_not_cross(store):
+    lanes = Lanes(torch.device("cpu"))
+    made = state_of(BUILDERS["AdamW"](model()), None, places=HostPlaces(lanes, Places()), lanes=lanes)
+    assert all(made.moves(page) and made.by_host(page) and not made.crosses(page) for page in made.pages)
+    alone = state_of(BUILDERS["AdamW"](model()), None)
+    assert not any(alone.crosses(page) or alone.by_host(page) for page in alone.pages)
 
 
 def test_what_the_optimizer_has_made_already_moves(store):

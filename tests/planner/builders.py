@@ -135,6 +135,7 @@ def tiered(world=1, *, kind="cpu", disk=100 * 2**30, dram=None, **changes):
     machine = hardware(world, kind=kind, **changes)
     disks = (Disk(path="/scratch", filesystem="ext4", free_bytes=disk),) if disk else ()
     link = Link(latency_seconds=0, bandwidth=4e9) if kind == "cuda" else None
-    rates = dataclasses.replace(machine.rates, host_to_device=link, device_to_host=link)
+    host = 2e9 if kind == "cuda" else None
+    rates = dataclasses.replace(machine.rates, host_memory_bandwidth=host, host_to_device=link, device_to_host=link)
     available = machine.dram_available_bytes if dram is None else dram
     return dataclasses.replace(machine, disks=disks, rates=rates, dram_available_bytes=available)

@@ -11,8 +11,10 @@ from planner.builders import MIB, hardware, parameter, segment, step, tiered, wo
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner.memory import RUNTIME_BYTES, peak_memory
 from lightning_largescale.planner.offload_search import TECHNIQUES, Offloading
+from lightning_largescale.planner.placement import state_that_may_stay
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.search import find_plans
+from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.tiers import PAGE_BYTES
 
@@ -143,10 +145,12 @@ def one_more(plan, work):
             yield dataclasses.replace(plan, offloaded_blocks=names[:-1])
 
 
-def pages_left(plan, work):
+def pages_left(plan, work, kind):
     """Whether there is a page more of state that could stay, and one that leaves beside."""
-    state = sum(work.optimizers[0].state_bytes.values()) // plan.dp_shard
-    return (plan.resident_optimizer_bytes or 0) + PAGE_BYTES < state
+    sizes = Sizes(work, plan, kind)
+    away = sum(sizes.gradient(name, whole=False) for name in sizes.placement.groups)
+    stays = (plan.resident_optimizer_bytes or 0) + PAGE_BYTES
+    return stays < sizes.optimizer_state and stays <= state_that_may_stay(sizes, away)
 
 
 @settings(max_examples=60)
@@ -178,7 +182,9 @@ def test_every_plan_fits_is_valid_and_keeps_all_that_can_stay(
             continue
         assert not shortfalls(row.estimate.peak_bytes, report.budgets)
         for other in one_more(row.plan, work):
-            if other.resident_optimizer_bytes != row.plan.resident_optimizer_bytes and not pages_left(row.plan, work):
+            if other.resident_optimizer_bytes != row.plan.resident_optimizer_bytes and not pages_left(
+                row.plan, work, kind
+            ):
                 continue
             peak = peak_memory(work, other, machine, accumulate_grad_batches=accumulate, built=built)
             assert peak.peak_bytes > budget, (row.plan, other)
@@ -227,6 +233,23 @@ def test_dram_goes_before_a_disk_as_far_as_it_goes():
     little = kept(420)
     assert little.offload_optimizer == "nvme"
     assert little.cpu_optimizer_bytes == (420 - 192) // 32 * 32 * MIB
+
+
+@pytest.mark.parametrize(("host", "by_host"), [(1e12, True), (1e9, False)])
+def test_whoever_is_faster_steps_on_state_that_is_elsewhere(host, by_host):
+    machine = tiered(kind="cuda")
+    rates = dataclasses.replace(machine.rates, memory_bandwidth=1e12, host_memory_bandwidth=host)
+    machine = dataclasses.replace(machine, rates=rates)
+    # Three states of a parameter's size, as amsgrad has: parameters and gradients are fewer bytes.
+    work = heavy()
+    (needs,) = work.optimizers
+    state = {name: size // 2 * 3 for name, size in needs.state_bytes.items()}
+    work = dataclasses.replace(work, optimizers=(dataclasses.replace(needs, state_bytes=state),))
+    report = find_plans(work, machine, memory_budget=1290 * MIB)
+    assert report.best.offload_optimizer == "cpu"
+    assert report.best.host_optimizer_step == by_host
+    other = dataclasses.replace(report.best, host_optimizer_step=not by_host)
+    assert step_time(work, other, machine).step_seconds > report.best_estimate.step_seconds
 
 
 def large(blocks=48, rows=1024, precisions=("32-true", "bf16-mixed")):

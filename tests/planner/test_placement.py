@@ -4,7 +4,7 @@ import pytest
 from planner.builders import MIB, workload
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.placement import last_groups, place, whole_pages
+from lightning_largescale.planner.placement import place, whole_pages
 from lightning_largescale.planner.sizes import Sizes
 
 
@@ -17,14 +17,6 @@ def placement(kind="cuda", work=None, **fields):
 )
 def test_whole_pages(amount, kept):
     assert whole_pages(100 * MIB, amount if amount is None else amount * MIB) == kept * MIB
-
-
-def test_the_last_groups_until_the_next_is_too_much():
-    sizes = Sizes(workload(), Plan(), "cpu")
-    names = ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
-    assert last_groups(sizes, names, 47 * MIB) == ["blocks.3", "blocks.2"]
-    assert last_groups(sizes, names, None) == last_groups(sizes, names, 15 * MIB) == []
-    assert last_groups(sizes, names, 2**40) == names[::-1]
 
 
 def test_groups_stay_from_the_last_then_go_to_dram():

@@ -9,7 +9,8 @@ from planner.builders import MIB, parameter, step, workload
 from workload.families import GPT, tokens
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.sizes import Sizes, local_bytes
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.tiers import shard_bytes
 from lightning_largescale.workload import Workload
 
 PLAIN = Plan()
@@ -74,7 +75,7 @@ def test_a_block_that_runs_twice_is_gathered_and_reduced_once():
 @given(rows=st.integers(1, 4000), shard=st.integers(1, 64))
 def test_a_shard_is_the_padded_share(rows, shard):
     whole = parameter("a", None, rows=rows, columns=3)
-    share = local_bytes(whole, shard)
+    share = shard_bytes(whole.shape, whole.bytes, shard)
     assert whole.bytes / shard <= share < whole.bytes / shard + 12 or shard == 1
     assert share * shard >= whole.bytes
 

@@ -21,8 +21,9 @@ def found(techniques=ALL, kind="cuda", blocks=4, tiers=None, work=None, **amount
     if result is not None:
         # What it says of bytes is what the plan's own sizes say.
         placed = sizes.placing(result.plan)
-        told, kept = result.away, Away.of(placed)
-        for name in ("parameters", "trained", "state", "activations"):
+        told, kept = result.away.stepped_on(sizes, by_host=False), Away.of(placed)
+        assert told.copied == kept.copied
+        for name in ("parameters", "trained", "state", "activations", "by_host"):
             assert {k: v for k, v in getattr(told, name).items() if v} == {
                 k: v for k, v in getattr(kept, name).items() if v
             }, name
@@ -36,10 +37,14 @@ def test_all_in_dram_where_it_has_the_room():
 
 
 def test_amounts_become_fields():
-    plan = found(groups=1, blocks=2, state_bytes=64 * MIB).plan
+    plan = found(groups=1, blocks=2, state_bytes=32 * MIB).plan
     assert plan.resident_parameter_bytes == 16 * MIB
-    assert plan.resident_optimizer_bytes == 64 * MIB
+    assert plan.resident_optimizer_bytes == 32 * MIB
     assert plan.offloaded_blocks == ("blocks.0", "blocks.1")
+    # On CUDA what is elsewhere is stepped on there: state of the root and one block may stay, 24 of 72 MiB twice.
+    assert found(groups=1, blocks=2, state_bytes=64 * MIB).plan.resident_optimizer_bytes == 48 * MIB
+    on_cpu = found(kind="cpu", groups=1, blocks=2, state_bytes=64 * MIB, tiers={"nvme": GIB}).plan
+    assert on_cpu.resident_optimizer_bytes == 64 * MIB
     assert found({"release"}, blocks=0).plan == Plan(release_gradients=True)
 
 

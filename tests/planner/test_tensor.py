@@ -14,7 +14,8 @@ from lightning_largescale.planner.memory import peak_memory
 from lightning_largescale.planner.panel import setup_panel
 from lightning_largescale.planner.runtime import all_gather_seconds, all_reduce_seconds, step_time, tensor_seconds
 from lightning_largescale.planner.search import candidates, find_plans
-from lightning_largescale.planner.sizes import Sizes, local_bytes
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.tiers import shard_bytes
 from lightning_largescale.workload import Divided
 from lightning_largescale.workload.divisions import check_division, division_words, share_divided
 from lightning_largescale.workload.parts import Part
@@ -38,11 +39,11 @@ def divided(**changes):
 
 def test_bytes_of_a_rank():
     one = parameter("up", "blocks.0", rows=2048)
-    assert local_bytes(one, 1, 2, 0) == one.bytes // 2
-    assert local_bytes(one, 4, 2, 0) == local_bytes(one, 4, 2, 1) == one.bytes // 8
-    assert local_bytes(one, 4, 2) == one.bytes // 4
+    assert shard_bytes(one.shape, one.bytes, 1, 2, 0) == one.bytes // 2
+    assert shard_bytes(one.shape, one.bytes, 4, 2, 0) == shard_bytes(one.shape, one.bytes, 4, 2, 1) == one.bytes // 8
+    assert shard_bytes(one.shape, one.bytes, 4, 2) == one.bytes // 4
     # Of 5 rows a rank has 3, of these 2 and 1; columns are divided before rows.
-    assert local_bytes(parameter("odd", None, rows=6, columns=4), 2, 2, 0) == 2 * 16
+    assert shard_bytes((6, 4), 6 * 16, 2, 2, 0) == 2 * 16
     sizes = Sizes(divided(), Plan(tp=2), "cpu")
     # The embedding of 8 MiB is whole, and half of four blocks of 16 MiB.
     assert sizes.parameters == (8 + 4 * 8) * MIB

@@ -35,8 +35,9 @@ def test_tiers_without_rates_are_left_out():
     assert set(tier_budgets(machine)) == {"cpu", "nvme"}
     slow = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, disk_write=None))
     assert tier_budgets(slow) == {"cpu": 7}
-    apart = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, device_to_host=None))
-    assert tier_budgets(apart) == {}
+    for name in ("device_to_host", "host_memory_bandwidth"):
+        apart = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, **{name: None}))
+        assert tier_budgets(apart) == {}
     assert tier_budgets(dataclasses.replace(machine, rates=None)) == {}
 
 

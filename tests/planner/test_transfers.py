@@ -9,13 +9,15 @@ from planner.builders import MIB, tiered, workload
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.runtime import step_time
-from lightning_largescale.planner.transfers import CHANNELS, Away, Passes, transfers
+from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.transfers import CHANNELS, HOST_STEP, Away, Passes, transfers
 
 GB = 10**9
 NOTHING_BESIDE = Passes(
     forward_seconds=0.0,
     backward_seconds=0.0,
     optimizer_seconds=0.0,
+    trained_bytes=4 * GB,
     root_share=0.25,
     micro_batches=1,
     trains=True,
@@ -83,6 +85,41 @@ def test_links_have_two_directions_and_a_disk_is_behind_them():
     assert both.step_seconds == pytest.approx(2.0)
 
 
+def test_what_the_host_steps_on_is_copied_there_and_its_state_is_not():
+    away = Away(state={"cpu": 2 * GB}, by_host={"cpu": 2 * GB}, copied=GB)
+    found = seconds(away, "cuda", optimizer_seconds=0.1)
+    assert found.terms["host to device"] == pytest.approx(0.25)
+    assert found.terms["device to host"] == pytest.approx(0.5)
+    # A quarter of the step, in memory that is a fifth as fast.
+    assert found.terms[HOST_STEP] == pytest.approx(0.1 / 4 * 4)
+    assert found.step_seconds == pytest.approx(0.1 + 0.5 - 0.2)
+    released = seconds(away, "cuda", releases=True, backward_seconds=2.0)
+    assert released.step_seconds == pytest.approx(0.5 / 4)
+
+
+def test_what_is_elsewhere_itself_is_stepped_on_there():
+    away = Away(parameters={"nvme": GB}, trained={"nvme": GB}, state={"nvme": 2 * GB}, by_host={"nvme": 2 * GB})
+    found = seconds(away, "cuda")
+    assert found.terms["nvme read"] == pytest.approx(1 + 1 + 4)
+    assert found.terms["nvme write"] == pytest.approx(1 + 3)
+    assert found.terms["host to device"] == pytest.approx(2 / 4)
+    assert found.terms["device to host"] == pytest.approx(1 / 4)
+    in_dram = dataclasses.replace(away, parameters={"cpu": GB}, trained={"cpu": GB}, state={"cpu": 1}, by_host={})
+    assert seconds(in_dram, "cuda", releases=True).terms["device to host"] == pytest.approx(1 / 4)
+
+
+def test_who_steps_on_what():
+    plan = Plan(offload_optimizer="cpu", offload_parameters="cpu", resident_parameter_bytes=32 * MIB)
+    # Two of four blocks of 16 MiB stay, and the root of 8; their state is twice that.
+    by_device = Away.of(Sizes(workload(), plan, "cuda"))
+    assert by_device.by_host == {"cpu": 64 * MIB}
+    assert by_device.copied == 0
+    by_host = Away.of(Sizes(workload(), dataclasses.replace(plan, host_optimizer_step=True), "cuda"))
+    assert by_host.by_host == {"cpu": 144 * MIB}
+    assert by_host.copied == 40 * MIB
+    assert Away.of(Sizes(workload(), dataclasses.replace(plan, host_optimizer_step=True), "cpu")).by_host == {}
+
+
 def test_dram_of_a_cpu_is_copied():
     found = seconds(Away(state={"cpu": GB}))
     assert found.terms["host copies"] == pytest.approx(2 * 2 * GB / 10e9)
@@ -94,6 +131,8 @@ def test_tiers_without_rates():
         transfers(Away(state={"nvme": 1}), NOTHING_BESIDE, rates, "cpu")
     with pytest.raises(ValueError, match="no link between host and device; calibrate it on CUDA"):
         transfers(Away(state={"cpu": 1}), NOTHING_BESIDE, tiered().rates, "cuda")
+    with pytest.raises(ValueError, match="no bandwidth of the host's memory; calibrate it on CUDA"):
+        transfers(Away(trained={"cpu": 1}), NOTHING_BESIDE, tiered().rates, "cuda")
 
 
 def test_a_step_has_its_transfers_as_terms():
@@ -115,7 +154,7 @@ tiers = st.dictionaries(st.sampled_from(["cpu", "nvme"]), sizes)
 def test_no_term_is_negative_and_nothing_hides_more_than_there_is(parameters, state, saved, micro, kind):
     away = Away(parameters=parameters, trained=parameters, state=state, activations=saved)
     found = seconds(away, kind, micro_batches=micro, forward_seconds=0.5, backward_seconds=1.0, optimizer_seconds=0.1)
-    assert {*found.terms} <= {*CHANNELS}
+    assert {*found.terms} <= {*CHANNELS, HOST_STEP}
     assert all(value >= 0 for value in found.terms.values())
     assert -1e-9 <= found.step_seconds <= sum(found.terms.values()) + 1e-9
     more = dataclasses.replace(away, state={tier: size + GB for tier, size in state.items()})
