@@ -22,6 +22,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from lightning_largescale import compat
+from lightning_largescale.groups import forget_groups
 from lightning_largescale.hub import LOST, TOGETHER_SECONDS, Failure, Lines
 
 # Seconds a rank has, after another failed, to raise by itself before its watcher ends it: enough to see the connection
@@ -163,6 +164,7 @@ def leave_process_group() -> None:
     if "nccl" in dist.get_backend():
         compat.abort_process_groups()
     else:
+        forget_groups()
         dist.destroy_process_group()
         gc.collect()
 

@@ -22,6 +22,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_largescale import compat
+from lightning_largescale.groups import made_once
 
 # What Lightning and torch advise or deprecate among themselves, which no test here is about.
 ADVICE = (
@@ -122,7 +123,8 @@ def mesh_of(shape: tuple[int, ...] | None = None) -> DeviceMesh:
     if not dist.is_initialized():
         compat.init_process_group(TorchElasticEnvironment(), "gloo", torch.device("cpu"), timedelta(seconds=60))
     shape = shape or (dist.get_world_size(),)
-    return init_device_mesh("cpu", shape, mesh_dim_names=("dp_shard", "tp")[-len(shape) :])
+    names = ("dp_shard", "tp")[-len(shape) :]
+    return made_once(("test", shape, names), lambda: init_device_mesh("cpu", shape, mesh_dim_names=names))
 
 
 def run_connected(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

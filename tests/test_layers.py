@@ -16,7 +16,7 @@ PACKAGE = Path(lightning_largescale.__file__).parent
 LAYERS = [
     {"compat", "plan_fields", "plan_words"},
     {"plan"},
-    {"arithmetic", "forward", "optimizing", "tiers", "units"},
+    {"arithmetic", "forward", "groups", "optimizing", "tiers", "units"},
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},
     {

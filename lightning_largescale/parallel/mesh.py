@@ -9,13 +9,14 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_largescale.groups import made_once
 from lightning_largescale.plan import Plan
 
 
 def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
     """The mesh that parameters are sharded over, or None where the plan gathers nothing.
 
-    Creates process groups, so it is a collective of all ranks.
+    Creates process groups if there were none of its kind yet, so it is a collective of all ranks.
 
     Args:
         plan: its sizes multiply to the number of processes.
@@ -29,7 +30,8 @@ def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
         return None
     axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
     kept = {name: size for name, size in axes.items() if name == "dp_shard" or size > 1}
-    return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    sizes, names = tuple(kept.values()), tuple(kept)
+    return made_once((device_type, sizes, names), lambda: init_device_mesh(device_type, sizes, mesh_dim_names=names))
 
 
 def warn_of_distance(plan: Plan, ranks_per_node: int) -> None:
@@ -56,7 +58,8 @@ def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
         group: dist.ProcessGroup = mesh.get_group("dp_shard")
         return group
     parts = mesh.mesh.flatten(0, 1).t().tolist() if tensor_mesh(mesh) else [mesh.mesh.flatten().tolist()]
-    groups: list[dist.ProcessGroup] = [dist.new_group(ranks) for ranks in parts]
+    key = "data", tuple(map(tuple, parts))
+    groups: list[dist.ProcessGroup] = made_once(key, lambda: [dist.new_group(ranks) for ranks in parts])
     own = next(index for index, ranks in enumerate(parts) if dist.get_rank() in ranks)
     return groups[own]
 

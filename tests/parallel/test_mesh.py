@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-import torch.distributed as dist
+import os
 
-from lightning_largescale.parallel.mesh import build_mesh, warn_of_distance
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import ranks
+
+from lightning_largescale.parallel.mesh import build_mesh, data_group, warn_of_distance
 from lightning_largescale.plan import Plan
 
 
@@ -28,6 +32,35 @@ def test_axes(two, four):
     assert four.run(axes, Plan(dp_replicate=2, tp=2)) == [
         (names, (2, 1, 2), (i, 0, j)) for i in range(2) for j in range(2)
     ]
+
+
+def groups_of_many_fits(folder):
+    """Threads of this rank after the first mesh of each kind, after more of them, and with another default group."""
+    plans = [Plan(dp_shard=2, dp_replicate=2), Plan(dp_shard=2, tp=2), Plan(dp_replicate=2, tp=2)]
+
+    def threads():
+        meshes = [build_mesh(plan, "cpu") for plan in plans]
+        sums = [data_group(mesh) for mesh in meshes]
+        for group in (*sums, *(group for mesh in meshes for group in mesh.get_all_groups())):
+            one = torch.ones(())
+            dist.all_reduce(one, group=group)
+            assert one == group.size()
+        return len(os.listdir("/proc/self/task"))
+
+    rank, counts = int(os.environ["RANK"]), []
+    for number in range(2):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=4)
+        counts.append([threads() for _ in range(4)])
+        dist.barrier()
+        dist.destroy_process_group()
+    return counts
+
+
+def test_groups_are_made_once_for_the_default_group(tmp_path):
+    with ranks(4) as made:
+        for first, second in made.run(groups_of_many_fits, tmp_path):
+            assert len({*first}) == len({*second}) == 1
+            assert second[0] <= first[0]
 
 
 def test_more_ranks_of_tensor_parallelism_than_a_node_has():

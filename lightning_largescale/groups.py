@@ -1,0 +1,40 @@
+"""Process groups beside the default one, made once: each has threads and connections, or a communicator, of its own.
+
+A program may fit many times, on the same ranks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+_Made = TypeVar("_Made")
+_made: dict[Hashable, Any] = {}
+# The default group that they were made beside; none of them outlives it.
+_world: list[weakref.ref[Any]] = []
+
+
+def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
+    """What `make` returns, a group or what has some: made when all ranks first ask for it, and kept for as long as the
+    default process group is the same.
+
+    Args:
+        key: of it; the same on all ranks.
+        make: a collective.
+    """
+    if not _world or _world[0]() is not dist.group.WORLD:
+        forget_groups()
+        _world.append(weakref.ref(dist.group.WORLD))
+    if key not in _made:
+        _made[key] = make()
+    found: _Made = _made[key]
+    return found
+
+
+def forget_groups() -> None:
+    """Let all of them go, with their connections."""
+    _made.clear()
+    _world.clear()
