@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_largescale.plan_fields import PlanError as PlanError
 from lightning_largescale.plan_fields import (
+    AMOUNTS,
     check_choice,
     check_count,
     check_flag,
@@ -20,7 +20,9 @@ from lightning_largescale.plan_fields import (
     check_path,
     check_recomputation,
 )
+from lightning_largescale.plan_fields import PlanError as PlanError
 from lightning_largescale.plan_words import describe
+from lightning_largescale.units import parse_bytes
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware
@@ -101,7 +103,7 @@ class Plan:
         offload_activations: the tier of what blocks save for their backward.
         nvme_path: a folder on the disk of the nvme tier; None takes the one with the most free bytes.
         resident_parameter_bytes: of a rank's parameters, how many stay on the device all the same, in whole blocks;
-            None: only those outside of blocks.
+            None: only those outside of blocks. This and the next three may be given as text, such as "2GiB".
         cpu_parameter_bytes: of those that leave it for "nvme", how many go to DRAM.
         resident_optimizer_bytes: of a rank's optimizer state, how many stay on the device, in whole pages; None: none.
         cpu_optimizer_bytes: of the state that leaves it for "nvme", how many go to DRAM.
@@ -155,6 +157,9 @@ class Plan:
             check_choice(name, getattr(self, name), accepted)
         if self.nvme_path is not None:
             object.__setattr__(self, "nvme_path", check_path("nvme_path", self.nvme_path))
+        for name in AMOUNTS:
+            if isinstance(amount := getattr(self, name), str):
+                object.__setattr__(self, name, parse_bytes(amount, name=name))
         for check in (check_recomputation, check_names, check_offload):
             # From JSON and YAML names come as a list.
             for name, names in check(self).items():

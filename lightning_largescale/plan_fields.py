@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
 
 # Amounts, each with the field without which it means nothing, and the tiers it is an amount of.
-_AMOUNTS = {
+AMOUNTS = {
     "resident_parameter_bytes": ("offload_parameters", ("cpu", "nvme")),
     "resident_optimizer_bytes": ("offload_optimizer", ("cpu", "nvme")),
     "cpu_parameter_bytes": ("offload_parameters", ("nvme",)),
@@ -119,7 +119,7 @@ def check_offload(plan: Plan) -> Mapping[str, tuple[str, ...]]:
     Raises:
         PlanError: the fields of the memory hierarchy contradict one another, or these are no names.
     """
-    for name, (field, tiers) in _AMOUNTS.items():
+    for name, (field, tiers) in AMOUNTS.items():
         value, tier = getattr(plan, name), getattr(plan, field)
         if value is None:
             continue

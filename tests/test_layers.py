@@ -14,9 +14,10 @@ PACKAGE = Path(lightning_largescale.__file__).parent
 
 # A module or folder may import what stands in a line above its own. compat and units may be imported by all.
 LAYERS = [
-    {"compat", "plan_fields", "plan_words"},
+    {"compat", "plan_fields"},
+    {"plan_words", "units"},
     {"plan"},
-    {"arithmetic", "forward", "groups", "optimizing", "tiers", "units"},
+    {"arithmetic", "forward", "groups", "optimizing", "tiers"},
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},
     {
@@ -46,7 +47,7 @@ LAYERS = [
     {"__init__"},
 ]
 # The strategy's own helpers may build on one another; the other lines are of equals that never meet.
-HELPERS = LAYERS[5]
+HELPERS = LAYERS[6]
 
 
 def part(path: Path) -> str:

@@ -108,6 +108,10 @@ BAD = [
     ({"offload_optimizer": "disk"}, "offload_optimizer='disk' is not accepted; give None, 'cpu' or 'nvme'"),
     ({"nvme_path": 3}, "nvme_path=3 is not accepted; give the path of a folder"),
     ({"resident_optimizer_bytes": -1, "offload_optimizer": "cpu"}, "resident_optimizer_bytes=-1 is not accepted"),
+    (
+        {"cpu_optimizer_bytes": "much", "offload_optimizer": "nvme"},
+        "cpu_optimizer_bytes='much' is no size; give 1 byte",
+    ),
     ({"resident_parameter_bytes": 1}, "resident_parameter_bytes=1 contradicts offload_parameters=None; give 'cpu' or"),
     (
         {"cpu_optimizer_bytes": 1, "offload_optimizer": "cpu"},
@@ -181,6 +185,12 @@ def test_bad_fields_from_python(fields, message):
     with pytest.raises(PlanError) as error:
         Plan(**fields)
     assert message in str(error.value)
+
+
+def test_amounts_may_be_given_as_text():
+    plan = Plan(offload_parameters="nvme", resident_parameter_bytes="2GiB", cpu_parameter_bytes="512 MB")
+    assert (plan.resident_parameter_bytes, plan.cpu_parameter_bytes) == (2 * 2**30, 512 * 10**6)
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize(("fields", "message"), [row for row in BAD])

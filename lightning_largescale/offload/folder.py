@@ -86,7 +86,8 @@ def checked(folder: Path) -> Iterator[None]:
     """Tell in a PlanError why `folder` cannot be used, where an OSError says so."""
     try:
         if not folder.is_dir():
-            raise PlanError(f"nvme_path={str(folder)!r} is no folder; give one on a local disk.")
+            found = "is a file" if folder.exists() else "does not exist"
+            raise PlanError(f"nvme_path={str(folder)!r} {found}; give a folder on a local disk.")
         yield
     except OSError as error:
         raise PlanError(
