@@ -20,8 +20,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from ranks import run_connected
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import _common_utils, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
@@ -868,3 +869,23 @@ def gathers_seen():
 
 def test_around_gathers(two):
     assert two.run(gathers_seen) == [(["before", "after"] * 2, ["before", "after"], 0)] * 2
+
+
+def divided_elsewhere():
+    """A part in DRAM of a tensor whose mesh is of another device; torch has none that is always there but meta."""
+    mesh = DeviceMesh("meta", [0, 1])
+    like = DTensor.from_local(torch.empty(3, 4, device="meta"), mesh, [Shard(0)], run_check=False)
+    part = torch.ones(3, 4, dtype=torch.bfloat16)
+    whole = compat.divided_as(like, part)
+    moved = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+    return (
+        (whole.shape, whole.dtype, whole.placements) == (like.shape, part.dtype, like.placements),
+        whole.to_local().data_ptr() == part.data_ptr(),
+        moved.device.type,
+    )
+
+
+def test_divided_as(two):
+    two.run(connect)
+    # Should the last no longer be so, `from_local` can take its place.
+    assert two.run(divided_elsewhere) == [(True, True, "meta")] * 2

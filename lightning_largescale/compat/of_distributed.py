@@ -243,6 +243,19 @@ def place_shard(module: Any, parameter: Any, memory: Any) -> None:
     parameter._local_tensor = memory[: local.numel()].view(local.shape)
 
 
+def divided_as(like: Any, local: Any) -> Any:
+    """`local`, this rank's part, as a tensor divided as the DTensor `like` is, and as large; it stays where it is.
+
+    Replaced by `DTensor.from_local`, which copies what is in DRAM to a device that the mesh is of.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(like.shape, like.stride(), local.dtype)
+    made: Any = DTensor
+    return made(local, DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta), requires_grad=False)
+
+
 def around_gathers(module: Any, before: Any, after: Any) -> Any:
     """Call `before` whenever the group of `module`, which `fully_shard` was applied to, is about to be gathered, and
     `after` when it has been; what undoes it.

@@ -359,7 +359,8 @@ def _copied(norm: Tensor) -> Tensor:
     """
     if not isinstance(norm, DTensor):
         return norm.clone()
-    return DTensor.from_local(norm.to_local().clone(), norm.device_mesh, norm.placements, run_check=False)
+    found: Tensor = compat.divided_as(norm, norm.to_local().clone())
+    return found
 
 
 _NORMS = (torch.linalg.vector_norm,)

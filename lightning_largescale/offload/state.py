@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_largescale import compat
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
@@ -25,14 +26,8 @@ def as_divided(parameter: Tensor, tensor: Tensor) -> Tensor:
     """State of this rank's part of a parameter as a part of the whole parameter's state, where it has its shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.to_local().shape:
         return tensor
-    return DTensor.from_local(
-        tensor,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    found: Tensor = compat.divided_as(parameter, tensor)
+    return found
 
 
 class PagedState:

@@ -162,7 +162,7 @@ def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
     alike = ["dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules", "row_sharded_embeddings"]
     if device.type != "cpu":
         # FSDP2 has been told which shards are in DRAM.
-        alike += ["offload_parameters", "resident_parameter_bytes", "cpu_parameter_bytes"]
+        alike += ["offload_parameters", "resident_parameter_bytes", "cpu_parameter_bytes", "release_gradients"]
     if any(getattr(before, name) != getattr(plan, name) for name in alike):
         return False
     set_plan(state, plan)
@@ -272,8 +272,7 @@ def _shard_block(
         mesh=data_mesh(mesh),
         reshard_after_forward=state.plan.reshard_after_forward,
         mp_policy=_policy(gather_type),
-        # What a disk has behind it is no memory to pin.
-        offload_policy=CPUOffloadPolicy(pin_memory=tier == "cpu") if tier else OffloadPolicy(),
+        offload_policy=_offload_policy(state.plan, tier),
         ignored_params=left | whole,
     )
     state.groups[name] = cast(FSDPModule, block)
@@ -312,6 +311,14 @@ def block_tiers(
                 dim = None if part is None else part.dim
                 sizes[name] += shard_bytes(parameter.shape, parameter.nbytes, plan.dp_shard, plan.tp, dim)
     return group_tiers(plan, sizes)
+
+
+def _offload_policy(plan: Plan, tier: str | None) -> OffloadPolicy:
+    if tier is None:
+        return OffloadPolicy()
+    # What a disk has behind it is no memory to pin. Into pinned memory gradients are copied beside what follows: those
+    # that are used as they come would be used too early (torch 2.11).
+    return CPUOffloadPolicy(pin_memory=tier == "cpu" and not plan.release_gradients)
 
 
 def _policy(gather_type: torch.dtype | None) -> MixedPrecisionPolicy:
