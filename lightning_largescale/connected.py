@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from abc import ABC
+from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,12 +17,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.groups import forget_groups
 from lightning_largescale.launch import watch_peers
 from lightning_largescale.plan import PlanError
 
 _Value = TypeVar("_Value")
-# Beside a device DRAM has tensors too, of which norms are summed: gradients of parameters that FSDP2 keeps there.
-_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+# By kind of device, and whether gradients beside it are kept in DRAM.
+_BACKENDS = {
+    ("cpu", False): "gloo",
+    ("cpu", True): "gloo",
+    ("cuda", False): "nccl",
+    ("cuda", True): "cpu:gloo,cuda:nccl",
+}
 
 
 class ConnectedStrategy(ParallelStrategy, ABC):
@@ -115,6 +121,16 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """torch.distributed's name of what carries the collectives."""
         return self._process_group_backend
 
+    @property
+    def _default_backend(self) -> str:
+        """Of the root device, and of DRAM where what is there may have to be summed."""
+        return _BACKENDS[self.root_device.type, self._sums_in_dram]
+
+    @property
+    @abstractmethod
+    def _sums_in_dram(self) -> bool:
+        """Whether gradients may be kept in DRAM, of which norms are summed over the ranks."""
+
     def set_world_ranks(self) -> None:
         """Tell the cluster environment which of how many ranks this process is.
 
@@ -134,7 +150,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         self.set_world_ranks()
         if self.has_peers:
             reset_seed()
-            backend = self._process_group_backend = self._process_group_backend or _BACKENDS[self.root_device.type]
+            backend = self._process_group_backend = self._process_group_backend or self._default_backend
             compat.init_process_group(self.cluster_environment, backend, self.root_device, self._timeout)
             watch_peers(self)
         else:
@@ -155,8 +171,9 @@ class ConnectedStrategy(ParallelStrategy, ABC):
                 " torch.distributed.destroy_process_group() first."
             )
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(_BACKENDS[self.root_device.type], store=store, rank=0, world_size=1)
+        dist.init_process_group(self._default_backend, store=store, rank=0, world_size=1)
         self._undo.callback(dist.destroy_process_group)
+        self._undo.callback(forget_groups)
         # Lightning takes any group for one of several processes.
         self._undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")

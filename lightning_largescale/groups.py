@@ -5,6 +5,7 @@ A program may fit many times, on the same ranks.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ _Made = TypeVar("_Made")
 _made: dict[Hashable, Any] = {}
 # The default group that they were made beside; none of them outlives it.
 _world: list[weakref.ref[Any]] = []
+_inherited: list[Any] = []
 
 
 def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -25,9 +27,12 @@ def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
         key: of it; the same on all ranks.
         make: a collective.
     """
-    if not _world or _world[0]() is not dist.group.WORLD:
+    world = dist.group.WORLD if dist.is_initialized() else None
+    if world is None:
+        return make()
+    if not _world or _world[0]() is not world:
         forget_groups()
-        _world.append(weakref.ref(dist.group.WORLD))
+        _world.append(weakref.ref(world))
     if key not in _made:
         _made[key] = make()
     found: _Made = _made[key]
@@ -38,3 +43,13 @@ def forget_groups() -> None:
     """Let all of them go, with their connections."""
     _made.clear()
     _world.clear()
+
+
+def _leave_in_fork() -> None:
+    # Their threads are the parent's: to end them here would end the process.
+    _inherited.append(dict(_made))
+    forget_groups()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_in_fork)

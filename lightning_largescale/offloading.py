@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -66,6 +68,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             _check_dense(module)
         if plan.offload_parameters is not None:
             self.connect_alone()
+            _check_backend(self.root_device)
         if "nvme" in (plan.offload_parameters, plan.offload_optimizer, plan.offload_activations):
             self.connect_alone()
             self._store = Store(nvme_folder(plan, self._hardware().disks if plan.nvme_path is None else ()))
@@ -105,10 +108,9 @@ class OffloadingStrategy(BuildingStrategy, ABC):
 
     @override
     def _memory_of(self, parameter: Tensor) -> Tensor | None:
-        if self._spilled is not None:
-            return self._spilled.memory_of(parameter)
-        if parameter not in self._in_dram:
-            return None
+        found = None if self._spilled is None else self._spilled.memory_of(parameter)
+        if found is not None or parameter not in self._in_dram:
+            return found
         local = local_of(parameter.detach())
         return torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=True)
 
@@ -132,7 +134,9 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if not self._pages or self._buffers is None:
             return
         labels = self._labels() if plan.release_gradients else {}
-        resident, dram = Allowance(plan.resident_optimizer_bytes or 0), Allowance(plan.cpu_optimizer_bytes or 0)
+        # Without it, only state of parameters that are elsewhere is.
+        stays = sys.maxsize if plan.offload_optimizer is None else plan.resident_optimizer_bytes or 0
+        resident, dram = Allowance(stays), Allowance(plan.cpu_optimizer_bytes or 0)
         lanes = None if self.root_device.type == "cpu" else Lanes(self.root_device)
         places = self._spilled or Places()
         if plan.host_optimizer_step and lanes is not None:
@@ -267,6 +271,16 @@ class OffloadingStrategy(BuildingStrategy, ABC):
                     parameter.grad = shard.grad.to_local()
                 if shard in inner.state:
                     inner.state[parameter] = apply_to_collection(inner.state.pop(shard), DTensor, DTensor.to_local)
+
+
+def _check_backend(device: torch.device) -> None:
+    """Raise PlanError where ranks cannot sum what is in DRAM."""
+    backend = dist.get_backend() if dist.is_initialized() else "gloo"
+    if device.type != "cpu" and "gloo" not in backend and "cpu:" not in backend:
+        raise PlanError(
+            f"offload_parameters keeps gradients in DRAM, of which {backend} sums no norms; give"
+            " process_group_backend='cpu:gloo,cuda:nccl', or leave it out."
+        )
 
 
 def _check_release(trainer: Trainer, module: LightningModule) -> None:

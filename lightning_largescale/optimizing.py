@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+# Those of torch's own whose step on the CPU may be one kernel.
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 
 def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -76,16 +78,26 @@ def hold(group: dict[str, Any], options: Mapping[str, Any], parameters: list[Any
     group.update({"params": parameters, **options})
 
 
-def vectorized(optimizer: Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` of a group with which a step on the CPU is one kernel, if `optimizer` is one of torch's own that has
-    one there and the user has left open which implementation it takes.
+def vectorized(optimizer: Optimizer, options: Mapping[str, Any], *, floating: bool = True) -> dict[str, Any]:
+    """`options` of a group for a step on the CPU: one kernel, if `optimizer` is one of torch's own that has one there
+    and the user has left open which implementation it takes.
+
+    Args:
+        optimizer: whose group it is.
+        options: without the parameters.
+        floating: these are real numbers.
 
     Source: torch.optim, Algorithms ("fused" of Adam, AdamW, SGD and Adagrad).
     """
-    chosen = options.get("foreach") or options.get("differentiable") or options.get("capturable")
-    if type(optimizer) not in _FUSED or options.get("fused", False) is not None or chosen:
-        return dict(options)
-    return {**options, "foreach": False, "fused": True}
+    given = dict(options)
+    if isinstance(rate := given.get("lr"), Tensor):
+        given["lr"] = rate.cpu()
+    chosen = any(given.get(name) for name in ("foreach", "differentiable", "capturable"))
+    # With a momentum, the kernel takes no parameter whose first gradient comes later than those of others.
+    known = type(optimizer) in FUSED and not given.get("momentum")
+    if not known or chosen or given.get("fused", False) is not None or not floating:
+        return given
+    return {**given, "foreach": False, "fused": True}
 
 
 def in_words(error: Exception) -> str:

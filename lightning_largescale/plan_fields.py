@@ -133,6 +133,11 @@ def check_offload(plan: Plan) -> Mapping[str, tuple[str, ...]]:
         raise PlanError(
             "host_optimizer_step=True contradicts offload_optimizer=None; give 'cpu' or 'nvme' there, or leave it out."
         )
+    if plan.host_optimizer_step and plan.precision == "16-mixed":
+        raise PlanError(
+            "host_optimizer_step=True cannot be combined with precision='16-mixed', whose scaler is on the device;"
+            " leave one of them out."
+        )
     replicas = plan.dp_replicate > 1 and not plan.shards
     for field, refused in (("precision", plan.precision == "16-mixed"), ("dp_replicate", replicas)):
         if plan.release_gradients and refused:

@@ -234,6 +234,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         """Whether the plan was given, and is not decided at setup."""
         return type(self)._decide is LargeScaleStrategy._decide
 
+    @property
+    @override
+    def _sums_in_dram(self) -> bool:
+        return self._planner is not None or not self._fixed or self.plan.offload_parameters is not None
+
     def _use_precision(self, plan: Plan) -> None:
         """Put the plan's precision plugin in the place of the Trainer's until teardown."""
         given = self.precision_plugin

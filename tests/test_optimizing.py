@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_largescale.optimizing import bare_step, clone_of, closure_first, hold, in_words
+from lightning_largescale.optimizing import bare_step, clone_of, closure_first, hold, in_words, vectorized
 
 
 class Wrapping(torch.optim.Optimizer):
@@ -18,6 +18,10 @@ class Wrapping(torch.optim.Optimizer):
 
     def step(self, closure=None):
         return self.inner.step(closure)
+
+
+class Based(torch.optim.SGD):
+    """Whose step may be anything."""
 
 
 @pytest.fixture
@@ -149,3 +153,29 @@ def test_a_group_has_what_it_is_given_and_nothing_else():
 )
 def test_an_error_in_words(error, words):
     assert in_words(error) == words
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "fused"),
+    [
+        (torch.optim.AdamW, {}, True),
+        (torch.optim.AdamW, {"fused": False}, False),
+        (torch.optim.AdamW, {"foreach": True}, None),
+        (torch.optim.Adam, {"capturable": True}, None),
+        (torch.optim.SGD, {}, True),
+        # Its kernel takes no parameter whose first gradient comes after those of others.
+        (torch.optim.SGD, {"momentum": 0.9}, None),
+        (torch.optim.RMSprop, {}, "none"),
+        (Based, {}, None),
+    ],
+)
+def test_one_kernel_on_the_cpu_where_that_is_left_open(kind, given, fused, parameters):
+    optimizer = kind(parameters, lr=0.1, **given)
+    (group,) = optimizer.param_groups
+    options = {key: value for key, value in group.items() if key != "params"}
+    found = vectorized(optimizer, options)
+    assert found.get("fused", "none") == fused
+    assert {key: value for key, value in found.items() if key not in ("fused", "foreach")} == {
+        key: value for key, value in options.items() if key not in ("fused", "foreach")
+    }
+    assert vectorized(optimizer, options, floating=False).get("fused", "none") == options.get("fused", "none")

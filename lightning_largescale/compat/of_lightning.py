@@ -136,7 +136,8 @@ def init_process_group(environment: Any, backend: str, device: Any, timeout: Any
     """
     from lightning.fabric.utilities.distributed import _destroy_dist_connection, _init_dist_connection
 
-    device_id = None if device.type == "cpu" else device
+    # Bound to a device, groups are split from the first one, which those of several backends cannot be (torch 2.13).
+    device_id = device if device.type != "cpu" and ":" not in backend else None
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
     if "nccl" in backend and backend != "nccl":
         # Which it does for nccl alone.

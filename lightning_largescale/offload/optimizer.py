@@ -12,23 +12,23 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2; Dettmers et al.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.memory import Memory
-from lightning_largescale.offload.pages import Member, Page, Piece, local_of
-from lightning_largescale.offload.places import Places, elements
-from lightning_largescale.offload.state import PagedState, as_divided
+from lightning_largescale.offload.pages import Member, Page
+from lightning_largescale.offload.places import Places
+from lightning_largescale.offload.state import PagedState
 from lightning_largescale.offload.store import Store, StoreError, Transfer
+from lightning_largescale.offload.turn import Turn
 from lightning_largescale.optimizing import bare_step, closure_first, hold, vectorized
 
 # Pages that are on their way in while one is stepped on.
@@ -116,14 +116,20 @@ class PagedOptimizer:
         self.paged.lay_out()
         wanted = {*parameters}
         empty = [member for member in self._empty() if member.parameter in wanted]
-        for _ in self._in_turn(self._pages_of(wanted), empty):
+        pages = self._pages_of(wanted)
+        for page in [page for page in self._expected if page not in pages]:
+            # It is read again when it is its turn: buffers are few.
+            self._take_back(*self._expected.pop(page))
+        for _ in self._in_turn(pages, empty):
             with compat.without_step_hooks(self.optimizer):
                 step()
 
     def expect(self, parameters: Collection[Tensor]) -> None:
         """Begin to read what `step_on` of these needs first."""
-        for page in [page for page in self._pages_of({*parameters}) if self.paged.moves(page)][:_AHEAD]:
-            if page not in self._expected:
+        pages = [page for page in self._pages_of({*parameters}) if self.paged.moves(page)]
+        for page in pages[:_AHEAD]:
+            # Copies of gradients are made when these are there.
+            if page not in self._expected and not self.paged.copies(page):
                 self._expected[page] = self._begun(page)
 
     def _pages_of(self, parameters: Set[Tensor]) -> list[Page]:
@@ -162,7 +168,7 @@ class PagedOptimizer:
             self.paged.lay_out()
             pages, empty, step = self.paged.pages, self._empty(), bare_step(self.optimizer)
             moved, stay = self._sorted(pages)
-            count = len(moved) + bool(stay) + bool(empty)
+            count = len(moved) + len({*map(self.paged.by_host, stay)}) + bool(empty)
             if not count and self._options is not None:
                 # What steps on some have made of the groups, the step that was called makes once more.
                 for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
@@ -244,8 +250,10 @@ class PagedOptimizer:
                 # The next is brought to the device while this one is taken from there.
                 end(0 if self._lanes is None else 1)
             end(0)
-            if stay:
-                yield from self._turn([(page, None) for page in stay])
+            for by_host in (False, True):
+                at_once = [(page, None) for page in stay if self.paged.by_host(page) == by_host]
+                if at_once:
+                    yield from self._turn(at_once)
             if empty:
                 yield from self._turn([], empty)
             self._keep_state()
@@ -253,6 +261,9 @@ class PagedOptimizer:
             self._made.clear()
             for group, params in zip(groups, given, strict=False):
                 group["params"] = params
+            # Those that have been stepped on are taken back, whatever became of the next.
+            with suppress(StoreError):
+                end(0)
             for _, buffer, transfer in (*coming, *leaving):
                 self._take_back(buffer, transfer)
 
@@ -265,9 +276,10 @@ class PagedOptimizer:
         assert self._options is not None
         groups = [*zip(self.optimizer.param_groups, self._options, strict=False)]
         by_host = any(self.paged.by_host(page) for page, _ in places)
+        floating = all(piece.member.local.is_floating_point() for page, _ in places for piece in page.pieces)
         for group, options in groups:
-            hold(group, vectorized(self.optimizer, options) if by_host else options, [])
-        turn = _Turn(self.optimizer, self.paged, self._made)
+            hold(group, vectorized(self.optimizer, options, floating=floating) if by_host else options, [])
+        turn = Turn(self.optimizer, self.paged, self._made)
         for page, buffer in places:
             lanes = self._lanes if self.paged.crosses(page) else None
             for piece, values, gradient in self.paged.values(page, buffer):
@@ -281,7 +293,8 @@ class PagedOptimizer:
         finally:
             turn.leave()
             for group, options in groups if by_host else ():
-                group.update({key: options[key] for key in ("foreach", "fused") if key in options})
+                chosen = ("foreach", "fused", *(key for key in ("lr",) if isinstance(options.get(key), Tensor)))
+                group.update({key: options[key] for key in chosen if key in options})
 
     def _keep_state(self) -> None:
         """Let parameters have what the turns of their pieces have made of their state."""
@@ -290,101 +303,3 @@ class PagedOptimizer:
             state = self.optimizer.state[member.parameter]
             state.clear()
             state.update(self._made[member])
-
-
-class _Turn:
-    """The time in which an optimizer holds parts of parameters in the place of these.
-
-    Args:
-        optimizer: whose groups are empty.
-        paged: where its state is.
-        made: is given the state of each parameter.
-    """
-
-    def __init__(self, optimizer: Optimizer, paged: PagedState, made: dict[Member, dict[str, Any]]) -> None:
-        self._optimizer, self._paged, self._made = optimizer, paged, made
-        self._lanes: Lanes | None = None
-        self._brought: list[tuple[Tensor, Tensor]] = []
-        self._held: list[tuple[Member, nn.Parameter, Tensor, Mapping[str, Tensor]]] = []
-
-    def hold(
-        self, piece: Piece, values: Tensor, gradient: Tensor, slots: Mapping[str, Tensor], lanes: Lanes | None
-    ) -> None:
-        """Hold a piece, whose state is in `slots`, or is brought from there by `lanes`."""
-        if lanes is not None:
-            self._lanes, kept, slots = lanes, slots, lanes.bring(slots)
-            self._brought += [(kept[key], slot) for key, slot in slots.items()]
-        state = self._optimizer.state.get(piece.member.parameter)
-        self._add(
-            piece.member, values, gradient, slots, self._state_of(piece, state, slots, values.device) if state else None
-        )
-
-    def hold_row(self, member: Member) -> None:
-        """Hold a row of zeros in the place of nothing: not all optimizers step on that."""
-        local = member.local
-        row = local.new_zeros((1, *local.shape[1:]))
-        state = self._optimizer.state.get(member.parameter, {})
-        paged = member.kind.dtypes
-        found = {key: torch.zeros_like(row, dtype=paged[key]) if key in paged else one for key, one in state.items()}
-        self._add(member, row, torch.zeros_like(row), {}, found or None)
-
-    def end(self) -> Transfer:
-        """Take what the step has made of them; what takes back what was brought."""
-        for member, part, values, slots in self._held:
-            if values.data_ptr() != part.data_ptr():
-                # Some write a new tensor into `parameter.data`.
-                values.copy_(part.detach())
-            made = self._optimizer.state.pop(part, None)
-            if made is not None:
-                self._made[member] = {key: self._kept(member, key, value, slots) for key, value in made.items()}
-        return Transfer() if self._lanes is None else self._lanes.fetch(self._brought)
-
-    def leave(self) -> None:
-        """Leave nothing of theirs with the optimizer, also after a step that raised."""
-        for _, part, _, _ in self._held:
-            self._optimizer.state.pop(part, None)
-
-    def _add(
-        self,
-        member: Member,
-        values: Tensor,
-        gradient: Tensor,
-        slots: Mapping[str, Tensor],
-        state: dict[str, Any] | None,
-    ) -> None:
-        part = nn.Parameter(values, requires_grad=member.parameter.requires_grad)
-        part.grad = gradient
-        if state is not None:
-            self._optimizer.state[part] = state
-        self._optimizer.param_groups[self._paged.group_of[member.parameter]]["params"].append(part)
-        self._held.append((member, part, values, slots))
-
-    def _state_of(
-        self, piece: Piece, state: Mapping[str, Any], slots: Mapping[str, Tensor], device: torch.device
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in state.items():
-            slot = slots.get(key)
-            if slot is not None and self._paged.is_paged(piece.member, value):
-                if not self._paged.is_here(piece.member, key):
-                    slot.copy_(elements(local_of(value), piece))
-                found[key] = slot
-            else:
-                # Of several pieces each counts its steps.
-                apart = isinstance(value, Tensor) and not piece.whole
-                found[key] = local_of(value).clone() if apart else value
-                if isinstance(value, Tensor) and device.type == "cpu" != value.device.type:
-                    # Of an earlier run, in which the device stepped.
-                    found[key] = local_of(value).cpu()
-        return found
-
-    def _kept(self, member: Member, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:
-        """What the optimizer is to have, between steps, of what it has made of a part's state."""
-        slot = slots.get(key)
-        if not member.local.numel() and key in member.kind.dtypes:
-            return as_divided(member.parameter, value[:0])
-        if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
-            return value
-        if value.data_ptr() != slot.data_ptr():
-            slot.copy_(value)
-        return as_divided(member.parameter, self._paged.view(member, key))

@@ -16,7 +16,13 @@ from lightning_largescale.offload.store import Transfer
 
 
 class Places:
-    """Parameters and gradients that are in memory, where they stay; one of another kind moves them as well."""
+    """Parameters and gradients that are in memory, where they stay; one of another kind moves them as well.
+
+    Attributes:
+        on_host: whether parameters on a device are stepped on in DRAM.
+    """
+
+    on_host = False
 
     def bytes_per_element(self, member: Member) -> int:
         """What moves with an element of `member`, beside its state."""
@@ -53,6 +59,8 @@ class HostPlaces(Places):
         lanes: to the device.
         others: where those are that are elsewhere already.
     """
+
+    on_host = True
 
     def __init__(self, lanes: Lanes, others: Places) -> None:
         self._lanes, self._others = lanes, others
@@ -102,7 +110,9 @@ class HostPlaces(Places):
             shape = local.shape if piece.whole else (piece.stop - piece.start,)
             copies = [buffer.tensor(local.dtype, shape, at + place) for place in (0, _padded(piece))]
             at += 2 * _padded(piece)
-            yield copies[0], None if gradient is None else copies[1]
+            # As the state is: some kernels walk through the memory of all of them at once.
+            values, copied = map(piece.member.laid_out, copies) if piece.whole else copies
+            yield values, None if gradient is None else copied
 
     def _copies(self, member: Member) -> bool:
         """Whether it is on the device, and its state is not."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.pages import Bundle, Kind, Member, Page, Piece, bundles_of, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
-from lightning_largescale.offload.trial import ask_kinds, kind_key
+from lightning_largescale.offload.trial import Key, ask_kinds, kind_key
 from lightning_largescale.plan import PlanError
 
 
@@ -86,7 +87,7 @@ class PagedState:
         fresh = [(one, number) for one, number in self.group_of.items() if one not in self.members]
         if not fresh:
             return
-        kinds = ask_kinds(self._optimizer, fresh)
+        kinds = self._ask(fresh)
         members = [
             Member(
                 parameter, number, self._kept(parameter, kinds[kind_key(parameter, number)]), self._label_of(parameter)
@@ -99,9 +100,13 @@ class PagedState:
         for member in members:
             self._take_over(member)
 
+    def _ask(self, parameters: Sequence[tuple[Tensor, int]]) -> Mapping[Key, Kind]:
+        # Where it will step, as not all optimizers do everywhere.
+        return ask_kinds(self._optimizer, parameters, torch.device("cpu") if self._places.on_host else None)
+
     def _check_moved(self, found: Sequence[tuple[Tensor, int]]) -> None:
         moved = [(one, number) for one, number in found if one in self.members and self.members[one].group != number]
-        kinds = ask_kinds(self._optimizer, moved) if moved else {}
+        kinds = self._ask(moved) if moved else {}
         for parameter, number in moved:
             kind, own = kinds[kind_key(parameter, number)], self.members[parameter].kind
             # What is stepped on as a whole, with no state that is paged, may have any.
@@ -193,10 +198,14 @@ class PagedState:
         member = page.pieces[0].member
         return bool(page.bundle.dtypes) and self._on_device(member.local) and self._places.keeps(member)
 
-    def by_host(self, page: Page) -> bool:
-        """Whether parameters that are on the device are stepped on by the host's cores."""
+    def copies(self, page: Page) -> bool:
+        """Whether its parameters are on the device, and are copied from there to be stepped on."""
         member = page.pieces[0].member
         return self._on_device(member.local) and not self._places.keeps(member)
+
+    def by_host(self, page: Page) -> bool:
+        """Whether it is stepped on by the host's cores, beside a device."""
+        return self._lanes is not None and (self.copies(page) or not self._on_device(page.pieces[0].member.local))
 
     def _page_bytes(self, page: Page) -> int:
         return self._after_state(page) + self._places.moved_bytes(page)

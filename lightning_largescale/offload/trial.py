@@ -43,7 +43,9 @@ def kind_key(parameter: Tensor, group: int) -> Key:
     return group, min(local.dim(), 2), local.numel() >= _LARGE, local.dtype
 
 
-def ask_kinds(optimizer: Optimizer, parameters: Sequence[tuple[Tensor, int]]) -> Mapping[Key, Kind]:
+def ask_kinds(
+    optimizer: Optimizer, parameters: Sequence[tuple[Tensor, int]], device: torch.device | None = None
+) -> Mapping[Key, Kind]:
     """How the state of each of `parameters` can be paged, by `kind_key`.
 
     The optimizer, its parameters and their gradients stay as they are, and so does the random state.
@@ -51,12 +53,13 @@ def ask_kinds(optimizer: Optimizer, parameters: Sequence[tuple[Tensor, int]]) ->
     Args:
         optimizer: any.
         parameters: of it, each with the number of its group.
+        device: that steps on them; None for that which they are on.
 
     Raises:
         PlanError: a step on some of them after the others is not that on all.
     """
     keys = {kind_key(parameter, group): parameter for parameter, group in parameters}
-    device = parameters[0][0].device
+    device = parameters[0][0].device if device is None else device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kinds = _tried(optimizer, {key: _sample(key, number, device) for number, key in enumerate(keys)})

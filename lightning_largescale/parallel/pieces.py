@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_largescale import compat
 from lightning_largescale.parallel.order import as_ordered, divided_dim, has_order, order_of
 from lightning_largescale.parallel.rows import mark_rows, rows_of
 from lightning_largescale.workload.parts import Part, share
@@ -83,9 +84,7 @@ def empty_part(
     if not isinstance(like, DTensor):
         rows = rows_of(like)
         return own if rows is None else mark_rows(own, rows)
-    whole = DTensor.from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    whole: DTensor = compat.divided_as(like, own)
     return as_ordered(whole, order_of(like))
 
 

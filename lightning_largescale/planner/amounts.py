@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning_largescale.hardware import Hardware
+from lightning_largescale.optimizing import FUSED
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.hierarchy import moved_in_step
 from lightning_largescale.planner.memory import allocator_share, moments_bytes
@@ -23,8 +24,8 @@ from lightning_largescale.planner.placement import state_that_may_stay
 from lightning_largescale.planner.runtime import beside_transfers
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMITED, Choice, Spread, spread
-from lightning_largescale.planner.transfers import Passes, transfers
-from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
+from lightning_largescale.planner.transfers import Away, Passes, transfers
+from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES, page_buffer_bytes
 
 # Values of one amount that are tried, spread evenly over all; the best is then drawn out to what just fits.
 _MOST_VALUES = 12
@@ -92,7 +93,7 @@ class Amounts:
         self._peaks: dict[Choice, tuple[int, int]] = {}
         self._moved_by_groups: dict[int, int] = {}
         # Who may step on state that is elsewhere: the device or, on CUDA, the host.
-        self._steppers = (False, True) if self._state and sizes.kind == "cuda" else (False,)
+        self._steppers = (False, True) if self._state and _host_steps(sizes) else (False,)
         # With all that may leave gone.
         self.least = Choice(blocks=self._blocks)
 
@@ -106,18 +107,18 @@ class Amounts:
             return None
         _, choice = min(found, key=lambda row: row[0])
         drawn_out = self._drawn_out(choice)
-        plan, seconds = self.plan(drawn_out), self._seconds(drawn_out)
-        assert plan is not None
-        assert seconds is not None
-        return plan, seconds
+        placed = self._spread(drawn_out)
+        assert placed is not None
+        seconds, by_host = self._priced(drawn_out, placed)
+        return dataclasses.replace(placed.plan, host_optimizer_step=by_host), seconds
 
     def plan(self, choice: Choice) -> Plan | None:
-        """The fastest plan of these amounts; None where other tiers have not the room."""
-        found = spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
-        if found is None or self.layout.hardware.rates is None:
-            return None if found is None else found.plan
-        _, by_host = self._priced(choice, found)
-        return dataclasses.replace(found.plan, host_optimizer_step=by_host)
+        """A plan of these amounts; None where other tiers have not the room."""
+        found = self._spread(choice)
+        return None if found is None else found.plan
+
+    def _spread(self, choice: Choice) -> Spread | None:
+        return spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
 
     def _tried(self) -> Iterator[Choice]:
         """Choices that fit the device, each with as much state as can stay."""
@@ -184,7 +185,7 @@ class Amounts:
 
     def _seconds(self, choice: Choice) -> float | None:
         """Of a step; None where other tiers have not the room."""
-        found = spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
+        found = self._spread(choice)
         if found is None or self.layout.hardware.rates is None:
             return None
         seconds, _ = self._priced(choice, found)
@@ -195,12 +196,18 @@ class Amounts:
         rates, sizes = self.layout.hardware.rates, self.layout.sizes
         assert rates is not None
         seconds, passes = self._without_transfers(choice.blocks)
-        moved = [
-            (transfers(found.away.stepped_on(sizes, by_host=by_host), passes, rates, sizes.kind).step_seconds, by_host)
-            for by_host in self._steppers
-        ]
+        moved: list[tuple[float, bool]] = []
+        for by_host in self._steppers if self._has_room_for_copies(found.away) else (False,):
+            away = found.away.stepped_on(sizes, by_host=by_host)
+            moved.append((transfers(away, passes, rates, sizes.kind).step_seconds, by_host))
         least, by_host = min(moved)
         return seconds + least, by_host
+
+    def _has_room_for_copies(self, away: Away) -> bool:
+        """Whether DRAM has room for what the host would step on, beside what it keeps."""
+        kept = (away.parameters, away.trained, away.state, away.activations)
+        in_dram = sum(sizes.get("cpu", 0) for sizes in kept)
+        return in_dram + PAGE_BUFFERS * PAGE_BYTES <= self.layout.budgets.get("cpu", 0)
 
     def _without_transfers(self, blocks: int) -> tuple[float, Passes]:
         """Seconds of a step without transfers, and what these run beside."""
@@ -217,6 +224,14 @@ class Amounts:
         """Bytes lost in holes for each byte that comes and goes."""
         sizes = self.layout.without(self.techniques, self.least)
         return allocator_share(sizes.plan, sizes.kind)
+
+
+def _host_steps(sizes: Sizes) -> bool:
+    """Whether the host's cores may step on what a device has: at the rate of its memory, which is known of torch's own
+    optimizers that have one kernel there, and where no scaler on the device scales gradients.
+    """
+    known = {needs.class_name for needs in sizes.workload.optimizers} <= {one.__name__ for one in FUSED}
+    return sizes.kind == "cuda" and known and sizes.plan.precision != "16-mixed"
 
 
 def _staying(choice: Choice, state_bytes: int) -> Choice:

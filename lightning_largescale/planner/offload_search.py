@@ -69,7 +69,10 @@ class Offloading:
         }
         usable = [name for name in TECHNIQUES if may[name]]
         sets = (itertools.combinations(usable, count) for count in range(1, len(usable) + 1))
-        return [frozenset(names) for names in itertools.chain.from_iterable(sets)]
+        found = [frozenset(names) for names in itertools.chain.from_iterable(sets)]
+        # On CUDA state of parameters that are elsewhere is elsewhere too.
+        both = {"parameters", "optimizer"} if self.hardware.kind == "cuda" and may["optimizer"] else set()
+        return [names for names in found if "parameters" not in names or both <= names]
 
     def with_recomputation(self, plan: Plan) -> list[tuple[frozenset[str], float]]:
         """The same where some blocks recompute instead of having their activations leave, and the least seconds that

@@ -77,9 +77,11 @@ def state_that_may_stay(sizes: Sizes, trained_away: int) -> int:
 
 def _state_tiers(sizes: Sizes, groups: Collection[str]) -> dict[str, int]:
     plan, total = sizes.plan, sizes.optimizer_state
-    if plan.offload_optimizer is None or sizes.workload.stage != "fit":
+    if sizes.workload.stage != "fit":
         return {}
     may_stay = state_that_may_stay(sizes, sum(sizes.gradient(name, whole=False) for name in groups))
+    if plan.offload_optimizer is None:
+        return {"cpu": total - may_stay} if total > may_stay else {}
     leaves = total - whole_pages(may_stay, plan.resident_optimizer_bytes)
     in_dram = leaves if plan.offload_optimizer == "cpu" else whole_pages(leaves, plan.cpu_optimizer_bytes)
     return {tier: size for tier, size in (("cpu", in_dram), ("nvme", leaves - in_dram)) if size}

@@ -63,8 +63,9 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
     saved = sum(_saved(sizes, blocks))
     trained = [sizes.gradient(name, whole=False) if sizes.workload.stage == "fit" else 0 for name in groups]
-    stays = min(choice.state_bytes, state_that_may_stay(sizes, sum(trained)))
-    state = sizes.optimizer_state - stays if "optimizer" in techniques else 0
+    may_stay = state_that_may_stay(sizes, sum(trained))
+    stays = min(choice.state_bytes, may_stay) if "optimizer" in techniques else may_stay
+    state = sizes.optimizer_state - stays if sizes.workload.stage == "fit" else 0
     gradients = 0 if "release" in techniques else 1
     kept = [sizes.shard(name) + gradients * size for name, size in zip(groups, trained, strict=True)]
     dram, disk = tiers.get("cpu", 0), tiers.get("nvme")

@@ -20,6 +20,7 @@ from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import SpilledParameters
+from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.parallel.recompute import apply_recompute
 from lightning_largescale.plan import Plan, PlanError
@@ -65,14 +66,14 @@ def losses_of(module, optimizer, backward, steps=5):
     return losses
 
 
-def released(build, folder, recompute, clip, lanes=None):
+def released(build, folder, recompute, clip, **options):
     module = Plain(dropout=0.1)
     apply_recompute(module, Plan(activation_checkpointing=recompute))
     optimizer = build(module.parameters())
     labels, alive = module.labels(), []
     store = None if folder is None else Store(folder)
     made = PagedOptimizer(
-        optimizer, store=store, buffers=PageBuffers(), label_of=lambda one: labels.get(one, ""), lanes=lanes
+        optimizer, store=store, buffers=PageBuffers(), label_of=lambda one: labels.get(one, ""), **options
     )
     release = Release(made, labels, clip)
     for parameter in labels:
@@ -102,7 +103,7 @@ def released(build, folder, recompute, clip, lanes=None):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("clips", [False, True])
-@pytest.mark.parametrize("tier", ["nvme", "cpu", "device"])
+@pytest.mark.parametrize("tier", ["nvme", "cpu", "device", "host"])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_updates_in_backward_are_those_after_it(kind, tier, clips, recompute, tmp_path):
     def clip(parameters):
@@ -110,7 +111,7 @@ def test_updates_in_backward_are_those_after_it(kind, tier, clips, recompute, tm
             clip_grad_value_(parameters, 1e-2)
 
     def build(parameters):
-        return kind(parameters, lr=1e-2, weight_decay=0.1)
+        return kind(parameters, lr=1e-2, weight_decay=0.1, fused=False)
 
     module = Plain(dropout=0.1)
     optimizer = build(module.parameters())
@@ -120,8 +121,9 @@ def test_updates_in_backward_are_those_after_it(kind, tier, clips, recompute, tm
         optimizer.step()
 
     losses = losses_of(module, optimizer, backward)
-    lanes = Lanes(torch.device("cpu")) if tier == "device" else None
-    found = released(build, tmp_path if tier == "nvme" else None, recompute, clip, lanes)
+    lanes = Lanes(torch.device("cpu"))
+    options = {"device": {"lanes": lanes}, "host": {"lanes": lanes, "places": HostPlaces(lanes, Places())}}
+    found = released(build, tmp_path if tier in ("nvme", "host") else None, recompute, clip, **options.get(tier, {}))
     assert found[0] == losses
     assert not difference(found[1], list(module.parameters()))
     # It has its keys in the order in which parameters were first stepped on.

@@ -162,11 +162,29 @@ def note(parameter):
         parameter.grad = parameter.grad.to(memory_format=torch.channels_last)
 
 
+def unfused(name):
+    """Builds the optimizer of that name, which takes no other kernels on the host."""
+
+    def build(module):
+        made = BUILDERS[name](module)
+        for group in made.param_groups:
+            group.update({"fused": group["fused"] or False} if "fused" in group else {})
+        return made
+
+    return build
+
+
 @pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "AdamW foreach", "SGD nesterov", "own", "Adafactor"])
 def test_parameters_of_any_form(name, tmp_path):
     expected = without_closure(BUILDERS[name], None, change=unusual)
     assert not difference(without_closure(BUILDERS[name], tmp_path, change=unusual), expected)
     assert not difference(without_closure(BUILDERS[name], tmp_path, change=unusual, resident=300_000), expected)
+    lanes = Lanes(torch.device("cpu"))
+    # torch's one kernel takes a tensor with gaps for one without; a copy has none.
+    for places in (Places(), *([HostPlaces(lanes, Places())] if name != "AdamW fused" else [])):
+        found = without_closure(unfused(name), tmp_path, change=unusual, lanes=lanes, places=places)
+        assert not difference(found[0], expected[0])
+        assert not difference(found[1]["state"], expected[1]["state"])
 
 
 def hooked(kind, folder):
@@ -331,6 +349,34 @@ def test_after_a_step_that_raised_all_is_the_users_again(step, calls, tmp_path):
         for number in range(3):
             train(module, optimizer, 1, number)
         assert set(optimizer.state) == set(before[:-1])
+
+
+@pytest.mark.parametrize("by_host", [False, True])
+@pytest.mark.parametrize("tier", ["nvme", "cpu"])
+def test_beside_a_device_what_was_stepped_on_before_a_failure_is_whole(tier, by_host, tmp_path):
+    module = model()
+    optimizer = of(Failing)(module)
+    lanes = Lanes(torch.device("cpu"))
+    places = HostPlaces(lanes, Places()) if by_host else Places()
+    with paged(optimizer, tmp_path if tier == "nvme" else None, lanes=lanes, places=places):
+        train(module, optimizer, 1)
+
+        def values():
+            found = [(one, *optimizer.state[one].values()) for one in held(optimizer) if one in optimizer.state]
+            return [[tensor.detach().clone() for tensor in tensors] for tensors in found]
+
+        before = values()
+        optimizer.calls, optimizer.failing_at = 0, 4
+        with pytest.raises(MemoryError):
+            train(module, optimizer, 1)
+        optimizer.failing_at = None
+        changed = [
+            [not torch.equal(one, other) for one, other in zip(*pair, strict=True)]
+            for pair in zip(values(), before, strict=True)
+        ]
+        assert [True, True] in changed
+        assert [False, False] in changed
+        assert all(parameter == state for parameter, state in changed)
 
 
 @pytest.mark.parametrize("reading", [True, False])

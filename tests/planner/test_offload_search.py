@@ -163,12 +163,16 @@ def pages_left(plan, work, kind):
     built=st.booleans(),
     accumulate=st.sampled_from([1, 3]),
     dram=st.sampled_from([64, 4096]),
+    host=st.sampled_from([1e9, 1e12]),
 )
 def test_every_plan_fits_is_valid_and_keeps_all_that_can_stay(
-    world, kind, budget, saved, release, built, accumulate, dram
+    world, kind, budget, saved, release, built, accumulate, dram, host
 ):
     work = workload(steps={"32-true": step(saved=saved * MIB, head=4 * MIB)})
     machine = tiered(world, kind=kind, dram=dram * MIB)
+    if kind == "cuda":
+        rates = dataclasses.replace(machine.rates, host_memory_bandwidth=host)
+        machine = dataclasses.replace(machine, rates=rates)
     budget = (budget + (640 if kind == "cuda" else 0)) * MIB
     options = {"may_release": release, "built": built, "accumulate_grad_batches": accumulate}
     report = find_plans(work, machine, memory_budget=budget, **options)

@@ -1,0 +1,118 @@
+"""The time in which an optimizer holds the elements of a page, in the place of parameters.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2; Dettmers et al. 2023, "QLoRA", section 3 (paged
+    optimizers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_largescale.offload.lanes import Lanes
+from lightning_largescale.offload.pages import Member, Piece, local_of
+from lightning_largescale.offload.places import elements
+from lightning_largescale.offload.state import PagedState, as_divided
+from lightning_largescale.offload.store import Transfer
+
+
+class Turn:
+    """The time in which an optimizer holds parts of parameters in the place of these.
+
+    Args:
+        optimizer: whose groups are empty.
+        paged: where its state is.
+        made: is given the state of each parameter.
+    """
+
+    def __init__(self, optimizer: Optimizer, paged: PagedState, made: dict[Member, dict[str, Any]]) -> None:
+        self._optimizer, self._paged, self._made = optimizer, paged, made
+        self._lanes: Lanes | None = None
+        self._brought: list[tuple[Tensor, Tensor]] = []
+        self._held: list[tuple[Member, nn.Parameter, Tensor, Mapping[str, Tensor]]] = []
+
+    def hold(
+        self, piece: Piece, values: Tensor, gradient: Tensor, slots: Mapping[str, Tensor], lanes: Lanes | None
+    ) -> None:
+        """Hold a piece, whose state is in `slots`, or is brought from there by `lanes`."""
+        if lanes is not None:
+            self._lanes, kept, slots = lanes, slots, lanes.bring(slots)
+            self._brought += [(kept[key], slot) for key, slot in slots.items()]
+        state = self._optimizer.state.get(piece.member.parameter)
+        self._add(
+            piece.member, values, gradient, slots, self._state_of(piece, state, slots, values.device) if state else None
+        )
+
+    def hold_row(self, member: Member) -> None:
+        """Hold a row of zeros in the place of nothing: not all optimizers step on that."""
+        local = member.local
+        row = local.new_zeros((1, *local.shape[1:]))
+        state = self._optimizer.state.get(member.parameter, {})
+        paged = member.kind.dtypes
+        found = {key: torch.zeros_like(row, dtype=paged[key]) if key in paged else one for key, one in state.items()}
+        self._add(member, row, torch.zeros_like(row), {}, found or None)
+
+    def end(self) -> Transfer:
+        """Take what the step has made of them; what takes back what was brought."""
+        for member, part, values, slots in self._held:
+            if values.data_ptr() != part.data_ptr():
+                # Some write a new tensor into `parameter.data`.
+                values.copy_(part.detach())
+            made = self._optimizer.state.pop(part, None)
+            if made is not None:
+                self._made[member] = {key: self._kept(member, key, value, slots) for key, value in made.items()}
+        return Transfer() if self._lanes is None else self._lanes.fetch(self._brought)
+
+    def leave(self) -> None:
+        """Leave nothing of theirs with the optimizer, also after a step that raised."""
+        for _, part, _, _ in self._held:
+            self._optimizer.state.pop(part, None)
+
+    def _add(
+        self,
+        member: Member,
+        values: Tensor,
+        gradient: Tensor,
+        slots: Mapping[str, Tensor],
+        state: dict[str, Any] | None,
+    ) -> None:
+        part = nn.Parameter(values, requires_grad=member.parameter.requires_grad)
+        part.grad = gradient
+        if state is not None:
+            self._optimizer.state[part] = state
+        self._optimizer.param_groups[self._paged.group_of[member.parameter]]["params"].append(part)
+        self._held.append((member, part, values, slots))
+
+    def _state_of(
+        self, piece: Piece, state: Mapping[str, Any], slots: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in state.items():
+            slot = slots.get(key)
+            if slot is not None and self._paged.is_paged(piece.member, value):
+                if not self._paged.is_here(piece.member, key):
+                    slot.copy_(elements(local_of(value), piece))
+                found[key] = slot
+            else:
+                # Of several pieces each counts its steps.
+                apart = isinstance(value, Tensor) and not piece.whole
+                found[key] = local_of(value).clone() if apart else value
+                if isinstance(value, Tensor) and device.type == "cpu" != value.device.type:
+                    # Of an earlier run, in which the device stepped.
+                    found[key] = local_of(value).cpu()
+        return found
+
+    def _kept(self, member: Member, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:
+        """What the optimizer is to have, between steps, of what it has made of a part's state."""
+        slot = slots.get(key)
+        if not member.local.numel() and key in member.kind.dtypes:
+            return as_divided(member.parameter, value[:0])
+        if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
+            return value
+        if value.data_ptr() != slot.data_ptr():
+            slot.copy_(value)
+        return as_divided(member.parameter, self._paged.view(member, key))

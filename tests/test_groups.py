@@ -1,0 +1,51 @@
+"""Groups of ranks are made once for a default group, and outlive neither it nor a fork."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import torch.distributed as dist
+from ranks import ranks
+
+from lightning_largescale.groups import forget_groups, made_once
+
+
+def connect(folder, name):
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size)
+
+
+def of_two_default_groups(folder):
+    found = []
+    for name in ("first", "second"):
+        connect(folder, name)
+        groups = [made_once("any", dist.new_group) for _ in range(3)]
+        found.append((len({*map(id, groups)}), groups[0].size()))
+        dist.barrier(groups[0])
+        dist.destroy_process_group()
+    return found, made_once("none", lambda: "made without a default group")
+
+
+def test_made_once_for_a_default_group(tmp_path):
+    with ranks(2) as made:
+        expected = [(1, 2), (1, 2)], "made without a default group"
+        assert made.run(of_two_default_groups, tmp_path) == [expected] * 2
+
+
+def ends_of_forks(folder):
+    """How a fork ends that lets go of all groups it knows of, one of which nobody else has."""
+    connect(folder, "parent")
+    made_once("any", dist.new_group)
+    dist.destroy_process_group()
+    child = os.fork()
+    if not child:
+        forget_groups()
+        gc.collect()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def test_a_fork_leaves_groups_to_its_parent(tmp_path):
+    with ranks(2) as made:
+        assert made.run(ends_of_forks, tmp_path) == [0, 0]
