@@ -4,18 +4,22 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: example test slow lint
+.PHONY: example test slow coverage lint
 
 example: .venv/.package
 	$(PY) examples/quickstart.py --accelerator cpu --devices 2
 
 test: .venv/.dev
-	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -m "not slow and not gpu"; status=$$?; \
-	$(PY) -m coverage combine --quiet; $(PY) -m coverage report; exit $$status
+	$(PY) -m pytest -m "not slow and not gpu"
 
 slow: .venv/.dev
 	$(PY) -m pytest -m "slow and not gpu"
+
+# The same tests, slower, and then the lines that none of them runs.
+coverage: .venv/.dev
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -m "not slow and not gpu"; status=$$?; \
+	$(PY) -m coverage combine --quiet; $(PY) -m coverage report; exit $$status
 
 lint: .venv/.dev
 	$(PY) -m ruff check .
