@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,23 @@ def test_autoload_is_standard_library_only():
 def test_a_breach_is_seen():
     code = "if TYPE_CHECKING:\n import a.b\nelse:\n import c\ndef f():\n from ..planner import d\n from . import e"
     assert imports(ast.parse(code), ("p", "parallel")) == {("c",), ("p", "planner", "d"), ("p", "parallel", "e")}
+
+
+def test_what_is_imported_is_required():
+    """Without extras: what others happen to bring is not there on a machine that has but the package."""
+    requirements = [
+        re.split(r"[^A-Za-z0-9_.-]", line)[0]
+        for line in metadata.requires("lightning-largescale") or ()
+        if "extra ==" not in line
+    ]
+    required = {re.sub(r"[-_.]+", "-", name).lower() for name in requirements}
+    names = {
+        name[0]
+        for path in files().values()
+        for name in imports(ast.parse(path.read_text()), ("lightning_largescale",))
+        if name[0] not in sys.stdlib_module_names and name[0] != "lightning_largescale"
+    }
+    homes = metadata.packages_distributions()
+    missing = [name for name in sorted(names) if not required & {one.lower().replace("_", "-") for one in homes[name]}]
+    assert not missing
+    assert {"torch", "lightning", "safetensors"} <= names
