@@ -25,6 +25,7 @@ class Placement:
         activations: tier of what `blocks` save; None: it stays.
         blocks: names of the blocks whose activations leave.
         outside: tiers that are not the device's own memory: on CPU, DRAM is.
+        away: names of groups whose parameters are not in the device's memory.
     """
 
     groups: Mapping[str, str] = field(default_factory=dict)
@@ -32,11 +33,7 @@ class Placement:
     activations: str | None = None
     blocks: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
-
-    @property
-    def away(self) -> frozenset[str]:
-        """Groups whose parameters are not in the device's memory."""
-        return frozenset(name for name, tier in self.groups.items() if tier in self.outside)
+    away: frozenset[str] = frozenset()
 
     @property
     def state_away(self) -> int:
@@ -51,12 +48,14 @@ def place(sizes: Sizes) -> Placement:
     if plan.offload_activations is not None and sizes.workload.stage == "fit":
         blocks = frozenset(sizes.workload.blocks if plan.offloaded_blocks is None else plan.offloaded_blocks)
     groups = group_tiers(plan, {name: sizes.shard(name) for name in sizes.movable})
+    outside = frozenset({"nvme"} if sizes.kind == "cpu" else {"cpu", "nvme"})
     return Placement(
         groups=groups,
+        away=frozenset(name for name, tier in groups.items() if tier in outside),
         state=_state_tiers(sizes, groups),
         activations=plan.offload_activations if blocks else None,
         blocks=blocks,
-        outside=frozenset({"nvme"} if sizes.kind == "cpu" else {"cpu", "nvme"}),
+        outside=outside,
     )
 
 

@@ -97,10 +97,17 @@ class Sizes:
 
     def local(self, parameter: Parameter) -> int:
         """What the rank keeps of `parameter`, bytes."""
-        if parameter.name in self._table_names:
-            return math.ceil(parameter.shape[0] / self.plan.world_size) * _row_bytes(parameter)
-        dim = self._tp_dims.get(parameter.name)
-        return shard_bytes(parameter.shape, parameter.bytes, self.plan.dp_shard, self.plan.tp, dim)
+        return self._locals[parameter.name]
+
+    @cached_property
+    def _locals(self) -> dict[str, int]:
+        plan, found = self.plan, {}
+        for one in self.workload.parameters:
+            dim = self._tp_dims.get(one.name)
+            found[one.name] = shard_bytes(one.shape, one.bytes, plan.dp_shard, plan.tp, dim)
+        for table in self.tables:
+            found[table.name] = math.ceil(table.shape[0] / plan.world_size) * _row_bytes(table)
+        return found
 
     def part(self, parameter: Parameter) -> int:
         """What the rank computes with of `parameter`: its part under tensor parallelism, else all."""
