@@ -103,7 +103,10 @@ class PeerFailures:
             follows = first.rank != own.rank
             tell_in_one_line(error, f"rank {self.rank} stops: {first}{here}" if follows else None)
         finally:
-            if not self._together:
+            if self._together:
+                # All ranks stopped, each where it was: what it had begun in a group is met by nothing.
+                forget_groups()
+            else:
                 leave_process_group()
             self._lines.close()
 
@@ -161,10 +164,10 @@ def leave_process_group() -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
+    forget_groups()
     if "nccl" in dist.get_backend():
         compat.abort_process_groups()
     else:
-        forget_groups()
         dist.destroy_process_group()
         gc.collect()
 

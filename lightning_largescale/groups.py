@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 _Made = TypeVar("_Made")
 _made: dict[Hashable, Any] = {}
-# The default group that they were made beside; none of them outlives it.
+# The default group that they were made beside; beside another they are not used.
 _world: list[weakref.ref[Any]] = []
 _inherited: list[Any] = []
 

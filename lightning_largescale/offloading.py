@@ -116,6 +116,11 @@ class OffloadingStrategy(BuildingStrategy, ABC):
 
     def _take_over(self, *, fitting: bool) -> None:
         """Move the shards of blocks, and fetch them from now on when they are gathered."""
+        state = sharded_state(self._module())
+        if state is not None and self.plan.offload_parameters == "nvme":
+            on_disk = () if self._spilled is None else self._spilled.blocks
+            blocks: dict[str, Any] = {name: one for name, one in state.groups.items() if name not in on_disk}
+            bring_back(nn.Module(), blocks)
         if self._spilled is None or self._store is None:
             return
         self._spilled.take_over()
@@ -278,8 +283,8 @@ def _check_backend(device: torch.device) -> None:
     backend = dist.get_backend() if dist.is_initialized() else "gloo"
     if device.type != "cpu" and "gloo" not in backend and "cpu:" not in backend:
         raise PlanError(
-            f"offload_parameters keeps gradients in DRAM, of which {backend} sums no norms; give"
-            " process_group_backend='cpu:gloo,cuda:nccl', or leave it out."
+            f"offload_parameters keeps gradients in DRAM, of which {backend} sums no norms; connect the ranks by"
+            " 'cpu:gloo,cuda:nccl' (process_group_backend, or your own init_process_group), or leave that to us."
         )
 
 

@@ -92,7 +92,7 @@ def vectorized(optimizer: Optimizer, options: Mapping[str, Any], *, floating: bo
     given = dict(options)
     if isinstance(rate := given.get("lr"), Tensor):
         given["lr"] = rate.cpu()
-    chosen = any(given.get(name) for name in ("foreach", "differentiable", "capturable"))
+    chosen = given.get("foreach") is not None or given.get("differentiable") or given.get("capturable")
     # With a momentum, the kernel takes no parameter whose first gradient comes later than those of others.
     known = type(optimizer) in FUSED and not given.get("momentum")
     if not known or chosen or given.get("fused", False) is not None or not floating:

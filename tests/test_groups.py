@@ -17,19 +17,20 @@ def connect(folder, name):
 
 
 def of_two_default_groups(folder):
-    found = []
+    found, every = [], []
     for name in ("first", "second"):
         connect(folder, name)
         groups = [made_once("any", dist.new_group) for _ in range(3)]
         found.append((len({*map(id, groups)}), groups[0].size()))
+        every.append(groups[0])
         dist.barrier(groups[0])
         dist.destroy_process_group()
-    return found, made_once("none", lambda: "made without a default group")
+    return found, every[0] is not every[1], made_once("none", lambda: "made without a default group")
 
 
 def test_made_once_for_a_default_group(tmp_path):
     with ranks(2) as made:
-        expected = [(1, 2), (1, 2)], "made without a default group"
+        expected = [(1, 2), (1, 2)], True, "made without a default group"
         assert made.run(of_two_default_groups, tmp_path) == [expected] * 2
 
 

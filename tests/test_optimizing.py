@@ -161,6 +161,7 @@ def test_an_error_in_words(error, words):
         (torch.optim.AdamW, {}, True),
         (torch.optim.AdamW, {"fused": False}, False),
         (torch.optim.AdamW, {"foreach": True}, None),
+        (torch.optim.AdamW, {"foreach": False}, None),
         (torch.optim.Adam, {"capturable": True}, None),
         (torch.optim.SGD, {}, True),
         # Its kernel takes no parameter whose first gradient comes after those of others.

@@ -123,6 +123,8 @@ class PagedOptimizer:
         for _ in self._in_turn(pages, empty):
             with compat.without_step_hooks(self.optimizer):
                 step()
+        # Of parameters that have got no gradient.
+        self._give_back()
 
     def expect(self, parameters: Collection[Tensor]) -> None:
         """Begin to read what `step_on` of these needs first."""
@@ -261,11 +263,13 @@ class PagedOptimizer:
             self._made.clear()
             for group, params in zip(groups, given, strict=False):
                 group["params"] = params
-            # Those that have been stepped on are taken back, whatever became of the next.
-            with suppress(StoreError):
-                end(0)
-            for _, buffer, transfer in (*coming, *leaving):
-                self._take_back(buffer, transfer)
+            try:
+                # Those that have been stepped on are taken back, whatever became of the next.
+                with suppress(StoreError):
+                    end(0)
+            finally:
+                for _, buffer, transfer in (*coming, *leaving):
+                    self._take_back(buffer, transfer)
 
     def _turn(
         self, places: Sequence[tuple[Page, Memory | None]], empty: Sequence[Member] = ()

@@ -169,9 +169,7 @@ class Amounts:
     def _most_state(self, groups: int) -> int:
         """Bytes of state that may stay, if so many groups do."""
         sizes = self.layout.sizes
-        fit = sizes.workload.stage == "fit"
-        leave = sizes.movable[: self._groups - groups] if fit else []
-        return min(self._state - 1, state_that_may_stay(sizes, sum(sizes.gradient(one, whole=False) for one in leave)))
+        return min(self._state - 1, state_that_may_stay(sizes, sizes.movable[: max(0, self._groups - groups)]))
 
     def _buffers(self, choice: Choice) -> int:
         return page_buffer_bytes(self._moved(choice.groups) - choice.state_bytes)

@@ -165,9 +165,9 @@ def _removable(
 
 
 def _parameters_of_state(workload: Workload) -> float:
-    """Bytes of parameters that are stepped on for each byte of optimizer state."""
-    state = sum(sum(needs.state_bytes.values()) for needs in workload.optimizers)
-    return sum(one.bytes for one in workload.parameters if one.trainable and one.used) / state if state else 0.0
+    """Bytes of the parameter for each byte of optimizer state, of that which has the fewest."""
+    state = {name: size for needs in workload.optimizers for name, size in needs.state_bytes.items() if size}
+    return min((one.bytes / state[one.name] for one in workload.parameters if one.name in state), default=0.0)
 
 
 def _byte_seconds(hardware: Hardware) -> tuple[float, float]:

@@ -5,7 +5,7 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (what moves between 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,20 +65,19 @@ def whole_pages(total_bytes: int, amount_bytes: int | None) -> int:
     return total_bytes if amount >= total_bytes else amount // PAGE_BYTES * PAGE_BYTES
 
 
-def state_that_may_stay(sizes: Sizes, trained_away: int) -> int:
-    """Of a rank's optimizer state, bytes that may stay on the device where `trained_away` bytes of the parameters that
-    are stepped on are kept elsewhere: on CUDA, these are stepped on by the host.
+def state_that_may_stay(sizes: Sizes, away: Iterable[str]) -> int:
+    """Of a rank's optimizer state, bytes that may stay on the device where the parameters of the groups in `away` are
+    kept elsewhere: on CUDA, these are stepped on by the host.
     """
-    if sizes.kind == "cpu" or not sizes.trained_bytes:
-        return sizes.optimizer_state
-    return sizes.optimizer_state * (sizes.trained_bytes - trained_away) // sizes.trained_bytes
+    of_others = 0 if sizes.kind == "cpu" else sum(map(sizes.state, away))
+    return max(0, sizes.optimizer_state - of_others)
 
 
 def _state_tiers(sizes: Sizes, groups: Collection[str]) -> dict[str, int]:
     plan, total = sizes.plan, sizes.optimizer_state
     if sizes.workload.stage != "fit":
         return {}
-    may_stay = state_that_may_stay(sizes, sum(sizes.gradient(name, whole=False) for name in groups))
+    may_stay = state_that_may_stay(sizes, groups)
     if plan.offload_optimizer is None:
         return {"cpu": total - may_stay} if total > may_stay else {}
     leaves = total - whole_pages(may_stay, plan.resident_optimizer_bytes)

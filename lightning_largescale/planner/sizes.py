@@ -66,6 +66,7 @@ class Sizes:
         if self.divisions:
             self.step = divided_step(self.step, self.tensor_costs, plan.wrapped_modules)
         self._gathered: dict[str | None, int] = {}
+        self._states: dict[str, int] = {}
         self._shards: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
@@ -156,12 +157,17 @@ class Sizes:
     @cached_property
     def optimizer_state(self) -> int:
         """What the rank keeps of every optimizer's state, divided as the parameters are."""
-        total = 0.0
-        for needs in self.workload.optimizers:
-            for parameter in self.workload.parameters:
-                share = self.local(parameter) / parameter.bytes if parameter.bytes else 1.0
-                total += needs.state_bytes.get(parameter.name, 0) * share
-        return int(total)
+        return int(sum(map(self._state_of, self.workload.parameters)))
+
+    def state(self, block: str) -> int:
+        """What the rank keeps of every optimizer's state of one group's parameters."""
+        if block not in self._states:
+            self._states[block] = math.ceil(sum(map(self._state_of, self._group(block))))
+        return self._states[block]
+
+    def _state_of(self, parameter: Parameter) -> float:
+        share = self.local(parameter) / parameter.bytes if parameter.bytes else 1.0
+        return sum(needs.state_bytes.get(parameter.name, 0) for needs in self.workload.optimizers) * share
 
     @cached_property
     def stepped(self) -> dict[str | None, tuple[int, int]]:

@@ -63,7 +63,7 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
     saved = sum(_saved(sizes, blocks))
     trained = [sizes.gradient(name, whole=False) if sizes.workload.stage == "fit" else 0 for name in groups]
-    may_stay = state_that_may_stay(sizes, sum(trained))
+    may_stay = state_that_may_stay(sizes, groups)
     stays = min(choice.state_bytes, may_stay) if "optimizer" in techniques else may_stay
     state = sizes.optimizer_state - stays if sizes.workload.stage == "fit" else 0
     gradients = 0 if "release" in techniques else 1
