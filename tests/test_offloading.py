@@ -577,7 +577,7 @@ CGROUPS = Path("/sys/fs/cgroup/memory" if Path("/sys/fs/cgroup/memory").is_dir()
 @pytest.mark.skipif(not os.access(CGROUPS, os.W_OK), reason="needs a memory cgroup of its own, so root")
 def test_a_model_larger_than_memory_trains_where_the_plain_run_is_killed(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks/larger_than_memory.py"
-    size = ["--width", "1024", "--layers", "12", "--limit", "2GiB", "--steps", "2"]
+    size = ["--width", "1024", "--layers", "12", "--limit", "2.2GiB", "--steps", "2"]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
 
     def run(*options):
