@@ -7,6 +7,7 @@ package defines, other than on self: what a base class leaves to its subclasses.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -78,13 +79,19 @@ def compat_names() -> list[str]:
     return [name for name in names if not name.startswith("_")]
 
 
+@functools.cache
+def used_names() -> frozenset[str]:
+    """Attributes, and what is imported by name, in all of the package."""
+    words = [word for path in FILES.values() for word in ast.walk(ast.parse(path.read_text()))]
+    attributes = {word.attr for word in words if isinstance(word, ast.Attribute)}
+    imported = {alias.name for word in words if isinstance(word, ast.ImportFrom) for alias in word.names}
+    return frozenset(attributes | imported)
+
+
 @pytest.mark.parametrize("name", compat_names())
 def test_each_is_used_and_tested(name):
-    words = [word for path in FILES.values() for word in ast.walk(ast.parse(path.read_text()))]
-    used = {word.attr for word in words if isinstance(word, ast.Attribute)}
-    used |= {alias.name for word in words if isinstance(word, ast.ImportFrom) for alias in word.names}
     tests = (Path(__file__).parent / "test_compat.py").read_text()
-    is_used, is_tested = name in used, bool(re.search(rf"\b{name}\b", tests))
+    is_used, is_tested = name in used_names(), bool(re.search(rf"\b{name}\b", tests))
     assert is_used, f"nothing in the package uses compat.{name}"
     assert is_tested, f"tests/test_compat.py does not name {name}"
 
