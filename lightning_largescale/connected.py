@@ -22,13 +22,6 @@ from lightning_largescale.launch import watch_peers
 from lightning_largescale.plan import PlanError
 
 _Value = TypeVar("_Value")
-# By kind of device, and whether gradients beside it are kept in DRAM.
-_BACKENDS = {
-    ("cpu", False): "gloo",
-    ("cpu", True): "gloo",
-    ("cuda", False): "nccl",
-    ("cuda", True): "cpu:gloo,cuda:nccl",
-}
 
 
 class ConnectedStrategy(ParallelStrategy, ABC):
@@ -124,7 +117,9 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @property
     def _default_backend(self) -> str:
         """Of the root device, and of DRAM where what is there may have to be summed."""
-        return _BACKENDS[self.root_device.type, self._sums_in_dram]
+        if self.root_device.type == "cpu":
+            return "gloo"
+        return "cpu:gloo,cuda:nccl" if self._sums_in_dram else "nccl"
 
     @property
     @abstractmethod

@@ -278,11 +278,9 @@ class PagedOptimizer:
         takes from the device what was brought there.
         """
         assert self._options is not None
-        groups = [*zip(self.optimizer.param_groups, self._options, strict=False)]
-        by_host = any(self.paged.by_host(page) for page, _ in places)
-        floating = all(piece.member.local.is_floating_point() for page, _ in places for piece in page.pieces)
-        for group, options in groups:
-            hold(group, vectorized(self.optimizer, options, floating=floating) if by_host else options, [])
+        given = [*zip(self.optimizer.param_groups, self._options, self._options_of(places), strict=False)]
+        for group, _, held in given:
+            hold(group, held, [])
         turn = Turn(self.optimizer, self.paged, self._made)
         for page, buffer in places:
             lanes = self._lanes if self.paged.crosses(page) else None
@@ -296,9 +294,16 @@ class PagedOptimizer:
             return turn.end()
         finally:
             turn.leave()
-            for group, options in groups if by_host else ():
-                chosen = ("foreach", "fused", *(key for key in ("lr",) if isinstance(options.get(key), Tensor)))
-                group.update({key: options[key] for key in chosen if key in options})
+            for group, options, held in given:
+                group.update({key: value for key, value in options.items() if held[key] is not value})
+
+    def _options_of(self, places: Sequence[tuple[Page, Memory | None]]) -> Sequence[dict[str, Any]]:
+        """What the groups have beside parameters while some pages are stepped on."""
+        assert self._options is not None
+        if not any(self.paged.by_host(page) for page, _ in places):
+            return self._options
+        floating = all(piece.member.parameter.is_floating_point() for page, _ in places for piece in page.pieces)
+        return [vectorized(self.optimizer, options, floating=floating) for options in self._options]
 
     def _keep_state(self) -> None:
         """Let parameters have what the turns of their pieces have made of their state."""

@@ -13,6 +13,7 @@ from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.pages import Member, Page, Piece, local_of
 from lightning_largescale.offload.store import Transfer
+from lightning_largescale.tiers import aligned
 
 
 class Places:
@@ -73,7 +74,7 @@ class HostPlaces(Places):
         """Of the parameters and of their gradients."""
         if not self._copies(page.pieces[0].member):
             return self._others.moved_bytes(page)
-        return sum(2 * _padded(piece) for piece in page.pieces)
+        return sum(2 * _aligned_bytes(piece) for piece in page.pieces)
 
     def keeps(self, member: Member) -> bool:
         """Not, where it is copied."""
@@ -108,8 +109,9 @@ class HostPlaces(Places):
         for piece in page.pieces:
             local, gradient = piece.member.local, piece.member.parameter.grad
             shape = local.shape if piece.whole else (piece.stop - piece.start,)
-            copies = [buffer.tensor(local.dtype, shape, at + place) for place in (0, _padded(piece))]
-            at += 2 * _padded(piece)
+            length = _aligned_bytes(piece)
+            copies = [buffer.tensor(local.dtype, shape, at + place) for place in (0, length)]
+            at += 2 * length
             # As the state is: some kernels walk through the memory of all of them at once.
             values, copied = map(piece.member.laid_out, copies) if piece.whole else copies
             yield values, None if gradient is None else copied
@@ -120,9 +122,9 @@ class HostPlaces(Places):
         return on_device and bool(member.kind.dtypes) and self._others.keeps(member)
 
 
-def _padded(piece: Piece) -> int:
-    """Bytes of its elements, up to where any dtype may begin."""
-    return -(-(piece.stop - piece.start) * piece.member.local.element_size() // 64) * 64
+def _aligned_bytes(piece: Piece) -> int:
+    """Of its elements, up to where others may begin."""
+    return aligned((piece.stop - piece.start) * piece.member.local.element_size())
 
 
 def elements(tensor: Tensor, piece: Piece) -> Tensor:

@@ -140,12 +140,12 @@ class PagedState:
         if not local.is_contiguous():
             # Its elements in their order are a copy, and those in the order of its memory may not be its gradient's.
             kind = replace(kind, divisible=False)
-        stays = self._on_device(local) and self._resident.take(local.numel() * kind.bytes_per_element)
+        stays = self._on_device(parameter) and self._resident.take(local.numel() * kind.bytes_per_element)
         return Kind(divisible=False) if stays else kind
 
-    def _on_device(self, local: Tensor) -> bool:
+    def _on_device(self, parameter: Tensor) -> bool:
         """Whether it is in the memory of a device that is not DRAM."""
-        return self._lanes is not None and local.device.type == self._lanes.device.type
+        return self._lanes is not None and local_of(parameter).device.type == self._lanes.device.type
 
     def _place(self, bundle: Bundle) -> None:
         """Set space for the state of `bundle` aside, as far as it does not stay in memory."""
@@ -196,16 +196,17 @@ class PagedState:
     def crosses(self, page: Page) -> bool:
         """Whether its state is brought to the device, where its parameters are."""
         member = page.pieces[0].member
-        return bool(page.bundle.dtypes) and self._on_device(member.local) and self._places.keeps(member)
+        return bool(page.bundle.dtypes) and self._on_device(member.parameter) and self._places.keeps(member)
 
     def copies(self, page: Page) -> bool:
         """Whether its parameters are on the device, and are copied from there to be stepped on."""
         member = page.pieces[0].member
-        return self._on_device(member.local) and not self._places.keeps(member)
+        return self._on_device(member.parameter) and not self._places.keeps(member)
 
     def by_host(self, page: Page) -> bool:
         """Whether it is stepped on by the host's cores, beside a device."""
-        return self._lanes is not None and (self.copies(page) or not self._on_device(page.pieces[0].member.local))
+        on_device = self._on_device(page.pieces[0].member.parameter)
+        return self._lanes is not None and (self.copies(page) or not on_device)
 
     def _page_bytes(self, page: Page) -> int:
         return self._after_state(page) + self._places.moved_bytes(page)
