@@ -85,12 +85,6 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if plan.offload_parameters is None or state is None:
             return
         blocks: dict[str, Any] = {name: group for name, group in state.groups.items() if name}
-        # As they stand in the module, which is how plans count those that stay.
-        places = {parameter: place for place, parameter in enumerate(self._module().parameters())}
-        first = {
-            name: min((places[one] for one, _ in compat.shards_of(group)), default=0) for name, group in blocks.items()
-        }
-        blocks = {name: blocks[name] for name in sorted(blocks, key=first.__getitem__)}
         if not blocks:
             name = type(self._module()).__name__.removeprefix("FSDP")
             raise PlanError(

@@ -181,7 +181,7 @@ def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
         )
     _check_wraps(module, plan.wrapped_modules)
     _check_sparse(module)
-    groups = find_groups(module, plan.wrapped_modules)
+    groups = in_order(module, find_groups(module, plan.wrapped_modules))
     for name, group in groups.items():
         own = [module.get_parameter(parameter) for parameter in group.parameters]
         trained = [parameter for parameter in own if parameter.requires_grad and rows_of(parameter) is None]
@@ -192,6 +192,13 @@ def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
                 " dp_shard needs one dtype in each block; convert them, or replicate with dp_replicate."
             )
     return groups
+
+
+def in_order(module: nn.Module, groups: Mapping[str, Group]) -> dict[str, Group]:
+    """`groups` as they stand in `module`, which is how plans count those that stay on a device; the root last."""
+    places = {path: place for place, (path, _) in enumerate(module.named_parameters())}
+    first = {name: min((places[path] for path in group.parameters), default=0) for name, group in groups.items()}
+    return {name: groups[name] for name in sorted(groups, key=lambda name: (not name, first[name]))}
 
 
 def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
@@ -296,13 +303,8 @@ def block_tiers(
         parts: as for `shard_module`.
         gather_type: likewise.
     """
-    places = {path: place for place, (path, _) in enumerate(module.named_parameters())}
     sizes: dict[str, int] = {}
-    # As they stand in the module, which is how plans count those that stay.
-    first = {
-        name: min((places[path] for path in group.parameters), default=0) for name, group in groups.items() if name
-    }
-    for name in sorted(first, key=first.__getitem__):
+    for name in filter(None, groups):
         wraps, sizes[name] = name in plan.wrapped_modules, 0
         for path in groups[name].parameters:
             parameter = module.get_parameter(path)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.mesh import build_mesh
-from lightning_largescale.parallel.shard import block_tiers, shard_module
+from lightning_largescale.parallel.shard import block_tiers, in_order, shard_module
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.tiers import group_tiers
@@ -287,12 +287,13 @@ def tiers_before_and_after(gather_type, fields):
     """Of blocks that leave a device, as they are before they are divided and as their shards say."""
     module = Language(layers=5, seed=0)
     plan = Plan(dp_shard=2, offload_parameters="nvme", wrapped_modules=("embedding", "head"), **fields)
-    found = find_groups(module, plan.wrapped_modules)
+    found = in_order(module, find_groups(module, plan.wrapped_modules))
     before = block_tiers(module, plan, found, {}, gather_type)
     every = block_tiers(module, dataclasses.replace(plan, resident_parameter_bytes=None), found, {}, gather_type)
     shard_module(module, plan, build_mesh(plan, "cpu"), torch.device("cpu"), gather_type=gather_type)
     groups = sharded_state(module).groups
     sizes = {name: sum(data.nbytes for _, data in compat.shards_of(groups[name])) for name in every}
+    assert [*every] == [name for name in groups if name]
     return before, group_tiers(plan, sizes), sizes
 
 
