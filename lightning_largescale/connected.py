@@ -173,9 +173,13 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         self._undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
 
+    def _meet_peers(self) -> None:
+        """Wait, in a step whose ranks may run different modules, until all are about to enter a collective."""
+
     @override
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here."""
+        self._meet_peers()
         if self.has_peers and dist.is_initialized():
             ids = [self.root_device.index] if "nccl" in dist.get_backend() else None
             dist.barrier(device_ids=ids)
@@ -185,6 +189,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """What rank `src` gives as `obj`, on every rank."""
         if not (self.has_peers and dist.is_initialized()):
             return obj
+        self._meet_peers()
         objects = [obj]
         dist.broadcast_object_list(objects, src)
         return objects[0]
@@ -192,6 +197,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Every rank's `tensor`, stacked; a single process has its own."""
+        self._meet_peers()
         return super().all_gather(tensor, group, sync_grads) if self.has_peers else tensor
 
     @override
@@ -199,4 +205,5 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """`tensor` reduced over all ranks; what is no tensor is returned as it is."""
         if not (self.has_peers and isinstance(tensor, Tensor)):
             return tensor
+        self._meet_peers()
         return compat.reduce_tensor(tensor, group, reduce_op)

@@ -22,6 +22,7 @@ from lightning_largescale.compat.of_distributed import (
     undo_sharding,
     without_gathering,
 )
+from lightning_largescale.compat.of_fsdp import GroupCollectives, before_backward_ends, has_group
 from lightning_largescale.compat.of_lightning import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
@@ -93,6 +94,7 @@ from lightning_largescale.compat.of_torch import (
 
 __all__ = [
     "DispatchMode",
+    "GroupCollectives",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
     "TunerExit",
@@ -107,6 +109,7 @@ __all__ = [
     "attach_trainer",
     "attached_trainer",
     "become_root",
+    "before_backward_ends",
     "before_transfer",
     "call_after_backward",
     "call_as_tensor",
@@ -133,6 +136,7 @@ __all__ = [
     "global_states",
     "gradient_hooks",
     "has_full_backward_hooks",
+    "has_group",
     "hook_nearest",
     "hooks_saved_tensors",
     "ignore_parameters",

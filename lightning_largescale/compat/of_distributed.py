@@ -265,6 +265,7 @@ def around_gathers(module: Any, before: Any, after: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    before_ours = {name: vars(group).get(name) for name in ("unshard", "wait_for_unshard")}
     unshard, wait = group.unshard, group.wait_for_unshard
 
     def unshard_after(*args: Any, **kwargs: Any) -> None:
@@ -281,6 +282,10 @@ def around_gathers(module: Any, before: Any, after: Any) -> Any:
     group.unshard, group.wait_for_unshard = unshard_after, wait_before
 
     def undo() -> None:
-        del group.unshard, group.wait_for_unshard
+        for name, method in before_ours.items():
+            if method is None:
+                delattr(group, name)
+            else:
+                setattr(group, name, method)
 
     return undo
