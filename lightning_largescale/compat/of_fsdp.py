@@ -18,7 +18,8 @@ class GroupCollectives:
 
     def __init__(self, module: Any) -> None:
         self._group = _group_of(module)
-        self._gather_gradients = self._group.post_backward
+        self._end_backward = self._group.post_backward
+        self._joins = False
 
     def intercept(
         self, unshard: Callable[[Callable[[], None]], None], reduce: Callable[[Callable[[], None]], None]
@@ -36,14 +37,14 @@ class GroupCollectives:
         issue = group.unshard
 
         def unshard_through(*args: Any, **kwargs: Any) -> None:
-            if self._is_about_to_gather():
+            if self._is_about_to_gather() and not self._joins:
                 unshard(lambda: issue(*args, **kwargs))
             else:
                 issue(*args, **kwargs)
 
         undo = [
             _replaced(group, "unshard", unshard_through),
-            _replaced(group, "post_backward", lambda *args: reduce(self._gather_gradients)),
+            _replaced(group, "post_backward", lambda *args: reduce(self._end_backward)),
         ]
 
         def undo_all() -> None:
@@ -89,22 +90,25 @@ class GroupCollectives:
         group = self._group
         before, group.reduce_grads = group.reduce_grads, False
         try:
-            self._gather_gradients()
+            self._end_backward()
         finally:
             group.reduce_grads = before
 
     def join_unshard(self) -> None:
         """Take part in an all-gather of the group; parameters are left as they are, gathered or not."""
-        group = self._group
-        with group.use_training_state(type(group._training_state).IDLE):
-            group.wait_for_unshard()
-            kept = group.is_unsharded
-            if kept:
-                group._to_sharded()
-            group.unshard()
-            group.wait_for_unshard()
-            if not kept:
-                group._to_sharded()
+        group, self._joins = self._group, True
+        try:
+            with group.use_training_state(type(group._training_state).IDLE):
+                group.wait_for_unshard()
+                kept = group.is_unsharded
+                if kept:
+                    group._to_sharded()
+                group.unshard()
+                group.wait_for_unshard()
+                if not kept:
+                    group._to_sharded()
+        finally:
+            self._joins = False
 
     def reduce(self, indices: Sequence[int], *, own: bool) -> tuple[list[int], list[int]]:
         """Take part in a reduction of the gradients of some parameters, with zeros where this rank has none.
@@ -133,7 +137,7 @@ class GroupCollectives:
         # Whoever computes with the gathered parameters does so still.
         group.reduce_grads, group.reshard_after_backward = True, False
         try:
-            self._gather_gradients()
+            self._end_backward()
         finally:
             group._training_state, group.reduce_grads, group.reshard_after_backward = before
         for index, gradient in left.items():

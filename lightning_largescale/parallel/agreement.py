@@ -116,7 +116,6 @@ class Agreement:
         self.trained: set[int] = set()
         self._sizes = [*(group.parameters for group in self._groups), len(self._unsharded)]
         self._patterns: dict[tuple[bool, bool], _Pattern] = {}
-        self._joining = False
         self._undo = [compat.before_backward_ends(module, self._end_backward)]
         for index, group in enumerate(self._groups):
             self._undo.append(group.intercept(partial(self._unshard, index), partial(self._reduce, index)))
@@ -188,7 +187,7 @@ class Agreement:
 
     def meet(self) -> None:
         """Wait, in a step, until all ranks are about to enter a collective that is none of FSDP's."""
-        if self._pattern is not None and not self._joining:
+        if self._pattern is not None:
             self._meet(Entry(Kind.MEET, COLLECTIVE))
 
     def _end_step(self) -> None:
@@ -200,9 +199,7 @@ class Agreement:
 
     def _unshard(self, index: int, issue: Callable[[], None]) -> None:
         entry = Entry(Kind.UNSHARD, index)
-        if self._joining:
-            issue()
-        elif self._follows(entry):
+        if self._follows(entry):
             self._before()
             issue()
         else:
@@ -210,9 +207,6 @@ class Agreement:
 
     def _reduce(self, index: int, issue: Callable[[], None]) -> None:
         group = self._groups[index]
-        if self._joining:
-            issue()
-            return
         self._expected[index] -= 1
         entry = Entry(Kind.REDUCE, index, group.unreduced())
         if not group.reduces or not entry.parameters:
@@ -320,18 +314,14 @@ class Agreement:
 
     def _join(self, index: int, parameters: tuple[int, ...] | None, *, own: bool = True) -> None:
         """Take part in the all-gather of a group, or in the reduction of some of its parameters."""
-        self._joining = True
-        try:
-            if parameters is None:
-                self._groups[index].join_unshard()
-            elif index == len(self._groups):
-                self._average(parameters)
-            else:
-                fresh, given = self._groups[index].reduce(parameters, own=own)
-                self._fresh.update((index, one) for one in fresh)
-                self._given.update((index, one) for one in given)
-        finally:
-            self._joining = False
+        if parameters is None:
+            self._groups[index].join_unshard()
+        elif index == len(self._groups):
+            self._average(parameters)
+        else:
+            fresh, given = self._groups[index].reduce(parameters, own=own)
+            self._fresh.update((index, one) for one in fresh)
+            self._given.update((index, one) for one in given)
 
     def _average(self, indices: Sequence[int]) -> None:
         """Average the gradients of parameters that FSDP ignores over all ranks."""
