@@ -58,6 +58,9 @@ class Paths(LightningModule):
         self.losses.append(float(self.all_gather(loss.detach()).mean()))
         return loss
 
+    def predict_step(self, batch, index):
+        return self.loss(*(part[0] for part in batch)).item()
+
     def configure_optimizers(self):
         # Parameters without a gradient neither decay nor move on.
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
@@ -444,3 +447,23 @@ def test_a_rank_inside_of_a_module_that_another_leaves_out_is_ended(capfd):
     said = capfd.readouterr().err
     assert "is about to run 'blocks.1.up' where" in said
     assert "runs 'blocks.0.up', as in the step before" in said
+
+
+def evaluate(kind, plan, counts):
+    """Losses of this rank's samples, of which each rank has as many as `counts` says."""
+    model = kind()
+    run = trainer(LargeScaleStrategy(plan), devices=plan.world_size)
+    rank = run.strategy.global_rank
+    loader = DataLoader([draw(step, rank) for step in range(counts[rank])])
+    return run.predict(model, loader)
+
+
+@pytest.mark.parametrize("kind", [Expert, LayerDrop, Tower])
+@pytest.mark.parametrize("plan", [ZERO3, ZERO2], ids=["zero3", "zero2"])
+def test_ranks_with_unequal_numbers_of_batches_evaluate_different_blocks(two, kind, plan):
+    counts = [2, 5]
+    model = kind()
+    for rank, losses in enumerate(two.run(evaluate, kind, plan, counts)):
+        with torch.no_grad():
+            expected = [model.loss(*draw(step, rank)).item() for step in range(counts[rank])]
+        assert losses == pytest.approx(expected, rel=1e-5)
