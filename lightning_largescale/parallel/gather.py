@@ -107,6 +107,14 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
             state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
     # Else the first group to run forward would become the root for good.
     compat.become_root(module)
+    watch(module, state, unsharded)
+
+
+def watch(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Parameter] = ()) -> None:
+    """Make sure that all ranks enter the same collectives in the steps of `module`; arguments as of `start_gathering`.
+
+    A collective, the first time.
+    """
     if data_mesh(state.mesh).size() > 1:
         state.agreement = Agreement(
             module,
