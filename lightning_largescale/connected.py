@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_largescale import compat
-from lightning_largescale.groups import forget_groups
+from lightning_largescale.groups import end_groups
 from lightning_largescale.launch import watch_peers
 from lightning_largescale.plan import PlanError
 
@@ -167,8 +167,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
             )
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(self._default_backend, store=store, rank=0, world_size=1)
-        self._undo.callback(dist.destroy_process_group)
-        self._undo.callback(forget_groups)
+        self._undo.callback(end_groups)
         # Lightning takes any group for one of several processes.
         self._undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import signal
+import weakref
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -85,6 +86,16 @@ def test_abort_process_groups():
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     compat.abort_process_groups()
     assert not dist.is_initialized()
+
+
+def test_forget_groups_of():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("x",))
+    group = weakref.ref(dist.group.WORLD)
+    compat.forget_groups_of(mesh)
+    assert mesh.get_group() is group()
+    dist.destroy_process_group()
+    assert group() is None
 
 
 def test_check_main_guard():
