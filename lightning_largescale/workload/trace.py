@@ -88,6 +88,7 @@ def trace_workload(
         wraps=tuple(name for name in find_wraps(module) if name in wraps),
         divisions=divisions,
         stage=STAGES[step],
+        branches=any(one.branches for one in traced.values()),
         approximate=(*_said(traced), *left_out, *notes, *_of_the_batch(batch)),
     )
 
@@ -148,11 +149,13 @@ def _run(request: Request) -> Traced:
             return _trace_on_fakes(request)
     except Exception as error:
         why = f"{request.step} cannot run on fake tensors ({in_words(error)})"
+        branches = isinstance(error, compat.data_dependent_errors())
     try:
         traced = trace_on_samples(request)
     except Exception as error:
         raise CannotTraceError(f"{why}, nor on one sample ({in_words(error)})") from error
-    return replace(traced, approximate=(f"{why}: {traced.approximate[-1]}", *traced.approximate[:-1]))
+    told = f"{why}: {traced.approximate[-1]}"
+    return replace(traced, branches=branches, approximate=(told, *traced.approximate[:-1]))
 
 
 def _said(traced: Mapping[str, Traced]) -> list[str]:
