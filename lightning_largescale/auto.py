@@ -23,6 +23,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from lightning_largescale import compat
 from lightning_largescale.callbacks import needs_all_gradients, shows_summary
 from lightning_largescale.checkpoint.weights import Weights
 from lightning_largescale.console import show
@@ -44,6 +45,7 @@ from lightning_largescale.sample import ask_for_loaders_again
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
+from lightning_largescale.workload.kinds import find_lazy, lazy_error
 
 _Value = TypeVar("_Value")
 # Enough intervals for a steady median, few enough to cost nothing.
@@ -139,6 +141,12 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             self.report = None
             precision = asked_precision(self.precision_plugin) or Plan().precision
             return Plan(dp_replicate=self.world_size, precision=precision)
+        if sharded_state(self._module()) is None and (lazy := find_lazy(self._module())) is not None:
+            # Its shape comes with the first batch, as in a plain run; nothing can be planned before.
+            if self.world_size > 1:
+                raise lazy_error(lazy)
+            self.report = None
+            return Plan(precision=asked_precision(self.precision_plugin) or Plan().precision)
         if self._keeps_plan(trainer):
             start_peak(self.root_device.type)
             return self.plan
@@ -270,5 +278,6 @@ def _held_beside(module: nn.Module, kind: str) -> int:
 def _own_bytes(module: nn.Module, kind: str) -> int:
     """Bytes of the module's parameters and buffers on the device tier; each storage once."""
     tensors = itertools.chain(module.parameters(), module.buffers())
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == kind and not is_lazy(tensor)]
+    here = [tensor for tensor in tensors if tensor.device.type == kind and not is_lazy(tensor)]
+    storages = [part.untyped_storage() for tensor in here for part in compat.dense_parts(tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

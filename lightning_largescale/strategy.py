@@ -43,6 +43,7 @@ from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
 from lightning_largescale.record import record_plan
 from lightning_largescale.tuning import finders_search_together
+from lightning_largescale.workload.kinds import check_tensors
 from lightning_largescale.workload.parts import Part
 
 
@@ -133,6 +134,8 @@ class LargeScaleStrategy(OffloadingStrategy):
         plan.check_world_size(self.world_size)
         check_callbacks(callbacks_of(trainer), plan)
         self._adapt(module, plan)
+        if not self._is_divided():
+            check_tensors(module, plan)
         self._open_tiers(trainer, module, plan)
         self._use_precision(plan)
         self._convert(module)

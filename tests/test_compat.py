@@ -184,6 +184,48 @@ def test_dense_parts():
     assert compat.dense_parts(matrix.to_mkldnn()) == []
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_dense_parts_are_written_into():
+    codes = torch.quantize_per_tensor(torch.ones(2, 3), 0.5, 0, torch.qint8)
+    ragged = [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=one) for one in _LAYOUTS]
+    for tensor in (codes, *ragged):
+        for part in compat.dense_parts(tensor):
+            if part.dtype not in (torch.int64,):
+                part.zero_()
+        assert not any(float(one.abs().sum()) for one in (tensor.dequantize().unbind() if tensor is codes else tensor))
+
+
+_LAYOUTS = (torch.strided, torch.jagged)
+
+
+def test_is_wrapper():
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    assert compat.is_wrapper(ragged)
+    assert not any(map(compat.is_wrapper, (torch.ones(2), nn.Parameter(torch.ones(2)), torch.ones(2).to_sparse())))
+
+
+def gathered_in_order():
+    module = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 2, bias=False))
+    before = module[0].weight.detach().clone()
+    dist.broadcast(before, 0)
+    with torch.no_grad():
+        module[0].weight.copy_(before)
+    fully_shard(module[0])
+    fully_shard(module)
+    made = []
+    compat.when_gathered(module[0], module[0].weight, made.append, (1, 0))
+    seen = []
+    module[0].register_forward_pre_hook(lambda part, _: seen.append((part.weight.stride(), part.weight.data.clone())))
+    for _ in range(2):
+        module(torch.ones(1, 2))
+        freed = made[0].untyped_storage().nbytes()
+    return [(stride, torch.equal(values, before)) for stride, values in seen], len(made), freed
+
+
+def test_when_gathered():
+    assert run_connected(2, gathered_in_order) == [([((1, 4), True)] * 2, 1, 0)] * 2
+
+
 class Told(torch.Tensor):
     """A tensor that tells what is asked of it."""
 

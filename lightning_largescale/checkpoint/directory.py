@@ -51,6 +51,7 @@ from lightning_largescale.parallel.pieces import Piece, in_boxes, is_divided, pi
 from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.kinds import is_plain
 
 _STATE, _OPTIMIZERS, _OPTIMIZER = "state_dict", "optimizer_states", "optimizer_"
 # Divided tensors that callbacks and hooks have put elsewhere in a checkpoint, and what stands there in their place.
@@ -158,6 +159,10 @@ class _SavePlanner(DefaultSavePlanner):
         tensors = {name: value for name, value in self.state_dict.items() if isinstance(value, Tensor)}
         rest = {name: value for name, value in self.state_dict.items() if name not in tensors}
         items = list(create_default_local_save_plan(rest, self.is_coordinator).items) if self.is_coordinator else []
+        for name in [name for name, value in tensors.items() if not is_divided(value) and not is_plain(value)]:
+            # Pickled, as torch.save has it: it is in no boxes.
+            del tensors[name]
+            items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)] if self.is_coordinator else []
         for name, tensor in tensors.items():
             if is_divided(tensor) or self.is_coordinator:
                 items += self._writes(name, tensor)

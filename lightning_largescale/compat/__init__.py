@@ -21,6 +21,7 @@ from lightning_largescale.compat.of_distributed import (
     sharding_attributes,
     shards_of,
     undo_sharding,
+    when_gathered,
     without_gathering,
 )
 from lightning_largescale.compat.of_fsdp import GroupCollectives, before_backward_ends, has_group
@@ -76,6 +77,7 @@ from lightning_largescale.compat.of_torch import (
     is_fake,
     is_operator,
     is_transformed,
+    is_wrapper,
     leaves,
     mark_of,
     marked_state,
@@ -148,6 +150,7 @@ __all__ = [
     "is_of_sharding",
     "is_operator",
     "is_transformed",
+    "is_wrapper",
     "keep_loaders",
     "leaves",
     "loader_source",
@@ -177,6 +180,7 @@ __all__ = [
     "undo_sharding",
     "version",
     "versions_of",
+    "when_gathered",
     "without_dispatch_modes",
     "without_function_modes",
     "without_gathering",

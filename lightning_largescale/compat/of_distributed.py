@@ -93,14 +93,22 @@ def forget_forward(module: Any) -> None:
     state._post_forward_hook_handle.remove()
 
 
-def become_root(module: Any) -> None:
-    """Make `module`, which `fully_shard` was applied to, the root of the groups inside it, without gathering anything.
+def become_root(module: Any, beside: Any = ()) -> None:
+    """Make `module`, which `fully_shard` was applied to, the root of the groups inside it, and of those of the modules
+    `beside` it, without gathering anything.
 
     Replaced by a public way to say so; else it is the first whose forward runs, which gathers its parameters.
     """
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard.state(module)._lazy_init()  # type: ignore[attr-defined]
+    names = [f"_largescale_beside_{index}" for index, _ in enumerate(beside)]
+    for name, one in zip(names, beside, strict=True):
+        module.add_module(name, one)
+    try:
+        fully_shard.state(module)._lazy_init()  # type: ignore[attr-defined]
+    finally:
+        for name in names:
+            delattr(module, name)
 
 
 def undo_sharding(module: Any) -> None:
@@ -263,6 +271,49 @@ def divided_as(like: Any, local: Any) -> Any:
     meta = TensorMeta(like.shape, like.stride(), local.dtype)
     made: Any = DTensor
     return made(local, DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta), requires_grad=False)
+
+
+def when_gathered(module: Any, parameter: Any, made: Any, dims: Any = None) -> None:
+    """Call `made` with the full parameter that the shard `parameter`, of the group of `module`, is gathered to, once
+    when it is made; its dimensions lie in memory in the order of `dims`, the outermost first, where that is given.
+
+    A parameter in another order is gathered contiguously and copied, and what was gathered is freed.
+
+    Replaced by parameters of any strides in FSDP2, and a hook on what it gathers.
+    """
+    import torch
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    found = next(one for one in group.fsdp_params if one.sharded_param is parameter)
+    own: Any = found.init_unsharded_param
+    kept: list[tuple[Any, Any]] = []
+
+    def reorder(full: Any) -> Any:
+        contiguous = full.to_local() if isinstance(full, DTensor) else full
+        ordered = torch.empty_permuted(contiguous.shape, dims, dtype=contiguous.dtype, device=contiguous.device)
+        kept.append((contiguous.detach(), ordered))
+        found._unsharded_inner_tensors = [ordered]
+        placed = ordered if contiguous is full else DTensor.from_local(ordered, full.device_mesh, full.placements)
+        return torch.nn.Parameter(placed, requires_grad=full.requires_grad)
+
+    def init_unsharded_param() -> None:
+        first = not hasattr(found, "_unsharded_param")
+        own()
+        if dims is not None:
+            if first:
+                found._unsharded_param = reorder(found._unsharded_param)
+            ((contiguous, ordered),) = kept
+            ordered.untyped_storage().resize_(ordered.numel() * ordered.element_size())
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter((ordered,)):  # type: ignore[attr-defined]
+                ordered.copy_(contiguous)
+            for gathered in found.all_gather_outputs:
+                gathered.untyped_storage().resize_(0)
+        if first:
+            made(found._unsharded_param)
+
+    found.init_unsharded_param = init_unsharded_param
 
 
 def around_gathers(module: Any, before: Any, after: Any) -> Any:

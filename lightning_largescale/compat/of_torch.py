@@ -207,10 +207,20 @@ def call_after_backward(tensor: Any, function: Any) -> None:
 
 
 def dense_parts(tensor: Any) -> list[Any]:
-    """The dense tensors that hold the data of `tensor`: itself; indices and values of a sparse one; else none.
+    """The dense tensors that hold the data of `tensor`, to read and to write: itself; indices and values of a sparse
+    one; the members of a nested one; the codes of a quantised one, as bytes; what a wrapper subclass holds; else none.
 
-    Replaced by `Tensor.indices` and `Tensor.values`, were they to accept a sparse tensor that is not coalesced.
+    Replaced by `Tensor.indices` and `Tensor.values`, were they to accept a sparse tensor that is not coalesced, and by
+    public names for what the others hold.
     """
+    if is_wrapper(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in dense_parts(getattr(tensor, name))]
+    if tensor.is_nested:
+        return [part for member in tensor.unbind() for part in dense_parts(member)]
+    if tensor.is_quantized:
+        codes = tensor.untyped_storage()
+        return [torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(codes)]
     if tensor.layout is torch.strided:
         return [tensor]
     if tensor.layout is torch.sparse_coo:
@@ -220,6 +230,18 @@ def dense_parts(tensor: Any) -> list[Any]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return []
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether `tensor` is of a class, other than DTensor, that holds other tensors and has no data itself.
+
+    Replaced by a public name for it.
+    """
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or hasattr(tensor, "device_mesh"):
+        return False
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def own_tensors(module: Any) -> tuple[MutableMapping[str, Any], MutableMapping[str, Any]]:

@@ -27,6 +27,7 @@ from lightning_largescale.offload.pages import Member, Page, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.tiers import aligned
+from lightning_largescale.workload.kinds import is_plain
 
 
 @dataclass(eq=False)
@@ -263,7 +264,8 @@ def bring_back(module: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
             if at_rest(data):
                 compat.place_shard(block, parameter, data.clone())
     for parameter in module.parameters():
-        if not isinstance(parameter, DTensor) and not is_lazy(parameter) and at_rest(parameter):
+        plain = not isinstance(parameter, DTensor) and not is_lazy(parameter) and is_plain(parameter)
+        if plain and at_rest(parameter):
             parameter.data = parameter.data.clone()
 
 

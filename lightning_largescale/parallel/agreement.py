@@ -89,7 +89,8 @@ class Agreement:
 
     Args:
         module: the root.
-        groups: modules that own an FSDP group, by name.
+        groups: modules that own an FSDP group, by name, the root as "".
+        beside: modules that own a group which is gathered with the root.
         unsharded: parameters that FSDP ignores, whose gradients are averaged over all processes.
         ranks: those that compute different samples, this one among them, in a gloo group of their own.
         before: called before ranks wait for one another.
@@ -103,14 +104,17 @@ class Agreement:
         self,
         module: nn.Module,
         groups: Mapping[str, nn.Module],
+        beside: Sequence[nn.Module],
         unsharded: Sequence[nn.Parameter],
         ranks: dist.ProcessGroup,
         *,
         before: Callable[[], None],
         synchronizes: Callable[[], bool],
     ) -> None:
-        self._names = [name for name, group in groups.items() if compat.has_group(group)]
-        self._groups = [compat.GroupCollectives(groups[name]) for name in self._names]
+        own = [(name, group) for name, group in groups.items() if compat.has_group(group)]
+        own += [("", group) for group in beside]
+        self._names = [name for name, _ in own]
+        self._groups = [compat.GroupCollectives(group) for _, group in own]
         self._unsharded, self._ranks = list(unsharded), ranks
         self._before, self._synchronizes = before, synchronizes
         self.trained: set[int] = set()

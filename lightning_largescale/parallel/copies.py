@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_largescale import compat
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
-from lightning_largescale.parallel.order import as_ordered, divided, full, order_of
+from lightning_largescale.parallel.order import as_ordered, as_whole, divided, full, order_of, whole_of
 from lightning_largescale.parallel.pieces import empty_part
 from lightning_largescale.parallel.rows import global_shape, own_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
@@ -209,7 +209,12 @@ def _slice(parameter: nn.Parameter, target: nn.Parameter) -> nn.Parameter:
     _equal([parameter], target.device)
     # Or the whole would stay in memory behind the slice.
     shard = divided_like(parameter.detach(), target).to(parameter.device).clone()
-    return as_ordered(nn.Parameter(shard, requires_grad=parameter.requires_grad), order_of(target))
+    return _as_told(nn.Parameter(shard, requires_grad=parameter.requires_grad), target)
+
+
+def _as_told(shard: nn.Parameter, like: nn.Parameter) -> nn.Parameter:
+    """`shard` told of its whole what `like` is told."""
+    return as_whole(as_ordered(shard, order_of(like)), whole_of(like))
 
 
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
@@ -217,7 +222,7 @@ def _whole(parameter: nn.Parameter) -> nn.Parameter:
         return parameter
     on_device: Any = parameter.detach().to(parameter.device_mesh.device_type)
     whole = full(on_device, order_of(parameter)).to(parameter.device).clone()
-    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return whole_of(parameter).parameter(whole, parameter)
 
 
 class _OnShards:
@@ -294,7 +299,7 @@ def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
     for parameter in module.parameters():
         if isinstance(parameter, DTensor):
             shard = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            memo.setdefault(id(parameter), as_ordered(shard, order_of(parameter)))
+            memo.setdefault(id(parameter), _as_told(shard, parameter))
 
 
 def _remove_hooks(module: nn.Module, which: Callable[[Any], bool]) -> None:

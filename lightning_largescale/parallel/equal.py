@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 
+from lightning_largescale import compat
 from lightning_largescale.parallel.rows import global_shape, rows_of
 from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.kinds import is_plain
 
 # Tensors smaller than this travel together, up to about as many bytes: a broadcast of few bytes costs as one of many.
 _BUCKET_BYTES = 16 * 2**20
@@ -25,14 +26,11 @@ def check_equal_structure(module: nn.Module) -> None:
     """Refuse to go on where ranks built different modules: their collectives would not match, and wait for ever.
 
     Raises:
-        PlanError: on all ranks, when a parameter's or buffer's name, shape or dtype differs from rank 0's, or when one
-            is of a lazy module.
+        PlanError: on all ranks, when a parameter's or buffer's name, shape or dtype differs from rank 0's, or the
+            number of elements that a sparse one has.
     """
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            raise PlanError(f"parameter {name!r} is of a lazy module, so it has no values; call the module once.")
     own = [
-        f"{name} {tuple(global_shape(tensor))} {tensor.dtype}"
+        f"{name} {_shapes(tensor)} {tensor.dtype}"
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     ]
     digest = hashlib.sha256("\n".join(own).encode()).hexdigest()
@@ -46,34 +44,54 @@ def check_equal_structure(module: nn.Module) -> None:
         )
 
 
+def _shapes(tensor: torch.Tensor) -> list[tuple[int, ...]]:
+    """Of a tensor, or of what holds the elements of one that is not dense."""
+    if isinstance(tensor, DTensor) or tensor.is_meta or is_plain(tensor):
+        return [tuple(global_shape(tensor))]
+    return [tuple(part.shape) for part in compat.dense_parts(tensor)]
+
+
 def equal_weights(tensors: Iterable[torch.Tensor]) -> None:
     """Give every rank rank 0's values of `tensors`, in place: a collective.
 
-    What is sharded already, or has no values yet, is left alone.
+    What is sharded already, or has no values yet, is left alone. Bytes travel, whatever they mean, since not every
+    backend knows every dtype.
     """
-    small: dict[torch.dtype, list[torch.Tensor]] = {}
+    bucket: list[torch.Tensor] = []
     for tensor in tensors:
         if isinstance(tensor, DTensor) or rows_of(tensor) is not None or tensor.is_meta or tensor.numel() == 0:
             continue
-        data = tensor.detach()
-        if data.nbytes >= _BUCKET_BYTES and data.is_contiguous():
-            dist.broadcast(data, src=0)
-            continue
-        bucket = small.setdefault(data.dtype, [])
-        bucket.append(data)
-        if sum(waiting.nbytes for waiting in bucket) >= _BUCKET_BYTES:
-            _broadcast_together(bucket)
-            bucket.clear()
-    for bucket in small.values():
-        _broadcast_together(bucket)
+        for data in map(_distinct, compat.dense_parts(tensor.detach())):
+            if data.nbytes >= _BUCKET_BYTES and data.is_contiguous() and not data.is_conj() and not data.is_neg():
+                dist.broadcast(_as_bytes(data), src=0)
+                continue
+            bucket.append(data)
+            if sum(waiting.nbytes for waiting in bucket) >= _BUCKET_BYTES:
+                _broadcast_together(bucket)
+                bucket.clear()
+    _broadcast_together(bucket)
 
 
 def _broadcast_together(bucket: list[torch.Tensor]) -> None:
     if not bucket:
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    flat = torch.cat([_as_bytes(tensor) for tensor in bucket])
     dist.broadcast(flat, src=0)
     start = 0
     for tensor in bucket:
-        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-        start += tensor.numel()
+        # Bytes begin anywhere, and elements of a dtype only at multiples of their size.
+        values = flat[start : start + tensor.nbytes].clone()
+        tensor.copy_(values.view(tensor.dtype).view(tensor.shape))
+        start += tensor.nbytes
+
+
+def _distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of `tensor` that are several in memory."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)

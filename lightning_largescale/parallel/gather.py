@@ -44,6 +44,7 @@ class Sharded:
         plan: the plan in force, or the last that was.
         mesh: that it is divided over.
         groups: the modules that own an FSDP group by name, the root last as "".
+        beside: groups of the root's parameters in other dtypes, gathered when it is.
         owners: the group of each parameter by name, where it is not the root.
         synchronize: whether the next backward reduces gradients.
         agreement: of the ranks on what they gather and reduce; None where no other rank computes other samples.
@@ -59,6 +60,7 @@ class Sharded:
     plan: Plan
     mesh: DeviceMesh
     groups: dict[str, FSDPModule] = field(default_factory=dict)
+    beside: list[FSDPModule] = field(default_factory=list)
     owners: dict[str, FSDPModule] = field(default_factory=dict)
     synchronize: bool = True
     agreement: Agreement | None = None
@@ -70,6 +72,10 @@ class Sharded:
     before_gather: Callable[[], None] | None = None
     on_parts: Callable[[Callable[[], Any]], Any] | None = None
 
+    def every_group(self) -> list[FSDPModule]:
+        """Those of blocks and wrapped modules, the root's, and those beside it."""
+        return [*self.groups.values(), *self.beside]
+
 
 def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Parameter] = ()) -> None:
     """Make steps of `module`, all its groups sharded, and calls outside of them find their parameters gathered.
@@ -80,7 +86,7 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
         unsharded: its parameters that FSDP ignores and whose gradients are averaged.
     """
     setattr(module, _STATE, state)
-    setattr(module, _STEP, lambda function: function())
+    setattr(module, _STEP, partial(_with_beside, state))
     register_fsdp_forward_method(module, _STEP)
     # A forward inside a step would end what FSDP takes for the root's: gathered twice, or dropped too early.
     compat.forget_forward(module)
@@ -95,7 +101,7 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
             state.hooks += [
                 # Ahead of FSDP's own, which gathers.
                 group.register_forward_pre_hook(announce, prepend=True),  # type: ignore[attr-defined]
-                group.register_forward_hook(partial(_watch_backward, module, state)),  # type: ignore[attr-defined]
+                group.register_forward_hook(partial(_watch_backward, state)),  # type: ignore[attr-defined]
             ]
     for part in _eager_modules(module):
         own = {
@@ -106,7 +112,7 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
         if own:
             state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
     # Else the first group to run forward would become the root for good.
-    compat.become_root(module)
+    compat.become_root(module, state.beside)
     watch(module, state, unsharded)
 
 
@@ -119,6 +125,7 @@ def watch(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Parameter] =
         state.agreement = Agreement(
             module,
             cast(Mapping[str, nn.Module], state.groups),
+            cast(Sequence[nn.Module], state.beside),
             unsharded,
             agreement_group(state.mesh),
             before=partial(_meet_lookups, state),
@@ -227,8 +234,8 @@ def reshard(module: nn.Module) -> None:
     state = sharded_state(module)
     if state is None:
         return
-    module.set_reshard_after_backward(True)  # type: ignore[operator]
-    for group in state.groups.values():
+    for group in state.every_group():
+        group.set_reshard_after_backward(True, recurse=False)
         group.reshard()
 
 
@@ -275,14 +282,18 @@ def forget_step(module: nn.Module) -> None:
 @contextmanager
 def no_reduction(module: nn.Module) -> Iterator[None]:
     """Within, a backward of the sharded `module` keeps its gradients unreduced, without communication."""
-    state = vars(module)[_STATE]
-    module.set_requires_gradient_sync(False)  # type: ignore[operator]
-    state.synchronize = False
+    state: Sharded = vars(module)[_STATE]
+    _set_synchronize(state, False)
     try:
         yield
     finally:
-        state.synchronize = True
-        module.set_requires_gradient_sync(True)  # type: ignore[operator]
+        _set_synchronize(state, True)
+
+
+def _set_synchronize(state: Sharded, value: bool) -> None:
+    state.synchronize = value
+    for group in state.every_group():
+        group.set_requires_gradient_sync(value, recurse=False)
 
 
 def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result:
@@ -302,6 +313,13 @@ def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result
             group.reshard()
 
 
+def _with_beside(state: Sharded, function: Callable[[], _Result]) -> _Result:
+    """Run `function`, the root being gathered, with the groups beside it gathered too."""
+    for group in state.beside:
+        group.unshard()
+    return function()
+
+
 def _announce(state: Sharded, name: str, block: nn.Module, args: Any) -> None:
     if state.agreement is None:
         _meet_lookups(state)
@@ -314,7 +332,7 @@ def _meet_lookups(state: Sharded) -> None:
         state.before_gather()
 
 
-def _watch_backward(module: nn.Module, state: Sharded, block: nn.Module, args: Any, output: Any) -> None:
+def _watch_backward(state: Sharded, block: nn.Module, args: Any, output: Any) -> None:
     """Keep blocks gathered from a backward inside a step (gradient penalties, forces) until the optimizer's step.
 
     The step's own backward goes through it once more, and autograd holds the gathered storages, which must not be freed
@@ -323,7 +341,8 @@ def _watch_backward(module: nn.Module, state: Sharded, block: nn.Module, args: A
 
     def keep(_: Tensor) -> None:
         if state.stepping and not state.in_backward:
-            module.set_reshard_after_backward(False)  # type: ignore[operator]
+            for group in state.every_group():
+                group.set_reshard_after_backward(False, recurse=False)
 
     tensors = [leaf for leaf in compat.leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     compat.gather_for_backward_of(block, tensors)

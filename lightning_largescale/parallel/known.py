@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_largescale import compat
 from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.plan import Plan, PlanError
 
@@ -29,13 +30,23 @@ class KnownParameters:
         self._names = {name for name, _ in module.named_parameters()}
         # The parameters are kept alive, so that nothing else gets their ids.
         self._parameters: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
+        self._stay_frozen = _of_other_dtypes(module)
 
     def check(self) -> None:
         """Make sure that the module has no others to train; call it between steps.
 
         Raises:
-            PlanError: it has grown, or some were replaced.
+            PlanError: it has grown, or some were replaced; or a frozen one is trained that no group can reduce.
         """
+        for parameter in self._stay_frozen:
+            if parameter.requires_grad:
+                name = next(name for name, one in self.module.named_parameters() if one is parameter)
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise PlanError(
+                    f"parameter {name!r} of {dtype} was frozen when its block was sharded with trainable ones of"
+                    " another dtype, and is trained now; let it require a gradient before fit, or replicate with"
+                    " dp_replicate."
+                )
         if all(id(parameter) in self._parameters for parameter in self.module.parameters()):
             return
         # Gathered, they are other objects.
@@ -68,3 +79,15 @@ class KnownParameters:
             f"{found} of {name} as it was {state}, so ranks cannot train it together; make it in __init__ or"
             f" configure_model, {also}."
         )
+
+
+def _of_other_dtypes(module: nn.Module) -> list[nn.Parameter]:
+    """Frozen parameters of groups whose trainable ones are of another dtype."""
+    state = sharded_state(module)
+    found: list[nn.Parameter] = []
+    for group in () if state is None else state.every_group():
+        shards = [shard for shard, _ in compat.shards_of(group)]
+        trained = {shard.dtype for shard in shards if shard.requires_grad}
+        others = [shard for shard in shards if trained and shard.dtype not in trained]
+        found += [shard for shard in others if shard.is_floating_point() or shard.is_complex()]
+    return found

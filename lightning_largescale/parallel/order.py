@@ -7,15 +7,16 @@ the parameter is told of. Whatever leaves or enters the ranks as a whole goes th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.parts import Part, cut, share
 
-_ATTRIBUTE = "_largescale_order"
+_ATTRIBUTE, _WHOLE = "_largescale_order", "_largescale_whole"
 _Tensor = TypeVar("_Tensor", bound=Tensor)
 
 
@@ -29,6 +30,55 @@ def as_ordered(parameter: _Tensor, part: Part | None) -> _Tensor:
 def order_of(parameter: object) -> Part | None:
     """The parts that the ranks have of a parameter, where these change the order of its elements."""
     return getattr(parameter, _ATTRIBUTE, None)
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of `tensor` as they lie in memory, the outermost first; None where that is their own order."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    # Of equal strides the first dimension first.
+    dims = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    return None if dims == [*range(tensor.dim())] else tuple(dims)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the whole is like that a sharded parameter stands for, beside its values.
+
+    Attributes:
+        dims: how it lies in memory, as `memory_order` says.
+        kind: its class.
+    """
+
+    dims: tuple[int, ...] | None = None
+    kind: type[nn.Parameter] = nn.Parameter
+
+    def laid_out(self, values: Tensor) -> Tensor:
+        """`values`, of the whole, in memory as it was; itself where they are."""
+        if self.dims is None:
+            return values
+        back = map(self.dims.index, range(len(self.dims)))
+        return values.permute(*self.dims).contiguous().permute(*back)
+
+    def parameter(self, values: Tensor, shard: nn.Parameter) -> nn.Parameter:
+        """The whole of `shard`, with its attributes."""
+        made = nn.Parameter(self.laid_out(values), requires_grad=shard.requires_grad)
+        made.__class__ = self.kind
+        vars(made).update({name: value for name, value in vars(shard).items() if name not in (_ATTRIBUTE, _WHOLE)})
+        return made
+
+
+def as_whole(parameter: _Tensor, whole: Whole) -> _Tensor:
+    """`parameter`, a DTensor, told what the whole of it is like."""
+    if whole != Whole():
+        setattr(parameter, _WHOLE, whole)
+    return parameter
+
+
+def whole_of(parameter: object) -> Whole:
+    """What the whole of a parameter is like."""
+    return getattr(parameter, _WHOLE, Whole())
 
 
 def full(tensor: Tensor, part: Part | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.rows import rows_of
+from lightning_largescale.workload.kinds import EVERYWHERE, is_plain
 
 
 class Replica:
@@ -89,7 +90,10 @@ def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     on_cuda = device.type == "cuda"
     call = _Call(module)
     # Rows of tables are each rank's own, and so are their gradients.
-    compat.ignore_parameters(call, [name for name, one in call.named_parameters() if rows_of(one) is not None])
+    left_out = [name for name, one in call.named_parameters() if rows_of(one) is not None or not is_plain(one)]
+    # torch tells other ranks only what is plain and dense, in every forward; what is not was made equal at setup.
+    left_out += [name for name, one in call.named_buffers() if not is_plain(one) or one.dtype not in EVERYWHERE]
+    compat.ignore_parameters(call, left_out)
     # Buckets are made on a stream of their own so that the default one does not hold their memory.
     with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
         return DistributedDataParallel(

@@ -31,11 +31,21 @@ from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
+from lightning_largescale.parallel.restore import made_contiguous, restore_when_gathered
 from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.tiers import group_tiers, shard_bytes
-from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, has_forward, no_such_module
+from lightning_largescale.workload.batch import tensor_bytes
+from lightning_largescale.workload.blocks import (
+    Group,
+    find_blocks,
+    find_groups,
+    has_forward,
+    no_such_module,
+    trained_dtypes,
+)
+from lightning_largescale.workload.kinds import is_plain
 from lightning_largescale.workload.parts import Part
 
 # Bytes of full copies freed between two returns of memory to the system: a return walks the heap.
@@ -57,10 +67,12 @@ def shard_module(
     """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
 
     Ranks get slices of rank 0's values. Block by block the parameters move to `device`, are divided, and their full
-    copy is freed. Names stay as they are, parameters become DTensors. A parameter without dimensions cannot be divided:
-    it stays whole, its gradient averaged over all ranks. So do, under manual optimisation, the parameters that the
-    module itself holds. What has no values yet is divided on the meta device, and made then. With that device the
-    module is divided, and no more: no step can run there.
+    copy is freed. Names stay as they are, and so do attributes of parameters, which become DTensors; those that lie in
+    memory in another order of dimensions than their own are gathered to that order. A parameter without dimensions, or
+    without elements, cannot be divided: it stays whole, its gradient averaged over all ranks. So do, under manual
+    optimisation, the parameters that the module itself holds. Groups are of one dtype each: of the root's trainable
+    parameters those of each further dtype are a group that is gathered with it. What has no values yet is divided on
+    the meta device, and made then. With that device the module is divided, and no more: no step can run there.
 
     Under mixed precision blocks gather their matrices in `gather_type`, what autocast makes of them anyway; vectors
     (norms, biases) and the root's parameters are gathered in float32, so that numbers are those of autocast alone.
@@ -77,22 +89,22 @@ def shard_module(
         make: gives values to what has none, once it is divided.
 
     Raises:
-        PlanError: no parameters, trainable ones in several dtypes within one group, embeddings with sparse gradients
-            whose rows are not divided already, or `wrapped_modules` that are no modules of `module`, are never called,
-            or overlap blocks or each other.
+        PlanError: no parameters, embeddings with sparse gradients whose rows are not divided already, or
+            `wrapped_modules` that are no modules of `module`, are never called, or overlap blocks or each other.
     """
     groups = _groups(module, plan)
     _warn_of_hooks(module)
     if device.type == "cpu" and plan.heap == "mapped":
-        matrices = [parameter.nbytes for parameter in module.parameters() if parameter.dim() > 1]
+        matrices = [tensor_bytes(parameter) for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
     # Rows of tables are each rank's own already.
     rows = {parameter for parameter in module.parameters() if rows_of(parameter) is not None}
-    whole = {parameter for parameter in module.parameters() if parameter.dim() == 0}
+    whole = {one for one in module.parameters() if not is_plain(one) or one.dim() == 0 or one.numel() == 0}
     if not getattr(module, "automatic_optimization", True):
         # After the first backward of a step they would be shards: no forward gathers what the module itself holds.
         whole |= {*module.parameters(recurse=False)} - rows
+    before = made_contiguous(module, whole | rows)
     root_too: set[nn.Parameter] = set()
     freed = 0
     rest = dict(parts.get("", {}))
@@ -123,13 +135,21 @@ def shard_module(
     if (among := tensor_mesh(mesh)) is not None:
         rest = {name: part for name, part in rest.items() if module.get_parameter(name) not in whole}
         divide_over(module, rest, among)
+    beside = _other_dtypes(module, root_too | {module.get_parameter(name) for name in groups[""].parameters} - whole)
+    for others in beside:
+        root_too -= others
+    ignored = (whole | rows).union(*beside)
     with _held_by(module, root_too):
-        fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=whole | rows)
+        fully_shard(module, mesh=data_mesh(mesh), reshard_after_forward=False, ignored_params=ignored)
     state.groups[""] = cast(FSDPModule, module)
+    for others in beside:
+        state.beside.append(_shard_beside(module, others, data_mesh(mesh)))
     for name, block in state.groups.items():
         # Last, since moving what is sharded makes other parameters of it.
         for path, parameter in cast(nn.Module, block).named_parameters():
             as_ordered(parameter, parts.get(name, {}).get(path))
+    for name, one in before.items():
+        one.tell(module.get_parameter(name))
     names = [name for name, parameter in module.named_parameters() if parameter in whole]
     if divided is not None:
         divided(state)
@@ -149,6 +169,7 @@ def shard_module(
         scalar.requires_grad_(trained)
     if device.type == "meta":
         return
+    restore_when_gathered(state, before)
     start_gathering(module, state, scalars)
     enable_copies(module)
     if device.type == "cpu":
@@ -182,17 +203,7 @@ def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
         )
     _check_wraps(module, plan.wrapped_modules)
     _check_sparse(module)
-    groups = in_order(module, find_groups(module, plan.wrapped_modules))
-    for name, group in groups.items():
-        own = [module.get_parameter(parameter) for parameter in group.parameters]
-        trained = [parameter for parameter in own if parameter.requires_grad and rows_of(parameter) is None]
-        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in trained}
-        if len(dtypes) > 1:
-            raise PlanError(
-                f"{name or type(module).__name__} has trainable parameters of {' and '.join(sorted(dtypes))}, and"
-                " dp_shard needs one dtype in each block; convert them, or replicate with dp_replicate."
-            )
-    return groups
+    return in_order(module, find_groups(module, plan.wrapped_modules))
 
 
 def in_order(module: nn.Module, groups: Mapping[str, Group]) -> dict[str, Group]:
@@ -268,6 +279,9 @@ def _shard_block(
         divide_over(block, parts, among)
     own = {parameter: module.get_parameter(parameter) for parameter in group.parameters}
     left = {module.get_parameter(parameter) for parameter in group.shared}
+    if not {*trained_dtypes(own.values())} <= {torch.float32, torch.float16, torch.bfloat16}:
+        # Of the others autocast makes nothing.
+        gather_type = None
     if gather_type is not None:
         left |= {parameter for parameter in own.values() if parameter.dim() < 2}
     left -= whole
@@ -309,7 +323,7 @@ def block_tiers(
         wraps, sizes[name] = name in plan.wrapped_modules, 0
         for path in groups[name].parameters:
             parameter = module.get_parameter(path)
-            if parameter.dim() > (0 if wraps or gather_type is None else 1):
+            if is_plain(parameter) and parameter.dim() > (0 if wraps or gather_type is None else 1):
                 part = parts.get("", {}).get(path) if wraps else parts.get(name, {}).get(path.removeprefix(f"{name}."))
                 dim = None if part is None else part.dim
                 sizes[name] += shard_bytes(parameter.shape, parameter.nbytes, plan.dp_shard, plan.tp, dim)
@@ -328,6 +342,24 @@ def _policy(gather_type: torch.dtype | None) -> MixedPrecisionPolicy:
     if gather_type is None:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=gather_type, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _other_dtypes(module: nn.Module, parameters: set[nn.Parameter]) -> list[set[nn.Parameter]]:
+    """Trainable ones of `parameters` in other dtypes than most of their bytes: one set a dtype, alike on all ranks."""
+    ordered = [parameter for parameter in module.parameters() if parameter in parameters]
+    others = trained_dtypes(ordered)[1:]
+    return [{one for one in ordered if one.dtype == dtype and one.requires_grad} for dtype in others]
+
+
+def _shard_beside(module: nn.Module, parameters: set[nn.Parameter], mesh: DeviceMesh) -> FSDPModule:
+    """A group of `parameters` of the root `module`, which FSDP lets have no two."""
+    owner = nn.Module()
+    # Where FSDP finds the places of what it gathers.
+    owner.module = module
+    with _held_by(owner, set(parameters)):
+        fully_shard(owner, mesh=mesh, reshard_after_forward=False)
+    del owner.module
+    return cast(FSDPModule, owner)
 
 
 @contextmanager
@@ -349,8 +381,10 @@ def _held_by(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]
 
 def _average(state: Sharded, index: int, parameter: Tensor) -> None:
     """Average the gradient of a parameter that FSDP ignores, the `index`-th of them, when the others are reduced."""
+    if parameter.grad is None or not parameter.numel():
+        return
     if state.agreement is not None:
         state.agreement.trained.add(index)
-    elif state.synchronize and parameter.grad is not None:
+    elif state.synchronize:
         dist.all_reduce(parameter.grad)
         parameter.grad /= dist.get_world_size()

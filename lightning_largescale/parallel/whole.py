@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.copies import disable_copies
 from lightning_largescale.parallel.gather import reshard, sharded_state, stop_gathering
-from lightning_largescale.parallel.order import divided, full, order_of
+from lightning_largescale.parallel.order import divided, full, order_of, whole_of
 from lightning_largescale.parallel.tensor import compute_plainly
 
 
@@ -77,7 +77,7 @@ def make_whole(module: nn.Module) -> Mapping[Tensor, nn.Parameter]:
     shards = _shards(module)
     disable_copies(module)
     compute_plainly(module)
-    for _, group in reversed(state.groups.items()):
+    for group in reversed(state.every_group()):
         compat.undo_sharding(group)
     stop_gathering(module, state)
     # One after the other, so that a shard is gone before the next full tensor is there.
@@ -102,12 +102,12 @@ def _full(shard: nn.Parameter, device: torch.device, *, keep: bool = False) -> n
     """All of `shard`; of a single rank its own memory, where that may be kept."""
     assert isinstance(shard, DTensor)
     if keep and shard.device_mesh.size() == 1:
-        return nn.Parameter(shard.to_local().detach(), requires_grad=shard.requires_grad)
+        return whole_of(shard).parameter(shard.to_local().detach(), shard)
     with torch.no_grad():
         whole = full(shard, order_of(shard))
         # Of a single rank the shard is the whole, which is not to be written into twice.
         whole = whole.clone() if whole.device == device else whole.to(device)
-    return nn.Parameter(whole, requires_grad=shard.requires_grad)
+        return whole_of(shard).parameter(whole, shard)
 
 
 def _differentiable(shard: nn.Parameter) -> Tensor:
@@ -119,7 +119,7 @@ class _Averaged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: nn.Parameter) -> Tensor:
         ctx.shard = shard
-        return full(shard, order_of(shard)).clone()
+        return whole_of(shard).laid_out(full(shard, order_of(shard)).clone())
 
     @staticmethod
     @once_differentiable

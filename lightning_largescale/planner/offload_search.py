@@ -65,7 +65,7 @@ class Offloading:
             and not replicas,
             "optimizer": tiers and fit and any(any(needs.state_bytes.values()) for needs in work.optimizers),
             "activations": tiers and fit and bool(work.blocks),
-            "parameters": tiers and bool(work.blocks),
+            "parameters": tiers and bool(work.blocks) and not work.whole,
         }
         usable = [name for name in TECHNIQUES if may[name]]
         sets = (itertools.combinations(usable, count) for count in range(1, len(usable) + 1))

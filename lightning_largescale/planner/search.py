@@ -151,10 +151,10 @@ def _layouts(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
     world = hardware.world_size
     divisible = [ranks for ranks, blocks in workload.divisions.items() if any(found.parts for found in blocks.values())]
     for tp in sorted({1, *divisible}):
-        if world % tp or tp > hardware.ranks_per_node:
+        if world % tp or tp > hardware.ranks_per_node or (workload.whole and tp > 1):
             continue
         for dp_shard in range(1, world // tp + 1):
-            if world // tp % dp_shard == 0:
+            if world // tp % dp_shard == 0 and not (workload.whole and dp_shard > 1):
                 plan = Plan(dp_replicate=world // tp // dp_shard, dp_shard=dp_shard, tp=tp)
                 yield plan
                 if workload.stage == "fit" and any(found.sequence for found in workload.divisions.get(tp, {}).values()):
@@ -292,6 +292,9 @@ def _impossible(workload: Workload, hardware: Hardware) -> Iterator[Candidate]:
             reason = f"{workload.stage} keeps no activations, so there are none to recompute"
         plan = Plan(activation_checkpointing="full")
         yield Candidate(plan=plan, estimate=None, status="not possible", reason=reason)
+    if workload.whole:
+        plan = Plan(dp_shard=max(2, hardware.world_size))
+        yield Candidate(plan=plan, estimate=None, status="not possible", reason=workload.whole)
     for precision in workload.steps:
         if not _computes(hardware, precision):
             reason = f"{hardware.name} cannot compute matrix products in {MATMUL_TYPE[precision]}"

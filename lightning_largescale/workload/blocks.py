@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
 from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.batch import tensor_bytes
 
 _CHAINS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 # Of a model without repeated blocks, how many groups of about one size are aimed at.
@@ -65,7 +67,7 @@ def find_wraps(module: nn.Module) -> dict[str, nn.Module]:
     blocks = find_blocks(module)
     groups = find_groups(module)
     sizes = {
-        name: sum(module.get_parameter(parameter).nbytes for parameter in group.parameters)
+        name: sum(tensor_bytes(module.get_parameter(parameter)) for parameter in group.parameters)
         for name, group in groups.items()
     }
     aim = max((sizes[name] for name in blocks), default=sizes[""] // _GROUPS)
@@ -73,7 +75,7 @@ def find_wraps(module: nn.Module) -> dict[str, nn.Module]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     # By the only name they have.
-    rest = {name: module.get_parameter(name).nbytes for name in groups[""].parameters}
+    rest = {name: tensor_bytes(module.get_parameter(name)) for name in groups[""].parameters}
     rest = {name: size for name, size in rest.items() if len(names[id(module.get_parameter(name))]) == 1}
     found: dict[str, nn.Module] = {}
     if aim:
@@ -86,7 +88,8 @@ def find_groups(module: nn.Module, wraps: Collection[str] = ()) -> dict[str, Gro
     all that is left.
 
     A parameter that several blocks, or a block and the rest, use belongs to the root: a group frees its own after
-    forward, and the other user would find it gone.
+    forward, and the other user would find it gone. So do trainable parameters of a block in another dtype than most of
+    its bytes: a group reduces gradients of one.
 
     Args:
         module: any.
@@ -109,10 +112,27 @@ def find_groups(module: nn.Module, wraps: Collection[str] = ()) -> dict[str, Gro
             used_in = _block_of(alias, paths)
             if used_in != owner:
                 shared[used_in].append(alias)
+    for block in blocks:
+        trained = {name: one for name in own[block] if (one := module.get_parameter(name)).requires_grad}
+        dtypes = trained_dtypes(trained.values())
+        others = [name for name, one in trained.items() if one.dtype != dtypes[0]]
+        own[block] = [name for name in own[block] if name not in others]
+        own[""] += others
+        shared[block] += others
     modules = {**blocks, "": module}
     return {
         name: Group(modules=(modules[name],), parameters=tuple(own[name]), shared=tuple(shared[name])) for name in own
     }
+
+
+def trained_dtypes(parameters: Iterable[nn.Parameter]) -> list[torch.dtype]:
+    """The dtypes of those that are trained, that of most bytes first."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in parameters:
+        if parameter.requires_grad and not is_lazy(parameter):
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + tensor_bytes(parameter)
+    # Of as many bytes the first.
+    return sorted(sizes, key=lambda dtype: -sizes[dtype])
 
 
 def no_such_module(option: str, name: str, module: nn.Module, among: Collection[str]) -> PlanError:

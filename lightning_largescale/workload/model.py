@@ -218,6 +218,7 @@ class Workload:
             lies outside of blocks.
         stage: "fit", "validate", "test" or "predict".
         branches: the step reads numbers off tensors, so that ranks may run different modules.
+        whole: why parameters can be neither sharded nor offloaded, and what to do; empty where they can.
         approximate: why the numbers are not exact, a sentence each; empty when they are.
     """
 
@@ -233,6 +234,7 @@ class Workload:
     divisions: Mapping[int, Mapping[str, Divided]] = field(default_factory=dict)
     stage: str = "fit"
     branches: bool = False
+    whole: str = ""
     approximate: tuple[str, ...] = ()
 
     @property

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
@@ -22,6 +21,7 @@ from lightning_largescale.workload.blocks import find_blocks, find_groups, find_
 from lightning_largescale.workload.divisions import divide_blocks
 from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.keep import MOST_OBJECTS
+from lightning_largescale.workload.kinds import find_lazy, lazy_error, why_whole
 from lightning_largescale.workload.metrics import forgive_metrics
 from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Workload, only_blocks
 from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
@@ -89,6 +89,7 @@ def trace_workload(
         divisions=divisions,
         stage=STAGES[step],
         branches=any(one.branches for one in traced.values()),
+        whole=why_whole(module),
         approximate=(*_said(traced), *left_out, *notes, *_of_the_batch(batch)),
     )
 
@@ -108,11 +109,8 @@ def _check(module: nn.Module, step: str, precisions: Sequence[str]) -> None:
                 f"precision={precision!r} is traced on a module of {MATMUL_TYPE[precision]} parameters and"
                 f" {type(module).__name__} has none; convert it first, with module.to({stored})."
             )
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            raise PlanError(
-                f"{name} has no shape yet; run a batch through the module once, or build its layer with sizes given."
-            )
+    if (name := find_lazy(module)) is not None:
+        raise lazy_error(name)
 
 
 def _traced(requests: Mapping[str, Request]) -> tuple[dict[str, Traced], list[str]]:
@@ -186,11 +184,15 @@ class _Fakes:
         self.notes = [] if self.device_type == device_type else ["there is no CUDA here: CPU kernels were traced"]
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_nested or tensor.is_quantized or compat.is_wrapper(tensor):
+            self.notes.append("tensors of classes and layouts of which there are no fakes were traced as they are")
+            return tensor
         if tensor.layout is not torch.strided:
             # A sparse fake holds nothing, whatever the tensor holds.
             self.notes.append("sparse tensors were traced as dense ones, whose operations need more")
         with self.mode:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device_type)
+            strides = tensor.stride() if tensor.layout is torch.strided else torch.empty(tensor.shape).stride()
+            made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=self.device_type)
             return made.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
     def parameter(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -229,7 +231,7 @@ def _optimizers(
     if not (request.trains and isinstance(module, LightningModule)):
         return (), ()
     notes: list[str] = []
-    sizes = {name: p.numel() * p.element_size() for name, p in module.named_parameters() if p.requires_grad}
+    sizes = {name: tensor_bytes(p) for name, p in module.named_parameters() if p.requires_grad}
     if not ask:
         return (assumed_needs("unknown", sizes),), ("two states a parameter are assumed",)
     with _holding_fakes(request) as (fakes, _):
@@ -277,7 +279,7 @@ def _parameters(module: nn.Module, used: frozenset[str], wraps: frozenset[str]) 
             name=aliases[0],
             shape=tuple(by_id[key].shape),
             dtype=str(by_id[key].dtype).removeprefix("torch."),
-            bytes=by_id[key].numel() * by_id[key].element_size(),
+            bytes=tensor_bytes(by_id[key]),
             trainable=by_id[key].requires_grad,
             used=aliases[0] in used,
             block=owner[aliases[0]] or None,

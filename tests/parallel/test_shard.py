@@ -218,8 +218,6 @@ class Bad(LightningModule):
         self.layer = nn.Linear(4, 4)
         if kind == "meta":
             self.layer.to("meta")
-        elif kind == "dtypes":
-            self.other = nn.Linear(4, 4, dtype=torch.bfloat16)
         elif kind == "lazy":
             self.other = nn.LazyLinear(4)
         elif kind == "ranks":
@@ -248,8 +246,7 @@ def fit_bad(kind):
             "meta",
             "'layer.weight' is on the meta device, so it has no values; build the module with its values",
         ),
-        ("lazy", "parameter 'other.weight' is of a lazy module"),
-        ("dtypes", "Bad has trainable parameters of bfloat16 and float32, and dp_shard needs one dtype in each block"),
+        ("lazy", "'other.weight' is of a lazy module, so it has no shape to plan with"),
         ("ranks", "Bad has other parameters or buffers on rank 1 than on rank 0; build the same module on every rank"),
         ("early", "SGD holds a parameter of shape .* that is not of .* as it was sharded"),
     ],

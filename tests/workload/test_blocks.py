@@ -171,3 +171,14 @@ def test_a_weight_of_several_modules_is_in_no_wrap():
     module = Path()
     module.up1.weight = module.up2.weight
     assert list(find_wraps(module)) == ["down.one", "down.two", "up3", "large"]
+
+
+def test_trainable_parameters_in_other_dtypes_than_their_block_are_the_roots():
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(2)))
+    for block in module:
+        block[0].bfloat16()
+        block[1].bfloat16().requires_grad_(False)
+    groups = find_groups(module)
+    assert groups["0"].parameters == ("0.1.weight", "0.1.bias", "0.2.weight", "0.2.bias")
+    assert groups["0"].shared == ("0.0.weight", "0.0.bias")
+    assert groups[""].parameters == ("0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias")

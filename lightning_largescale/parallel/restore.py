@@ -1,0 +1,70 @@
+"""Parameters that are gathered from shards as they were before: attributes, class, and order of dimensions in memory.
+
+FSDP2 shards contiguous tensors, and what it gathers is contiguous and has no attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.gather import Sharded
+from lightning_largescale.parallel.order import Whole, as_whole, memory_order
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a parameter was like before it was sharded, beside its values."""
+
+    whole: Whole
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> Before:
+        """What `parameter` is like, but for what this package has told it."""
+        attributes = {name: value for name, value in vars(parameter).items() if not name.startswith("_largescale")}
+        return cls(Whole(memory_order(parameter), type(parameter)), attributes)
+
+    def tell(self, shard: nn.Parameter) -> None:
+        """Let the shard of the parameter be told of it."""
+        vars(as_whole(shard, self.whole)).update(self.attributes)
+
+    def come_back(self, full: nn.Parameter) -> None:
+        """Make what is gathered from shards like it."""
+        if self.whole.kind is not nn.Parameter and not isinstance(full, DTensor):
+            full.__class__ = self.whole.kind
+        vars(full).update(self.attributes)
+        if self.whole.dims is not None:
+            trained = full.requires_grad
+            # Autograd lays a gradient out as its parameter is, and FSDP reduces what is contiguous.
+            full.requires_grad_().register_post_accumulate_grad_hook(_make_contiguous)  # type: ignore[no-untyped-call]
+            full.requires_grad_(trained)
+
+
+def made_contiguous(module: nn.Module, but: set[nn.Parameter]) -> dict[str, Before]:
+    """Lay parameters of `module` out in memory as FSDP takes them; what they were like before, by name."""
+    before: dict[str, Before] = {}
+    for name, parameter in module.named_parameters():
+        if parameter not in but:
+            before[name] = Before.of(parameter)
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+    return {name: one for name, one in before.items() if one != Before(Whole(), {})}
+
+
+def restore_when_gathered(state: Sharded, before: Mapping[str, Before]) -> None:
+    """Have what is gathered be like it was before it was sharded."""
+    groups = {shard: group for group in state.every_group() for shard, _ in compat.shards_of(group)}
+    for name, one in before.items():
+        shard = cast(nn.Module, state.groups[""]).get_parameter(name)
+        compat.when_gathered(groups[shard], shard, one.come_back, one.whole.dims)
+
+
+def _make_contiguous(full: Tensor) -> None:
+    assert full.grad is not None
+    full.grad = full.grad.contiguous()
