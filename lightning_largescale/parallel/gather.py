@@ -10,7 +10,7 @@ Source: torch.distributed.fsdp, FSDPModule and register_fsdp_forward_method.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -207,6 +207,16 @@ def _computed_with_shards(step: str, why: str) -> PlanError:
         f"{step} computed with parameters of blocks, or of wrapped modules, outside of these, and dp_shard has them"
         f" divided; compute that in `with self.trainer.strategy.full_parameters():`, or wrap no such module ({why})."
     )
+
+
+@contextmanager
+def sharded_in_place(module: nn.Module) -> Iterator[None]:
+    """Within, parameters of the sharded `module` are shards, which have the gradients, also where they are gathered."""
+    state = sharded_state(module)
+    with ExitStack() as groups:
+        for group in state.groups.values() if state is not None and not state.whole else ():
+            groups.enter_context(compat.sharded_in_place(group))
+        yield
 
 
 def forget_step(module: nn.Module) -> None:
