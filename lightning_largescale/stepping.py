@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,6 +34,7 @@ from lightning_largescale.parallel.gather import (
     begin_backward,
     end_backward,
     forget_step,
+    is_of_shards,
     no_reduction,
     reshard,
     run_step,
@@ -45,7 +46,7 @@ from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
-from lightning_largescale.plan import Plan
+from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.stateful import StatefulStrategy
 
 _CONTEXTS = {
@@ -213,7 +214,8 @@ class SteppingStrategy(StatefulStrategy):
         if not self._is_divided():
             yield
             return
-        with self._not_reading(), FullReads(in_step=in_step) as reads:
+        manual = not self._module().automatic_optimization
+        with self._not_reading(), FullReads(in_step=in_step, losses=manual) as reads:
             self._reads.append(reads)
             try:
                 yield
@@ -248,7 +250,15 @@ class SteppingStrategy(StatefulStrategy):
             if module.trainer.training and name != "optimizer_step":
                 hook.enter_context(sharded_in_place(module))
             hook.enter_context(self._reading())
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if not is_of_shards(error):
+                    raise
+                raise PlanError(
+                    f"{name} computed with sharded tensors what torch does not compute of them; do it in `with"
+                    f" trainer.strategy.full_parameters():` on all ranks, or with their to_local() ({error})."
+                ) from error
 
     def forget_step(self) -> None:
         """Make good what a step, ended halfway on all ranks, left behind; its gradients are dropped."""
@@ -288,12 +298,12 @@ class SteppingStrategy(StatefulStrategy):
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Within, backward does not communicate gradients."""
+        """Within, backward does not communicate gradients, unless hooks look at those of a sharded module after it."""
         module = self._module()
         blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._replica is not None:
             blocked = self._replica.no_reduction()
-        elif sharded_state(module):
+        elif sharded_state(module) and not _looks_after_backward(module):
             blocked = no_reduction(module)
         if self._lookups is not None:
             self._lookups.synchronize = False
@@ -360,3 +370,13 @@ class SteppingStrategy(StatefulStrategy):
         self._uneven = None
         if self.lightning_module is not None:
             reshard(self.lightning_module)
+
+
+def _looks_after_backward(module: LightningModule) -> bool:
+    """Whether a hook is called between a backward that Lightning runs and the next, where gradients that are not
+    reduced would be nowhere.
+    """
+    name = "on_after_backward"
+    return module.automatic_optimization and (
+        is_overridden(name, module) or any(is_overridden(name, one, Callback) for one in callbacks_of(module.trainer))
+    )

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_largescale import compat
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.order import as_ordered, divided, divided_dims, full, order_of
+from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors
 from lightning_largescale.workload.parts import share
 
@@ -32,14 +33,15 @@ class FullReads(WholeNumbers):
 
     Args:
         in_step: what is computed may be differentiated: what needs a gradient is left to DTensor, which keeps it.
+        losses: numbers that need a gradient are plain in a step too.
 
     Attributes:
         suspended: functions are called as without, as while a step runs inside of a hook.
     """
 
-    def __init__(self, *, in_step: bool = False) -> None:
+    def __init__(self, *, in_step: bool = False, losses: bool = False) -> None:
         super().__init__()
-        self._in_step = in_step
+        self._in_step, self._losses = in_step, losses
         self.suspended = False
 
     @override
@@ -58,6 +60,8 @@ class FullReads(WholeNumbers):
         if name == "__get__":
             result = func(*args, **kwargs)
             return as_ordered(result, order_of(args[0])) if isinstance(result, DTensor) else result
+        if func is torch.autograd.grad:
+            return _differentiate(args, kwargs)
         if _writes(name, kwargs):
             return _write(func, args, kwargs)
         differentiated = self._in_step and torch.is_grad_enabled() and any(shard.requires_grad for shard in shards)
@@ -66,8 +70,20 @@ class FullReads(WholeNumbers):
     def _read(
         self, func: Callable[..., Any], shards: list[DTensor], args: Any, kwargs: Any, *, differentiated: bool
     ) -> Any:
-        if func in _VALUES or (not differentiated and any(map(_needs_full, shards)) and not _is_simple(func, args)):
+        if func in _VALUES:
             return _of_full(func, args, kwargs)
+        needs_full = any(map(_needs_full, shards)) and not _is_simple(func, args)
+        if needs_full or _loses_nan(func, args):
+            if not differentiated:
+                return _of_full(func, args, kwargs)
+            if any(order_of(shard) is not None for shard in shards):
+                raise PlanError(
+                    f"{getattr(func, '__name__', func)} was given a sharded parameter of a block whose elements are in"
+                    " another order under tp; compute that in `with self.trainer.strategy.full_parameters():`."
+                )
+            if _loses_nan(func, args) or any(map(_has_empty, shards)):
+                args, kwargs = map_tensors((args, kwargs), _gathered_differentiably)
+                return func(*args, **kwargs)
         try:
             with warnings.catch_warnings():
                 # That it takes a tensor of one element for equal on all ranks, as it is of user code.
@@ -78,6 +94,8 @@ class FullReads(WholeNumbers):
             if differentiated:
                 raise
             return _of_full(func, args, kwargs)
+        if differentiated and not self._losses:
+            return result
         result = _map_results(result, _reduced)
         return as_ordered(result, order_of(shards[0])) if isinstance(result, DTensor) else result
 
@@ -91,6 +109,19 @@ _SIMPLE = frozenset(_ELEMENTWISE.split())
 _OF_ALL = frozenset({"all", "any", "linalg_vector_norm", "norm", "sum"})
 
 
+_EXTREMES = frozenset({"amax", "amin", "aminmax", "argmax", "argmin", "max", "min"})
+
+
+def _loses_nan(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether ranks find the greatest of theirs, which of NaN and a number may be the number."""
+    name = getattr(func, "__name__", "")
+    return name in _EXTREMES or ("norm" in name and _infinite(args[1:]))
+
+
+def _infinite(orders: Sequence[Any]) -> bool:
+    return any(isinstance(order, int | float) and abs(order) == torch.inf for order in orders)
+
+
 def _is_simple(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     """Whether a DTensor's rules hold of `func` for each order of elements, and without any on some ranks."""
     name = getattr(func, "__name__", "")
@@ -102,8 +133,7 @@ def _is_simple(func: Callable[..., Any], args: Sequence[Any]) -> bool:
             or (isinstance(other, DTensor) and other.shape == first.shape and order_of(other) == order_of(first))
             for other in others
         )
-    infinite = any(other == torch.inf for other in others if isinstance(other, int | float))
-    return name in _OF_ALL and not infinite and len(args) <= (2 if "norm" in name else 1)
+    return name in _OF_ALL and len(args) <= (2 if "norm" in name else 1)
 
 
 # What gives values to Python; of a DTensor they are this rank's.
@@ -187,6 +217,13 @@ def _of_full(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return _map_results(func(*map_tensors(args, gathered), **map_tensors(kwargs, gathered)), like_shards)
 
 
+def _gathered_differentiably(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, with the graph; its gradient is to be equal on all ranks."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
+
+
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A function that changes its first argument, or `out`: of plain operands of the same shape each rank takes its
     shard.
@@ -206,6 +243,27 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if operands and func is not Tensor.__setitem__:
         args, kwargs = map_tensors((args, kwargs), like_target)
     return func(*args, **kwargs)
+
+
+def _differentiate(args: Any, kwargs: Any) -> Any:
+    """`torch.autograd.grad`, some of whose arguments are shards.
+
+    Raises:
+        PlanError: what is differentiated was computed from what these are gathered to.
+    """
+    inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
+    inputs = [inputs] if isinstance(inputs, Tensor) else [*inputs]
+    found = torch.autograd.grad(*args, **{**kwargs, "allow_unused": True})
+    unknown = [gradient is None and isinstance(one, DTensor) for one, gradient in zip(inputs, found, strict=True)]
+    if any(unknown):
+        raise PlanError(
+            f"torch.autograd.grad was given {sum(unknown)} sharded parameters of blocks, which compute with gathered"
+            " ones and have their gradients after backward; compute the loss and its gradients in `with"
+            " self.trainer.strategy.full_parameters():`."
+        )
+    if not kwargs.get("allow_unused") and any(gradient is None for gradient in found):
+        return torch.autograd.grad(*args, **kwargs)
+    return found
 
 
 def _plain_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
