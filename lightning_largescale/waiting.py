@@ -7,7 +7,6 @@ of theirs. Each can tell that it waits and where; the hub can tell that all do, 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import threading
 import time
 import traceback
@@ -17,6 +16,8 @@ from typing import Any
 
 import lightning
 import torch
+
+from lightning_largescale import compat
 
 # Seconds that a thread stands still before it is taken to wait: no work of the processor, at one place of its code.
 STILL_SECONDS = 4.0
@@ -59,7 +60,7 @@ class Waiting:
 
     def look(self, now: float) -> Wait | None:
         """Where it waits; None while it works, or has not waited for STILL_SECONDS."""
-        frame = sys._current_frames().get(self._thread.ident or 0)
+        frame = compat.frame_of(self._thread)
         if frame is None or self._clock is None:
             return None
         frames = [one for one, _ in traceback.walk_stack(frame)]

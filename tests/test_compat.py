@@ -5,6 +5,8 @@ import dataclasses
 import logging
 import os
 import signal
+import threading
+import traceback
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -933,3 +935,20 @@ def shards_and_gathered():
 
 def test_sharded_in_place():
     assert run_connected(1, shards_and_gathered) == [(False, True, True)]
+
+
+def test_frame_of():
+    held, running = threading.Event(), threading.Event()
+
+    def run():
+        running.set()
+        held.wait()
+
+    thread = threading.Thread(target=run)
+    assert compat.frame_of(thread) is None
+    thread.start()
+    running.wait()
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_stack(compat.frame_of(thread))]
+    held.set()
+    thread.join()
+    assert "run" in names

@@ -52,6 +52,7 @@ from lightning_largescale.compat.of_lightning import (
     share_threads,
     skips_backward,
 )
+from lightning_largescale.compat.of_python import frame_of
 from lightning_largescale.compat.of_torch import (
     DispatchMode,
     alias,
@@ -129,6 +130,7 @@ __all__ = [
     "foreach_kind",
     "forget_forward",
     "forget_sharded_step",
+    "frame_of",
     "function_getter",
     "function_setter",
     "gather_for_backward_of",
