@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -24,11 +25,13 @@ from lightning_largescale import compat
 from lightning_largescale.console import flush, tell
 from lightning_largescale.groups import forget_groups
 from lightning_largescale.hub import LOST, TOGETHER_SECONDS, Failure, Lines
+from lightning_largescale.waiting import Wait, Waiting
 
 # Seconds a rank has, after another failed, to raise by itself before its watcher ends it: enough to see the connection
 # close, finish callbacks and loggers; with the times below it stays well under the 15 s in which a run must have ended.
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
+_WAIT_POLL_SECONDS = 0.5
 
 
 class PeerFailures:
@@ -69,6 +72,8 @@ class PeerFailures:
         self._lines = Lines(connection)
         self._lines.send({"rank": rank, "token": token})
         threading.Thread(target=self._listen, args=(self._lines,), daemon=True, name="largescale-peers").start()
+        waiting = Waiting(threading.current_thread())
+        threading.Thread(target=self._tell_waits, args=(waiting, self._lines), daemon=True).start()
 
     def finish(self) -> None:
         """This rank's stage is over: its later end is no failure."""
@@ -121,7 +126,7 @@ class PeerFailures:
                 if "first" in message and self._first is None:
                     self._first = Failure(**message["first"])
                     self._heard.set()
-                    if self._first.rank != self.rank:
+                    if self._first.rank != self.rank or self._first.stuck:
                         threading.Thread(target=self.end_if_stuck, args=(self._first,), daemon=True).start()
                 elif "together" in message:
                     self._together = message["together"]
@@ -131,6 +136,15 @@ class PeerFailures:
             self._heard.set()
             self._decided.set()
             self.end_if_stuck(self._first)
+
+    def _tell_waits(self, waiting: Waiting, lines: Lines) -> None:
+        """Tell the hub where this rank waits, and that it does no more."""
+        told: Wait | None = None
+        while not self._over.wait(_WAIT_POLL_SECONDS):
+            wait = waiting.look(time.monotonic())
+            if wait != told:
+                told = wait
+                lines.send({"waits": None if wait is None else dataclasses.asdict(wait)})
 
     def _watch_parent(self) -> None:
         while not self._over.wait(_POLL_SECONDS):

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_largescale.waiting import Wait, sentence_of
+
 # Seconds in which every rank may report an error of its own before the first is taken to be alone. All ranks raise
 # alike where the input is wrong, and then nobody waits for anybody and connections can stay.
 TOGETHER_SECONDS = 2.0
@@ -54,12 +56,14 @@ class Failure:
         what: its error as one line, or how it ended.
         lost: it has no error of its own: its connection to another rank broke, or its process is gone.
         trace: its traceback as Python prints it; empty where there is none.
+        stuck: it waits where the others do not come, and will raise nothing by itself.
     """
 
     rank: int
     what: str
     lost: bool = False
     trace: str = ""
+    stuck: bool = False
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
@@ -127,6 +131,7 @@ class _Member:
     lines: Lines
     rank: int | None = None
     finished: bool = False
+    waits: Wait | None = None
 
 
 class Hub(threading.Thread):
@@ -152,6 +157,7 @@ class Hub(threading.Thread):
         self._selector = selectors.DefaultSelector()
         self._first: Failure | None = None
         self._loss: tuple[float, Failure] | None = None
+        self._known: set[int] = set()
         self._failed: set[int] = set()
         self._verdict_due: float | None = None
 
@@ -192,6 +198,7 @@ class Hub(threading.Thread):
         if member.rank is None:
             if message.get("token") == self._token:
                 member.rank = message["rank"]
+                self._known.add(message["rank"])
                 if self._first is not None:
                     member.lines.send({"first": dataclasses.asdict(self._first)})
         elif "failed" in message:
@@ -201,10 +208,21 @@ class Hub(threading.Thread):
             else:
                 self._failed.add(failure.rank)
                 self._announce(failure)
+        elif "waits" in message:
+            member.waits = None if message["waits"] is None else Wait(**message["waits"])
+            self._end_stuck()
         elif "finished" in message:
             member.finished = True
+            self._end_stuck()
             if member.rank == 0:
                 self._tell({"finished": True})
+
+    def _end_stuck(self) -> None:
+        """End the run where every rank that is at work waits for others, which do not come."""
+        here = {member.rank: member for member in self._members.values() if member.rank is not None}
+        found = sentence_of({rank: member.waits for rank, member in here.items() if not member.finished})
+        if found is not None and len(self._known) == self._world_size:
+            self._announce(Failure(rank=found[0], what=found[1], stuck=True))
 
     def _lose(self, failure: Failure, *, replace: bool) -> None:
         if self._loss is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -212,15 +212,23 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if self._spilled is not None:
             self._spilled.settle()
 
+    @contextlib.contextmanager
     @override
-    def _numbers(self) -> contextlib.AbstractContextManager[Any]:
-        numbers = super()._numbers()
-        if self._leaving is None:
-            return numbers
-        both = contextlib.ExitStack()
-        both.enter_context(numbers)
-        both.enter_context(self._leaving.clipping())
-        return both
+    def _numbers(self) -> Generator[None, None, None]:
+        with super()._numbers(), self._gone_gradients():
+            yield
+
+    @contextlib.contextmanager
+    @override
+    def _reading(self, *, in_step: bool = False) -> Generator[None, None, None]:
+        # A step that has its backward inside reads gradients there.
+        gradients = not in_step or not self._module().automatic_optimization
+        with super()._reading(in_step=in_step), self._gone_gradients() if gradients else contextlib.nullcontext():
+            yield
+
+    def _gone_gradients(self) -> contextlib.AbstractContextManager[Any]:
+        """Within, gradients that have left are read and changed as those that are here."""
+        return contextlib.nullcontext() if self._leaving is None else self._leaving.clipping()
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:

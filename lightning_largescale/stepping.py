@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -28,14 +29,17 @@ from lightning_largescale.parallel.embedding import (
     shard_embeddings,
 )
 from lightning_largescale.parallel.equal import equal_weights
+from lightning_largescale.parallel.full_reads import FullReads
 from lightning_largescale.parallel.gather import (
     begin_backward,
     end_backward,
     forget_step,
+    is_of_shards,
     meet,
     no_reduction,
     reshard,
     run_step,
+    sharded_in_place,
     sharded_state,
 )
 from lightning_largescale.parallel.known import KnownParameters
@@ -43,7 +47,7 @@ from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
-from lightning_largescale.plan import Plan
+from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.stateful import StatefulStrategy
 
 _CONTEXTS = {
@@ -67,6 +71,11 @@ class SteppingStrategy(StatefulStrategy):
     _tensor_mesh: DeviceMesh | None = None
     # Steps whose first batch was compared among them.
     _compared: frozenset[str] = frozenset()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # What reads for the user's code that is under way, the innermost last.
+        self._reads: list[FullReads] = []
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -92,9 +101,7 @@ class SteppingStrategy(StatefulStrategy):
         module = self._module()
         if self._known is not None:
             self._known.check()
-        # A step that has its backward inside reads gradients there.
-        reads = not module.automatic_optimization and self._is_divided()
-        with self._numbers() if reads else contextlib.nullcontext():
+        with self._reading(in_step=True):
             if self._replica is not None:
                 step = partial(module.training_step, *args, **kwargs)
                 with self.precision_plugin.train_step_context(), self._joined():
@@ -107,17 +114,20 @@ class SteppingStrategy(StatefulStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's, with its parameters gathered."""
-        return self._step("validation_step", *args, **kwargs)
+        with self._reading(in_step=True):
+            return self._step("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's, with its parameters gathered."""
-        return self._step("test_step", *args, **kwargs)
+        with self._reading(in_step=True):
+            return self._step("test_step", *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's, with its parameters gathered."""
-        return self._step("predict_step", *args, **kwargs)
+        with self._reading(in_step=True):
+            return self._step("predict_step", *args, **kwargs)
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
@@ -176,16 +186,22 @@ class SteppingStrategy(StatefulStrategy):
         end_backward(self._module())
 
     @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning's; what reads in hooks and steps around it is not what runs in it."""
+        with self._not_reading():
+            return super().backward(closure_loss, *args, **kwargs)
+
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's, hooks and clipping before it finding numbers whole; then holes in the heap are given back,
-        where the plan has them given back.
+        """The optimizer's, what scales gradients before it finding numbers whole; then holes in the heap are given
+        back, where the plan has them given back.
         """
-        with contextlib.ExitStack() as after_backward:
+        with self._not_reading(), contextlib.ExitStack() as numbers:
 
             def run() -> Any:
-                after_backward.close()
+                numbers.close()
                 result = closure()
-                after_backward.enter_context(self._numbers())
+                numbers.enter_context(self._numbers())
                 return result
 
             divided = self._is_divided()
@@ -197,6 +213,58 @@ class SteppingStrategy(StatefulStrategy):
     def _numbers(self) -> contextlib.AbstractContextManager[Any]:
         """Within, numbers about gradients that are divided are whole."""
         return WholeNumbers()
+
+    @contextlib.contextmanager
+    def _reading(self, *, in_step: bool = False) -> Generator[None, None, None]:
+        """Within, the user's code reads what is divided as it would read it whole."""
+        if not self._is_divided():
+            yield
+            return
+        manual = not self._module().automatic_optimization
+        with self._not_reading(), FullReads(in_step=in_step, losses=manual) as reads:
+            self._reads.append(reads)
+            try:
+                yield
+            finally:
+                self._reads.remove(reads)
+
+    @contextlib.contextmanager
+    def _not_reading(self) -> Generator[None, None, None]:
+        """Within, what the strategy itself computes is not taken for the code that it runs inside of."""
+        reads = self._reads[-1] if self._reads else None
+        if reads is None or reads.suspended:
+            yield
+            return
+        reads.suspended = True
+        try:
+            yield
+        finally:
+            reads.suspended = False
+
+    @contextlib.contextmanager
+    def _around_hook(self, name: str) -> Generator[None, None, None]:
+        """A hook of the user's: it reads what is divided as it would read it whole, and between a step and its end
+        finds the parameters that have the gradients, also where they are gathered.
+        """
+        module = self.lightning_module
+        # Lightning's own does nothing but run the step.
+        runs_step = name == "optimizer_step" and module is not None and not is_overridden(name, module)
+        if module is None or runs_step or not self._is_divided():
+            yield
+            return
+        with contextlib.ExitStack() as hook:
+            if module.trainer.training and name != "optimizer_step":
+                hook.enter_context(sharded_in_place(module))
+            hook.enter_context(self._reading())
+            try:
+                yield
+            except RuntimeError as error:
+                if not is_of_shards(error):
+                    raise
+                raise PlanError(
+                    f"{name} computed with sharded tensors what torch does not compute of them; do it in `with"
+                    f" trainer.strategy.full_parameters():` on all ranks, or with their to_local() ({error})."
+                ) from error
 
     def forget_step(self) -> None:
         """Make good what a step, ended halfway on all ranks, left behind; its gradients are dropped."""
@@ -236,12 +304,12 @@ class SteppingStrategy(StatefulStrategy):
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Within, backward does not communicate gradients."""
+        """Within, backward does not communicate gradients, unless hooks look at those of a sharded module after it."""
         module = self._module()
         blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._replica is not None:
             blocked = self._replica.no_reduction()
-        elif sharded_state(module):
+        elif sharded_state(module) and not _looks_after_backward(module):
             blocked = no_reduction(module)
         if self._lookups is not None:
             self._lookups.synchronize = False
@@ -308,3 +376,13 @@ class SteppingStrategy(StatefulStrategy):
         self._uneven = None
         if self.lightning_module is not None:
             reshard(self.lightning_module)
+
+
+def _looks_after_backward(module: LightningModule) -> bool:
+    """Whether a hook is called between a backward that Lightning runs and the next, where gradients that are not
+    reduced would be nowhere.
+    """
+    name = "on_after_backward"
+    return module.automatic_optimization and (
+        is_overridden(name, module) or any(is_overridden(name, one, Callback) for one in callbacks_of(module.trainer))
+    )

@@ -1,9 +1,12 @@
 """Each use of a private API still does what we use it for."""
 
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
+import threading
+import traceback
 import weakref
 from datetime import timedelta
 from functools import partial
@@ -995,3 +998,63 @@ def test_divided_as(two):
     two.run(connect)
     # Should the last no longer be so, `from_local` can take its place.
     assert two.run(divided_elsewhere) == [(True, True, "meta")] * 2
+
+
+class Hooked(BoringModel):
+    def on_train_start(self):
+        HOOKS.append("runs")
+
+
+HOOKS: list[str] = []
+
+
+def test_around_hooks(tmp_path):
+    @contextlib.contextmanager
+    def around(name):
+        HOOKS.append(f"before {name}")
+        yield
+        HOOKS.append(f"after {name}")
+
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    HOOKS.clear()
+    with compat.around_hooks(trainer, around):
+        trainer.fit(Hooked())
+    place = HOOKS.index("runs")
+    assert HOOKS[place - 1 : place + 2] == ["before on_train_start", "runs", "after on_train_start"]
+    assert {"before optimizer_step", "before on_after_backward", "before on_before_zero_grad"} <= {*HOOKS}
+    assert not any("training_step" in hook for hook in HOOKS)
+    assert "profile" not in vars(trainer.profiler)
+
+
+def shards_and_gathered():
+    module = nn.Linear(2, 2)
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    module.unshard()
+    gathered = module.weight
+    with compat.sharded_in_place(module):
+        shard = module.weight
+    return isinstance(gathered, DTensor), isinstance(shard, DTensor), module.weight is gathered
+
+
+def test_sharded_in_place():
+    assert run_connected(1, shards_and_gathered) == [(False, True, True)]
+
+
+def test_frame_of():
+    held, running = threading.Event(), threading.Event()
+
+    def run():
+        running.set()
+        held.wait()
+
+    thread = threading.Thread(target=run)
+    assert compat.frame_of(thread) is None
+    thread.start()
+    running.wait()
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_stack(compat.frame_of(thread))]
+    held.set()
+    thread.join()
+    assert "run" in names

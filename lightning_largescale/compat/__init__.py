@@ -18,6 +18,7 @@ from lightning_largescale.compat.of_distributed import (
     is_of_sharding,
     place_shard,
     reduce_scatter_tensor,
+    sharded_in_place,
     sharding_attributes,
     shards_of,
     undo_sharding,
@@ -29,6 +30,7 @@ from lightning_largescale.compat.of_lightning import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
     TunerExit,
+    around_hooks,
     asked_by_batch_size_finder,
     attach_trainer,
     attached_trainer,
@@ -53,6 +55,7 @@ from lightning_largescale.compat.of_lightning import (
     share_threads,
     skips_backward,
 )
+from lightning_largescale.compat.of_python import frame_of
 from lightning_largescale.compat.of_torch import (
     DispatchMode,
     alias,
@@ -107,6 +110,7 @@ __all__ = [
     "all_gather_tensor",
     "argument",
     "around_gathers",
+    "around_hooks",
     "asked_by_batch_size_finder",
     "assert_async",
     "attach_trainer",
@@ -133,6 +137,7 @@ __all__ = [
     "forget_forward",
     "forget_groups_of",
     "forget_sharded_step",
+    "frame_of",
     "function_getter",
     "function_setter",
     "gather_for_backward_of",
@@ -170,6 +175,7 @@ __all__ = [
     "sequence_number",
     "set_dataset_length",
     "set_rank_zero",
+    "sharded_in_place",
     "sharding_attributes",
     "shards_of",
     "share_threads",

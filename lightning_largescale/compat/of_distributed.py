@@ -164,6 +164,27 @@ def without_gathering(module: Any) -> Iterator[None]:
             hooks.update(added)
 
 
+@contextmanager
+def sharded_in_place(module: Any) -> Iterator[None]:
+    """Within, the group of `module`, which `fully_shard` was applied to, has its shards among the module's parameters
+    where it is gathered; what was gathered stays in memory.
+
+    Replaced by a public way to reach the sharded parameters, which have the gradients, of what is gathered.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    gathered = group.fsdp_params if group is not None and group.is_unsharded else []
+    for one in gathered:
+        one._setattr_on_modules(one.sharded_param)
+    try:
+        yield
+    finally:
+        # Unless something within has resharded it.
+        for one in gathered if group is not None and group.is_unsharded else []:
+            one._setattr_on_modules(one.unsharded_param)
+
+
 def sharding_attributes() -> set[str]:
     """Names of what `fully_shard` puts among a module's attributes.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -287,3 +288,28 @@ def searched_attribute(finder: Any, module: Any) -> str | None:
     if isinstance(finder, BatchSizeFinder):
         return finder._batch_arg_name
     return _determine_lr_attr_name(module, finder._attr_name) if finder._update_attr else None
+
+
+@contextmanager
+def around_hooks(trainer: Any, around: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within, every hook of the module, its datamodule and the callbacks that `trainer` calls runs in `around(name)`.
+
+    Replaced by a public way to run code around hooks; Lightning calls each in a section of its profiler by this name.
+    """
+    profiler = trainer.profiler
+    before = vars(profiler).get("profile")
+    inner = profiler.profile
+
+    @contextmanager
+    def profile(action: str) -> Iterator[Any]:
+        user = action.startswith(("[LightningModule]", "[LightningDataModule]", "[Callback]"))
+        with inner(action) as section, around(action.rpartition(".")[2]) if user else nullcontext():
+            yield section
+
+    profiler.profile = profile
+    try:
+        yield
+    finally:
+        del profiler.profile
+        if before is not None:
+            profiler.profile = before

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,19 @@ from lightning_largescale.plan import Plan, PlanError
 _Result = TypeVar("_Result")
 # Where the module keeps what is known of its sharding, and the method that FSDP takes for a forward.
 _STATE, _STEP = "_largescale_sharded", "_largescale_step"
-# How torch complains of shards where it has plain tensors.
-_MIXED = ("torch.Tensor and DTensor", "does not have a sharding strategy registered")
+_SCRIPTED = "__prepare_scriptable__"
+# How torch complains of shards where it has plain tensors, and of what it does not know of shards.
+_WORDS = (
+    "torch.Tensor and DTensor",
+    "does not have a sharding strategy registered",
+    "must have the same mesh",
+    "different meshes",
+    "Sharding propagation failed",
+    "in-place operations that require placement changes",
+    "not supported for tensor subclasses",
+    "Cannot flatten unevenly sharded tensor",
+    "unbind along the sharded dimension",
+)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -90,6 +101,9 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
     register_fsdp_forward_method(module, _STEP)
     # A forward inside a step would end what FSDP takes for the root's: gathered twice, or dropped too early.
     compat.forget_forward(module)
+    state.hooks.append(module.register_forward_pre_hook(_refuse_tracing, prepend=True))
+    # By which torch.jit.script asks for a module's own form.
+    object.__setattr__(module, _SCRIPTED, partial(_refuse, module, "torch.jit.script"))
     owners: dict[nn.Parameter, FSDPModule] = {
         parameter: state.owners.get(name, state.groups[""])
         for name, parameter in module.named_parameters()
@@ -145,7 +159,8 @@ def stop_gathering(module: nn.Module, state: Sharded) -> None:
     for hook in state.hooks:
         hook.remove()
     state.hooks.clear()
-    del vars(module)[_STATE], vars(module)[_STEP]
+    for name in gathering_attributes():
+        vars(module).pop(name)
 
 
 def set_plan(state: Sharded, plan: Plan) -> None:
@@ -163,7 +178,7 @@ def sharded_state(module: nn.Module) -> Sharded | None:
 
 def gathering_attributes() -> tuple[str, ...]:
     """Names of what `start_gathering` puts among a module's attributes."""
-    return _STATE, _STEP
+    return _STATE, _STEP, _SCRIPTED
 
 
 def run_gathered(module: nn.Module, name: str, step: Callable[[], _Result]) -> _Result:
@@ -254,7 +269,7 @@ def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     try:
         result = run_gathered(module, name, step)
     except RuntimeError as error:
-        if state is None or not any(words in str(error) for words in _MIXED):
+        if state is None or not is_of_shards(error):
             raise
         raise _computed_with_shards(name, str(error)) from error
     if state is not None and any(isinstance(leaf, DTensor) for leaf in compat.leaves(result)):
@@ -262,11 +277,26 @@ def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def is_of_shards(error: Exception) -> bool:
+    """Whether `error` is torch's of a function that was given shards."""
+    return any(words in str(error) for words in _WORDS)
+
+
 def _computed_with_shards(step: str, why: str) -> PlanError:
     return PlanError(
         f"{step} computed with parameters of blocks, or of wrapped modules, outside of these, and dp_shard has them"
         f" divided; compute that in `with self.trainer.strategy.full_parameters():`, or wrap no such module ({why})."
     )
+
+
+@contextmanager
+def sharded_in_place(module: nn.Module) -> Iterator[None]:
+    """Within, parameters of the sharded `module` are shards, which have the gradients, also where they are gathered."""
+    state = sharded_state(module)
+    with ExitStack() as groups:
+        for group in state.groups.values() if state is not None and not state.whole else ():
+            groups.enter_context(compat.sharded_in_place(group))
+        yield
 
 
 def forget_step(module: nn.Module) -> None:
@@ -311,6 +341,21 @@ def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result
         for group in wraps:
             group.set_reshard_after_forward(state.plan.reshard_after_forward, recurse=False)
             group.reshard()
+
+
+def _refuse_tracing(module: nn.Module, args: Any) -> None:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        _refuse(module, "torch.jit.trace")
+    if torch.compiler.is_exporting():
+        _refuse(module, "torch.export")
+
+
+def _refuse(module: nn.Module, by: str) -> NoReturn:
+    raise PlanError(
+        f"{type(module).__name__.removeprefix('FSDP')} is sharded, and {by}, which log_graph=True and exports use,"
+        " takes modules with all parameters; call `trainer.strategy.make_whole()` on all ranks after fit, or leave it"
+        " out."
+    )
 
 
 def _with_beside(state: Sharded, function: Callable[[], _Result]) -> _Result:

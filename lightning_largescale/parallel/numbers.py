@@ -97,8 +97,10 @@ def _norm(
     # Of no element there is no largest.
     own: Tensor = torch.linalg.vector_norm(torch.cat([values, values.new_zeros(1)]), order, dtype=dtype)
     if order == torch.inf:
-        dist.all_reduce(own, dist.ReduceOp.MAX)
-        return own
+        # The greatest of NaN and a number is the number where a backend compares them.
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own)
+        return torch.stack(every).max()
     if order == 0:
         # A number of elements.
         dist.all_reduce(own)
@@ -117,6 +119,9 @@ def _norms(
 ) -> list[Tensor]:
     """Norms of each, with one collective for those of one mesh, and one for each table."""
     order = kwargs.get("ord", order)
+    if order == torch.inf:
+        # Of shards the norm would be the greatest of the ranks', and lose a NaN; of one that is empty there is none.
+        tensors = [_full(tensor) for tensor in tensors]
     found: dict[int, Tensor] = {
         index: _norm(function, tensor, order, dtype=dtype) for index, tensor in enumerate(tensors) if _has_rows(tensor)
     }

@@ -20,6 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lightning_largescale import compat
@@ -100,7 +101,9 @@ def shard_module(
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
     # Rows of tables are each rank's own already.
     rows = {parameter for parameter in module.parameters() if rows_of(parameter) is not None}
-    whole = {one for one in module.parameters() if not is_plain(one) or one.dim() == 0 or one.numel() == 0}
+    whole = {one for one in module.parameters() if one.dim() == 0 or one.numel() == 0}
+    # Styles of the user's have made DTensors of some.
+    whole |= {one for one in module.parameters() if not (is_plain(one) or isinstance(one, DTensor))}
     if not getattr(module, "automatic_optimization", True):
         # After the first backward of a step they would be shards: no forward gathers what the module itself holds.
         whole |= {*module.parameters(recurse=False)} - rows
@@ -323,7 +326,9 @@ def block_tiers(
         wraps, sizes[name] = name in plan.wrapped_modules, 0
         for path in groups[name].parameters:
             parameter = module.get_parameter(path)
-            if is_plain(parameter) and parameter.dim() > (0 if wraps or gather_type is None else 1):
+            if (is_plain(parameter) or isinstance(parameter, DTensor)) and parameter.dim() > (
+                0 if wraps or gather_type is None else 1
+            ):
                 part = parts.get("", {}).get(path) if wraps else parts.get(name, {}).get(path.removeprefix(f"{name}."))
                 dim = None if part is None else part.dim
                 sizes[name] += shard_bytes(parameter.shape, parameter.nbytes, plan.dp_shard, plan.tp, dim)

@@ -131,6 +131,15 @@ class _StrategyStandIn:
     def barrier(self, *_: Any, **__: Any) -> None:
         return None
 
+    def reduce_boolean_decision(self, decision: bool, *_: Any, **__: Any) -> bool:
+        return decision
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        yield
+
+    full_parameters = block_backward_sync
+
 
 class OptimizerStandIn:
     """An optimizer of the module as `self.optimizers()` gives it: its settings are real, its step changes nothing."""

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from workload import families
 from workload.check import assert_same, state_of
@@ -47,6 +47,37 @@ def test_with_a_trainer_settings_are_its_own_and_actions_do_nothing(tmp_path):
     trainer.save_checkpoint("nowhere")
     trainer.logger.log_metrics({"a": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+class Asking(LightningModule):
+    """Asks the strategy in its step, as accumulation by hand does."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.net, self.ask = nn.Linear(4, 4), ask
+
+    def training_step(self, batch, index):
+        return ASKED[self.ask](self.trainer.strategy, lambda: self.net(batch).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def within(context, step):
+    with context:
+        return step()
+
+
+ASKED = {
+    "block_backward_sync": lambda strategy, step: within(strategy.block_backward_sync(), step),
+    "full_parameters": lambda strategy, step: within(strategy.full_parameters(), step),
+    "reduce_boolean_decision": lambda strategy, step: step() if strategy.reduce_boolean_decision(True) else None,
+}
+
+
+@pytest.mark.parametrize("ask", ASKED)
+def test_a_step_that_asks_the_strategy_is_traced(ask):
+    assert Workload.trace(Asking(ask), torch.randn(2, 4), precisions=("32-true",)).approximate == ()
 
 
 def test_what_configure_optimizers_may_return():

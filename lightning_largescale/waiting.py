@@ -1,0 +1,126 @@
+"""What a rank waits for, as others see it: its thread's stack, once it has stood still in a collective for seconds.
+
+A rank that alone reads a sharded parameter waits in a collective that the others never enter, and they wait in the next
+of theirs. Each can tell that it waits and where; the hub can tell that all do, and not for the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+
+from lightning_largescale import compat
+
+# Seconds that a thread stands still before it is taken to wait: no work of the processor, at one place of its code.
+STILL_SECONDS = 4.0
+_TORCH, _LIGHTNING, _OURS = (
+    str(Path(found).parent) + "/" for found in (torch.__file__, str(lightning.__file__), __file__)
+)
+_COLLECTIVES, _READS = f"{_TORCH}distributed/", f"{_OURS}parallel/full_reads.py"
+# More than waiting costs, less than any work.
+_STILL_CPU_SECONDS = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Wait:
+    """Where a rank waits.
+
+    Attributes:
+        place: the line of the user's code, or that of the innermost code there is.
+        read: the function that reads a sharded tensor there; empty where the collective is another.
+        hook: of Lightning's, that the line is in; empty where it is in none.
+    """
+
+    place: str
+    read: str = ""
+    hook: str = ""
+
+
+class Waiting:
+    """Tells whether a thread waits in a collective, asked again and again.
+
+    Args:
+        thread: the one to look at.
+    """
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self._thread = thread
+        self._clock = time.pthread_getcpuclockid(thread.ident) if thread.ident and _has_clocks() else None
+        self._since = 0.0
+        self._cpu = 0.0
+        self._key: tuple[tuple[int, int], ...] = ()
+
+    def look(self, now: float) -> Wait | None:
+        """Where it waits; None while it works, or has not waited for STILL_SECONDS."""
+        frame = compat.frame_of(self._thread)
+        if frame is None or self._clock is None:
+            return None
+        frames = [one for one, _ in traceback.walk_stack(frame)]
+        key, cpu = tuple((id(one.f_code), one.f_lasti) for one in frames), time.clock_gettime(self._clock)
+        still = key == self._key and cpu - self._cpu < _STILL_CPU_SECONDS and self._sleeps()
+        if not still or not any(one.f_code.co_filename.startswith(_COLLECTIVES) for one in frames):
+            self._key, self._cpu, self._since = key, cpu, now
+            return None
+        return _describe(frames) if now - self._since >= STILL_SECONDS else None
+
+    def _sleeps(self) -> bool:
+        """Whether it does not even want the processor, which others may have; True where the system does not say."""
+        try:
+            stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_text()
+        except OSError:
+            return True
+        return stat.rpartition(")")[2].split()[0] == "S"
+
+
+def sentence_of(waits: dict[int, Wait | None]) -> tuple[int, str] | None:
+    """The rank that alone waits in a read, and why the run ends; None unless every rank waits, and not for the same.
+
+    Args:
+        waits: of each rank that has not finished; None for one that does not wait.
+    """
+    found = {rank: wait for rank, wait in waits.items() if wait is not None}
+    reading = [rank for rank, wait in found.items() if wait.read]
+    if len(found) < len(waits) or not reading:
+        return None
+    rank, wait = reading[0], found[reading[0]]
+    others = {other: where for other, where in found.items() if where != wait}
+    if not others and len(waits) > 1:
+        return None
+    hook = f" in {wait.hook}" if wait.hook else ""
+    elsewhere = "".join(f", and rank {other} is at {where.place}" for other, where in [*others.items()][:1])
+    return rank, (
+        f"PlanError: rank {rank} reads a sharded tensor ({wait.read}) at {wait.place}{hook}, which every rank has to"
+        f" do{elsewhere}; read parameters and gradients on all ranks, or this rank's shard by their to_local()."
+    )
+
+
+def _has_clocks() -> bool:
+    return hasattr(time, "pthread_getcpuclockid")
+
+
+def _describe(frames: list[FrameType]) -> Wait:
+    """Where the user's code is in a stack, the innermost frame first."""
+    reads = [index for index, one in enumerate(frames) if one.f_code.co_filename == _READS]
+    outer = frames[reads[-1] + 1 :] if reads else frames
+    user = next((one for one in outer if not _is_library(one.f_code.co_filename)), outer[0])
+    names = [one.f_locals.get("hook_name") for one in outer if one.f_code.co_filename.startswith(_LIGHTNING)]
+    function = frames[reads[-1]].f_locals.get("func") if reads else None
+    place = f"{user.f_code.co_filename}:{user.f_lineno} ({user.f_code.co_name})"
+    hook = next((name for name in names if isinstance(name, str)), "")
+    return Wait(place=place, read="" if function is None else _name(function), hook=hook)
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", function))
+
+
+def _is_library(filename: str) -> bool:
+    return filename.startswith((_TORCH, _LIGHTNING, _OURS, "<")) or "/lib/python" in filename
