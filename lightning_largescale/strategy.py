@@ -309,7 +309,9 @@ class LargeScaleStrategy(OffloadingStrategy):
             check_equal_structure(module)
             equal_weights([*module.parameters(), *module.buffers()])
             equal_copies(copies_of(module, callbacks_of(trainer)), self.root_device)
-            self._replica = Replica(module, self.root_device) if fitting else None
+            if fitting:
+                self._replica = Replica(module, self.root_device, watch_all=not module.automatic_optimization)
+                self._undo.callback(self._replica.close)
 
     @override
     def model_to_device(self) -> None:

@@ -792,16 +792,22 @@ def test_call_after_backward():
     assert order == ["backward", True]
 
 
-def reduced_gradients():
-    module = nn.Sequential(nn.Linear(2, 1))
-    compat.ignore_parameters(module, ["0.bias"])
-    replica = nn.parallel.DistributedDataParallel(module)
-    (replica(torch.ones(1, 2)).sum() * (1 + dist.get_rank())).backward()
-    return module[0].weight.grad.tolist(), module[0].bias.grad.tolist()
+def test_current_backward():
+    found = []
 
+    def within(gradient):
+        found.append(compat.current_backward())
+        with torch.enable_grad():
+            inner = torch.ones(1, requires_grad=True)
+            weight = inner * 2
+            weight.register_hook(lambda _: found.append(compat.current_backward()))
+            weight.backward()
 
-def test_ignore_parameters():
-    assert run_connected(2, reduced_gradients) == [([[1.5, 1.5]], [1.0]), ([[1.5, 1.5]], [2.0])]
+    loss = torch.ones(1, requires_grad=True) * 2
+    loss.register_hook(within)
+    loss.backward()
+    outer, inner = found
+    assert outer != inner
 
 
 def test_versions_of():

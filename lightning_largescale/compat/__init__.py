@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_largescale.compat.of_autograd import hooks_saved_tensors, versions_of
+from lightning_largescale.compat.of_autograd import current_backward, hooks_saved_tensors, versions_of
 from lightning_largescale.compat.of_distributed import (
     abort_process_groups,
     all_gather_tensor,
@@ -13,7 +13,6 @@ from lightning_largescale.compat.of_distributed import (
     forget_forward,
     forget_sharded_step,
     gather_for_backward_of,
-    ignore_parameters,
     is_of_sharding,
     place_shard,
     reduce_scatter_tensor,
@@ -114,6 +113,7 @@ __all__ = [
     "check_main_guard",
     "combine_batches",
     "compiled_module",
+    "current_backward",
     "current_node_sequence",
     "data_dependent_errors",
     "dense_parts",
@@ -135,7 +135,6 @@ __all__ = [
     "has_full_backward_hooks",
     "hook_nearest",
     "hooks_saved_tensors",
-    "ignore_parameters",
     "init_process_group",
     "is_compiled",
     "is_fake",

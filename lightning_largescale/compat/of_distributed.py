@@ -60,18 +60,6 @@ def reduce_scatter_tensor(output: Any, tensor: Any, group: Any = None) -> None:
     scatter(output, tensor, group=group)
 
 
-def ignore_parameters(module: Any, names: list[str]) -> None:
-    """Let a DistributedDataParallel that `module` is given to leave its parameters of these names alone.
-
-    Replaced by a public argument of DistributedDataParallel.
-    """
-    from torch.nn.parallel import DistributedDataParallel
-
-    if names:
-        wrapper: Any = DistributedDataParallel
-        wrapper._set_params_and_buffers_to_ignore_for_model(module, names)
-
-
 def forget_forward(module: Any) -> None:
     """Let FSDP2 not take the `forward` of `module`, which `fully_shard` was applied to, for its forward any more.
 

@@ -29,6 +29,7 @@ class KnownParameters:
         self._names = {name for name, _ in module.named_parameters()}
         # The parameters are kept alive, so that nothing else gets their ids.
         self._parameters: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
+        self._frozen: dict[str, Tensor] = {}
 
     def check(self) -> None:
         """Make sure that the module has no others to train; call it between steps.
@@ -36,6 +37,9 @@ class KnownParameters:
         Raises:
             PlanError: it has grown, or some were replaced.
         """
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad:
+                raise self._error(f"parameter {name!r}, which came frozen, is not")
         if all(id(parameter) in self._parameters for parameter in self.module.parameters()):
             return
         # Gathered, they are other objects.
@@ -45,7 +49,7 @@ class KnownParameters:
                 continue
             if parameter.requires_grad or name in self._names:
                 raise self._error(f"parameter {name!r} is not")
-            self._parameters[id(parameter)] = parameter
+            self._parameters[id(parameter)] = self._frozen[name] = parameter
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Make sure that `optimizer` has no others.
