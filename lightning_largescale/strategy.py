@@ -106,7 +106,7 @@ class LargeScaleStrategy(OffloadingStrategy):
     @override
     def _configure_launcher(self) -> None:
         if self._planner is None and self._fixed:
-            self.plan.check_world_size(self.num_nodes * self.num_processes)
+            self.plan.check_world_size(self.world_size)
         self._launcher = configure_launcher(self, self._start_method)
 
     @override
@@ -225,7 +225,7 @@ class LargeScaleStrategy(OffloadingStrategy):
             accelerator=self.root_device.type,
             environment=self.cluster_environment,
             ranks_per_node=self.num_processes,
-            nodes=self.num_nodes,
+            nodes=self.world_size // self.num_processes,
         )
 
     @property
