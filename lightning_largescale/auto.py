@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
@@ -26,6 +25,7 @@ from typing_extensions import override
 
 from lightning_largescale.callbacks import needs_all_gradients, shows_summary
 from lightning_largescale.checkpoint.weights import Weights
+from lightning_largescale.console import show
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.disks import disk_at
 from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
@@ -167,7 +167,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             if self._plan_out is not None:
                 dataclasses.replace(best, nvme_path=self._nvme_path).save(self._plan_out)
             if shown:
-                Console().print(setup_panel(self.report))
+                show(setup_panel(self.report))
         return best
 
     @override
@@ -202,7 +202,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         if self.is_global_zero and shows_summary(self._module().trainer):
             peaks = [peak for peak, _ in measured if peak is not None]
             said = after_fit(self.report.best_estimate, max(peaks, default=None), measured[0][1])
-            Console().print(said, markup=False, highlight=False, soft_wrap=True)
+            show(said, markup=False, highlight=False, soft_wrap=True)
 
     def _keeps_plan(self, trainer: Trainer) -> bool:
         """Whether the plan in force serves: the same module, and it was planned for training or is only evaluated now.

@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_largescale import compat
-from lightning_largescale.groups import forget_groups
+from lightning_largescale.groups import end_groups
 from lightning_largescale.launch import watch_peers
 from lightning_largescale.plan import PlanError
 
@@ -238,15 +238,18 @@ class ConnectedStrategy(ParallelStrategy, ABC):
             )
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(self._default_backend, store=store, rank=0, world_size=1)
-        self._undo.callback(dist.destroy_process_group)
-        self._undo.callback(forget_groups)
+        self._undo.callback(end_groups)
         # Lightning takes any group for one of several processes.
         self._undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
 
+    def _meet_peers(self) -> None:
+        """Wait, in a step whose ranks may run different modules, until all are about to enter a collective."""
+
     @override
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here."""
+        self._meet_peers()
         if self.has_peers and dist.is_initialized():
             ids = [self.root_device.index] if "nccl" in dist.get_backend() else None
             dist.barrier(device_ids=ids)
@@ -256,6 +259,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """What rank `src` gives as `obj`, on every rank."""
         if not (self.has_peers and dist.is_initialized()):
             return obj
+        self._meet_peers()
         objects = [obj]
         dist.broadcast_object_list(objects, src)
         return objects[0]
@@ -263,6 +267,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Every rank's `tensor`, stacked; a single process has its own."""
+        self._meet_peers()
         return super().all_gather(tensor, group, sync_grads) if self.has_peers else tensor
 
     @override
@@ -270,6 +275,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """`tensor` reduced over all ranks; what is no tensor is returned as it is."""
         if not (self.has_peers and isinstance(tensor, Tensor)):
             return tensor
+        self._meet_peers()
         return compat.reduce_tensor(tensor, group, reduce_op)
 
 

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -22,6 +21,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from lightning_largescale import compat
+from lightning_largescale.console import flush, tell
 from lightning_largescale.groups import forget_groups
 from lightning_largescale.hub import LOST, TOGETHER_SECONDS, Failure, Lines
 
@@ -150,8 +150,8 @@ def end_process(line: str, before: Callable[[], object], *, status: int = 1) -> 
     for worker in multiprocessing.active_children():
         worker.kill()
     before()
-    print(line, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    tell(line)
+    flush()
     os._exit(status)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing.connection
 import os
 import pickle
@@ -27,6 +29,7 @@ from torch.multiprocessing.spawn import (
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.apart import no_collection
 from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, reported, told_in_one_line
 from lightning_largescale.hub import describe_exit
 from lightning_largescale.plan import PlanError
@@ -39,6 +42,8 @@ class ForkLauncher(compat.MultiProcessingLauncher):
     failures: PeerFailures | None = None
     # A Tuner searched, and nothing was trained.
     _only_tuned = False
+    # Whether this process collects garbage.
+    _collects = True
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
@@ -67,13 +72,15 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         os.environ["MASTER_PORT"] = str(self._strategy.cluster_environment.main_port)
         queue = mp.get_context(self._start_method).SimpleQueue()
         states = compat.global_states() if self._start_method == "spawn" else None
-        context = start_processes(  # type: ignore[no-untyped-call]
-            self._wrapping_function,
-            args=(trainer, function, args, kwargs, queue, states),
-            nprocs=len(self._strategy.parallel_devices or ()),
-            start_method=self._start_method,
-            join=False,
-        )
+        self._collects = gc.isenabled()
+        with no_collection() if self._start_method == "fork" else contextlib.nullcontext():
+            context = start_processes(  # type: ignore[no-untyped-call]
+                self._wrapping_function,
+                args=(trainer, function, args, kwargs, queue, states),
+                nprocs=len(self._strategy.parallel_devices or ()),
+                start_method=self._start_method,
+                join=False,
+            )
         self.procs = context.processes
         join(context)
         output = queue.get()
@@ -89,6 +96,10 @@ class ForkLauncher(compat.MultiProcessingLauncher):
     ) -> None:
         """Be local rank `process_idx`: what Lightning does, and what others need to know if it fails."""
         if self._start_method == "fork":
+            # What is garbage here is the parent's to collect: the end of a process group waits for its threads.
+            gc.freeze()
+            if self._collects:
+                gc.enable()
             # GNU OpenMP's threads do not survive a fork but its record of them does: where the parent has computed with
             # two threads, the first two-thread computation of a fork waits for ever. One thread asks for no others.
             os.environ["OMP_NUM_THREADS"] = "1"

@@ -11,6 +11,9 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_largescale import compat
 
 _Made = TypeVar("_Made")
 _made: dict[Hashable, Any] = {}
@@ -43,6 +46,18 @@ def forget_groups() -> None:
     """Let all of them go, with their connections."""
     _made.clear()
     _world.clear()
+
+
+def end_groups() -> None:
+    """End the default group of a single process, and all beside it.
+
+    torch remembers meshes for as long as the process lives, and these their groups, with the threads that they have.
+    """
+    for made in _made.values():
+        if isinstance(made, DeviceMesh):
+            compat.forget_groups_of(made)
+    forget_groups()
+    dist.destroy_process_group()
 
 
 def _leave_in_fork() -> None:

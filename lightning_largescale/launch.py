@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.console import tell
 from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, end_process, reported, told_in_one_line
 from lightning_largescale.fork import ForkLauncher
 from lightning_largescale.hub import Failure, Hub, describe_exit
@@ -165,7 +166,7 @@ class _Children:
         for index, process in enumerate(self._processes):
             if process.poll() is None and (self._failed or failure is not None):
                 if failure is not None and failure.rank == self._first_rank + 1 + index:
-                    print(failure.trace, file=sys.stderr)
+                    tell(failure.trace)
                 process.kill()
                 process.wait()
 
@@ -218,7 +219,7 @@ def _show_first_failure_only() -> None:
             previous(kind, error, trace)
         else:
             _children.wait()
-            print(line, file=sys.stderr)
+            tell(line)
 
     sys.excepthook = show
 

@@ -12,14 +12,16 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_largescale import compat
-from lightning_largescale.apart import ApartError, can_run_apart, run_apart
+from lightning_largescale.apart import ApartError, StuckError, can_run_apart, run_apart
 from lightning_largescale.plan import PlanError
 from lightning_largescale.precision import is_own
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.stepping import SteppingStrategy
 from lightning_largescale.workload import Divided, Workload
+from lightning_largescale.workload.state import Snapshot
 from lightning_largescale.workload.trace import trace_workload
 
 _Value = TypeVar("_Value")
@@ -45,23 +47,38 @@ class LookingStrategy(SteppingStrategy, ABC):
         return found.get(_as_it_is(trainer, self._module()), {})
 
     def _traced(self, trainer: Trainer, precisions: tuple[str, ...], tp_sizes: tuple[int, ...]) -> Workload:
-        """The step that is about to run, traced by rank 0; where that is possible in a fork, which leaves no trace."""
+        """The step that is about to run, traced by rank 0: in a fork, which leaves no trace, where that can do what
+        this process can; else here, and what it leaves is put back.
+        """
 
         def trace(batch: Any, notes: tuple[str, ...], *, ask: bool = True) -> Workload:
             return self._trace(trainer, batch, notes, precisions=precisions, tp_sizes=tp_sizes, ask=ask)
 
-        if not self._told_by_rank_zero(can_run_apart):
-            batch, notes = self._batch(trainer, peek=self.is_global_zero)
-            return self._remembered(trainer, self._told_by_rank_zero(lambda: trace(batch, notes)))
-
-        def apart() -> Workload:
+        def apart() -> Workload | None:
             try:
                 return run_apart(lambda: trace(*self._batch(trainer)))
+            except StuckError as error:
+                rank_zero_info(
+                    f"lightning_largescale: the fork in which a batch and the step were looked at {error}, which it"
+                    " may not have; they are looked at in this process."
+                )
+                return None
             except ApartError as error:
                 # What ended a fork would end this process, so nothing of the module's is called.
                 return trace(None, (f"the step could not be traced apart ({error})",), ask=False)
 
-        return self._remembered(trainer, self._told_by_rank_zero(apart))
+        workload = None
+        if self._told_by_rank_zero(can_run_apart):
+            workload = self._told_by_rank_zero(apart)
+        if workload is None:
+            batch, notes = self._batch(trainer, peek=self.is_global_zero, put_back=True)
+
+            def here() -> Workload:
+                with Snapshot(self._module(), batch).untouched():
+                    return trace(batch, notes)
+
+            workload = self._told_by_rank_zero(here)
+        return self._remembered(trainer, workload)
 
     def _remembered(self, trainer: Trainer, workload: Workload) -> Workload:
         module = self._module()
@@ -70,13 +87,16 @@ class LookingStrategy(SteppingStrategy, ABC):
         of_stages[as_it_is] = {**of_stages.get(as_it_is, {}), **workload.divisions}
         return workload
 
-    def _batch(self, trainer: Trainer, *, peek: bool = True) -> tuple[Any, tuple[str, ...]]:
-        """A batch to trace with, as the loader gives it, and what is to be said about it; None without `peek`."""
+    def _batch(self, trainer: Trainer, *, peek: bool = True, put_back: bool = False) -> tuple[Any, tuple[str, ...]]:
+        """A batch to trace with, as the loader gives it, and what is to be said about it; None without `peek`.
+
+        With `put_back` what a dataset holds is put back after it was read here.
+        """
         batch = self._sample_batch
         notes: tuple[str, ...] = ()
         if batch is None:
             try:
-                batch = sample_batch(trainer, peek=peek)
+                batch = sample_batch(trainer, peek=peek, put_back=put_back)
             except Exception as error:
                 # Some loaders can only be made once the run is under way; then the run itself tells what is wrong.
                 notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
@@ -113,6 +133,7 @@ class LookingStrategy(SteppingStrategy, ABC):
                 device_type=self.root_device.type,
                 ask=ask,
                 tp_sizes=tp_sizes,
+                isolated=True,
             )
         return dataclasses.replace(workload, approximate=(*notes, *workload.approximate))
 

@@ -167,7 +167,11 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     @override
     def _state_memory(self, optimizer: Optimizer) -> StateMemory:
         paged = next((one for one in self._paged if one.optimizer is getattr(optimizer, "optimizer", optimizer)), None)
-        return super()._state_memory(optimizer) if paged is None else paged.state_of
+        if paged is None:
+            return super()._state_memory(optimizer)
+        # Hooks since setup may have let it be tried.
+        paged.paged.lay_out(early=True)
+        return paged.state_of
 
     @property
     def _pages(self) -> bool:
@@ -224,6 +228,13 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if self._release is not None:
             self._release.end_step()
         return result
+
+    @override
+    def _end_steps(self) -> None:
+        super()._end_steps()
+        if self._spilled is not None:
+            # What callbacks write into shards that were fetched ahead would be dropped with them.
+            self._spilled.settle()
 
     @override
     def _end_evaluation(self) -> None:

@@ -11,8 +11,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_largescale.plan import PlanError
+
 # Those of torch's own whose step on the CPU may be one kernel.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+class UntriedError(PlanError):
+    """A copy of an optimizer did not step on small tensors, or changed nothing there."""
+
+
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether hooks that run between setup and the first step may change how `optimizer` steps.
+
+    Some raise, or do nothing, until `train()` is called (schedule-free ones) or an attribute is set; those of torch do
+    not.
+    """
+    return not type(optimizer).__module__.startswith("torch.optim.")
 
 
 def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,16 +20,22 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_largescale import compat
+from lightning_largescale.workload.keep import keep
 
 # How Lightning combines several loaders that are not a CombinedLoader yet: in training, and elsewhere.
 _MODES: dict[bool, Any] = {True: "max_size_cycle", False: "sequential"}
 
 
-def sample_batch(trainer: Trainer, *, peek: bool = True) -> Any:
+def sample_batch(trainer: Trainer, *, peek: bool = True, put_back: bool = False) -> Any:
     """One batch of the loop that is about to run, on the CPU as the loader gives it; the run still sees every sample.
 
     Asks the user's `*_dataloader` hook for its loader, once: the run is given the same object. Every rank calls this,
     since such a hook may communicate, and one of them with `peek`; the random state is as before.
+
+    Args:
+        trainer: whose loop.
+        peek: whether to read one.
+        put_back: what a map-style dataset holds is put back after it was read in this process.
 
     Returns:
         The batch; None without `peek`, or where there is no loader or it is empty.
@@ -44,7 +50,7 @@ def sample_batch(trainer: Trainer, *, peek: bool = True) -> Any:
     loaders = compat.request_loaders(source)
     training = loop is trainer.fit_loop
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, _MODES[training])
-    peeked = [_peek(loader) if peek else (None, loader) for loader in combined.flattened]
+    peeked = [_peek(loader, put_back) if peek else (None, loader) for loader in combined.flattened]
     combined.flattened = [loader for _, loader in peeked]
     compat.keep_loaders(loop, source, combined if isinstance(loaders, CombinedLoader) else combined.iterables)
     batches = [batch for batch, _ in peeked]
@@ -95,10 +101,10 @@ def _active_loop(trainer: Trainer) -> tuple[Any, int | float]:
     return loops.get(trainer.state.fn, (trainer.fit_loop, trainer.limit_train_batches))
 
 
-def _peek(loader: Any) -> tuple[Any, Any]:
+def _peek(loader: Any, put_back: bool) -> tuple[Any, Any]:
     """One batch of `loader`, and what the run is to iterate in its place."""
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        with random_state_kept():
+        with random_state_kept(), _dataset_kept(loader) if put_back else contextlib.nullcontext():
             return _first_batch(loader), loader
     if hasattr(loader, "load_state_dict"):
         # Its place in the data may be restored after this, which an iterator that is open would not follow.
@@ -141,6 +147,18 @@ def _read(loader: DataLoader[Any], **which: Any) -> Any:
             "timeout": loader.timeout,
         }
     return next(iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **which, **workers)))
+
+
+@contextlib.contextmanager
+def _dataset_kept(loader: DataLoader[Any]) -> Iterator[None]:
+    """Within, the dataset and what puts its samples together may be used; after, they hold what they held."""
+    collate: Any = loader.collate_fn
+    kept = keep([], [loader.dataset, getattr(collate, "__self__", collate), loader.batch_sampler], data=True)
+    try:
+        yield
+    finally:
+        for put_back in kept:
+            put_back()
 
 
 def _has_length(loader: Any) -> bool:

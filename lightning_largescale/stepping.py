@@ -32,6 +32,7 @@ from lightning_largescale.parallel.gather import (
     begin_backward,
     end_backward,
     forget_step,
+    meet,
     no_reduction,
     reshard,
     run_step,
@@ -128,6 +129,11 @@ class SteppingStrategy(StatefulStrategy):
         context = getattr(self.precision_plugin, _CONTEXTS[name])
         with context(), self._joined(before_gather=name == "training_step"):
             return run_step(module, name, *args, **kwargs)
+
+    @override
+    def _meet_peers(self) -> None:
+        if self.lightning_module is not None:
+            meet(self.lightning_module)
 
     @contextlib.contextmanager
     def _joined(self, *, before_gather: bool = False) -> Generator[None, None, None]:

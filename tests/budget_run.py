@@ -28,8 +28,11 @@ def main() -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     import families
+    from rates import give_rates
 
     import lightning_largescale as ls
+
+    ls.Hardware.calibrate = give_rates
 
     # Ranks of tensor parallelism are to have the same data.
     seed_everything(0, verbose=False)

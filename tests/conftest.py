@@ -45,7 +45,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _all_ranks(request: pytest.FixtureRequest, _own_cache: None) -> Iterator[dict[int, Ranks]]:
+def _given_rates() -> Iterator[None]:
+    """Auto strategies, of ranks and forks too, plan by the same rates on every machine, however busy it is."""
+    from rates import give_rates
+
+    from lightning_largescale.hardware import Hardware
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hardware, "calibrate", give_rates)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _all_ranks(request: pytest.FixtureRequest, _own_cache: None, _given_rates: None) -> Iterator[dict[int, Ranks]]:
     """Ranks for all tests, started before any test: what is forked from a process that has differentiated cannot do so
     itself where torch is built for CUDA.
     """

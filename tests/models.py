@@ -125,6 +125,49 @@ class Lion(torch.optim.Optimizer):
         mean.lerp_(parameter.grad, 0.01)
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Evaluates at an average of its iterates and trains between the two: `train()` comes before a step.
+
+    Source: Defazio et al. 2024, "The Road Less Scheduled", equations 5 to 7.
+    """
+
+    def __init__(self, params, lr=1e-2, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "steps": 0, "training": False})
+
+    def train(self):
+        self._switch(True)
+
+    def eval(self):
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, training):
+        for group in self.param_groups:
+            if group["training"] != training:
+                group["training"] = training
+                weight = 1 - group["beta"] if training else 1 - 1 / group["beta"]
+                for parameter in group["params"]:
+                    if "z" in self.state[parameter]:
+                        parameter.lerp_(self.state[parameter]["z"], weight)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not self.param_groups[0]["training"]:
+            raise RuntimeError("call train() before step()")
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            group["steps"] += 1
+            share = 1 / group["steps"]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    z = self.state[parameter].setdefault("z", parameter.clone())
+                    parameter.lerp_(z, share)
+                    parameter.add_(parameter.grad, alpha=group["lr"] * (group["beta"] * (1 - share) - 1))
+                    z.sub_(parameter.grad, alpha=group["lr"])
+        return loss
+
+
 class SaveLast(Callback):
     """Writes a checkpoint at the end of the last epoch, which one written after fit is not quite to Lightning."""
 

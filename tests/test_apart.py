@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
 
 import psutil
 import pytest
@@ -11,7 +19,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_connected
 
-from lightning_largescale.apart import ApartError, can_run_apart, run_apart
+from lightning_largescale.apart import ApartError, StuckError, can_run_apart, others_threads, run_apart
 from lightning_largescale.plan import PlanError
 
 seen: list[str] = []
@@ -54,9 +62,139 @@ def test_how_it_ends():
         run_apart(lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ApartError, match="ended with exit status 1"):
         run_apart(lambda: os._exit(1))
+    with pytest.raises(StuckError, match="waited for 1 s"):
+        run_apart(signal.pause, idle=1)
     with pytest.raises(ApartError, match="said nothing for 1 s"):
-        run_apart(signal.pause, timeout=1)
+        run_apart(work_forever, timeout=1)
     assert set(psutil.Process().children()) == children
+
+
+def work_forever():
+    while True:
+        pass
+
+
+def test_what_it_started_works_for_it_and_ends_with_it(tmp_path):
+    code = "print(sum(number * number for number in range(3_000_000)))"
+    assert run_apart(lambda: subprocess.run([sys.executable, "-c", code], check=True).returncode, idle=0.5) == 0
+
+    def wait():
+        process = subprocess.Popen(["sleep", "600"])
+        (tmp_path / "pid").write_text(str(process.pid))
+        process.wait()
+
+    with pytest.raises(StuckError):
+        run_apart(wait, idle=0.5)
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def gone(pid):
+    """Whether a process ends; one that nobody waits for is a zombie then."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        deadline = time.monotonic() + 60
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread watches")
+def test_it_ends_when_this_process_is_killed(tmp_path):
+    def wait():
+        (tmp_path / "part").write_text(str(os.getpid()))
+        os.rename(tmp_path / "part", tmp_path / "pid")
+        # No thread of Python's can run beside it.
+        ctypes.PyDLL(None).pause()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        parent = os.fork()
+    if not parent:
+        with contextlib.suppress(ApartError):
+            run_apart(wait, idle=600)
+        os._exit(0)
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+class Group:
+    """As a process group of gloo: its end waits for threads that a fork does not have."""
+
+    def __init__(self):
+        self.itself, self.pid = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.pid:
+            signal.pause()
+
+
+def collect():
+    gc.collect()
+    # Of what is made in the fork, too.
+    gc.enable()
+    return len([[[]] for _ in range(100_000)])
+
+
+def test_it_collects_nothing_of_this_process():
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        Group()
+        assert run_apart(collect) == 100_000
+        assert not gc.isenabled()
+    finally:
+        if enabled:
+            gc.enable()
+    assert run_apart(gc.isenabled) is False
+    assert gc.isenabled() == enabled
+
+
+@contextlib.contextmanager
+def thread_of_a_library(name):
+    """Runs one that Python knows nothing of."""
+    libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+    before = {*os.listdir("/proc/self/task")}
+    libc.pthread_create(ctypes.byref(thread), None, libc.pause, None)
+    (number,) = {*os.listdir("/proc/self/task")} - before
+    with open(f"/proc/self/task/{number}/comm", "w") as file:
+        file.write(name)
+    try:
+        yield
+    finally:
+        libc.pthread_cancel(thread)
+        libc.pthread_join(thread, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
+def test_threads_of_others():
+    assert others_threads() == []
+    assert can_run_apart() or torch.version.cuda is not None
+    for name, found in (("polars-0", ["polars-0"]), ("pt_autograd_0", []), ("gloo_tcp_loop", [])):
+        with thread_of_a_library(name):
+            assert others_threads() == found
+            assert not (found and can_run_apart())
+    over = threading.Event()
+    fills = threading.Thread(target=over.wait, name="fills")
+    fills.start()
+    try:
+        assert others_threads() == ["fills"]
+        assert not can_run_apart()
+    finally:
+        over.set()
+        fills.join()
+
+
+def test_threads_of_tools_are_none_of_others():
+    from tqdm import tqdm
+
+    with open(os.devnull, "w") as nowhere, tqdm(total=1, file=nowhere):
+        assert any(type(thread).__name__ == "TMonitor" for thread in threading.enumerate())
+        assert others_threads() == []
 
 
 def test_whether_it_can_is_tried():

@@ -4,7 +4,9 @@ import dataclasses
 import logging
 import os
 import signal
+import weakref
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +86,16 @@ def test_abort_process_groups():
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     compat.abort_process_groups()
     assert not dist.is_initialized()
+
+
+def test_forget_groups_of():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("x",))
+    group = weakref.ref(dist.group.WORLD)
+    compat.forget_groups_of(mesh)
+    assert mesh.get_group() is group()
+    dist.destroy_process_group()
+    assert group() is None
 
 
 def test_check_main_guard():
@@ -875,6 +887,58 @@ def gathers_seen():
 
 def test_around_gathers(two):
     assert two.run(gathers_seen) == [(["before", "after"] * 2, ["before", "after"], 0)] * 2
+
+
+def collectives_intercepted():
+    """Two linear layers, of which this rank runs one and rank 1 the other; what each entered, and the gradients."""
+    module, seen = divided_by_two(), []
+    compat.become_root(module)
+    groups = [compat.GroupCollectives(part) for part in module]
+    own = dist.get_rank()
+
+    def unshard(index, issue):
+        seen.append(("unshard", index))
+        for joined, group in enumerate(groups):
+            issue() if joined == index else group.join_unshard()
+
+    def reduce(index, issue):
+        seen.append(("reduce", index, groups[index].unreduced(), groups[index].reduces))
+        groups[index].keep_unreduced()
+
+    def end():
+        seen.append(("end", [group.is_through_backward for group in groups]))
+        for group in groups:
+            seen.append(group.reduce((0, 1), own=True))
+
+    undo = [group.intercept(partial(unshard, index), partial(reduce, index)) for index, group in enumerate(groups)]
+    undo.append(compat.before_backward_ends(module, end))
+    module[own](torch.ones(2, 4 + own, requires_grad=True)).sum().backward()
+    gradients = [parameter.grad.full_tensor().mean().item() for parameter in module.parameters()]
+    groups[own].drop_gradient(0)
+    dropped = next(module[own].parameters()).grad
+    for one in undo:
+        one()
+    module.zero_grad()
+    module(torch.ones(2, 4, requires_grad=True)).sum().backward()
+    return seen, gradients, dropped, [group.parameters for group in groups], compat.has_group(module)
+
+
+def test_group_collectives_and_before_backward_ends_and_has_group(two):
+    for own, (seen, gradients, dropped, parameters, root_has_some) in enumerate(two.run(collectives_intercepted)):
+        other = 1 - own
+        assert seen == [
+            *[("unshard", own)] * 2,
+            ("reduce", own, (0, 1), True),
+            ("end", [own == 0, own == 1]),
+            *[([0, 1], [0, 1] if index == own else []) for index in range(2)],
+            # As FSDP ends a backward that has not come past a group.
+            ("reduce", other, (), True),
+        ]
+        # Two samples of ones, and zeros from the rank that has not run the layer.
+        assert gradients == [1.0] * 4
+        assert dropped is None
+        assert parameters == [2, 2]
+        assert not root_has_some
 
 
 def divided_elsewhere():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import MPSAccelerator, XLAAccelerator
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
@@ -206,3 +210,27 @@ def test_an_environment_that_cannot_answer_leaves_one_process_alone(monkeypatch)
     run = trainer(LargeScaleStrategy(Plan()), max_steps=1, plugins=[KubeflowEnvironment()])
     run.fit(Language())
     assert run.world_size == 1
+
+
+class Broken(Language):
+    def configure_optimizers(self):
+        raise RuntimeError("on purpose")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
+def test_setups_that_fail_leave_no_process_group_behind(tmp_path):
+    """Neither connected nor with its threads, however long torch remembers its mesh."""
+    before = {*os.listdir("/proc/self/task")}
+    for _ in range(2):
+        strategy = LargeScaleStrategy(Plan(offload_parameters="nvme", nvme_path=str(tmp_path)))
+        with pytest.raises(RuntimeError, match="on purpose"):
+            trainer(strategy).fit(Broken(layers=2))
+        assert not dist.is_initialized()
+    del strategy
+    gc.collect()
+    left = {*os.listdir("/proc/self/task")} - before
+    assert not [name for name in map(thread_name, left) if "gloo" in name]
+
+
+def thread_name(number):
+    return Path(f"/proc/self/task/{number}/comm").read_text()

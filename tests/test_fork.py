@@ -1,5 +1,6 @@
 """Ranks as forks of this very process: what they return, and how they fail."""
 
+import gc
 import os
 import signal
 import sys
@@ -123,3 +124,24 @@ def test_forks_cannot_use_cuda_that_is_initialised(ranks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(PlanError, match=r"start_method='fork' cannot give the ranks CUDA.* start_method='popen'"):
         ranks.launcher.launch(lambda: None)
+
+
+class Group:
+    """As a process group of gloo: its end waits for threads that a fork does not have."""
+
+    def __init__(self):
+        self.itself, self.pid = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.pid:
+            os._exit(7)
+
+
+def test_forks_leave_garbage_to_the_parent_and_collect_their_own(ranks):
+    gc.disable()
+    try:
+        Group()
+        assert ranks.launcher.launch(lambda: (gc.collect() >= 0, gc.isenabled())) == (True, False)
+    finally:
+        gc.enable()
+    assert ranks.launcher.launch(lambda: (gc.collect() >= 0, gc.isenabled())) == (True, True)

@@ -19,7 +19,7 @@ LAYERS = [
     {"compat", "plan_fields"},
     {"plan_words", "units"},
     {"plan"},
-    {"arithmetic", "forward", "groups", "optimizing", "tiers"},
+    {"arithmetic", "console", "forward", "groups", "optimizing", "tiers"},
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},
     {

@@ -6,13 +6,14 @@ import os
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
-from models import GLOBAL_BATCH, Language, trainer
+from models import GLOBAL_BATCH, Language, Lion, SaveLast, ScheduleFree, trainer
 from ranks import quiet
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lightning_largescale.plan import Plan
+from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet
@@ -279,3 +280,169 @@ class Quasi(Fused):
 
 def test_an_optimizer_that_evaluates_again_on_one_process():
     assert fit(Quasi, Plan(), 1) == fit(Quasi, None, 1)
+
+
+class Moded(Language):
+    """Trains by an optimizer that hooks have to make ready for its steps."""
+
+    def __init__(self, kind, **options):
+        super().__init__(layers=2, samples=STEPS * GLOBAL_BATCH, **options)
+        self.kind = kind
+
+    @property
+    def optimizer(self):
+        return self.trainer.optimizers[0]
+
+    def configure_optimizers(self):
+        return self.kind(self.parameters(), lr=1e-2)
+
+
+class Switched(Moded):
+    """Trains and evaluates at different weights."""
+
+    def __init__(self, **options):
+        super().__init__(ScheduleFree, **options)
+
+    def on_train_epoch_start(self):
+        self.optimizer.train()
+
+    def on_validation_start(self):
+        self.optimizer.eval()
+
+    def on_validation_end(self):
+        self.optimizer.train()
+
+    def on_save_checkpoint(self, checkpoint):
+        # As its state says.
+        assert self.optimizer.param_groups[0]["training"]
+
+
+class Momentum(Lion):
+    """With a momentum; what it needs for a step is given by the run."""
+
+    def update(self, parameter, state, group):
+        mean = state.setdefault("mean", torch.zeros_like(parameter))
+        parameter.sub_(mean.mul_(0.9).add_(parameter.grad), alpha=group["lr"] * self.total_steps / 10)
+
+
+class FromCallback(Moded):
+    """Its callback tells the optimizer how long the run is."""
+
+    def __init__(self, **options):
+        super().__init__(Momentum, **options)
+
+    def configure_callbacks(self):
+        return [Telling()]
+
+
+class Telling(Callback):
+    def on_fit_start(self, trainer, module):
+        trainer.optimizers[0].total_steps = trainer.max_epochs * STEPS
+
+
+class InStep(Moded):
+    """The same, between backward and the step."""
+
+    def __init__(self, **options):
+        super().__init__(Momentum, **options)
+
+    def on_before_optimizer_step(self, optimizer):
+        optimizer.total_steps = 6
+
+
+class Armed(Momentum):
+    """Does nothing, and keeps nothing, until it may."""
+
+    armed, total_steps = False, 6
+
+    def update(self, parameter, state, group):
+        if self.armed:
+            super().update(parameter, state, group)
+
+
+class Waiting(Moded):
+    def __init__(self, **options):
+        super().__init__(Armed, **options)
+
+    def on_train_start(self):
+        self.optimizer.armed = True
+
+
+class Joint(Momentum):
+    """Treats each element by itself until it is to take the norm of all gradients."""
+
+    joint, total_steps = False, 6
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        if self.joint:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.stack([float(gradient.norm()) * torch.ones(()) for gradient in gradients]).norm()
+            for gradient in gradients:
+                gradient.div_(norm)
+        super().step()
+        return loss
+
+
+class Normed(Moded):
+    def __init__(self, **options):
+        super().__init__(Joint, **options)
+
+    def on_train_start(self):
+        self.optimizer.joint = True
+
+
+MODED = {"train()": Switched, "callback": FromCallback, "in the step": InStep, "silent": Waiting, "joint": Normed}
+ALONE = {
+    "state on disk": {"offload_optimizer": "nvme"},
+    "state in DRAM": {"offload_optimizer": "cpu"},
+    "released": {"release_gradients": True, "offload_optimizer": "nvme"},
+    "parameters": {"offload_parameters": "nvme", "offload_optimizer": "nvme"},
+}
+
+
+def moded(name, plan, devices, resume=None, **options):
+    """Losses of training and of evaluation; the error where it is refused."""
+    module = MODED[name]()
+    given = {"max_steps": -1, "max_epochs": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0, **options}
+    run = trainer(LargeScaleStrategy(plan) if plan else "auto", devices=devices, **given)
+    try:
+        run.fit(module, ckpt_path=resume, weights_only=False)
+    except PlanError as error:
+        return str(error), module.losses
+    return module.losses, module.evaluated
+
+
+@pytest.mark.parametrize("name", [one for one in MODED if one != "joint"])
+def test_an_optimizer_that_hooks_make_ready(two, tmp_path, name):
+    expected = moded(name, None, 1)
+    for fields in ALONE.values() if name == "train()" else [ALONE["state on disk"]]:
+        assert moded(name, Plan(nvme_path=str(tmp_path), **fields), 1) == expected
+    for losses, evaluated in two.run(moded, name, PLANS["ZeRO-3"], 2):
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        assert evaluated == pytest.approx(expected[1], rel=1e-5)
+
+
+def test_an_optimizer_that_hooks_let_take_all_gradients_at_once(two, tmp_path):
+    # Asked at setup, it steps on some parameters after the others.
+    for fields in ({"offload_optimizer": "nvme"}, {"release_gradients": True}):
+        told, losses = moded("joint", Plan(nvme_path=str(tmp_path), **fields), 1)
+        assert told.startswith("Joint cannot be paged: its step on one parameter after the other is not that on all")
+        assert len(losses) == 1
+    expected = moded("joint", None, 1)
+    for losses, evaluated in two.run(moded, "joint", PLANS["ZeRO-3"], 2):
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        assert evaluated == pytest.approx(expected[1], rel=1e-5)
+
+
+def test_an_optimizer_with_modes_goes_on_from_a_checkpoint(two, tmp_path):
+    path = tmp_path / "a.ckpt"
+    moded("train()", None, 1, max_epochs=1, limit_val_batches=0, callbacks=[SaveLast(path)])
+    expected = moded("train()", None, 1, resume=path)
+    assert len(expected[0]) == STEPS
+    for fields in (ALONE["state on disk"], ALONE["released"]):
+        assert moded("train()", Plan(nvme_path=str(tmp_path), **fields), 1, resume=path) == expected
+    for losses, evaluated in two.run(moded, "train()", PLANS["ZeRO-3"], 2, resume=path):
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        assert evaluated == pytest.approx(expected[1], rel=1e-5)

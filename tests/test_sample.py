@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from models import trainer
 from ranks import quiet
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_largescale import apart, looking
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.plan import PlanError
 
@@ -190,3 +196,150 @@ def test_a_batch_sampler_of_the_users_own():
     batches, run = fit(DataLoader(range(4), batch_sampler=Buckets()))
     assert flat(batches) == [0, 1, 2, 3]
     assert run.strategy.report.workload.batch_samples == 3
+
+
+class Served(Dataset):
+    """Asks a thread for each sample, and counts; `start` is called before `fit`."""
+
+    def __init__(self):
+        self.served, self.kept = 0, {"last": [0]}
+
+    def start(self):
+        raise NotImplementedError
+
+    def ask(self, index):
+        raise NotImplementedError
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        self.served += 1
+        self.kept["last"][0] = index
+        return torch.tensor(self.ask(index))
+
+
+class ByPool(Served):
+    """A pool of threads that has worked before."""
+
+    def start(self):
+        self.pool = ThreadPoolExecutor(1)
+        assert self.ask(1) == 1
+        return self.pool.shutdown
+
+    def ask(self, index):
+        return self.pool.submit(lambda: index).result()
+
+
+class ByLock(Served):
+    """A lock that a thread holds most of the time."""
+
+    def start(self):
+        self.lock, over, held = threading.Lock(), threading.Event(), threading.Event()
+
+        def hold():
+            while not over.is_set():
+                with self.lock:
+                    held.set()
+                    over.wait(0.01)
+                over.wait(0.001)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        return lambda: (over.set(), thread.join())
+
+    def ask(self, index):
+        with self.lock:
+            return index
+
+
+class ByLibrary(Served):
+    """What only a thread of this process can tell, which nobody sees that it has."""
+
+    def start(self):
+        self.pid = os.getpid()
+        return lambda: None
+
+    def ask(self, index):
+        if os.getpid() != self.pid:
+            threading.Event().wait()
+        return index
+
+
+@pytest.mark.parametrize("kind", [ByPool, ByLock, ByLibrary])
+def test_a_dataset_that_needs_a_thread_is_looked_at_here_and_left_as_it_was(kind, monkeypatch):
+    monkeypatch.setattr(looking, "run_apart", partial(apart.run_apart, idle=0.5))
+    dataset = kind()
+    end = dataset.start()
+    try:
+        batches, run = fit(DataLoader(dataset, batch_size=2))
+    finally:
+        end()
+    assert flat(batches) == list(range(8))
+    assert run.strategy.report.workload.batch_samples == 2
+    assert not run.strategy.report.workload.approximate
+    # As often as in a run without us.
+    assert (dataset.served, dataset.kept) == (8, {"last": [7]})
+
+
+class Filled:
+    """Batches that a thread puts into a queue, once."""
+
+    def __init__(self):
+        self.queue = queue.Queue(1)
+        self.thread = threading.Thread(target=self.fill)
+        self.thread.start()
+
+    def fill(self):
+        for index in range(4):
+            self.queue.put(torch.full((2,), index))
+        self.queue.put(None)
+
+    def __iter__(self):
+        return iter(self.queue.get, None)
+
+
+def test_a_loader_that_a_thread_fills():
+    loader = Filled()
+    batches, run = fit(loader)
+    loader.thread.join()
+    assert flat(batches) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert run.strategy.report.workload.batch_samples == 2
+
+
+class Noting(Seen):
+    """Keeps books in its hooks and its step."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved, self.books = 0, {"steps": [], "meter": SimpleNamespace(total=0)}
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.moved += 1
+        return batch
+
+    def training_step(self, batch, index):
+        self.books["steps"].append(index)
+        self.books["meter"].total += 1
+        return super().training_step(batch, index)
+
+
+def beside_a_thread():
+    """Books and batches of a run, on rank 0 beside a thread of another."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    if os.environ["RANK"] == "0":
+        thread.start()
+    module = Noting()
+    run = trainer(LargeScaleAutoStrategy(), devices=2, max_steps=-1, max_epochs=1)
+    try:
+        run.fit(module, DataLoader(range(8), batch_size=2))
+    finally:
+        over.set()
+    return module.moved, module.books, flat(module.batches), run.strategy.report.workload.approximate
+
+
+def test_ranks_of_which_one_has_a_thread(two):
+    books = {"steps": [0, 1, 2, 3], "meter": SimpleNamespace(total=4)}
+    assert two.run(beside_a_thread) == [(4, books, list(range(8)), ())] * 2

@@ -11,6 +11,7 @@ from lightning_largescale.compat.of_distributed import (
     divided_as,
     fake_process_group,
     forget_forward,
+    forget_groups_of,
     forget_sharded_step,
     gather_for_backward_of,
     is_of_sharding,
@@ -21,6 +22,7 @@ from lightning_largescale.compat.of_distributed import (
     undo_sharding,
     without_gathering,
 )
+from lightning_largescale.compat.of_fsdp import GroupCollectives, before_backward_ends, has_group
 from lightning_largescale.compat.of_lightning import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
@@ -92,6 +94,7 @@ from lightning_largescale.compat.of_torch import (
 
 __all__ = [
     "DispatchMode",
+    "GroupCollectives",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
     "TunerExit",
@@ -106,6 +109,7 @@ __all__ = [
     "attach_trainer",
     "attached_trainer",
     "become_root",
+    "before_backward_ends",
     "before_transfer",
     "call_after_backward",
     "call_as_tensor",
@@ -125,6 +129,7 @@ __all__ = [
     "flag_sigterm_only",
     "foreach_kind",
     "forget_forward",
+    "forget_groups_of",
     "forget_sharded_step",
     "function_getter",
     "function_setter",
@@ -133,6 +138,7 @@ __all__ = [
     "global_states",
     "gradient_hooks",
     "has_full_backward_hooks",
+    "has_group",
     "hook_nearest",
     "hooks_saved_tensors",
     "init_process_group",

@@ -27,6 +27,15 @@ def fake_process_group() -> None:
 _left: list[Any] = []
 
 
+def forget_groups_of(mesh: Any) -> None:
+    """Let `mesh` hold its process groups no more, whose end is the end of their threads; it finds them by their names.
+
+    Replaced by a `destroy_process_group` that ends the threads of gloo whoever refers to a group.
+    """
+    # Not in torch 2.11.
+    getattr(mesh, "_pg_registry", {}).clear()
+
+
 def abort_process_groups() -> None:
     """Close all nccl communicators of this process without waiting for the collectives under way.
 
@@ -253,6 +262,7 @@ def around_gathers(module: Any, before: Any, after: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    before_ours = {name: vars(group).get(name) for name in ("unshard", "wait_for_unshard")}
     unshard, wait = group.unshard, group.wait_for_unshard
 
     def unshard_after(*args: Any, **kwargs: Any) -> None:
@@ -269,6 +279,10 @@ def around_gathers(module: Any, before: Any, after: Any) -> Any:
     group.unshard, group.wait_for_unshard = unshard_after, wait_before
 
     def undo() -> None:
-        del group.unshard, group.wait_for_unshard
+        for name, method in before_ours.items():
+            if method is None:
+                delattr(group, name)
+            else:
+                setattr(group, name, method)
 
     return undo

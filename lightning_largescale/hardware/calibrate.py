@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_largescale.console import error_console
 from lightning_largescale.hardware.cache import load_rates, store_rates
 from lightning_largescale.hardware.collectives import collective_links, hop_sizes, meet
 from lightning_largescale.hardware.detect import cpu_name
@@ -285,10 +286,9 @@ def _all_well(error: Exception | None, grouped: bool) -> None:
 @contextmanager
 def _bar(shown: bool) -> Iterator[Callable[[str], None]]:
     """A function that names the part begun, shown on rank 0 where stderr is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
+    console = error_console()
     if not shown or not console.is_terminal:
         yield lambda part: None
         return

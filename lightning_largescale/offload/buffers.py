@@ -26,6 +26,10 @@ class Allowance:
         self._left -= nbytes
         return True
 
+    def give_back(self, nbytes: int) -> None:
+        """Let others take what was taken."""
+        self._left += nbytes
+
 
 class PageBuffers:
     """At most `PAGE_BUFFERS` pieces of memory, each as large as the largest page, made when they are first needed.

@@ -89,7 +89,7 @@ class PagedOptimizer:
         self._expected: dict[Page, tuple[Memory | None, Transfer]] = {}
         # A step may call its base class's, which calls the hooks too.
         self._depth = 0
-        self.paged.lay_out()
+        self.paged.lay_out(early=True)
         self._remove_hooks = compat.hook_nearest(self.optimizer, self._before, self._after)
 
     def undo(self) -> None:

@@ -20,6 +20,7 @@ from lightning_largescale.offload.pages import Bundle, Kind, Member, Page, Piece
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.offload.trial import Key, ask_kinds, kind_key
+from lightning_largescale.optimizing import UntriedError, has_modes
 from lightning_largescale.plan import PlanError
 
 
@@ -72,15 +73,51 @@ class PagedState:
         self._stay: set[Page] = set()
         self._views: dict[tuple[Member, str], Tensor] = {}
         self._bundle_of: dict[Member, Bundle] = {}
+        # What was asked before hooks could switch the optimizer's modes, until it is asked again; and what was taken.
+        self._asked_early: dict[Key, Kind] | None = {} if has_modes(optimizer) else None
+        self._taken: list[tuple[Allowance, int]] = []
 
-    def lay_out(self) -> None:
+    def lay_out(self, *, early: bool = False) -> None:
         """Find the pages of parameters that came since, and move the state that they have; note which are in which
         group now.
+
+        Args:
+            early: the first step is still to come. An optimizer with modes is asked again then, and all is laid out
+                anew where it answers otherwise; one that cannot be tried before waits until then.
 
         Raises:
             PlanError: the optimizer cannot step on some parameters after the others, the disk has not as many bytes, or
                 a parameter is in another group, by which other state is kept of it.
         """
+        if not early and self._asked_early is not None:
+            self._ask_again(self._asked_early)
+        try:
+            self._lay_out()
+        except UntriedError:
+            if self._asked_early is None:
+                raise
+
+    def _ask_again(self, answers: Mapping[Key, Kind]) -> None:
+        """Forget the pages where the optimizer, as hooks have left it, has other state than it answered early."""
+        self._asked_early = None
+        found = [(member.parameter, member.group) for member in self.members.values()]
+        if not found or self._ask(found) == answers:
+            return
+        for allowance, nbytes in self._taken:
+            allowance.give_back(nbytes)
+        self.group_of = {}
+        for forgotten in (
+            self.pages,
+            self.members,
+            self._regions,
+            self._stay,
+            self._views,
+            self._bundle_of,
+            self._taken,
+        ):
+            forgotten.clear()
+
+    def _lay_out(self) -> None:
         before, groups = self.group_of, self._optimizer.param_groups
         self.group_of = {one: number for number, group in enumerate(groups) for one in group["params"]}
         self._check_moved([(one, number) for one, number in self.group_of.items() if before.get(one) != number])
@@ -88,6 +125,8 @@ class PagedState:
         if not fresh:
             return
         kinds = self._ask(fresh)
+        if self._asked_early is not None:
+            self._asked_early.update(kinds)
         members = [
             Member(
                 parameter, number, self._kept(parameter, kinds[kind_key(parameter, number)]), self._label_of(parameter)
@@ -140,8 +179,15 @@ class PagedState:
         if not local.is_contiguous():
             # Its elements in their order are a copy, and those in the order of its memory may not be its gradient's.
             kind = replace(kind, divisible=False)
-        stays = self._on_device(parameter) and self._resident.take(local.numel() * kind.bytes_per_element)
+        stays = self._on_device(parameter) and self._take(self._resident, local.numel() * kind.bytes_per_element)
         return Kind(divisible=False) if stays else kind
+
+    def _take(self, allowance: Allowance, nbytes: int) -> bool:
+        """Whether there are as many left, which then are taken."""
+        taken = allowance.take(nbytes)
+        if taken:
+            self._taken.append((allowance, nbytes))
+        return taken
 
     def _on_device(self, parameter: Tensor) -> bool:
         """Whether it is in the memory of a device that is not DRAM."""
@@ -157,7 +203,7 @@ class PagedState:
         region = Region(None if stays else self._store, name, bundle.nbytes, pinned=pinned)
         in_dram = [self._dram] if self._lanes is not None else [self._resident, self._dram]
         for page in pages:
-            if stays or any(allowance.take(page.state_bytes) for allowance in in_dram):
+            if stays or any(self._take(one, page.state_bytes) for one in in_dram):
                 self._stay.add(page)
                 for key in bundle.dtypes:
                     region.keep(*bundle.stretch(key, page.start, page.stop))

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale.offload.pages import Kind
-from lightning_largescale.optimizing import bare_step, clone_of, hold, in_words
+from lightning_largescale.optimizing import UntriedError, bare_step, clone_of, hold, in_words
 from lightning_largescale.plan import PlanError
 
 _STEPS = 3
@@ -56,6 +56,7 @@ def ask_kinds(
         device: that steps on them; None for that which they are on.
 
     Raises:
+        UntriedError: it does not step on small tensors, as it is.
         PlanError: a step on some of them after the others is not that on all.
     """
     keys = {kind_key(parameter, group): parameter for parameter, group in parameters}
@@ -84,7 +85,7 @@ def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping
     try:
         whole, whole_states = _steps(optimizer, samples, lambda key: (), apart=False)
     except Exception as error:
-        raise PlanError(
+        raise UntriedError(
             f"{name} cannot be paged: small tensors to try it on are not accepted ({in_words(error)}); leave out"
             " offload_optimizer, offload_parameters and release_gradients."
         ) from error

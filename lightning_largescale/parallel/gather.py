@@ -9,12 +9,14 @@ Source: torch.distributed.fsdp, FSDPModule and register_fsdp_forward_method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -22,6 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.agreement import Agreement
+from lightning_largescale.parallel.mesh import agreement_group, data_mesh, tensor_group, tensor_mesh
+from lightning_largescale.parallel.module_order import ModuleOrder
 from lightning_largescale.plan import Plan, PlanError
 
 _Result = TypeVar("_Result")
@@ -41,7 +46,8 @@ class Sharded:
         groups: the modules that own an FSDP group by name, the root last as "".
         owners: the group of each parameter by name, where it is not the root.
         synchronize: whether the next backward reduces gradients.
-        gathered: names of the groups that the last step gathered, in its order, but for the root.
+        agreement: of the ranks on what they gather and reduce; None where no other rank computes other samples.
+        order: of the modules that ranks run which compute the same samples; None where there are no such ranks.
         stepping: a step runs.
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
@@ -55,7 +61,8 @@ class Sharded:
     groups: dict[str, FSDPModule] = field(default_factory=dict)
     owners: dict[str, FSDPModule] = field(default_factory=dict)
     synchronize: bool = True
-    gathered: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+    order: ModuleOrder | None = None
     stepping: bool = False
     in_backward: bool = False
     whole: bool = False
@@ -64,8 +71,14 @@ class Sharded:
     on_parts: Callable[[Callable[[], Any]], Any] | None = None
 
 
-def start_gathering(module: nn.Module, state: Sharded) -> None:
-    """Make steps of `module`, all its groups sharded, and calls outside of them find their parameters gathered."""
+def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Parameter] = ()) -> None:
+    """Make steps of `module`, all its groups sharded, and calls outside of them find their parameters gathered.
+
+    Args:
+        module: the root.
+        state: of it.
+        unsharded: its parameters that FSDP ignores and whose gradients are averaged.
+    """
     setattr(module, _STATE, state)
     setattr(module, _STEP, lambda function: function())
     register_fsdp_forward_method(module, _STEP)
@@ -78,10 +91,10 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
     }
     for name, group in state.groups.items():
         if name:
+            announce = partial(_announce, state, name)
             state.hooks += [
                 # Ahead of FSDP's own, which gathers.
-                group.register_forward_pre_hook(partial(_announce, state), prepend=True),  # type: ignore[attr-defined]
-                group.register_forward_pre_hook(partial(_note, state, name)),  # type: ignore[attr-defined]
+                group.register_forward_pre_hook(announce, prepend=True),  # type: ignore[attr-defined]
                 group.register_forward_hook(partial(_watch_backward, module, state)),  # type: ignore[attr-defined]
             ]
     for part in _eager_modules(module):
@@ -94,10 +107,34 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
             state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
     # Else the first group to run forward would become the root for good.
     compat.become_root(module)
+    watch(module, state, unsharded)
+
+
+def watch(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Parameter] = ()) -> None:
+    """Make sure that all ranks enter the same collectives in the steps of `module`; arguments as of `start_gathering`.
+
+    A collective, the first time.
+    """
+    if data_mesh(state.mesh).size() > 1:
+        state.agreement = Agreement(
+            module,
+            cast(Mapping[str, nn.Module], state.groups),
+            unsharded,
+            agreement_group(state.mesh),
+            before=partial(_meet_lookups, state),
+            synchronizes=lambda: state.synchronize,
+        )
+    if tensor_mesh(state.mesh) is not None:
+        names = {part: name for name, part in module.named_modules()}
+        owners_of_parameters = (part for part in _eager_modules(module) if part is not module and _owns(part))
+        state.order = ModuleOrder({names[part]: part for part in owners_of_parameters}, tensor_group(state.mesh))
 
 
 def stop_gathering(module: nn.Module, state: Sharded) -> None:
     """Undo `start_gathering`."""
+    for watching in (state.agreement, state.order):
+        if watching is not None:
+            watching.stop()
     for hook in state.hooks:
         hook.remove()
     state.hooks.clear()
@@ -122,18 +159,37 @@ def gathering_attributes() -> tuple[str, ...]:
     return _STATE, _STEP
 
 
-def run_gathered(module: nn.Module, function: Callable[[], _Result]) -> _Result:
-    """Run `function`, a step of `module`, with the root's parameters gathered; what it returns starts the backward."""
+def run_gathered(module: nn.Module, name: str, step: Callable[[], _Result]) -> _Result:
+    """Run a step of `module` with the root's parameters gathered; what it returns starts the backward.
+
+    Args:
+        module: sharded, or not.
+        name: of the step.
+        step: it.
+    """
     state = sharded_state(module)
     if state is None or state.whole:
-        return function()
-    state.gathered.clear()
+        return step()
     state.stepping, state.in_backward = True, False
+    agreement, order = state.agreement, state.order
     try:
-        result: _Result = getattr(module, _STEP)(function)
+        with (
+            contextlib.nullcontext() if agreement is None else agreement.step(name, synchronize=state.synchronize),
+            contextlib.nullcontext() if order is None else order.step(name),
+        ):
+            result: _Result = getattr(module, _STEP)(step)
+            if agreement is not None:
+                agreement.end_forward(backward=name == "training_step" and _goes_on(module, result))
+            return result
     finally:
         state.stepping = False
-    return result
+
+
+def _goes_on(module: nn.Module, result: Any) -> bool:
+    """Whether Lightning runs the backward of what a training step returned."""
+    if not getattr(module, "automatic_optimization", True) or compat.skips_backward(module.trainer):
+        return False
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in compat.leaves(result))
 
 
 def begin_backward(module: nn.Module, loss: Tensor) -> None:
@@ -152,21 +208,18 @@ def end_backward(module: nn.Module) -> None:
 
 
 def gather_along(module: nn.Module) -> None:
-    """Gather what a step of the sharded `module` gathers, for ranks that run one while this rank has nothing to do."""
+    """Take part in what other ranks gather for a step of an evaluation, for which this rank has no batch."""
     state = sharded_state(module)
-    assert state is not None
-    order = list(state.gathered) or [name for name in state.groups if name]
+    if state is not None and state.agreement is not None:
+        with state.agreement.step("evaluation", idle=True):
+            state.agreement.end_forward(backward=False)
 
-    def visit() -> None:
-        for name in order:
-            if name in state.plan.wrapped_modules:
-                continue
-            state.groups[name].unshard()
-            if state.plan.reshard_after_forward:
-                state.groups[name].reshard()
 
-    run_gathered(module, partial(_with_wraps_gathered, state, visit))
-    state.gathered.extend(order)
+def meet(module: nn.Module) -> None:
+    """Wait, in a step of `module`, if that is sharded, until all ranks are about to enter a collective."""
+    state = sharded_state(module)
+    if state is not None and state.agreement is not None and state.stepping:
+        state.agreement.meet()
 
 
 def reshard(module: nn.Module) -> None:
@@ -192,7 +245,7 @@ def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     if state is not None and name != "training_step":
         step = partial(_with_wraps_gathered, state, step)
     try:
-        result = run_gathered(module, step)
+        result = run_gathered(module, name, step)
     except RuntimeError as error:
         if state is None or not any(words in str(error) for words in _MIXED):
             raise
@@ -212,6 +265,10 @@ def _computed_with_shards(step: str, why: str) -> PlanError:
 def forget_step(module: nn.Module) -> None:
     """Make the sharded `module` ready for a step after one that ended halfway; its gradients may be lost."""
     compat.forget_sharded_step(module)
+    state: Sharded = vars(module)[_STATE]
+    for watching in (state.agreement, state.order):
+        if watching is not None:
+            watching.forget()
     reshard(module)
 
 
@@ -245,14 +302,16 @@ def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result
             group.reshard()
 
 
-def _announce(state: Sharded, block: nn.Module, args: Any) -> None:
+def _announce(state: Sharded, name: str, block: nn.Module, args: Any) -> None:
+    if state.agreement is None:
+        _meet_lookups(state)
+    elif torch.is_grad_enabled():
+        state.agreement.note_forward(name)
+
+
+def _meet_lookups(state: Sharded) -> None:
     if state.before_gather is not None and state.stepping and not state.in_backward:
         state.before_gather()
-
-
-def _note(state: Sharded, name: str, block: nn.Module, args: Any) -> None:
-    if state.stepping:
-        state.gathered.append(name)
 
 
 def _watch_backward(module: nn.Module, state: Sharded, block: nn.Module, args: Any, output: Any) -> None:
@@ -281,6 +340,10 @@ def _gather(own: dict[str, tuple[nn.Parameter, FSDPModule]], part: nn.Module, ar
             parameter = getattr(part, name)
         if parameter.requires_grad != shard.requires_grad:
             parameter.requires_grad_(shard.requires_grad)
+
+
+def _owns(part: nn.Module) -> bool:
+    return any(True for _ in part.parameters(recurse=False))
 
 
 def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -57,11 +57,31 @@ def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     if "dp_replicate" not in (mesh.mesh_dim_names or ()):
         group: dist.ProcessGroup = mesh.get_group("dp_shard")
         return group
-    parts = mesh.mesh.flatten(0, 1).t().tolist() if tensor_mesh(mesh) else [mesh.mesh.flatten().tolist()]
-    key = "data", tuple(map(tuple, parts))
-    groups: list[dist.ProcessGroup] = made_once(key, lambda: [dist.new_group(ranks) for ranks in parts])
-    own = next(index for index, ranks in enumerate(parts) if dist.get_rank() in ranks)
-    return groups[own]
+    return _group_over_data(mesh, "data")
+
+
+def agreement_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The same ranks, in a gloo group of its own, where they tell one another what they do: a collective."""
+    return _group_over_data(mesh, "agreement", backend="gloo")
+
+
+def tensor_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that compute parts of the same samples, in a gloo group of its own: a collective."""
+    return _own_group("order", mesh.mesh.reshape(-1, mesh.size(-1)).tolist(), backend="gloo")
+
+
+def _group_over_data(mesh: DeviceMesh, purpose: str, backend: str | None = None) -> dist.ProcessGroup:
+    tensor_ranks = 1 if tensor_mesh(mesh) is None else mesh.size(-1)
+    return _own_group(purpose, mesh.mesh.reshape(-1, tensor_ranks).t().tolist(), backend)
+
+
+def _own_group(purpose: str, parts: list[list[int]], backend: str | None) -> dist.ProcessGroup:
+    """That of `parts` in which this rank is, as a group; all of them are made."""
+    key = purpose, tuple(map(tuple, parts))
+    groups: list[dist.ProcessGroup] = made_once(
+        key, lambda: [dist.new_group(ranks, backend=backend) for ranks in parts]
+    )
+    return next(group for group, ranks in zip(groups, parts, strict=True) if dist.get_rank() in ranks)
 
 
 def tensor_mesh(mesh: DeviceMesh) -> DeviceMesh | None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
-from lightning_largescale.optimizing import closure_first
+from lightning_largescale.optimizing import UntriedError, closure_first, has_modes
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.exchange import Exchange
 from lightning_largescale.parallel.gather import reshard
@@ -30,7 +30,9 @@ from lightning_largescale.plan import PlanError
 class AdaptedOptimizer:
     """Makes an optimizer step right on parameters that are divided or replicated, until `undo`.
 
-    A collective where they are divided. Gathered copies are dropped whenever a step has changed their shards.
+    A collective where they are divided. Gathered copies are dropped whenever a step has changed their shards. How an
+    optimizer with modes steps is asked again at its first step, as hooks have left it by then; one that cannot be tried
+    before is only asked then.
 
     Args:
         optimizer: with the same groups on all ranks.
@@ -55,7 +57,12 @@ class AdaptedOptimizer:
         # A step may call its base class's, which calls the hooks too.
         self._depth = 0
         self._exchange = Exchange(self.optimizer, part=_part, to_whole=self._whole)
-        self._decide()
+        self._asked_early = has_modes(self.optimizer)
+        try:
+            self._decide()
+        except UntriedError:
+            if not self._asked_early:
+                raise
         self._remove_hooks = compat.hook_nearest(self.optimizer, self._before, self._after)
 
     def undo(self) -> None:
@@ -110,14 +117,23 @@ class AdaptedOptimizer:
         """The closure where it must come first, then the shards."""
         given = None
         if self._depth == 0:
-            self._decide()
             if (lookups := row_sharded(self._known.module)) is not None:
                 lookups.check_sent()
+            if self._asked_early:
+                given = self._ask_again(args, kwargs)
+            self._decide()
             if self._answer.local:
-                given = closure_first(args, kwargs)
+                given = given or closure_first(args, kwargs)
                 self._exchange.begin()
         self._depth += 1
         return given
+
+    def _ask_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the optimizer be asked as hooks have left it, those around backward too; arguments of its first step."""
+        self._asked_early, self._sizes = False, []
+        divided = any(isinstance(one, DTensor) for group in self.optimizer.param_groups for one in group["params"])
+        # What is neither divided nor in pages may evaluate its closure whenever it likes.
+        return closure_first(args, kwargs) if divided and not self._in_pages else None
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The parameters again, whose gathered copies are stale."""
@@ -138,7 +154,7 @@ class AdaptedOptimizer:
             return
         self._answer = ask(self.optimizer, self._initial)
         if self._answer.refusal is not None:
-            raise PlanError(
+            raise (UntriedError if self._answer.untried else PlanError)(
                 f"{type(self.optimizer).__name__} cannot train a sharded module: {self._answer.refusal};"
                 f" {self._instead}"
             )

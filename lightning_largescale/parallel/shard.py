@@ -139,16 +139,17 @@ def shard_module(
             # Their states are no buffers.
             if isinstance(part, Metric):
                 part.to(device)
-    for scalar in map(module.get_parameter, names):
+    scalars = [module.get_parameter(name) for name in names]
+    for index, scalar in enumerate(scalars):
         trained = scalar.requires_grad
         # It may be frozen for now, and torch takes hooks of what is trained.
-        average = partial(_average, state)
+        average = partial(_average, state, index)
         handle = scalar.requires_grad_().register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
         state.hooks.append(handle)
         scalar.requires_grad_(trained)
     if device.type == "meta":
         return
-    start_gathering(module, state)
+    start_gathering(module, state, scalars)
     enable_copies(module)
     if device.type == "cpu":
         release_free_memory()
@@ -346,8 +347,10 @@ def _held_by(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]
         delattr(module, name)
 
 
-def _average(state: Sharded, parameter: Tensor) -> None:
-    """Average the gradient of a parameter that FSDP ignores, when the others are reduced."""
-    if state.synchronize and parameter.grad is not None:
+def _average(state: Sharded, index: int, parameter: Tensor) -> None:
+    """Average the gradient of a parameter that FSDP ignores, the `index`-th of them, when the others are reduced."""
+    if state.agreement is not None:
+        state.agreement.trained.add(index)
+    elif state.synchronize and parameter.grad is not None:
         dist.all_reduce(parameter.grad)
         parameter.grad /= dist.get_world_size()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_largescale.optimizing import clone_of, in_words
+from lightning_largescale.optimizing import UntriedError, clone_of, in_words
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.rows import sparse_rows
 from lightning_largescale.plan import PlanError
@@ -42,9 +42,13 @@ def check_takes_rows(
         for parameter in group["params"]:
             if id(parameter) not in names or not parameter.requires_grad:
                 continue
-            why = _refusal(optimizer, group, parameter, initial.get(parameter, {}))
+            try:
+                why = _refusal(optimizer, group, parameter, initial.get(parameter, {}))
+                kind = PlanError
+            except Exception as error:
+                why, kind = f"it takes no sparse gradient ({in_words(error)})", UntriedError
             if why is not None:
-                raise PlanError(
+                raise kind(
                     f"{type(optimizer).__name__} cannot train the row-sharded table {names[id(parameter)]!r}: {why};"
                     " give tables to torch.optim.SGD, Adagrad or SparseAdam, under manual optimization an optimizer"
                     " of their own, or leave them out of row_sharded_embeddings."
@@ -55,12 +59,9 @@ def _refusal(
     optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, initial: Mapping[str, Any]
 ) -> str | None:
     parts = (range(_ROWS), range(_CUT), range(_CUT, _ROWS))
-    try:
-        with torch.random.fork_rng([]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            (whole, state), *halves = (_stepped(optimizer, group, parameter, initial, part) for part in parts)
-    except Exception as error:
-        return f"it takes no sparse gradient ({in_words(error)})"
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (whole, state), *halves = (_stepped(optimizer, group, parameter, initial, part) for part in parts)
     if not torch.allclose(whole, torch.cat([half for half, _ in halves])):
         return "its step on a table is not that on its rows"
     for key, value in state.items():

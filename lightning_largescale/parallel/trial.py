@@ -40,6 +40,7 @@ class Answer:
     Attributes:
         local: on the plain tensors of this rank's shards; else on the parameters as they are.
         refusal: why it can do neither; None where it can.
+        untried: it was refused since a copy did not step at all.
         whole_keys: state that is the same for a part of a parameter as for the whole, such as a count of steps.
         block_sizes: state of blocks of elements, such as the scales of 8-bit codes, and how many to a block; 0 where
             that cannot be told.
@@ -47,6 +48,7 @@ class Answer:
 
     local: bool = False
     refusal: str | None = None
+    untried: bool = False
     whole_keys: frozenset[str] = frozenset()
     block_sizes: Mapping[str, int] = field(default_factory=dict)
 
@@ -128,11 +130,11 @@ def _tried(optimizer: Optimizer, groups: _Groups) -> Answer:
     try:
         whole = _steps(optimizer, groups, lambda _, tensor: tensor)
     except Exception as error:
-        return Answer(refusal=f"small tensors to try it on are not accepted ({in_words(error)})")
+        return Answer(refusal=f"small tensors to try it on are not accepted ({in_words(error)})", untried=True)
     if whole.evaluates_again:
         return Answer(refusal="it evaluates the loss again within its step, and forward and backward run once a step")
     if all(torch.equal(value, sample.start) for value, sample in zip(whole.values, samples, strict=True)):
-        return Answer(refusal="it changed nothing when it was tried on small tensors")
+        return Answer(refusal="it changed nothing when it was tried on small tensors", untried=True)
     try:
         divided = _steps(optimizer, groups, _divide).values
         if _same(samples, whole.values, [_full(value) for value in divided]):

@@ -263,7 +263,7 @@ def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
             _gathered_at(sizes, {sizes.step.segments[index].block})
             if sizes.plan.reshard_after_forward
             else sizes.gathered_so_far[index]
-        )
+        ) + _joined(sizes)
     return terms
 
 
@@ -276,12 +276,12 @@ def backward_terms(sizes: Sizes, index: int) -> dict[str, int]:
         terms["optimizer temporaries"] = max((temporaries(sizes, [name]) for name in stepped), default=0)
     if not sizes.gathers:
         return terms
-    terms["unreduced gradients"] = _unreduced(sizes, block)
+    terms["unreduced gradients"] = _unreduced(sizes, block) + _joined(sizes)
     terms["gathered parameters"] = (
         _gathered_at(sizes, {block, _block_beside(sizes, index, -1)})
         if sizes.plan.reshard_after_forward
         else sizes.gathered_so_far[index]
-    )
+    ) + _joined(sizes)
     return terms
 
 
@@ -307,6 +307,13 @@ def _states(sizes: Sizes) -> dict[str, int]:
         "page buffers": page_buffers(sizes),
         "batch": sizes.workload.batch_bytes,
     }
+
+
+def _joined(sizes: Sizes) -> int:
+    """Parameters, or gradients, of a block that another rank runs, in whose collectives this one takes part."""
+    if not sizes.workload.branches or sizes.plan.world_size == sizes.plan.tp:
+        return 0
+    return max((sizes.gathered(block) for block in sizes.groups if block is not None), default=0)
 
 
 def _unreduced(sizes: Sizes, block: str | None) -> int:

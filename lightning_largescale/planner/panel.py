@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lightning_largescale.console import Bars
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.disks import nvme_disk
 from lightning_largescale.planner.report import Estimate, Report, plan_fields
@@ -89,19 +90,18 @@ def memory_bars(estimate: Estimate, budget_bytes: int) -> RenderableType:
     share = min(1.0, peak / budget_bytes)
     head = Text(
         f"{format_bytes(peak)} of {format_bytes(budget_bytes)} a rank ({100 * peak / budget_bytes:.0f}%),"
-        f" at the {estimate.memory.moment}\n",
+        f" at the {estimate.memory.moment}",
     )
     filled = round(_BUDGET_WIDTH * share)
-    head.append("█" * filled, style="bold cyan")
-    head.append("░" * (_BUDGET_WIDTH - filled), style="dim")
+    of_budget = Bars(filled, "bold cyan", _BUDGET_WIDTH - filled)
     bars = Table.grid(padding=(0, 1))
     bars.add_column(no_wrap=True)
     bars.add_column(justify="right", no_wrap=True)
     bars.add_column(no_wrap=True)
     for name, size in _largest(estimate.memory.terms):
         filled = max(1, round(_BAR_WIDTH * size / max(peak, 1)))
-        bars.add_row(name, format_bytes(size), Text("█" * filled, style="cyan"))
-    return Group(head, bars)
+        bars.add_row(name, format_bytes(size), Bars(filled, "cyan"))
+    return Group(head, of_budget, bars)
 
 
 def kept_words(size: int, budget_bytes: int | None) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_largescale.console import as_text
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner.memory import MemoryEstimate
@@ -180,9 +179,7 @@ class Report:
 
     def __str__(self) -> str:
         """The table as text, 120 columns wide, and the error where nothing fits."""
-        buffer = io.StringIO()
-        Console(file=buffer, width=120, color_system=None).print(self)
-        return buffer.getvalue().rstrip() + ("" if self.fits else f"\n{self.nothing_fits()}")
+        return as_text(self, width=120).rstrip() + ("" if self.fits else f"\n{self.nothing_fits()}")
 
     def nothing_fits(self) -> str:
         """One sentence: the nearest plan, the bytes it lacks in each tier, and what would make one fit."""

@@ -11,6 +11,7 @@ Source: Williams et al. 2009, "Roofline", section 3; Thakur et al. 2005, "Optimi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -90,6 +91,7 @@ def beside_transfers(sizes: Sizes, hardware: Hardware, rates: Rates) -> tuple[di
         "reduce-scatter": reduce_scatters_seconds(sizes, links),
         "all-reduce": all_reduces_seconds(sizes, links),
         "table exchange": table_seconds(sizes, links, micro),
+        "agreement": agreement_seconds(sizes, links, micro),
         "tensor parallel": micro * tensor_seconds(sizes, links),
         "shard copies": copies_seconds(sizes, rates, micro),
         "page faults": page_fault_seconds(sizes, rates, micro),
@@ -239,6 +241,23 @@ def table_seconds(sizes: Sizes, links: Links, micro_batches: int) -> float:
         seconds += micro_batches * forward + backward
     # Counts of the gradients, and the end of each step.
     return seconds + (1 + micro_batches) * all_gather_seconds(0, ranks, link) if sizes.tables else 0.0
+
+
+def agreement_seconds(sizes: Sizes, links: Links, micro_batches: int) -> float:
+    """Seconds of ranks telling one another what they are about to gather and to reduce: at each point where all meet,
+    and before each collective where they may run different modules.
+
+    Source: lightning_largescale.parallel.agreement; Thakur et al. 2005, section 4.5 (recursive doubling: a latency each
+        time that the ranks double).
+    """
+    ranks, link = sizes.plan.world_size // sizes.plan.tp, links.all_gather
+    if not sizes.gathers or ranks == 1 or link is None:
+        return 0.0
+    trains = sizes.workload.stage == "fit"
+    told = 2 if trains else 1
+    if sizes.workload.branches:
+        told += len(sizes.groups) * ((1 + sizes.plan.reshard_after_forward + 1) if trains else 1)
+    return told * micro_batches * math.ceil(math.log2(ranks)) * link.latency_seconds
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:

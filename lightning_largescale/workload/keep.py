@@ -26,33 +26,43 @@ _PLAIN = (SimpleNamespace, Namespace, UserDict, UserList)
 # Objects below the attributes that are looked through, nearest first: a step's own books are never so many, and to look
 # takes a tenth of a second. What is larger is data, which steps read; of a longer list only the items are kept, not
 # what they hold.
-_MOST_OBJECTS = 20_000
+MOST_OBJECTS = 20_000
 _LONGEST = 10_000
 # The same for a NumPy array, which has to be copied (bytes).
 _LARGEST_ARRAY = 2**20
-_ATOMS = (str, int, float, complex, bytes, type(None), torch.Tensor, type, ModuleType, Dataset)
+_ATOMS = (str, int, float, complex, bytes, type(None), torch.Tensor, type, ModuleType)
 
 
-def keep(modules: Sequence[nn.Module], batch: Any) -> list[Callable[[], None]]:
-    """What puts back `modules`, and all that they and `batch` hold, as they are now; one function for each object."""
+def keep(
+    modules: Sequence[nn.Module], held: Any, *, most: int = MOST_OBJECTS, data: bool = False
+) -> list[Callable[[], None]]:
+    """What puts back `modules`, and all that they and `held` hold, as they are now; one function for each object.
+
+    Args:
+        modules: of which all attributes are kept.
+        held: beside them, such as a batch.
+        most: objects below these that are looked through.
+        data: datasets are looked through, too.
+    """
+    atoms = _ATOMS if data else (*_ATOMS, Dataset)
     kept: list[Callable[[], None]] = []
     seen = {id(module) for module in modules}
     waiting: deque[Any] = deque()
     for module in modules:
         kept.append(_Attributes(module).put_back)
-        waiting.extend(_compound(vars(module).values(), seen))
-    waiting.extend(_compound([batch], seen))
+        waiting.extend(_compound(vars(module).values(), seen, atoms))
+    waiting.extend(_compound([held], seen, atoms))
     # All attributes of modules are looked at, however many there are: they hold the parameters.
-    left = len(waiting) + _MOST_OBJECTS
+    left = len(waiting) + most
     while waiting and left:
         left -= 1
         value = waiting.popleft()
-        held = _held_by(value)
-        if held is not None:
-            kept.append(held.put_back)
+        keeper = _held_by(value)
+        if keeper is not None:
+            kept.append(keeper.put_back)
         items = _items(value)
         if len(items) <= _LONGEST and len(waiting) < left:
-            waiting.extend(_compound(items, seen))
+            waiting.extend(_compound(items, seen, atoms))
     return kept
 
 
@@ -74,11 +84,11 @@ def set_random_state(state: tuple[Any, ...]) -> None:
         sys.modules["numpy"].random.set_state(for_numpy)
 
 
-def _compound(values: Iterable[Any], seen: set[int]) -> list[Any]:
-    """Those of `values` that may hold something and were not seen before."""
+def _compound(values: Iterable[Any], seen: set[int], atoms: tuple[type, ...]) -> list[Any]:
+    """Those of `values` that may hold something, are none of `atoms`, and were not seen before."""
     found: list[Any] = []
     for value in values:
-        if not isinstance(value, _ATOMS) and id(value) not in seen:
+        if not isinstance(value, atoms) and id(value) not in seen:
             seen.add(id(value))
             found.append(value)
     return found
@@ -113,7 +123,7 @@ def _held_by(value: Any) -> Any:
 
 def _is_users(value: Any) -> bool:
     """Whether `value` has attributes that a step may keep its state in: a module, or an object of a user's class."""
-    if isinstance(value, (nn.Module, *_PLAIN)):
+    if isinstance(value, (nn.Module, Dataset, *_PLAIN)):
         return True
     package = type(value).__module__.partition(".")[0]
     if package in _FOREIGN or package in sys.stdlib_module_names:

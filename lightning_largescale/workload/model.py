@@ -217,6 +217,7 @@ class Workload:
         divisions: by a number of ranks of tensor parallelism, what these divide of each block, by its name; "" is what
             lies outside of blocks.
         stage: "fit", "validate", "test" or "predict".
+        branches: the step reads numbers off tensors, so that ranks may run different modules.
         approximate: why the numbers are not exact, a sentence each; empty when they are.
     """
 
@@ -231,6 +232,7 @@ class Workload:
     wraps: tuple[str, ...] = ()
     divisions: Mapping[int, Mapping[str, Divided]] = field(default_factory=dict)
     stage: str = "fit"
+    branches: bool = False
     approximate: tuple[str, ...] = ()
 
     @property

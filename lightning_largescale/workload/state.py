@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_largescale import compat
-from lightning_largescale.workload.keep import keep, random_state, set_random_state
+from lightning_largescale.workload.keep import MOST_OBJECTS, keep, random_state, set_random_state
 
 
 class Snapshot:
@@ -22,10 +22,11 @@ class Snapshot:
     Args:
         module: its submodules are kept too.
         batch: what the step is given.
+        most_objects: the limit.
     """
 
-    def __init__(self, module: nn.Module, batch: Any = None) -> None:
-        self._put_back = [*_kept_tensors(module), *keep(list(module.modules()), batch)]
+    def __init__(self, module: nn.Module, batch: Any = None, *, most_objects: int = MOST_OBJECTS) -> None:
+        self._put_back = [*_kept_tensors(module), *keep(list(module.modules()), batch, most=most_objects)]
 
     @contextmanager
     def untouched(self) -> Iterator[None]:

@@ -59,13 +59,14 @@ class Request:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
     """What a run of the step told: `used` holds names of the parameters that received a gradient, `wraps` those of the
-    modules outside of blocks that may be gathered by themselves.
+    modules outside of blocks that may be gathered by themselves; the step `branches` if it reads numbers off tensors.
     """
 
     step: Step
     used: frozenset[str]
     wraps: frozenset[str] = frozenset()
     approximate: tuple[str, ...] = ()
+    branches: bool = False
 
 
 def run_step(

@@ -21,6 +21,7 @@ from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_
 from lightning_largescale.workload.blocks import find_blocks, find_groups, find_wraps
 from lightning_largescale.workload.divisions import divide_blocks
 from lightning_largescale.workload.estimate import estimate
+from lightning_largescale.workload.keep import MOST_OBJECTS
 from lightning_largescale.workload.metrics import forgive_metrics
 from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Workload, only_blocks
 from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
@@ -29,6 +30,9 @@ from lightning_largescale.workload.stand_in import attach, optimizers_of
 from lightning_largescale.workload.state import Snapshot, has_script, swap_tensors
 from lightning_largescale.workload.steps import STAGES, Request, Traced, eager, in_words, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
+
+# Below the attributes of modules: what a run of the step may find of the run before it.
+_NEAR_OBJECTS = 1000
 
 
 def trace_workload(
@@ -41,12 +45,16 @@ def trace_workload(
     batch_idx: int = 0,
     ask: bool = True,
     tp_sizes: tuple[int, ...] = (),
+    isolated: bool = False,
 ) -> Workload:
     """`Workload.trace`, which says what is taken, given and raised; without a batch and `ask` it calls nothing of
     the module's, and two states a parameter are assumed.
+
+    Where it is `isolated`, somebody else sees to it that nothing is left of the runs: between them only what is near
+    is put back.
     """
     _check(module, step, precisions)
-    snapshot = Snapshot(module, batch)
+    snapshot = Snapshot(module, batch, most_objects=_NEAR_OBJECTS if isolated else MOST_OBJECTS)
     requests = {
         precision: Request(
             module=module,
@@ -80,6 +88,7 @@ def trace_workload(
         wraps=tuple(name for name in find_wraps(module) if name in wraps),
         divisions=divisions,
         stage=STAGES[step],
+        branches=any(one.branches for one in traced.values()),
         approximate=(*_said(traced), *left_out, *notes, *_of_the_batch(batch)),
     )
 
@@ -140,11 +149,13 @@ def _run(request: Request) -> Traced:
             return _trace_on_fakes(request)
     except Exception as error:
         why = f"{request.step} cannot run on fake tensors ({in_words(error)})"
+        branches = isinstance(error, compat.data_dependent_errors())
     try:
         traced = trace_on_samples(request)
     except Exception as error:
         raise CannotTraceError(f"{why}, nor on one sample ({in_words(error)})") from error
-    return replace(traced, approximate=(f"{why}: {traced.approximate[-1]}", *traced.approximate[:-1]))
+    told = f"{why}: {traced.approximate[-1]}"
+    return replace(traced, branches=branches, approximate=(told, *traced.approximate[:-1]))
 
 
 def _said(traced: Mapping[str, Traced]) -> list[str]:

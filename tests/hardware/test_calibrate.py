@@ -9,12 +9,18 @@ import psutil
 import pytest
 import torch
 from ranks import connected, ranks, run_connected
+from rates import measure
 
 from lightning_largescale.hardware import Hardware, Link
 from lightning_largescale.hardware.calibrate import _slowest
 from lightning_largescale.plan import PlanError
 
 SMALL = [(64, 64, 64)]
+
+
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch):
+    monkeypatch.setattr(Hardware, "calibrate", measure)
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from models import Language, trainer
 from ranks import quiet
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -266,7 +267,7 @@ def test_groups_are_the_blocks_and_nothing_stays_gathered(two):
 
 
 class Reductions(TorchDispatchMode):
-    """Counts the collectives that reduce."""
+    """Counts the collectives that reduce gradients."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +275,9 @@ class Reductions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" and "reduce" in str(function):
-            self.counts[str(function)] += 1
+            self.counts[str(function)] += any(
+                leaf.is_floating_point() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)
+            )
         return function(*args, **(kwargs or {}))
 
 

@@ -27,6 +27,14 @@ def test_plain_peak_is_the_head_with_last_steps_gradients():
     assert estimate.peak_bytes == sum(estimate.terms.values())
 
 
+def test_ranks_that_may_run_different_blocks_gather_one_more():
+    alike, unlike = (terms(Plan(dp_shard=2), work=workload(branches=branches), world=2) for branches in (False, True))
+    assert unlike.moment == alike.moment
+    assert unlike.terms["gathered parameters"] - alike.terms["gathered parameters"] == 16 * MIB
+    alone = (terms(Plan(dp_replicate=2), work=workload(branches=branches), world=2) for branches in (False, True))
+    assert len({one.peak_bytes for one in alone}) == 1
+
+
 def test_full_checkpointing_keeps_inputs_and_one_block():
     estimate = terms(Plan(activation_checkpointing="full"))
     assert estimate.moment == "forward of blocks.3"

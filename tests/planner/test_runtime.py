@@ -57,6 +57,17 @@ def test_zero3_gathers_blocks_twice_and_zero2_once():
     assert three - two == pytest.approx(4 * (1e-4 + 8 * MIB / 1e9))
 
 
+def test_ranks_tell_one_another_what_they_do():
+    told = {
+        branches: step_time(workload(branches=branches), Plan(dp_shard=4), hardware(4)).terms["agreement"]
+        for branches in (False, True)
+    }
+    # At the end of the forward and of the backward; and before the gathers of a pass and the reductions of five groups.
+    assert told[False] == pytest.approx(2 * 2 * 1e-4)
+    assert told[True] == pytest.approx((2 + 5 * 3) * 2 * 1e-4)
+    assert "agreement" not in step_time(workload(branches=True), Plan(dp_replicate=2), hardware(2)).terms
+
+
 def test_accumulation_reduces_once():
     one, four = (
         step_time(workload(), Plan(dp_replicate=2), hardware(2), accumulate_grad_batches=count) for count in (1, 4)

@@ -13,6 +13,9 @@ def test_values_that_decide_fall_back_to_one_sample():
     before = state_of(module)
     work = Workload.trace(module, batch, precisions=("32-true", "bf16-mixed"))
     assert_same(before, state_of(module))
+    # Ranks may run different modules.
+    assert work.branches
+    assert Workload.from_dict(work.to_dict()).branches
     (why,) = work.approximate
     assert why.startswith("training_step cannot run on fake tensors (it needs the values of tensors")
     assert why.endswith("a real step was measured on 1 and 2 of the 16 samples and drawn out to all")
@@ -44,6 +47,10 @@ def test_one_sample_that_is_refused_is_followed_by_two():
     work = Workload.trace(Wrapped(Normalised()), torch.randn(8, 8), precisions=("32-true",))
     assert "measured on 2 of the 8 samples" in work.approximate[0]
     assert work.steps["32-true"].forward_flops == 2 * 8 * (2 * 8 * 8)
+
+
+def test_what_no_value_decides_is_the_same_on_all_ranks():
+    assert not Workload.trace(Wrapped(nn.Linear(8, 8)), torch.randn(4, 8), precisions=("32-true",)).branches
 
 
 class Flattened(nn.Module):

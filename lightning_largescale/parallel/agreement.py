@@ -1,0 +1,408 @@
+"""Agreement of the data-parallel ranks on the collectives of a step, where each may run other modules.
+
+FSDP2 all-gathers a group when this rank runs its module, and reduces its gradients when this rank's backward has come
+past it; the other ranks are taken to do the same at the same time. Where they do not (experts chosen by the data,
+layers left out at random, an early exit), one rank's all-gather would meet that of another group on another rank, and
+both compute with mixed shards, or wait for ever.
+
+Two ways to be sure of it:
+
+- A step whose collectives were the same on all ranks is *followed*: each rank compares its own with those of that step
+  before it enters them, without communication. A rank that is about to enter another first goes along with the others
+  as that step has it, computing nothing, up to the next point where all meet: the end of the forward, of a backward, or
+  a collective that the strategy is asked for.
+- From there on, and in the first steps, collectives are *agreed on*: before each, ranks tell one another what they
+  want; all of them then enter all that was wanted, in one order, with zeros for gradients that they do not have. A rank
+  that has come to a point where all meet goes on taking part until the others have.
+
+The gradient of a parameter that no rank has used stays None; of one that some have used it is the average over all,
+those counting zero that have not, as under DistributedDataParallel.
+
+Source: torch.distributed.algorithms.join for taking part in others' collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.rounds import (
+    BEGIN_EVALUATION,
+    BEGIN_TRAINING,
+    COLLECTIVE,
+    END_BACKWARD,
+    END_FORWARD,
+    END_STEP,
+    POINTS,
+    Entry,
+    Kind,
+    Round,
+    Told,
+)
+from lightning_largescale.plan import PlanError
+
+# Agreed steps after which one is followed again, at most: a model whose ranks differ now and then is agreed on.
+_MOST_PATIENCE = 64
+
+
+@dataclass
+class _Pattern:
+    """What is known of the steps of one kind.
+
+    Attributes:
+        followed: the entries of a step, if the next one follows it.
+        last: of the last agreed step in which all ranks had the same.
+        calm: how many agreed steps in a row had the same.
+        patience: after how many of them one is followed.
+    """
+
+    followed: list[Entry] | None = None
+    last: list[Entry] = field(default_factory=list)
+    calm: int = 0
+    patience: int = 1
+
+    def learn(self, entries: list[Entry], *, same: bool, departed: bool) -> None:
+        """Take note of a step: its entries on this rank, whether all ranks had the same, or one departed from what was
+        followed.
+        """
+        if departed:
+            self.patience = min(2 * self.patience, _MOST_PATIENCE)
+        if not same:
+            self.followed, self.calm = None, 0
+        elif self.followed is None:
+            self.calm = self.calm + 1 if self.calm and entries == self.last else 1
+            self.last = entries
+            if self.calm >= self.patience:
+                self.followed = entries
+
+
+class Agreement:
+    """The collectives of a sharded module's steps, entered by all ranks in one order.
+
+    Args:
+        module: the root.
+        groups: modules that own an FSDP group, by name.
+        unsharded: parameters that FSDP ignores, whose gradients are averaged over all processes.
+        ranks: those that compute different samples, this one among them, in a gloo group of their own.
+        before: called before ranks wait for one another.
+        synchronizes: whether the backward under way reduces gradients.
+
+    Attributes:
+        trained: that is to be averaged at the end of this backward: places in `unsharded`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Mapping[str, nn.Module],
+        unsharded: Sequence[nn.Parameter],
+        ranks: dist.ProcessGroup,
+        *,
+        before: Callable[[], None],
+        synchronizes: Callable[[], bool],
+    ) -> None:
+        self._names = [name for name, group in groups.items() if compat.has_group(group)]
+        self._groups = [compat.GroupCollectives(groups[name]) for name in self._names]
+        self._unsharded, self._ranks = list(unsharded), ranks
+        self._before, self._synchronizes = before, synchronizes
+        self.trained: set[int] = set()
+        self._sizes = [*(group.parameters for group in self._groups), len(self._unsharded)]
+        self._patterns: dict[tuple[bool, bool], _Pattern] = {}
+        self._undo = [compat.before_backward_ends(module, self._end_backward)]
+        for index, group in enumerate(self._groups):
+            self._undo.append(group.intercept(partial(self._unshard, index), partial(self._reduce, index)))
+        self.forget()
+
+    def stop(self) -> None:
+        """Let FSDP's groups enter their collectives by themselves."""
+        for undo in reversed(self._undo):
+            undo()
+
+    def forget(self) -> None:
+        """Know nothing of the step under way, which ended halfway on all ranks, and of those before."""
+        self._patterns.clear()
+        self._pattern: _Pattern | None = None
+        self._began: tuple[Any, Round] | None = None
+        self._followed: list[Entry] | None = None
+        self.trained.clear()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._position, self._own = 0, list[Entry]()
+        self._same, self._departed, self._idle = True, False, False
+        self._goes_on = self._ending = False
+        # Backwards that are to come past each group.
+        self._expected = [0] * len(self._groups)
+        # Reduced parameters, by group and index: those that had no gradient before, and that this rank gave one.
+        self._fresh, self._given = set[tuple[int, int]](), set[tuple[int, int]]()
+
+    # Steps
+
+    @contextmanager
+    def step(self, name: str, *, synchronize: bool = True, idle: bool = False) -> Iterator[None]:
+        """A step, up to the end of its forward; the caller says by `end_forward` how it goes on.
+
+        Args:
+            name: "training_step", or another.
+            synchronize: whether its backward reduces gradients.
+            idle: this rank only takes part in what others do.
+        """
+        training = name == "training_step"
+        self._reset()
+        self._pattern = self._patterns.setdefault((training, synchronize), _Pattern())
+        self._followed, self._idle = self._pattern.followed, idle
+        # Waited for where ranks meet next, which is where it is noticed that they have begun different kinds of steps.
+        point = Entry(Kind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
+        began = Round(point)
+        self._began = began.begin(self._ranks), began
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+
+    def end_forward(self, *, backward: bool) -> None:
+        """The end of a step's forward, or of the whole step.
+
+        Args:
+            backward: whether the step goes on with one.
+        """
+        self._goes_on = backward
+        self._meet(Entry(Kind.MEET, END_FORWARD if backward else END_STEP))
+        if not backward:
+            self._end_step()
+
+    def note_forward(self, name: str) -> None:
+        """Expect a backward to come past the group of this name, whose module runs."""
+        if compat.current_node_sequence() is None:
+            self._expected[self._names.index(name)] += 1
+
+    def meet(self) -> None:
+        """Wait, in a step, until all ranks are about to enter a collective that is none of FSDP's."""
+        if self._pattern is not None:
+            self._meet(Entry(Kind.MEET, COLLECTIVE))
+
+    def _end_step(self) -> None:
+        if self._pattern is not None:
+            self._pattern.learn(self._own, same=self._same, departed=self._departed)
+        self._pattern = self._followed = None
+
+    # What this rank is about to enter
+
+    def _unshard(self, index: int, issue: Callable[[], None]) -> None:
+        entry = Entry(Kind.UNSHARD, index)
+        if self._follows(entry):
+            self._before()
+            issue()
+        else:
+            self._tell(entry, issue)
+
+    def _reduce(self, index: int, issue: Callable[[], None]) -> None:
+        group = self._groups[index]
+        self._expected[index] -= 1
+        entry = Entry(Kind.REDUCE, index, group.unreduced())
+        if not group.reduces or not entry.parameters:
+            issue()
+            return
+        if self._follows(entry):
+            self._given.update((index, one) for one in entry.parameters)
+            issue()
+            return
+        group.keep_unreduced()
+        self._tell(entry)
+
+    def _end_backward(self) -> None:
+        """The backward is over on this rank."""
+        for group in self._groups:
+            # As FSDP would next: their inputs needed no gradient.
+            if not group.is_through_backward:
+                group.end_backward()
+        self._ending = True
+        if self.trained and self._synchronizes():
+            entry = Entry(Kind.REDUCE, len(self._groups), tuple(sorted(self.trained)))
+            if self._follows(entry):
+                self._average(entry.parameters)
+        self._meet(Entry(Kind.MEET, END_BACKWARD))
+        if self._departed:
+            self._drop_unused()
+        self._ending, self._expected = False, [0] * len(self._groups)
+        if self._goes_on:
+            self._end_step()
+
+    def _follows(self, entry: Entry) -> bool:
+        """Whether the step that is followed has `entry` next; if not, it is followed no more."""
+        self._own.append(entry)
+        if self._followed is None:
+            return False
+        if self._position < len(self._followed) and self._followed[self._position] == entry:
+            self._position += 1
+            return True
+        self._depart(self._go_along())
+        return False
+
+    def _meet(self, point: Entry) -> None:
+        """Wait until all ranks are at `point`, taking part in what they do before.
+
+        Raises:
+            PlanError: they meet at different points.
+        """
+        self._own.append(point)
+        while self._followed is not None:
+            expected = self._position < len(self._followed) and self._followed[self._position] == point
+            nearest = point if expected else self._go_along()
+            if not expected and not self._idle:
+                self._depart(nearest)
+                break
+            told = self._exchange(nearest)
+            self._position += 1
+            if told.departed:
+                self._followed, self._departed, self._same = None, True, False
+            elif nearest == point:
+                return
+        told = self._tell(point)
+        while told.kinds != {Kind.MEET}:
+            told = self._tell(point)
+        if not told.same:
+            raise self._differ(told)
+
+    def _go_along(self) -> Entry:
+        """Enter what the step that is followed has next, computing nothing; the point where all meet after it."""
+        assert self._followed is not None
+        while (entry := self._followed[self._position]).kind is not Kind.MEET:
+            self._before()
+            self._join(entry.number, entry.parameters if entry.kind is Kind.REDUCE else None, own=False)
+            self._position += 1
+        return entry
+
+    def _depart(self, point: Entry) -> None:
+        """Tell the others, at the point where all meet, that this rank enters another than the step has."""
+        self._exchange(point, departs=True)
+        self._followed, self._departed, self._same = None, True, False
+
+    # What all ranks are about to enter
+
+    def _tell(self, entry: Entry, issue: Callable[[], None] | None = None) -> Told:
+        """Enter what any rank wants to enter, `entry` being what this one wants.
+
+        Args:
+            entry: of this rank.
+            issue: enters it, where it is an all-gather.
+
+        Raises:
+            PlanError: outside of a step, which has no end where others could be waited for, they want different ones.
+        """
+        told = self._exchange(entry, wants=True)
+        self._same &= told.same
+        if self._pattern is None and not told.same:
+            raise self._differ(told)
+        for index in told.wanted:
+            if issue is not None and index == entry.number:
+                issue()
+            else:
+                self._join(index, None)
+        for index, parameters in told.complete.items():
+            self._join(index, parameters)
+        return told
+
+    def _join(self, index: int, parameters: tuple[int, ...] | None, *, own: bool = True) -> None:
+        """Take part in the all-gather of a group, or in the reduction of some of its parameters."""
+        if parameters is None:
+            self._groups[index].join_unshard()
+        elif index == len(self._groups):
+            self._average(parameters)
+        else:
+            fresh, given = self._groups[index].reduce(parameters, own=own)
+            self._fresh.update((index, one) for one in fresh)
+            self._given.update((index, one) for one in given)
+
+    def _average(self, indices: Sequence[int]) -> None:
+        """Average the gradients of parameters that FSDP ignores over all ranks."""
+        for index in indices:
+            parameter, place = self._unsharded[index], (len(self._groups), index)
+            if index in self.trained:
+                self._given.add(place)
+            elif parameter.grad is None:
+                self._fresh.add(place)
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = parameter.grad
+            assert gradient is not None
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        self.trained.difference_update(indices)
+
+    def _drop_unused(self) -> None:
+        """Let parameters have no gradient that were only reduced since a step before had them reduced."""
+        given = torch.zeros(len(self._sizes), max(self._sizes), dtype=torch.uint8)
+        for place in self._given:
+            given[place] = 1
+        dist.all_reduce(given, dist.ReduceOp.MAX, self._ranks)
+        for group, index in self._fresh:
+            if given[group, index]:
+                continue
+            if group == len(self._groups):
+                self._unsharded[index].grad = None
+            else:
+                self._groups[group].drop_gradient(index)
+        self._fresh.clear()
+
+    def _exchange(self, entry: Entry, *, departs: bool = False, wants: bool = False) -> Told:
+        """What the ranks are about to enter.
+
+        Args:
+            entry: of this rank.
+            departs: from the step that is followed.
+            wants: it is entered after this, by all ranks, with whatever any of them wants to enter.
+
+        Raises:
+            PlanError: they began different kinds of steps, or come to different points where all meet.
+        """
+        self._before()
+        if self._began is not None:
+            (work, began), self._began = self._began, None
+            work.wait()
+            if not (told := began.told()).same:
+                raise self._differ(told)
+        own = Round(entry, self._sizes if wants else (), departs=departs)
+        if wants:
+            self._offer(own)
+        own.begin(self._ranks).wait()
+        told = own.told()
+        if not wants and not told.same:
+            raise self._differ(told)
+        return told
+
+    def _offer(self, own: Round) -> None:
+        """Tell of the gradients that this rank has, and of those that are to come."""
+        in_backward = compat.current_node_sequence() is not None
+        for index, group in enumerate(self._groups):
+            # The root is come past at the end.
+            comes = not in_backward or self._expected[index] > 0 or not self._names[index]
+            if comes and not self._ending:
+                own.await_more(index)
+            if group.reduces:
+                own.offer(index, group.unreduced())
+        if not self._ending:
+            own.await_more(len(self._groups))
+        if self._synchronizes():
+            own.offer(len(self._groups), sorted(self.trained))
+
+    def _differ(self, told: Told) -> PlanError:
+        one, other = map(self._describe, told.between)
+        return PlanError(
+            f"a rank {one} where another {other}, so they would wait for one another for ever; let all ranks of a"
+            " sharded plan run the same steps, backwards and collectives (blocks may differ), or use dp_replicate."
+        )
+
+    def _describe(self, entry: Entry) -> str:
+        if entry.kind is Kind.MEET:
+            return POINTS[entry.number]
+        name = repr(self._names[entry.number] or "the root") if entry.number < len(self._names) else "the root"
+        return f"gathers {name}" if entry.kind is Kind.UNSHARD else f"reduces gradients of {name}"

@@ -1,0 +1,136 @@
+"""What data-parallel ranks tell one another before they enter collectives: one all-reduce of a few numbers on the CPU.
+
+Each number is a fact that holds on any of the ranks, so their maximum is what all of them know afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Points where all ranks meet, by what a rank does there.
+POINTS = (
+    "begins a training step",
+    "begins a step of an evaluation",
+    "ends a forward that a backward follows",
+    "ends a step",
+    "ends a backward",
+    "enters a collective of the strategy, as self.log(sync_dist=True) and self.all_gather do",
+)
+BEGIN_TRAINING, BEGIN_EVALUATION, END_FORWARD, END_STEP, END_BACKWARD, COLLECTIVE = range(len(POINTS))
+# Numbers that every exchange has: two of the entry, whether a rank departs, and the kinds of entries.
+_HEAD = 6
+
+
+class Kind(IntEnum):
+    """Of what a rank is about to enter."""
+
+    UNSHARD = 0
+    REDUCE = 1
+    MEET = 2
+
+
+class Entry(NamedTuple):
+    """What a rank is about to enter: the all-gather or the reduction of a group, of some of its parameters, or a point
+    where all meet, by its number.
+    """
+
+    kind: Kind
+    number: int
+    parameters: tuple[int, ...] = ()
+
+    @property
+    def code(self) -> int:
+        """A number that tells it from all others; of the greater part of it `Entry.of` makes it again."""
+        return (self.kind << 16 | self.number) << 32 | zlib.crc32(repr(self.parameters).encode())
+
+    @classmethod
+    def of(cls, code: int) -> Entry:
+        """The entry of a code, but for its parameters."""
+        place = code >> 32
+        return cls(Kind(place >> 16), place & 0xFFFF)
+
+
+class Told(NamedTuple):
+    """What the ranks told one another.
+
+    Attributes:
+        between: two of the entries that they are about to enter, different ones if there are such.
+        same: all are about to enter the same.
+        departed: a rank is about to enter another than the step that is followed has.
+        kinds: of what they are about to enter.
+        wanted: indices of groups that any of them wants to gather.
+        complete: parameters with a gradient to reduce on any rank, by index of a group that none awaits more of.
+    """
+
+    between: tuple[Entry, Entry]
+    same: bool
+    departed: bool
+    kinds: set[Kind]
+    wanted: Sequence[int] = ()
+    complete: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+
+
+class Round:
+    """One time that ranks tell one another what they are about to enter.
+
+    Args:
+        entry: of this rank.
+        sizes: how many parameters each group has.
+        departs: whether this rank departs from the step that is followed.
+    """
+
+    def __init__(self, entry: Entry, sizes: Sequence[int] = (), *, departs: bool = False) -> None:
+        self._sizes = sizes
+        self._numbers = torch.zeros(_HEAD + 2 * len(sizes) + sum(sizes), dtype=torch.int64)
+        self._numbers[0], self._numbers[1], self._numbers[2] = entry.code, -entry.code, int(departs)
+        self._numbers[3 + entry.kind] = 1
+        if sizes and entry.kind is Kind.UNSHARD:
+            self._parts[0][entry.number] = 1
+
+    def await_more(self, group: int) -> None:
+        """Tell that this rank's backward will give a group more gradients."""
+        self._parts[1][group] = 1
+
+    def offer(self, group: int, parameters: Sequence[int]) -> None:
+        """Tell that this rank has gradients to reduce, of some parameters of a group."""
+        start = sum(self._sizes[:group])
+        self._parts[2][[start + parameter for parameter in parameters]] = 1
+
+    def begin(self, ranks: dist.ProcessGroup) -> Any:
+        """Send what this rank tells, without waiting; what to wait for before `told`."""
+        return dist.all_reduce(self._numbers, dist.ReduceOp.MAX, ranks, async_op=True)
+
+    def told(self) -> Told:
+        """What all ranks told."""
+        greatest, least, departed, *kinds = self._numbers[:_HEAD].tolist()
+        told = Told(
+            between=(Entry.of(-least), Entry.of(greatest)),
+            same=greatest == -least,
+            departed=bool(departed),
+            kinds={kind for kind in Kind if kinds[kind]},
+        )
+        if not self._sizes:
+            return told
+        gathers, awaits, gradients = self._parts
+        starts = itertools.accumulate(self._sizes, initial=0)
+        complete = {}
+        for group, (start, stop) in enumerate(itertools.pairwise(starts)):
+            if not awaits[group] and (found := gradients[start:stop].nonzero().flatten().tolist()):
+                complete[group] = tuple(found)
+        return told._replace(wanted=gathers.nonzero().flatten().tolist(), complete=complete)
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By group whether it is to be gathered and whether more gradients come; by parameter whether it has one."""
+        groups = len(self._sizes)
+        gathers, awaits, gradients = self._numbers[_HEAD:].tensor_split((groups, 2 * groups))
+        return gathers, awaits, gradients
