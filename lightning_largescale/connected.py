@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,10 +27,14 @@ from lightning_largescale.launch import watch_peers
 from lightning_largescale.plan import PlanError
 
 _Value = TypeVar("_Value")
+# Numbers of processes that Trainers of this process have asked for, and have been connected as.
+_asked_before: set[int] = set()
 
 
 class ConnectedStrategy(ParallelStrategy, ABC):
     """One process a device, connected by torch.distributed; a single process is connected to nothing.
+
+    Which processes there are is the cluster environment's to say, where it knows them by itself.
 
     Args:
         process_group_backend: torch.distributed's name; None takes the device's default.
@@ -35,6 +44,9 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     def __init__(self, *, process_group_backend: str | None, timeout: timedelta | None) -> None:
         super().__init__()
         self.num_nodes = 1
+        # By the environment's own word, where the Trainer's is another.
+        self._environment_ranks: int | None = None
+        self._ranks_per_node: int | None = None
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         # What teardown takes back.
@@ -80,18 +92,36 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @override
     def world_size(self) -> int:
         """Number of processes."""
-        return super().world_size if self.has_peers else 1
+        return self._environment_ranks or self._asked_ranks
 
     @property
     @override
     def root_device(self) -> torch.device:
-        """The device of this rank."""
-        return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
+        """The device of this rank.
+
+        Raises:
+            PlanError: the Trainer has fewer than there are ranks on this node.
+        """
+        devices, rank = self.parallel_devices or [torch.device("cpu")], self.local_rank
+        if rank < len(devices):
+            return devices[rank]
+        # Each process may be shown its own alone.
+        if devices[0].type == "cpu" or torch.cuda.device_count() == 1:
+            return devices[0]
+        raise PlanError(
+            f"devices={len(devices)} has none for local rank {rank} of {type(self.cluster_environment).__name__};"
+            " set devices to the number of processes on a node."
+        )
 
     @property
     def num_processes(self) -> int:
-        """Number of ranks on this node."""
-        return len(self.parallel_devices or ())
+        """Number of ranks on this node; known once they are connected, where the environment has others than asked."""
+        return self._ranks_per_node or len(self.parallel_devices or ())
+
+    @property
+    def _asked_ranks(self) -> int:
+        """Number of processes that the Trainer was asked for."""
+        return max(1, len(self.parallel_devices or ()) * self.num_nodes)
 
     @property
     def is_distributed(self) -> bool:
@@ -101,13 +131,13 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @property
     def has_peers(self) -> bool:
         """Whether there are other ranks."""
-        return self.num_processes * self.num_nodes > 1
+        return self.world_size > 1
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """Arguments of a DistributedSampler: all ranks are data parallel."""
-        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @property
     def process_group_backend(self) -> str | None:
@@ -127,29 +157,70 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """Whether gradients may be kept in DRAM, of which norms are summed over the ranks."""
 
     def set_world_ranks(self) -> None:
-        """Tell the cluster environment which of how many ranks this process is.
+        """Tell the cluster environment which of how many ranks this process is, and learn whether it knows better.
 
         A single process tells nobody: it may be one of the ranks of another Trainer, whose fit is under way.
+
+        Raises:
+            PlanError: the environment knows of another number of processes than are to be started.
         """
-        if not self.is_distributed:
-            return
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        compat.set_rank_zero(self.global_rank)
+        environment, asked = self.cluster_environment, self._asked_ranks
+        if environment is not None and asked > 1:
+            rank = environment.node_rank() * len(self.parallel_devices or ()) + environment.local_rank()
+            environment.set_global_rank(rank)
+            environment.set_world_size(asked)
+        known = _ranks_of(environment)
+        # A script that trained on all of them may go on with each process by itself.
+        alone = asked == 1 and known in _asked_before
+        self._environment_ranks = None if known == asked or alone else known
+        if self.has_peers:
+            compat.set_rank_zero(self.global_rank)
+        ranks = self._environment_ranks
+        if ranks and asked > 1 and environment is not None and not environment.creates_processes_externally:
+            raise PlanError(
+                f"devices={len(self.parallel_devices or ())} of num_nodes={self.num_nodes} are to be started as"
+                f" {asked} processes, and {type(environment).__name__} has {ranks}; set them to make as many, or let"
+                " its creates_processes_externally be True."
+            )
 
     @override
     def setup_environment(self) -> None:
-        """Connect the ranks; a single process connects to nothing."""
+        """Connect the ranks; a single process connects to nothing.
+
+        Raises:
+            PlanError: this process is connected to others already, of another number.
+        """
         super().setup_environment()
         self.set_world_ranks()
         if self.has_peers:
             reset_seed()
             backend = self._process_group_backend = self._process_group_backend or self._default_backend
             compat.init_process_group(self.cluster_environment, backend, self.root_device, self._timeout)
+            if dist.get_world_size() != self.world_size:
+                raise PlanError(
+                    f"{type(self.cluster_environment).__name__} has {self.world_size} processes and torch.distributed"
+                    f" connects {dist.get_world_size()}; destroy that process group before the Trainer is run, or make"
+                    " it of as many."
+                )
+            self._count_nodes()
             watch_peers(self)
         else:
+            if dist.is_initialized() and dist.get_world_size() not in {1, *_asked_before}:
+                rank_zero_warn(
+                    f"torch.distributed connects {dist.get_world_size()} processes and the Trainer trains in this one"
+                    " alone; give it the cluster environment that started them, as in"
+                    " plugins=[RayLightningEnvironment()], or as many devices."
+                )
             self._undo.callback(compat.set_rank_zero, compat.set_rank_zero(0))
+
+    def _count_nodes(self) -> None:
+        """Find how many ranks a node has; nodes of different sizes count as several of the size that they share."""
+        if self._environment_ranks is None:
+            _asked_before.add(self.world_size)
+            return
+        nodes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(nodes, self.node_rank)
+        self._ranks_per_node = math.gcd(*Counter(nodes).values())
 
     def connect_alone(self) -> None:
         """Give a single process a group of its own until teardown, for what only works in one.
@@ -206,3 +277,15 @@ class ConnectedStrategy(ParallelStrategy, ABC):
             return tensor
         self._meet_peers()
         return compat.reduce_tensor(tensor, group, reduce_op)
+
+
+def _ranks_of(environment: ClusterEnvironment | None) -> int | None:
+    """How many processes `environment` knows of; None where it knows what it is told, or nothing."""
+    # Lightning's own repeats what the last Trainer that it was given to has told it.
+    if environment is None or type(environment).world_size is LightningEnvironment.world_size:
+        return None
+    try:
+        return environment.world_size()
+    except (KeyError, ValueError, RuntimeError):
+        # What it asks was not set, as this process was not started by what it stands for, or is set no longer.
+        return dist.get_world_size() if dist.is_initialized() else None

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import torch.multiprocessing as mp
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from typing_extensions import override
@@ -52,12 +53,17 @@ def configure_launcher(
     """
     environment = strategy.cluster_environment
     processes, nodes = len(strategy.parallel_devices or ()), getattr(strategy, "num_nodes", 1)
-    if environment is None or processes * nodes == 1:
+    if environment is None or processes * nodes == strategy.world_size == 1:
         return None
     method = start_method or choose_start_method()
-    if method == "popen" or environment.creates_processes_externally:
+    if method == "popen" or _are_there(environment, processes * nodes):
         return ScriptLauncher(environment, processes, nodes)
     return ForkLauncher(strategy, "fork" if method == "fork" else "spawn")
+
+
+def _are_there(environment: ClusterEnvironment, asked: int) -> bool:
+    """Whether the ranks of `environment` are there already, of which the Trainer was asked for so many."""
+    return environment.creates_processes_externally or asked == 1
 
 
 def check_start_method(start_method: str | None) -> None:
@@ -231,7 +237,7 @@ class ScriptLauncher(compat.SubprocessScriptLauncher):
         """
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if environment.creates_processes_externally:
+        if _are_there(environment, self.num_processes * self.num_nodes):
             _children.launched_again()
         else:
             os.environ[_LAUNCHER_PID] = str(os.getpid())

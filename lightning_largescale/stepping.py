@@ -45,7 +45,7 @@ from lightning_largescale.parallel.gather import (
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
-from lightning_largescale.parallel.replicate import Replica
+from lightning_largescale.parallel.replicate import Replica, told_of_reentry
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.stateful import StatefulStrategy
@@ -105,7 +105,7 @@ class SteppingStrategy(StatefulStrategy):
             if self._replica is not None:
                 step = partial(module.training_step, *args, **kwargs)
                 with self.precision_plugin.train_step_context(), self._joined():
-                    return self._replica.run(step, reduce_output=module.automatic_optimization)
+                    return self._replica.run(step)
             result = self._step("training_step", *args, **kwargs)
         if not module.automatic_optimization or compat.skips_backward(module.trainer):
             reshard(module)
@@ -173,29 +173,55 @@ class SteppingStrategy(StatefulStrategy):
             # What is pending would be taken for this one's.
             self._lookups.check_sent()
             compat.call_after_backward(closure_loss, self._lookups.end_backward)
-        if module.automatic_optimization:
-            return
         if self._replica is not None:
             self._replica.prepare(closure_loss)
-        elif sharded_state(module):
+        elif not module.automatic_optimization and sharded_state(module):
             begin_backward(module, closure_loss)
 
     @override
-    def post_backward(self, closure_loss: Tensor) -> None:
-        """The end of what `pre_backward` began."""
-        end_backward(self._module())
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's backward; what reads in hooks and steps around it is not what runs in it.
+
+        Raises:
+            PlanError: it reenters itself where that was not to be seen before.
+        """
+        with self._not_reading(), contextlib.nullcontext() if self._replica is None else told_of_reentry():
+            return super().backward(closure_loss, *args, **kwargs)
 
     @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning's; what reads in hooks and steps around it is not what runs in it."""
-        with self._not_reading():
-            return super().backward(closure_loss, *args, **kwargs)
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """The end of what `pre_backward` began.
+
+        Raises:
+            PlanError: the step has made parameters that are to be trained.
+        """
+        if self._replica is None:
+            end_backward(self._module())
+            return
+        if self._known is not None:
+            self._known.check()
+        self._replica.finish()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Learn in each epoch which parameters are trained."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._replica is not None and batch_idx == 0:
+            self._replica.look_again()
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """The optimizer's, what scales gradients before it finding numbers whole; then holes in the heap are given
         back, where the plan has them given back.
+
+        Raises:
+            PlanError: the gradients are this rank's alone.
         """
+        if self._replica is not None and self._replica.unreduced:
+            raise PlanError(
+                f"{type(optimizer).__name__}.step was called with gradients of loss.backward(), which are each rank's"
+                " own; call self.manual_backward(loss), which averages them over the ranks."
+            )
         with self._not_reading(), contextlib.ExitStack() as numbers:
 
             def run() -> Any:

@@ -107,7 +107,7 @@ class LargeScaleStrategy(OffloadingStrategy):
     @override
     def _configure_launcher(self) -> None:
         if self._planner is None and self._fixed:
-            self.plan.check_world_size(self.num_nodes * self.num_processes)
+            self.plan.check_world_size(self.world_size)
         self._launcher = configure_launcher(self, self._start_method)
 
     @override
@@ -229,7 +229,7 @@ class LargeScaleStrategy(OffloadingStrategy):
             accelerator=self.root_device.type,
             environment=self.cluster_environment,
             ranks_per_node=self.num_processes,
-            nodes=self.num_nodes,
+            nodes=self.world_size // self.num_processes,
         )
 
     @property
@@ -313,7 +313,9 @@ class LargeScaleStrategy(OffloadingStrategy):
             check_equal_structure(module)
             equal_weights([*module.parameters(), *module.buffers()])
             equal_copies(copies_of(module, callbacks_of(trainer)), self.root_device)
-            self._replica = Replica(module, self.root_device) if fitting else None
+            if fitting:
+                self._replica = Replica(module, self.root_device, watch_all=not module.automatic_optimization)
+                self._undo.callback(self._replica.close)
 
     @override
     def model_to_device(self) -> None:

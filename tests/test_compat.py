@@ -849,6 +849,24 @@ def test_call_after_backward():
     assert order == ["backward", True]
 
 
+def test_current_backward():
+    found = []
+
+    def within(gradient):
+        found.append(compat.current_backward())
+        with torch.enable_grad():
+            inner = torch.ones(1, requires_grad=True)
+            weight = inner * 2
+            weight.register_hook(lambda _: found.append(compat.current_backward()))
+            weight.backward()
+
+    loss = torch.ones(1, requires_grad=True) * 2
+    loss.register_hook(within)
+    loss.backward()
+    outer, inner = found
+    assert outer != inner
+
+
 def reduced_gradients():
     module = nn.Sequential(nn.Linear(2, 1))
     compat.ignore_parameters(module, ["0.bias"])

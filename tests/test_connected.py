@@ -12,9 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.accelerators import MPSAccelerator, XLAAccelerator
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    KubeflowEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from models import Language, trainer
 from ranks import quiet
 
+from lightning_largescale import connected
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -78,6 +86,130 @@ def test_a_trainer_of_one_device_is_alone_in_a_process_of_many(two, kind):
     assert first == second == (0, 1, True)
     assert (steps, more) == (3, 4)
     assert loss != other
+
+
+# Trainers that are asked for one device, or other numbers, in an environment that knows how many processes there are.
+
+
+class OfAPlatform(LightningEnvironment):
+    """As Ray's: Lightning's own, but for the numbers, which are the platform's; they are gone after the first fit."""
+
+    def world_size(self):
+        return int(os.environ["WORLD_SIZE"])
+
+    def global_rank(self):
+        return int(os.environ["RANK"])
+
+    def set_world_size(self, size):
+        pass
+
+    def set_global_rank(self, rank):
+        pass
+
+
+class OfAUser(ClusterEnvironment):
+    """Written by a user, for processes that a tool of theirs has started."""
+
+    creates_processes_externally = True
+    main_address = property(lambda self: os.environ["MASTER_ADDR"])
+    main_port = property(lambda self: int(os.environ["MASTER_PORT"]))
+    ranks = 2
+
+    @staticmethod
+    def detect():
+        return False
+
+    def world_size(self):
+        return self.ranks
+
+    def set_world_size(self, size):
+        pass
+
+    def global_rank(self):
+        return int(os.environ["RANK"])
+
+    def set_global_rank(self, rank):
+        pass
+
+    def local_rank(self):
+        return int(os.environ["LOCAL_RANK"])
+
+    def node_rank(self):
+        return 0
+
+
+class OfMore(OfAUser):
+    """Knows of more processes than are connected."""
+
+    ranks = 3
+
+
+class NotStarted(OfAUser):
+    """Leaves it to Lightning to start the processes."""
+
+    creates_processes_externally = False
+    ranks = 4
+
+
+def found(environment, plan, devices=1, fits=2):
+    """What Trainers find one after the other, and the last one's losses."""
+    # Other tests have trained on all ranks in these processes.
+    connected._asked_before.clear()
+    ranks = os.environ["WORLD_SIZE"]
+    try:
+        for _ in range(fits):
+            run = trainer(LargeScaleStrategy(plan), devices=devices, max_steps=3, plugins=[environment()])
+            run.fit(model := Language())
+    finally:
+        os.environ["WORLD_SIZE"] = ranks
+    hardware = run.strategy._hardware()
+    return run.global_rank, run.world_size, (hardware.nodes, hardware.ranks_per_node), model.losses
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "devices"),
+    [(OfAPlatform, (1, 2), 1), (OfAUser, (1, 2), 1), (KubeflowEnvironment, (2, 1), 1), (OfAUser, (1, 2), 3)],
+)
+@pytest.mark.parametrize("plan", [Plan(dp_replicate=2), Plan(dp_shard=2)], ids=["replicated", "sharded"])
+def test_the_environment_knows_how_many_there_are(two, environment, nodes, devices, plan):
+    model = Language()
+    trainer(max_steps=3).fit(model)
+    for rank, (*told, losses) in enumerate(two.run(found, environment, plan, devices)):
+        assert told == [rank, 2, nodes]
+        assert losses == pytest.approx(model.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "message"),
+    [
+        (TorchElasticEnvironment, 1, "does not match the world size"),
+        (OfMore, 1, "OfMore has 3 processes and torch.distributed connects 2"),
+        (NotStarted, 2, "are to be started as 2 processes, and NotStarted has 4"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(two, environment, devices, message):
+    two.run(talk)
+    plan = Plan(dp_replicate=environment.ranks if hasattr(environment, "ranks") else 2)
+    for error, _, _ in two.answers(found, environment, plan, devices):
+        assert isinstance(error, ValueError)
+        assert message in str(error)
+
+
+def test_slurm_says_what_to_set(monkeypatch):
+    numbers = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in numbers.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    run = trainer(LargeScaleStrategy(Plan(dp_shard=2)), plugins=[SLURMEnvironment(auto_requeue=False)])
+    with pytest.raises(ValueError, match="HINT: Set `devices=2`"):
+        run.fit(Language())
+
+
+def test_an_environment_that_cannot_answer_leaves_one_process_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run = trainer(LargeScaleStrategy(Plan()), max_steps=1, plugins=[KubeflowEnvironment()])
+    run.fit(Language())
+    assert run.world_size == 1
 
 
 class Broken(Language):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_largescale.compat.of_autograd import hooks_saved_tensors, versions_of
+from lightning_largescale.compat.of_autograd import current_backward, hooks_saved_tensors, versions_of
 from lightning_largescale.compat.of_distributed import (
     abort_process_groups,
     all_gather_tensor,
@@ -124,6 +124,7 @@ __all__ = [
     "check_main_guard",
     "combine_batches",
     "compiled_module",
+    "current_backward",
     "current_node_sequence",
     "data_dependent_errors",
     "dense_parts",

@@ -25,3 +25,11 @@ def hooks_saved_tensors() -> bool:
     """
     autograd: Any = torch._C._autograd
     return not autograd._saved_tensors_hooks_is_enabled() or bool(autograd._top_saved_tensors_default_hooks(False))
+
+
+def current_backward() -> int:
+    """A number of the backward under way on this thread, which one that begins within it does not share.
+
+    Replaced by a public way to tell a backward from one within it.
+    """
+    return torch._C._current_graph_task_id()

@@ -31,6 +31,7 @@ class KnownParameters:
         # The parameters are kept alive, so that nothing else gets their ids.
         self._parameters: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
         self._stay_frozen = _of_other_dtypes(module)
+        self._frozen: dict[str, Tensor] = {}
 
     def check(self) -> None:
         """Make sure that the module has no others to train; call it between steps.
@@ -38,15 +39,18 @@ class KnownParameters:
         Raises:
             PlanError: it has grown, or some were replaced; or a frozen one is trained that no group can reduce.
         """
-        for parameter in self._stay_frozen:
-            if parameter.requires_grad:
-                name = next(name for name, one in self.module.named_parameters() if one is parameter)
-                dtype = str(parameter.dtype).removeprefix("torch.")
+        for other in self._stay_frozen:
+            if other.requires_grad:
+                name = next(name for name, one in self.module.named_parameters() if one is other)
+                dtype = str(other.dtype).removeprefix("torch.")
                 raise PlanError(
                     f"parameter {name!r} of {dtype} was frozen when its block was sharded with trainable ones of"
                     " another dtype, and is trained now; let it require a gradient before fit, or replicate with"
                     " dp_replicate."
                 )
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad:
+                raise self._error(f"parameter {name!r}, which came frozen, is not")
         if all(id(parameter) in self._parameters for parameter in self.module.parameters()):
             return
         # Gathered, they are other objects.
@@ -56,7 +60,7 @@ class KnownParameters:
                 continue
             if parameter.requires_grad or name in self._names:
                 raise self._error(f"parameter {name!r} is not")
-            self._parameters[id(parameter)] = parameter
+            self._parameters[id(parameter)] = self._frozen[name] = parameter
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Make sure that `optimizer` has no others.

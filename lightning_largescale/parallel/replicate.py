@@ -1,4 +1,8 @@
-"""The whole module on every device, gradients averaged: torch's DistributedDataParallel.
+"""The whole module on every device, gradients averaged: torch's DistributedDataParallel, and what it leaves out.
+
+DistributedDataParallel averages the gradients of the parameters that it knew to be trainable when it was made, each of
+which is to come once in a backward. It is given those that have been seen to be so; all others, those that become
+trainable within a step and those of reentrant activation checkpointing, are averaged after backward.
 
 Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
 """
@@ -7,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -16,86 +20,176 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.averaging import Accumulations, Seen, agree, average_gradients
 from lightning_largescale.parallel.rows import rows_of
+from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.kinds import EVERYWHERE, is_plain
+
+# In torch's words for a gradient that comes again after it has been reduced, or taken for one that does not come.
+_CAME_AGAIN = "mark a variable ready only once"
 
 
 class Replica:
     """Averages the gradients of a module over all ranks in backward; kept beside the module, which stays as it is.
 
-    Parameters that a step does not use keep no gradient, as in a plain run: the module may use others in each step, and
-    on each rank. Which are trainable may change between steps, on all ranks alike.
+    Every parameter that has a gradient after a backward on any rank has the average of all ranks', and the others keep
+    none, as in a plain run: which are trainable and used may be others in each step, and on each rank.
 
     Args:
         module: on `device`, its values equal on all ranks.
         device: of this rank.
+        watch_all: note backwards that are not announced by `prepare`.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module, self._device = module, device
-        self._trained: list[nn.Parameter] = []
+    def __init__(self, module: nn.Module, device: torch.device, *, watch_all: bool = False) -> None:
+        self._module, self._device, self._watch_all = module, device, watch_all
+        # Rows of tables are each rank's own, and so are their gradients.
+        self._parameters = [one for one in module.parameters() if rows_of(one) is None and _is_differentiable(one)]
+        self._known: set[int] = set()
         self._wrapper: DistributedDataParallel | None = None
+        self._anchored: Tensor | None = None
+        self._forget()
 
-    def run(self, step: Callable[[], Any], *, reduce_output: bool) -> Any:
-        """Run `step`, the module's: a collective where other parameters are trainable than in the step before.
+    def run(self, step: Callable[[], Any]) -> Any:
+        """Run `step`, the module's; gradients are averaged in the backward that `prepare` announces, within or after.
 
         Args:
             step: a step without arguments.
-            reduce_output: the next backward starts from what `step` returns, else at `prepare`.
         """
         wrapper = self._current()
-        if wrapper is None:
-            return step()
-        if reduce_output:
-            return wrapper(step)
+        synchronizes = wrapper.require_backward_grad_sync
 
-        def detached() -> Any:
+        def prepared_later() -> Any:
             result = step()
             # Or the wrapper would expect a backward from the output, and complain when none came.
             wrapper.require_backward_grad_sync = False
             return result
 
         try:
-            return wrapper(detached)
+            return wrapper(prepared_later)
         finally:
-            wrapper.require_backward_grad_sync = True
+            wrapper.require_backward_grad_sync = synchronizes
 
     def prepare(self, loss: Tensor) -> None:
-        """Make ready for a backward from `loss` inside a step."""
-        if self._wrapper is not None:
-            prepare_for_backward(self._wrapper, loss)
+        """Make ready for a backward from `loss`, which `finish` follows."""
+        wrapper = self._current()
+        self._accumulations.start(loss)
+        anchor = self._call.anchor()
+        prepare_for_backward(wrapper, (loss, anchor))
+        self._anchored = anchor if wrapper.require_backward_grad_sync else None
+
+    def finish(self) -> None:
+        """Average what the backward has left to be averaged: a collective, but within `no_reduction`."""
+        self._accumulations.end()
+        anchored, self._anchored = self._anchored, None
+        if anchored is None:
+            return
+        anchored.backward()  # type: ignore[no-untyped-call]
+        self._accumulations.outside = False
+        others = [one for one in self._parameters if self._looks_again or id(one) not in self._known]
+        if others:
+            self._average(others)
+
+    def look_again(self) -> None:
+        """Let the next backward find out which parameters are trained from now on."""
+        self._looks_again = True
+
+    @property
+    def unreduced(self) -> bool:
+        """Whether there are gradients of a backward that was not announced; only known where all are watched."""
+        wrapper = self._current()
+        return self._watch_all and self._accumulations.outside and wrapper.require_backward_grad_sync
 
     def forget_step(self) -> None:
-        """Make ready for a step after one that ended halfway; the next step is a collective."""
-        self._trained, self._wrapper = [], None
+        """Make ready for a step after one that ended halfway."""
+        self._forget()
         # Until the old wrapper is gone its hooks would join in the next backward.
         gc.collect()
 
+    def close(self) -> None:
+        """Leave nothing at the parameters."""
+        self._know(set())
+
     def no_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Within, backward keeps its gradients unreduced, without communication."""
-        wrapper = self._current()
-        return contextlib.nullcontext() if wrapper is None else wrapper.no_sync()
+        return self._current().no_sync()
 
-    def _current(self) -> DistributedDataParallel | None:
-        """The wrapper of what is trainable now, since torch's knows only what was when it was made."""
-        parameters = (parameter for parameter in self._module.parameters() if rows_of(parameter) is None)
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        if [*map(id, trained)] != [*map(id, self._trained)]:
-            self._trained = trained
-            self._wrapper = _wrap(self._module, self._device) if trained else None
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        seen = agree(parameters, self._accumulations.reentered, self._device)
+        found = list(zip(parameters, seen, strict=True))
+        average_gradients((one, how) for one, how in found if how.used and id(one) not in self._known)
+        self._reentered.update(id(one) for one, how in found if Seen.REENTERED in how)
+        self._sparse.update(id(one) for one, how in found if Seen.SPARSE in how)
+        known = {id(one) for one, how in found if self._is_to_be_known(id(one), how)}
+        if not self._looks_again:
+            known |= self._known
+        self._looks_again = False
+        if known != self._known:
+            self._know(known)
+
+    def _is_to_be_known(self, parameter: int, seen: Seen) -> bool:
+        """Whether gradients of a parameter are to be averaged within backward from now on."""
+        if parameter in self._reentered or parameter in self._sparse:
+            return False
+        # Where some are of reentrant checkpointing, those that were not used may be so as well.
+        expected = parameter in self._known or not self._reentered
+        return seen.used or (Seen.TRAINABLE in seen and expected)
+
+    def _forget(self) -> None:
+        self._reentered: set[int] = set()
+        # DistributedDataParallel wants these gradients of every rank in every step.
+        self._sparse = {id(part.weight) for part in self._module.modules() if _is_sparse(part)}
+        self._looks_again = True
+        self._anchored = None
+        self._know(set())
+
+    def _know(self, known: set[int]) -> None:
+        """Let the wrapper be made again, of these parameters."""
+        if self._wrapper is not None:
+            self._accumulations.stop()
+            self._wrapper = None
+            if self._known:
+                # Its gradients would have their memory twice until then.
+                gc.collect()
+        self._known = known
+
+    def _current(self) -> DistributedDataParallel:
+        if self._wrapper is None:
+            self._call = _Call(self._module, self._device)
+            self._wrapper = _wrap(self._call, self._known, self._device)
+            watched = (one for one in self._parameters if self._watch_all or id(one) not in self._known)
+            self._accumulations = Accumulations(watched)
         return self._wrapper
 
 
-def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+@contextlib.contextmanager
+def told_of_reentry() -> Generator[None, None, None]:
+    """Within, a backward that reenters what DistributedDataParallel has been given ends in a sentence.
+
+    Raises:
+        PlanError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _CAME_AGAIN not in str(error):
+            raise
+        raise PlanError(
+            "a parameter got its gradient from a backward within the backward for the first time after it had been"
+            " trained without, as torch.utils.checkpoint with use_reentrant=True does it; call it with"
+            " use_reentrant=False, or from the first step on."
+        ) from error
+
+
+def _wrap(call: _Call, known: set[int], device: torch.device) -> DistributedDataParallel:
     on_cuda = device.type == "cuda"
-    call = _Call(module)
-    # Rows of tables are each rank's own, and so are their gradients.
     left_out = [name for name, one in call.named_parameters() if rows_of(one) is not None or not is_plain(one)]
     # torch tells other ranks only what is plain and dense, in every forward; what is not was made equal at setup.
     left_out += [name for name, one in call.named_buffers() if not is_plain(one) or one.dtype not in EVERYWHERE]
     compat.ignore_parameters(call, left_out)
     # Buckets are made on a stream of their own so that the default one does not hold their memory.
-    with torch.cuda.stream(torch.cuda.Stream()) if on_cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+    stream = torch.cuda.stream(torch.cuda.Stream()) if on_cuda else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+    with _trainable(call.module.parameters(), known), stream:
         return DistributedDataParallel(
             call,
             device_ids=[device.index] if on_cuda else None,
@@ -105,15 +199,44 @@ def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
         )
 
 
+@contextlib.contextmanager
+def _trainable(parameters: Iterable[nn.Parameter], known: set[int]) -> Generator[None, None, None]:
+    """Within, those that are `known` are trainable, and no others: DistributedDataParallel takes what is."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters if _is_differentiable(parameter)]
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in known)
+    try:
+        yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
+
+
+def _is_differentiable(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _is_sparse(part: nn.Module) -> bool:
+    return isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+
+
 class _Call(nn.Module):
     """A module whose forward is whatever it is given, over the parameters of another."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.module = module
         # Looking for unused parameters and finding none makes torch warn, on standard error, past Python's filters.
-        device = next(module.parameters()).device
         self.never_used = nn.Parameter(torch.zeros(1, device=device))
+        self.always_used = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
+
+    def anchor(self) -> Tensor:
+        """What a backward is to come from after that of the loss.
+
+        Without any gradient of its parameters DistributedDataParallel would leave the other ranks waiting.
+        """
+        self.always_used.grad = None
+        return self.always_used.sum()

@@ -101,9 +101,7 @@ def shard_module(
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
     # Rows of tables are each rank's own already.
     rows = {parameter for parameter in module.parameters() if rows_of(parameter) is not None}
-    whole = {one for one in module.parameters() if one.dim() == 0 or one.numel() == 0}
-    # Styles of the user's have made DTensors of some.
-    whole |= {one for one in module.parameters() if not (is_plain(one) or isinstance(one, DTensor))}
+    whole = {one for one in module.parameters() if not _is_sharded(one) or one.dim() == 0 or one.numel() == 0}
     if not getattr(module, "automatic_optimization", True):
         # After the first backward of a step they would be shards: no forward gathers what the module itself holds.
         whole |= {*module.parameters(recurse=False)} - rows
@@ -324,15 +322,19 @@ def block_tiers(
     sizes: dict[str, int] = {}
     for name in filter(None, groups):
         wraps, sizes[name] = name in plan.wrapped_modules, 0
+        least_dimensions = 1 if wraps or gather_type is None else 2
         for path in groups[name].parameters:
             parameter = module.get_parameter(path)
-            if (is_plain(parameter) or isinstance(parameter, DTensor)) and parameter.dim() > (
-                0 if wraps or gather_type is None else 1
-            ):
+            if _is_sharded(parameter) and parameter.dim() >= least_dimensions:
                 part = parts.get("", {}).get(path) if wraps else parts.get(name, {}).get(path.removeprefix(f"{name}."))
                 dim = None if part is None else part.dim
                 sizes[name] += shard_bytes(parameter.shape, parameter.nbytes, plan.dp_shard, plan.tp, dim)
     return group_tiers(plan, sizes)
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP shards what is of its kind; styles of the user's have made DTensors of some."""
+    return is_plain(parameter) or isinstance(parameter, DTensor)
 
 
 def _offload_policy(plan: Plan, tier: str | None) -> OffloadPolicy:

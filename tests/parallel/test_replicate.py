@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from models import Block, Language, trainer
 from ranks import quiet
 from torch import nn
 
-from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -85,11 +83,3 @@ def reductions(accumulated):
 
 def test_accumulation_reduces_once_a_step(two):
     assert {count for count, _ in two.run(reductions, 1)} == {count for count, _ in two.run(reductions, 4)}
-
-
-def test_nothing_to_train():
-    replica = Replica(nn.Linear(2, 2).requires_grad_(False), torch.device("cpu"))
-    assert replica.run(lambda: 3, reduce_output=True) == 3
-    with replica.no_reduction():
-        pass
-    assert "RANK" not in os.environ

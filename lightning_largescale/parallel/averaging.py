@@ -1,0 +1,165 @@
+"""Gradients averaged over all ranks after backward: those of parameters that nothing has reduced within it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.rows import sparse_rows
+
+# Gradients travel together up to about as many bytes, as DistributedDataParallel's do.
+_BUCKET_BYTES = 25 * 2**20
+
+
+class Seen(enum.IntFlag):
+    """What is known of a parameter after backward."""
+
+    TRAINABLE = enum.auto()
+    DENSE = enum.auto()  # it has a gradient
+    SPARSE = enum.auto()  # it has one of that layout
+    REENTERED = enum.auto()  # it was accumulated in several parts, or by a backward within the backward
+
+    @property
+    def used(self) -> bool:
+        """Whether there is a gradient."""
+        return bool(self & (Seen.DENSE | Seen.SPARSE))
+
+
+def agree(parameters: Sequence[nn.Parameter], reentered: Collection[int], device: torch.device) -> list[Seen]:
+    """What any rank has seen of each of `parameters`, the same on all ranks: a collective.
+
+    Args:
+        parameters: of a module that is built alike on all ranks.
+        reentered: ids of those that are so on this rank.
+        device: of this rank.
+    """
+    own = [_seen(parameter, id(parameter) in reentered) for parameter in parameters]
+    bits = torch.tensor([[bool(one & bit) for one in own] for bit in Seen], dtype=torch.uint8).to(device)
+    dist.all_reduce(bits, dist.ReduceOp.MAX)
+    found = [Seen(0)] * len(own)
+    for bit, row in zip(Seen, bits.tolist(), strict=True):
+        found = [one | bit if there else one for one, there in zip(found, row, strict=True)]
+    return found
+
+
+def _seen(parameter: nn.Parameter, reentered: bool) -> Seen:
+    seen = Seen.TRAINABLE if parameter.requires_grad else Seen(0)
+    if reentered:
+        seen |= Seen.REENTERED
+    if parameter.grad is not None:
+        seen |= Seen.SPARSE if parameter.grad.is_sparse else Seen.DENSE
+    return seen
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[tuple[nn.Parameter, Seen]]) -> None:
+    """Average the gradients of `parameters` over all ranks, in place: a collective.
+
+    Those that are averaged already stay as they are. A rank without one gets the average with zeros in its place.
+
+    Args:
+        parameters: and what `agree` has found of them, each used.
+    """
+    ranks = dist.get_world_size()
+    waiting: dict[torch.dtype, list[Tensor]] = {}
+    for parameter, seen in parameters:
+        if Seen.DENSE not in seen:
+            _average_sparse(parameter, ranks)
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+        gradient = parameter.grad.detach()
+        bucket = waiting.setdefault(gradient.dtype, [])
+        bucket.append(gradient)
+        if sum(one.nbytes for one in bucket) >= _BUCKET_BYTES:
+            _average_together(waiting.pop(gradient.dtype), ranks)
+    for bucket in waiting.values():
+        _average_together(bucket, ranks)
+
+
+def _average_together(bucket: list[Tensor], ranks: int) -> None:
+    # Before they are summed, as DistributedDataParallel does: a sum of all may be too large for half precision.
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0].div_(ranks))
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(ranks)
+    dist.all_reduce(flat)
+    for gradient, averaged in zip(bucket, torch.split(flat, [one.numel() for one in bucket]), strict=True):
+        gradient.copy_(averaged.view(gradient.shape))
+
+
+def _average_sparse(parameter: nn.Parameter, ranks: int) -> None:
+    gradient = parameter.grad
+    if gradient is None:
+        none = torch.empty(0, dtype=torch.int64, device=parameter.device)
+        gradient = sparse_rows(none, parameter.new_empty((0, *parameter.shape[1:])), parameter.shape)
+    gradient = gradient.detach().coalesce() / ranks
+    dist.all_reduce(gradient)
+    parameter.grad = gradient
+
+
+class Accumulations:
+    """Watches how gradients come to be accumulated in backward.
+
+    Args:
+        parameters: to be watched, frozen ones included.
+
+    Attributes:
+        reentered: ids of those whose gradients a backward has accumulated in several parts, or from another backward
+            within it, as reentrant activation checkpointing does.
+        outside: whether gradients were accumulated by a backward that was not told of, since this was set to False.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.reentered: set[int] = set()
+        self.outside = False
+        self._told = False
+        self._task: int | None = None
+        self._accumulated: set[int] = set()
+        self._handles = [_hooked(parameter, self._accumulate) for parameter in parameters]
+
+    def start(self, loss: Tensor) -> None:
+        """A backward from `loss` is about to begin."""
+        self._told, self._task = True, None
+        self._accumulated.clear()
+        if self._handles and loss.requires_grad:
+            loss.register_hook(self._begin)  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """The backward has ended."""
+        self._told = False
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, _: Tensor) -> None:
+        self._task = compat.current_backward()
+
+    def _accumulate(self, parameter: Tensor) -> None:
+        if not self._told:
+            self.outside = True
+            return
+        if id(parameter) in self._accumulated or compat.current_backward() != self._task:
+            self.reentered.add(id(parameter))
+        self._accumulated.add(id(parameter))
+
+
+def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    trainable = parameter.requires_grad
+    # torch takes hooks for trainable tensors alone, and keeps them.
+    parameter.requires_grad_(True)
+    try:
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        return handle
+    finally:
+        parameter.requires_grad_(trainable)
