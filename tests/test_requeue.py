@@ -87,6 +87,7 @@ class Signalled(Language):
         self.here("validation_step", index)
         loss = self.loss(batch)
         self.log("val_loss", loss, sync_dist=True)
+        return loss
 
     def train_dataloader(self):
         return Batches(**self.trainer.distributed_sampler_kwargs or {})
@@ -211,6 +212,31 @@ def test_where_a_rank_has_no_batches_left(two, tmp_path, expected, plan):
 def test_another_signal(two, tmp_path, expected, number):
     places, ends = {0: ("training_step", 1), 1: ("zero_grad", 1)}, number == signal.SIGTERM
     check_requeued(two, tmp_path, PLANS["sharded"], places, expected, left=6, ends=ends, requeue_signal=number)
+
+
+def evaluate(folder, stage):
+    """Evaluate on fewer batches on rank 0, signalled on rank 1 before these end there, or after."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_slurm(patch, folder, 2)
+        found = []
+        for batches, index in (((2, 3), 0), ((1, 3), 2)):
+            model = Signalled({1: ("validation_step", index)}, batches=batches)
+            model.test_dataloader = model.predict_dataloader = model.val_dataloader
+            model.test_step = model.predict_step = model.validation_step
+            options = {"plugins": [SLURMEnvironment()], "default_root_dir": folder}
+            run = trainer(LargeScaleStrategy(Plan(dp_shard=2)), devices=2, limit_val_batches=1.0, **options)
+            # What is logged while predicting is refused.
+            model.log = lambda *args, **kwargs: None
+            getattr(run, stage)(model)
+            found.append(len([*folder.glob("hpc_ckpt*")]))
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_alone(two, tmp_path, stage):
+    assert two.run(evaluate, tmp_path, stage) == [[1, 2]] * 2
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
 
 
 def train_with_own_handler(folder):
