@@ -304,11 +304,11 @@ def logs_checkpoints(logger: Any) -> bool:
 
     Replaced by a public property of Logger.
     """
-    hook = type(logger).after_save_checkpoint
-    if hook in (Logger.after_save_checkpoint, TensorBoardLogger.after_save_checkpoint):
+    hook = getattr(type(logger), "after_save_checkpoint", None)
+    if hook in (None, Logger.after_save_checkpoint, TensorBoardLogger.after_save_checkpoint):
         return False
     # Neptune's has a name of its own, until Lightning 2.6.1.
-    return all(vars(logger).get(name, True) is not False for name in ("_log_model", "_log_model_checkpoints"))
+    return all(getattr(logger, name, True) is not False for name in ("_log_model", "_log_model_checkpoints"))
 
 
 def asked_by_batch_size_finder() -> bool:
