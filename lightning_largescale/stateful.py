@@ -10,6 +10,7 @@ from typing import Any
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -146,7 +147,8 @@ class StatefulStrategy(ConnectedStrategy):
             PlanError: shards cut what the optimizer keeps in blocks.
         """
         module = self._module()
-        if not self._is_divided() and not self._in_parts():
+        # Lightning's stand-in where there is no optimizer has no parameters.
+        if not optimizer.param_groups or not (self._is_divided() or self._in_parts()):
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         for adapted in self._adapted:
@@ -158,21 +160,29 @@ class StatefulStrategy(ConnectedStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
-        """Load the states of optimizers, each rank its part.
+        """Load the states of optimizers in their order, as many as there are of both, each rank its part.
+
+        Neither counts where Lightning's stand-in for no optimizer is.
 
         Raises:
-            PlanError: they are of other optimizers.
+            PlanError: one is of another kind of optimizer, or of other parameters.
         """
-        states = checkpoint_["optimizer_states"]
-        if len(states) != len(self.optimizers):
-            raise PlanError(
-                f"the checkpoint has the state of {len(states)} optimizers and configure_optimizers made"
-                f" {len(self.optimizers)}; make the same ones, or load the weights alone."
+        kinds = dict(enumerate(checkpoint.saved_kinds(checkpoint_) or ()))
+        saved = [
+            (state, kinds.get(number, ()))
+            for number, state in enumerate(checkpoint_["optimizer_states"])
+            if "param_groups" in state
+        ]
+        optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
+        if len(saved) != len(optimizers):
+            rank_zero_warn(
+                f"The checkpoint has the states of {len(saved)} optimizers and configure_optimizers made"
+                f" {len(optimizers)}: the first {min(len(saved), len(optimizers))} are loaded; others of the module"
+                " start anew, others of the checkpoint are left out."
             )
-        kinds: Sequence[list[str]] = checkpoint.saved_kinds(checkpoint_) or [[] for _ in states]
-        for optimizer, state, saved in zip(self.optimizers, states, kinds, strict=True):
+        for optimizer, (state, own) in zip(optimizers, saved, strict=False):
             checkpoint.load_optimizer_state(
-                optimizer, state, self._module(), kinds=saved, memory_of=self._state_memory(optimizer)
+                optimizer, state, self._module(), kinds=own, memory_of=self._state_memory(optimizer)
             )
         for adapted in self._adapted:
             adapted.divide_state()

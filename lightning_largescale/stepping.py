@@ -8,8 +8,9 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -46,8 +47,9 @@ from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica, told_of_reentry
-from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
+from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty, equal_batches
 from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.requeue import Requeue
 from lightning_largescale.stateful import StatefulStrategy
 
 _CONTEXTS = {
@@ -65,6 +67,8 @@ class SteppingStrategy(StatefulStrategy):
     _replica: Replica | None = None
     _trim_heap: HeapTrimmer | None = None
     _uneven: UnevenSteps | None = None
+    # None where no cluster requeues the job.
+    _requeue: Requeue | None = None
     _known: KnownParameters | None = None
     _lookups: Lookups | None = None
     # Of the ranks that compute the same samples; None where there are no such.
@@ -346,6 +350,27 @@ class SteppingStrategy(StatefulStrategy):
             if self._lookups is not None:
                 self._lookups.synchronize = True
 
+    def _heed_requeue_signal(self, trainer: Trainer) -> None:
+        """Until teardown, save and requeue at SLURM's signal where all ranks are between two steps."""
+        environment = self.cluster_environment
+        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
+            return
+        self._requeue = Requeue(
+            trainer,
+            environment,
+            self.root_device,
+            has_peers=self.has_peers,
+            before_save=partial(reshard, self._module()),
+        )
+        self._undo.callback(setattr, self, "_requeue", None)
+        self._undo.callback(self._requeue.undo)
+
+    @override
+    def on_train_end(self) -> None:
+        """Heed a signal that came with the last batch."""
+        if self._requeue is not None:
+            self._requeue.meet()
+
     @override
     def on_validation_start(self) -> None:
         """Learn how many batches each rank has."""
@@ -388,8 +413,9 @@ class SteppingStrategy(StatefulStrategy):
             equal_weights(module.buffers())
             copies = find_copies(callbacks_of(module.trainer), module)
             equal_copies(copies, self.root_device, buffers_only=True)
-        if self._is_divided():
-            self._uneven = UnevenSteps(module, self.root_device)
+        if self._is_divided() or self._requeue is not None:
+            meet = partial(any_rank, device=self.root_device) if self._requeue is None else self._requeue.meet
+            self._uneven = UnevenSteps(module, meet)
             compat.call_when_exhausted(module.trainer, self._end_steps)
 
     def _end_steps(self) -> None:
@@ -400,6 +426,8 @@ class SteppingStrategy(StatefulStrategy):
 
     def _end_evaluation(self) -> None:
         self._uneven = None
+        if self._requeue is not None:
+            self._requeue.meet()
         if self.lightning_module is not None:
             reshard(self.lightning_module)
 

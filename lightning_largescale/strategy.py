@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
+from lightning_largescale.checkpoint import warn_of_left_out
 from lightning_largescale.checkpoint.weights import Weights, check_weights
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
@@ -180,10 +181,13 @@ class LargeScaleStrategy(OffloadingStrategy):
         if self.has_peers:
             compat.flag_sigterm_only(trainer)
             self._undo.enter_context(finders_search_together(self, trainer))
+        self._heed_requeue_signal(trainer)
         if fitting:
             self._known = KnownParameters(module, plan) if plan.world_size > 1 or plan.gathers else None
             self.setup_optimizers(trainer)
             self._record(trainer)
+            if self._in_parts():
+                warn_of_left_out(trainer, plan)
         self.setup_precision_plugin()
 
     def _heap_is(self, *ways: str) -> bool:

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.tuner import tuning
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -337,6 +338,65 @@ def test_flag_sigterm_only():
     assert run.global_step == 1
     assert passed_on == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated", "ignore:.*does not have many workers")
+def test_requeue_signal_counted_and_called_before_batches(tmp_path, monkeypatch):
+    for name in ("NTASKS", "NTASKS_PER_NODE", "JOB_ID", "NNODES"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    monkeypatch.setenv("SLURM_NODELIST", "127.0.0.1")
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    told = []
+
+    class Sends(BoringModel):
+        def training_step(self, batch, index):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            told.append(index)
+            return super().training_step(batch, index)
+
+        def on_save_checkpoint(self, checkpoint):
+            told.append("saved")
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"limit_val_batches": 0, "plugins": [SLURMEnvironment()], "default_root_dir": tmp_path, **quiet}
+    run = Trainer(accelerator="cpu", max_steps=2, **options)
+    with (
+        compat.requeue_signal_counted(run, lambda: told.append("signal")) as save_and_requeue,
+        compat.called_before_batches(run, lambda: told.append("before")),
+    ):
+        run.fit(Sends())
+    assert told == ["before", "signal", 0, "before", "signal", 1]
+    save_and_requeue()
+    assert told[-1] == "saved"
+    assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
+    assert not {"advance", "_slurm_sigusr_handler_fn"} & {*vars(run.fit_loop.epoch_loop), *vars(run._signal_connector)}
+
+
+def test_logs_checkpoints(tmp_path):
+    class Own(CSVLogger):
+        def after_save_checkpoint(self, checkpoint_callback):
+            """Uploads it."""
+
+    assert compat.logs_checkpoints(Own(tmp_path))
+    assert not any(compat.logs_checkpoints(kind(tmp_path)) for kind in (CSVLogger, TensorBoardLogger))
+    assert not compat.logs_checkpoints(object.__new__(CometLogger))
+    for kind in (WandbLogger, MLFlowLogger):
+        # Their constructors want packages that need not be here.
+        for log_model in ("all", True, False):
+            logger = object.__new__(kind)
+            logger._log_model = log_model
+            assert compat.logs_checkpoints(logger) is bool(log_model)
+
+
+def test_set_received_sigterm():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    for received in (True, False):
+        compat.set_received_sigterm(trainer, received)
+        assert trainer.received_sigterm is received
 
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated", "ignore:.*does not have many workers")

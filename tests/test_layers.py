@@ -40,6 +40,7 @@ LAYERS = [
         "offloading",
         "precision",
         "record",
+        "requeue",
         "sample",
         "tuning",
     },

@@ -3,6 +3,7 @@
 from lightning_largescale.checkpoint.directory import load_directory, save_directory
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file
 from lightning_largescale.checkpoint.load import consolidate, load_checkpoint
+from lightning_largescale.checkpoint.logged import warn_of_left_out
 from lightning_largescale.checkpoint.optimizers import (
     StateMemory,
     indexed_optimizer_state,
@@ -36,5 +37,6 @@ __all__ = [
     "save_directory",
     "saved_kinds",
     "tell_orders",
+    "warn_of_left_out",
     "whole_everywhere",
 ]

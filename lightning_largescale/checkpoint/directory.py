@@ -53,7 +53,7 @@ from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.kinds import is_plain
 
-_STATE, _OPTIMIZERS, _OPTIMIZER = "state_dict", "optimizer_states", "optimizer_"
+_STATE, _OPTIMIZERS, _OPTIMIZER, _SCHEDULERS = "state_dict", "optimizer_states", "optimizer_", "lr_schedulers"
 # Divided tensors that callbacks and hooks have put elsewhere in a checkpoint, and what stands there in their place.
 _OTHERS, _TAKEN_OUT = "tensors", "lightning_largescale.tensor"
 _REST, _METADATA = "meta.pt", ".metadata"
@@ -137,7 +137,8 @@ def load_directory(path: Path, *, weights_only: bool | None = None, device: str 
     checkpoint = _put_back(checkpoint, lambda name: directory.value(f"{_OTHERS}.{name}"))
     checkpoint[_STATE] = states.pop(_STATE, {})
     optimizers = sorted((key for key in states if key.startswith(_OPTIMIZER)), key=lambda key: int(key[10:]))
-    if optimizers:
+    # A checkpoint of weights alone has neither.
+    if optimizers or _SCHEDULERS in checkpoint:
         checkpoint[_OPTIMIZERS] = [{"state": {}, **states[key]} for key in optimizers]
     if extra.get(OPTIMIZERS):
         checkpoint[EXTRA] = {OPTIMIZERS: extra[OPTIMIZERS]}

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch.utils._pytree import tree_unflatten
@@ -189,6 +190,55 @@ def flag_sigterm_only(trainer: Any) -> None:
     connector._sigterm_notifier_fn = flag
 
 
+def set_received_sigterm(trainer: Any, received: bool) -> None:
+    """Let training end after the step, or not, as where SIGTERM was received.
+
+    Replaced by a public setter of `Trainer.received_sigterm`.
+    """
+    trainer._signal_connector.received_sigterm = received
+
+
+@contextmanager
+def requeue_signal_counted(trainer: Any, count: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Within, let the signal that SLURM requeues a job by call `count`, and no more.
+
+    To be entered before a stage registers its handlers. Gives a function that does what Lightning's own handler does:
+    it saves, which is a collective, and rank 0 requeues. Replaced by a handler that leaves collectives alone.
+    """
+    connector = trainer._signal_connector
+    handle = connector._slurm_sigusr_handler_fn
+    connector._slurm_sigusr_handler_fn = lambda number, frame: count()
+    try:
+        yield lambda: handle(trainer._accelerator_connector.cluster_environment.requeue_signal, None)
+    finally:
+        del connector._slurm_sigusr_handler_fn
+
+
+@contextmanager
+def called_before_batches(trainer: Any, function: Callable[[], Any]) -> Iterator[None]:
+    """Within, call `function` before each batch that is trained on is fetched, when the last one is all done with.
+
+    Replaced by a hook of Strategy before the next batch is asked for.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    advance = loop.advance
+
+    def advance_after(fetcher: Any) -> None:
+        # Resumed where a validation is due by the number of batches, the loop counts the last one twice for loggers.
+        timed = getattr(trainer, "_val_check_time_interval", None) is not None
+        counted_twice = not timed and loop._should_check_val_fx(fetcher)
+        loop._batches_that_stepped -= counted_twice
+        function()
+        loop._batches_that_stepped += counted_twice
+        advance(fetcher)
+
+    loop.advance = advance_after
+    try:
+        yield
+    finally:
+        del loop.advance
+
+
 def evaluation_is_empty(trainer: Any) -> bool:
     """Whether the evaluation that is about to begin is known to have no batch, if only by looking for one.
 
@@ -247,6 +297,18 @@ def logs_hparams(owner: Any) -> bool:
     Replaced by a public property of HyperparametersMixin.
     """
     return bool(owner._log_hyperparams)
+
+
+def logs_checkpoints(logger: Any) -> bool:
+    """Whether `logger` takes the files that checkpoint callbacks write, as with `log_model`.
+
+    Replaced by a public property of Logger.
+    """
+    hook = getattr(type(logger), "after_save_checkpoint", None)
+    if hook in (None, Logger.after_save_checkpoint, TensorBoardLogger.after_save_checkpoint):
+        return False
+    # Neptune's has a name of its own, until Lightning 2.6.1.
+    return all(getattr(logger, name, True) is not False for name in ("_log_model", "_log_model_checkpoints"))
 
 
 def asked_by_batch_size_finder() -> bool:

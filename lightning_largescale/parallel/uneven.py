@@ -9,7 +9,7 @@ lacks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -33,21 +33,21 @@ class UnevenSteps:
     rank's, `end` after the last.
 
     Args:
-        module: divided.
-        device: of this rank.
+        module: divided, or whole where ranks are to meet before each step all the same.
+        any_going: given whether this rank has a step to run, tells whether any rank has: a collective.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module, self._device = module, device
+    def __init__(self, module: nn.Module, any_going: Callable[[bool], bool]) -> None:
+        self._module, self._any_going = module, any_going
 
     def start(self) -> None:
         """Tell the others that this rank is about to run a step."""
-        any_rank(True, self._device)
+        self._any_going(True)
 
     def end(self) -> None:
         """Take part in the steps that other ranks still have."""
         lookups = row_sharded(self._module)
-        while any_rank(False, self._device):
+        while self._any_going(False):
             with contextlib.nullcontext() if lookups is None else _joining(lookups):
                 if sharded_state(self._module) is not None:
                     gather_along(self._module)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import LSFEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from lightning_largescale import LargeScaleStrategy, Plan
@@ -18,9 +19,19 @@ from models import Language, trainer
 warnings.simplefilter("ignore")
 PLUGINS = {
     "slurm": lambda: SLURMEnvironment(auto_requeue=False),
+    "requeueing slurm": SLURMEnvironment,
     "lsf": LSFEnvironment,
     "torchelastic": TorchElasticEnvironment,
 }
+
+
+class StopsWhenRequeued(Callback):
+    """Ends training, at the same step on all ranks, once `scontrol` has left its file."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        print("STEP", flush=True)
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(Path("requeued").exists(), all=False)
+
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--plugin", choices=PLUGINS, help="the environment given to the Trainer; else it finds its own")
@@ -33,7 +44,10 @@ def main() -> None:
     args = parser.parse_args()
     strategy = LargeScaleStrategy(Plan(dp_shard=2)) if args.strategy == "fixed" else args.strategy
     options = {"plugins": [PLUGINS[args.plugin]()]} if args.plugin else {}
-    run = trainer(strategy, devices=args.devices, num_nodes=args.nodes, max_steps=3, **options)
+    limits = {"max_steps": 3}
+    if args.plugin == "requeueing slurm":
+        limits = {"max_steps": -1, "max_epochs": -1, "callbacks": [StopsWhenRequeued()], "default_root_dir": "."}
+    run = trainer(strategy, devices=args.devices, num_nodes=args.nodes, **limits, **options)
     run.fit(model := Language())
     talk = run.strategy
     found = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -39,25 +41,44 @@ def check(runs, environment, nodes=1):
         assert one["losses"] == pytest.approx(model.losses, rel=1e-5)
 
 
+def tasks(folder, port, *arguments, **variables):
+    """Both tasks of a job of SLURM."""
+    job = {
+        "SLURM_JOB_ID": "12345",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NODEID": "0",
+        "MASTER_PORT": port,
+        **variables,
+    }
+    command = ["python", SCRIPT, *arguments]
+    return [Run(folder, command, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in "01"]
+
+
 @pytest.mark.parametrize("plugin", [True, False], ids=["given", "found"])
 def test_slurm(tmp_path, port, plugin):
-    def rank(number):
-        variables = {
-            "SLURM_JOB_ID": "12345",
-            "SLURM_JOB_NAME": "train",
-            "SLURM_NTASKS": "2",
-            "SLURM_NTASKS_PER_NODE": "2",
-            "SLURM_NNODES": "1",
-            "SLURM_NODELIST": "127.0.0.1",
-            "SLURM_NODEID": "0",
-            "SLURM_PROCID": str(number),
-            "SLURM_LOCALID": str(number),
-            "MASTER_PORT": port,
-        }
-        arguments = ["--plugin", "slurm"] if plugin else ["--strategy", "largescale_auto"]
-        return Run(tmp_path, ["python", SCRIPT, *arguments], **variables)
+    arguments = ["--plugin", "slurm"] if plugin else ["--strategy", "largescale_auto"]
+    check(tasks(tmp_path, port, *arguments), "SLURMEnvironment")
 
-    check([rank(0), rank(1)], "SLURMEnvironment")
+
+@pytest.mark.parametrize("signalled", [[0, 1], [1]], ids=["both", "one"])
+def test_slurm_says_that_time_is_up(tmp_path, port, signalled):
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" >> requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    runs = tasks(tmp_path, port, "--plugin", "requeueing slurm", PATH=path)
+    for run in runs:
+        run.wait_for("STEP", 2)
+    for index in signalled:
+        runs[index].interrupt(everyone=False, by=signal.SIGUSR1)
+    ended = [run.end(START_SECONDS) for run in runs]
+    assert [one.status for one in ended] == [0, 0], ended
+    assert not any(one.orphans for one in ended)
+    assert (tmp_path / "requeued").read_text() == "requeue 12345\n"
+    assert (tmp_path / "hpc_ckpt_1.ckpt" / ".metadata").exists()
 
 
 def test_lsf(tmp_path, port):
