@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_largescale.compat.of_autograd import hooks_saved_tensors, versions_of
+from lightning_largescale.compat.of_autograd import around_engine, hooks_saved_tensors, versions_of
 from lightning_largescale.compat.of_distributed import (
     abort_process_groups,
     all_gather_tensor,
@@ -21,6 +21,13 @@ from lightning_largescale.compat.of_distributed import (
     shards_of,
     undo_sharding,
     without_gathering,
+)
+from lightning_largescale.compat.of_fsdp import (
+    GroupedParameter,
+    around_sharding,
+    grouped_parameters,
+    local_tensor,
+    reduce_gradients,
 )
 from lightning_largescale.compat.of_lightning import (
     MultiProcessingLauncher,
@@ -93,6 +100,7 @@ from lightning_largescale.compat.of_torch import (
 
 __all__ = [
     "DispatchMode",
+    "GroupedParameter",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
     "TunerExit",
@@ -101,7 +109,9 @@ __all__ = [
     "all_children",
     "all_gather_tensor",
     "argument",
+    "around_engine",
     "around_gathers",
+    "around_sharding",
     "asked_by_batch_size_finder",
     "assert_async",
     "attach_trainer",
@@ -132,6 +142,7 @@ __all__ = [
     "generator_key",
     "global_states",
     "gradient_hooks",
+    "grouped_parameters",
     "has_full_backward_hooks",
     "hook_nearest",
     "hooks_saved_tensors",
@@ -145,6 +156,7 @@ __all__ = [
     "keep_loaders",
     "leaves",
     "loader_source",
+    "local_tensor",
     "logs_hparams",
     "mark_of",
     "marked_state",
@@ -152,6 +164,7 @@ __all__ = [
     "own_tensors",
     "place_shard",
     "pruning_originals",
+    "reduce_gradients",
     "reduce_scatter_tensor",
     "reduce_tensor",
     "request_loaders",

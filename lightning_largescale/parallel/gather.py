@@ -9,11 +9,12 @@ Source: torch.distributed.fsdp, FSDPModule and register_fsdp_forward_method.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.by_hand import Average, differentiate_leaves, reduce_assigned, set_gradient
+from lightning_largescale.parallel.writes import Writes
 from lightning_largescale.plan import Plan, PlanError
 
 _Result = TypeVar("_Result")
@@ -46,8 +49,11 @@ class Sharded:
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
         hooks: what was registered with parts of the module.
+        undo: what else was begun.
         before_gather: called in a step, and outside of its backward, before a block is gathered.
         on_parts: runs a step where tensor parallelism divides what lies outside of blocks; None where it does not.
+        writes: watches the parameters of the groups.
+        average: of gradients that are set by hand.
     """
 
     plan: Plan
@@ -60,8 +66,11 @@ class Sharded:
     in_backward: bool = False
     whole: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     before_gather: Callable[[], None] | None = None
     on_parts: Callable[[Callable[[], Any]], Any] | None = None
+    writes: Writes = field(init=False)
+    average: Average = field(init=False)
 
 
 def start_gathering(module: nn.Module, state: Sharded) -> None:
@@ -94,6 +103,11 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
             state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
     # Else the first group to run forward would become the root for good.
     compat.become_root(module)
+    state.average = Average(state.mesh)
+    groups = {name: cast(nn.Module, group) for name, group in state.groups.items()}
+    state.writes = Writes(groups, set_gradient=partial(set_gradient, state.average, lambda: state.stepping))
+    state.undo.callback(state.writes.stop)
+    state.undo.callback(differentiate_leaves(state.average))
 
 
 def stop_gathering(module: nn.Module, state: Sharded) -> None:
@@ -101,6 +115,7 @@ def stop_gathering(module: nn.Module, state: Sharded) -> None:
     for hook in state.hooks:
         hook.remove()
     state.hooks.clear()
+    state.undo.close()
     del vars(module)[_STATE], vars(module)[_STEP]
 
 
@@ -179,6 +194,21 @@ def reshard(module: nn.Module) -> None:
         group.reshard()
 
 
+def settle(module: nn.Module) -> None:
+    """Have the shards of `module`, if it is sharded, know what was written into gathered parameters and set for their
+    gradients: before an optimizer steps on them. A collective.
+
+    Raises:
+        PlanError: something was written that cannot be kept.
+    """
+    state = sharded_state(module)
+    if state is None:
+        return
+    state.writes.keep()
+    if state.synchronize:
+        reduce_assigned((cast(nn.Module, state.groups[name]), found) for name, found in state.writes.groups.items())
+
+
 def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Run the step `name` of `module` with the root's parameters gathered, as `run_gathered`.
 
@@ -211,6 +241,7 @@ def _computed_with_shards(step: str, why: str) -> PlanError:
 
 def forget_step(module: nn.Module) -> None:
     """Make the sharded `module` ready for a step after one that ended halfway; its gradients may be lost."""
+    vars(module)[_STATE].writes.forget()
     compat.forget_sharded_step(module)
     reshard(module)
 

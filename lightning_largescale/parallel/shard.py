@@ -24,6 +24,7 @@ from torchmetrics import Metric
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.parallel.by_hand import average_assigned
 from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import Sharded, set_plan, sharded_state, start_gathering
@@ -149,6 +150,9 @@ def shard_module(
     if device.type == "meta":
         return
     start_gathering(module, state)
+    for scalar in map(module.get_parameter, names):
+        average_assigned(scalar, state.average)
+        state.undo.callback(average_assigned, scalar, None)
     enable_copies(module)
     if device.type == "cpu":
         release_free_memory()
@@ -350,4 +354,4 @@ def _average(state: Sharded, parameter: Tensor) -> None:
     """Average the gradient of a parameter that FSDP ignores, when the others are reduced."""
     if state.synchronize and parameter.grad is not None:
         dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
+        parameter.grad.div_(dist.get_world_size())

@@ -1,0 +1,435 @@
+"""Parameters of a sharded module as the code of users finds them: writes to them are noticed, and kept.
+
+A parameter is two objects. The shard, a DTensor, is the optimizer's; while its group is gathered a leaf of autograd
+takes its place, whose memory goes when the group is resharded. The classes here make both the same parameter: what is
+written into the leaf is copied to the shard before that, what is assigned to `data` or `requires_grad` of either goes
+to both, and so do gradients (`parallel.by_hand`).
+
+Each rank keeps its own slices of what it writes, so all ranks are to write the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.order import divided, order_of
+from lightning_largescale.plan import PlanError
+
+# Where a parameter keeps what watches it.
+_WATCHED = "_largescale_watched"
+_DATA: Any = Tensor.data
+_GRADIENT: Any = Tensor.grad
+_TRAINED: Any = Tensor.requires_grad
+_DRAWS = ("normal_", "uniform_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_")
+
+
+class Elsewhere(Protocol):
+    """What keeps shards in another tier, at fixed addresses."""
+
+    def keeps_shard(self, shard: Tensor) -> bool:
+        """Whether it keeps this one."""
+
+    def writing(self, shard: Tensor) -> AbstractContextManager[None]:
+        """Within, what is written into the memory of the shard stays."""
+
+
+class Watched:
+    """A parameter of a sharded module, watched from `adopt` on.
+
+    Args:
+        one: the parameter.
+        group: whose group it is in.
+        elsewhere: tells what keeps shards in another tier, if anything does.
+        set_gradient: assigns a gradient that is no shard of one.
+
+    Attributes:
+        one: as given.
+        reducing: FSDP2 reads and drops the leaf's gradient.
+    """
+
+    def __init__(
+        self,
+        one: compat.GroupedParameter,
+        group: nn.Module,
+        *,
+        elsewhere: Callable[[], Elsewhere | None],
+        set_gradient: Callable[[Watched, Tensor], None],
+    ) -> None:
+        self.one, self.reducing = one, False
+        self._group, self._elsewhere, self._set_gradient = group, elsewhere, set_gradient
+        # Shares the leaf's memory and not its count of versions, as what `data` gives in plain torch.
+        self._values: Tensor | None = None
+        # Versions of the leaf, its local tensor and `_values` when they were last looked at.
+        self._seen: tuple[int, ...] = ()
+        self._values_seen = 0
+        # Somebody has had a way to write into the leaf that no version counts.
+        self._exposed = False
+        self._handed: Callable[[], object] = lambda: None
+
+    def adopt(self, *, leaf: bool = True) -> None:
+        """Watch the objects that there are now; the leaf only where torch.compile does not trace it."""
+        shard = self.one.shard
+        if type(shard) is DTensor:
+            shard.__class__ = ShardParameter
+            vars(shard)[_WATCHED] = weakref.ref(self)
+        gathered = self.one.leaf
+        if gathered is not None and leaf and type(gathered) in (nn.Parameter, DTensor):
+            gathered.__class__ = GatheredShard if isinstance(gathered, DTensor) else GatheredParameter
+            vars(gathered)[_WATCHED] = weakref.ref(self)
+
+    def look(self) -> None:
+        """Take the leaf as it is now for what the shard has."""
+        self._seen, self._exposed = self._versions(), False
+        self._values_seen = 0 if self._values is None else compat.version(self._values)
+
+    def is_written(self) -> bool:
+        """Whether the leaf, gathered, was written into since `look`."""
+        if self._is_moved() or self._versions() != self._seen:
+            return True
+        if self._values is not None and compat.version(self._values) != self._values_seen:
+            return True
+        return self._exposed and not self._equals_shard()
+
+    def keep(self) -> None:
+        """Copy this rank's slice of what was written into the leaf to the shard.
+
+        Raises:
+            PlanError: the leaf is of fewer bits than the shard.
+        """
+        one = self.one
+        if one.is_cast:
+            self.look()
+            raise PlanError(
+                f"{one.name!r} was written into while it was gathered in {one.leaf.dtype}, of which its"
+                f" {one.shard.dtype} shards cannot be made; write into it in on_train_batch_start or"
+                " on_train_batch_end, where its shards are, or use precision='32-true'."
+            )
+        with torch.no_grad():
+            if self._is_moved():
+                one.values.copy_(one.leaf)
+                _DATA.__set__(one.leaf, one.values)
+                self._values = None
+            with self._writing():
+                one.memory.copy_(one.own_memory)
+        self.look()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        found = self._elsewhere()
+        return torch.no_grad() if found is None else found.writing(self.one.shard)
+
+    def _versions(self) -> tuple[int, ...]:
+        leaf = self.one.leaf
+        tensors = [leaf, compat.local_tensor(leaf)] if isinstance(leaf, DTensor) else [leaf]
+        return tuple(map(compat.version, tensors))
+
+    def _is_moved(self) -> bool:
+        """Whether something was assigned to `data` of the leaf."""
+        leaf = self.one.leaf
+        local = compat.local_tensor(leaf) if isinstance(leaf, DTensor) else leaf
+        moved: bool = local.data_ptr() != self.one.gathered_memory.data_ptr()
+        return moved
+
+    def _equals_shard(self) -> bool:
+        own, memory = self.one.own_memory, self.one.memory
+        memory = memory.to(own.device, own.dtype)
+        # Of not-a-numbers too.
+        return torch.equal(own.view(torch.uint8), memory.view(torch.uint8)) if own.numel() else True
+
+    # What code asks of the leaf
+
+    def leaf_data(self) -> Tensor:
+        """What `data` of the leaf gives, in which writes are counted."""
+        self._exposed = True
+        if self._values is None:
+            self._values = _DATA.__get__(self.one.leaf)
+            self._values_seen = compat.version(self._values)
+        return self._values.detach()
+
+    def expose(self) -> None:
+        """Somebody gets a way to write into the leaf that is not counted."""
+        self._exposed = True
+
+    def assign_leaf(self, value: Tensor) -> None:
+        """Assign to `data` of the leaf.
+
+        Raises:
+            PlanError: it would be of another kind.
+        """
+        one = self.one
+        if not one.is_gathered:
+            self.assign_shard(value)
+            return
+        self._check(value)
+        if one.is_cast:
+            raise PlanError(
+                f"data of {one.name!r} is assigned while it is gathered in {one.leaf.dtype}, of which its"
+                f" {one.shard.dtype} shards cannot be made; assign it in on_train_batch_start or on_train_batch_end,"
+                " where its shards are, or use precision='32-true'."
+            )
+        if isinstance(one.leaf, DTensor):
+            self._exposed = True
+            local = self._local_of(value, one.leaf)
+            with torch.no_grad():
+                compat.local_tensor(one.leaf).copy_(local)
+            return
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        _DATA.__set__(one.leaf, value)
+        self._values = None
+
+    # What code asks of the shard
+
+    def hand_out(self, values: Tensor) -> Tensor:
+        """`values`, which `data` of the shard gives."""
+        values.__class__ = ShardValues
+        vars(values)[_WATCHED] = weakref.ref(self)
+        self._handed = weakref.ref(values)
+        return values
+
+    def assign_shard(self, value: Tensor) -> None:
+        """Assign to `data` of the shard: it has the memory of `value` from now on, as far as that can be.
+
+        Raises:
+            PlanError: it would be of another kind, or its memory is in another tier, where it stays, and is still read
+                under its old name.
+        """
+        one, shard = self.one, self.one.shard
+        self._check(value)
+        local, memory = self._local_of(value, shard), one.memory
+        elsewhere = self._elsewhere()
+        if one.is_pinned or (elsewhere is not None and elsewhere.keeps_shard(shard)):
+            if self._handed() not in (None, value):
+                raise PlanError(
+                    f"data of {one.name!r} is assigned while what it gave before is kept, and offload_parameters keeps"
+                    " both at one place; keep a clone of it (`parameter.data.clone()`)."
+                )
+            with torch.no_grad(), self._writing():
+                memory[: local.numel()].copy_(local.reshape(-1))
+        else:
+            fits = local.is_contiguous() and local.numel() == memory.numel() and local.device == memory.device
+            if not fits:
+                padded = torch.zeros_like(memory)
+                padded[: local.numel()].copy_(local.reshape(-1))
+                local = padded
+            compat.place_shard(self._group, shard, local.view(-1))
+        if one.is_gathered:
+            one.own_memory.copy_(one.memory)
+
+    def draw(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Fill the shard with its slice of random numbers for all of the parameter, as a plain run draws them."""
+        shard = self.one.shard
+        whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
+        getattr(whole, method)(*args, **kwargs)
+        with torch.no_grad(), self._writing():
+            compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
+
+    def _local_of(self, value: Tensor, like: DTensor) -> Tensor:
+        if not isinstance(value, DTensor):
+            value = divided(value.detach().to(like.device), like, order_of(self.one.shard))
+        elif value.placements != like.placements:
+            value = value.redistribute(like.device_mesh, like.placements)
+        local: Tensor = compat.local_tensor(value.detach())
+        return local
+
+    def _check(self, value: object) -> None:
+        shard = self.one.shard
+        if isinstance(value, Tensor) and value.shape == shard.shape and value.dtype == shard.dtype:
+            return
+        found = f"{tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise PlanError(
+            f"data of {self.one.name!r} is assigned {found}, and what is sharded keeps its shape {tuple(shard.shape)}"
+            f" and {shard.dtype}; assign a tensor of these."
+        )
+
+    # Gradients
+
+    def gradient(self) -> Tensor | None:
+        """Of the parameter: what is not reduced yet, else the shard's."""
+        leaf = self.one.leaf
+        pending: Tensor | None = None if leaf is None else _GRADIENT.__get__(leaf)
+        return pending if pending is not None or self.reducing else _GRADIENT.__get__(self.one.shard)
+
+    def has_pending_gradient(self) -> bool:
+        """Whether the leaf has a gradient that is not reduced yet."""
+        return self.one.leaf is not None and _GRADIENT.__get__(self.one.leaf) is not None
+
+    def set_gradient(self, value: Tensor | None) -> None:
+        """Assign the gradient of the parameter."""
+        leaf, shard = self.one.leaf, self.one.shard
+        if self.reducing:
+            return
+        if value is not None and not (isinstance(value, DTensor) and value.placements == shard.placements):
+            self._set_gradient(self, value)
+            return
+        if leaf is not None:
+            _GRADIENT.__set__(leaf, None)
+        _GRADIENT.__set__(shard, value)
+
+    def train(self, trained: bool) -> None:
+        """Freeze or unfreeze both."""
+        for parameter in (self.one.leaf, self.one.shard):
+            if parameter is not None:
+                _TRAINED.__set__(parameter, trained)
+
+
+def watched(parameter: object) -> Watched | None:
+    """What watches `parameter`; None where nothing does."""
+    found = vars(parameter).get(_WATCHED) if isinstance(parameter, _Parameter | ShardValues) else None
+    return None if found is None else found()
+
+
+def set_leaf_gradient(leaf: Tensor, value: Tensor | None) -> None:
+    """Assign a gradient to the leaf alone, to be reduced later."""
+    _GRADIENT.__set__(leaf, value)
+
+
+class _Parameter:
+    """What leaf and shard have in common."""
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Of the parameter, wherever it is."""
+        found = watched(self)
+        if found is None or found.reducing:
+            return _GRADIENT.__get__(self)  # type: ignore[no-any-return]
+        return found.gradient()
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        found = watched(self)
+        if found is None or found.reducing:
+            _GRADIENT.__set__(self, value)
+        else:
+            found.set_gradient(value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the parameter is trained."""
+        return _TRAINED.__get__(self)  # type: ignore[no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, trained: bool) -> None:
+        found = watched(self)
+        if found is None:
+            _TRAINED.__set__(self, trained)
+        else:
+            found.train(trained)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or unfreeze it."""
+        self.requires_grad = requires_grad
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = _plain(self, copied=True)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+
+def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
+    """A parameter of torch's own class with the same values, or a copy of them."""
+    values = Tensor.detach(parameter)
+    made = nn.Parameter(values.clone() if copied else values, requires_grad=_TRAINED.__get__(parameter))
+    if copied and parameter.grad is not None:
+        made.grad = parameter.grad.detach().clone()
+    return made
+
+
+class _Leaf(_Parameter):
+    """What is in place while a group is gathered."""
+
+    @property
+    def data(self) -> Tensor:
+        """Its values."""
+        found = watched(self)
+        return _DATA.__get__(self) if found is None else found.leaf_data()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        found = watched(self)
+        if found is None:
+            _DATA.__set__(self, value)
+        else:
+            found.assign_leaf(value)
+
+    def detach(self) -> Tensor:
+        """Its values."""
+        return Tensor.detach(_exposed(self))
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """Its values."""
+        return Tensor.numpy(_exposed(self), *args, **kwargs)
+
+
+def _exposed(leaf: Any) -> Any:
+    found = watched(leaf)
+    if found is not None:
+        found.expose()
+    return leaf
+
+
+class GatheredParameter(_Leaf, nn.Parameter):  # type: ignore[misc]
+    """A parameter that is gathered."""
+
+
+class GatheredShard(_Leaf, DTensor):  # type: ignore[misc]
+    """A parameter that is gathered and still divided by tensor parallelism."""
+
+
+class ShardValues(DTensor):
+    """Values of a shard, which draw random numbers as those of the whole parameter are drawn."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return memo.setdefault(id(self), Tensor.detach(self).clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Tensor.detach(self).__reduce_ex__(protocol)
+
+
+class ShardParameter(_Parameter, ShardValues):  # type: ignore[misc]
+    """A shard."""
+
+    @property
+    def data(self) -> Tensor:
+        """Its values."""
+        found, values = watched(self), _DATA.__get__(self)
+        return values if found is None else found.hand_out(values)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        found = watched(self)
+        if found is None:
+            _DATA.__set__(self, value)
+        else:
+            found.assign_shard(value)
+
+
+def _drawing(method: str) -> Callable[..., Any]:
+    def draw(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = watched(self)
+        if found is None:
+            return getattr(super(ShardValues, self), method)(*args, **kwargs)
+        found.draw(method, *args, **kwargs)
+        return self
+
+    draw.__doc__ = f"`torch.Tensor.{method}` of all of the parameter."
+    return draw
+
+
+for _name in _DRAWS:
+    setattr(ShardValues, _name, _drawing(_name))

@@ -1,0 +1,140 @@
+"""What the code of users writes into gathered parameters, taken to the shards before the optimizer steps on these."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.watched import Elsewhere, Watched
+from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.parts import part_of
+
+
+class Writes:
+    """Watches the parameters of a sharded module until `stop`.
+
+    Args:
+        groups: the modules that `fully_shard` was applied to, by name.
+        set_gradient: assigns a gradient that is no shard of one to a parameter.
+
+    Attributes:
+        elsewhere: what keeps shards in another tier; None while nothing does.
+        groups: the watched parameters by name of their group.
+    """
+
+    def __init__(self, groups: Mapping[str, nn.Module], *, set_gradient: Callable[[Watched, Tensor], None]) -> None:
+        self.elsewhere: Elsewhere | None = None
+        self.groups: dict[str, list[Watched]] = {}
+        self._undo = contextlib.ExitStack()
+        for name, group in groups.items():
+            found = [
+                Watched(one, group, elsewhere=lambda: self.elsewhere, set_gradient=set_gradient)
+                for one in compat.grouped_parameters(group)
+            ]
+            self.groups[name] = found
+            watching = _Group(found, leaves=not _is_compiled(group))
+            self._undo.callback(
+                compat.around_sharding(
+                    group, gathered=watching.gathered, resharding=watching.resharding, reducing=watching.reducing
+                )
+            )
+
+    def keep(self) -> None:
+        """Take to the shards what was written into the leaves that are gathered now, which stay gathered.
+
+        Raises:
+            PlanError: that cannot be.
+        """
+        for found in self.groups.values():
+            for one in found:
+                if one.one.is_gathered and one.is_written():
+                    one.keep()
+
+    def forget(self) -> None:
+        """Let what was written be lost with the leaves."""
+        for found in self.groups.values():
+            for one in found:
+                if one.one.is_gathered:
+                    one.look()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._undo.close()
+
+
+class _Group:
+    """The parameters that are gathered together, and what is done about them then.
+
+    Args:
+        parameters: of the group.
+        leaves: whether these are watched, which torch.compile does not trace.
+    """
+
+    def __init__(self, parameters: Sequence[Watched], *, leaves: bool) -> None:
+        self._parameters, self._leaves = parameters, leaves
+        for one in parameters:
+            one.adopt(leaf=leaves)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Around the leaves' taking the place of the shards."""
+        self._check_places()
+        yield
+        for one in self._parameters:
+            one.adopt(leaf=self._leaves)
+            one.look()
+
+    def resharding(self) -> None:
+        """Before the shards take the place of the leaves again."""
+        self._check_places()
+        for one in self._parameters:
+            if one.is_written():
+                one.keep()
+
+    @contextlib.contextmanager
+    def reducing(self) -> Iterator[None]:
+        """While FSDP2 reduces the gradients of the leaves."""
+        for one in self._parameters:
+            if one.one.is_gathered and one.is_written():
+                one.keep()
+            one.reducing = True
+        try:
+            yield
+        finally:
+            for one in self._parameters:
+                one.reducing = False
+
+    def _check_places(self) -> None:
+        """Make sure that the module has its own parameters.
+
+        Raises:
+            PlanError: something was put in the place of one.
+        """
+        # A step that failed is cleared up with what it has left behind.
+        if sys.exc_info()[0] is not None:
+            return
+        for one in self._parameters:
+            known = one.one.leaf, one.one.shard
+            for module, name in one.one.places:
+                found = compat.own_tensors(module)[0].get(name)
+                if not any(found is parameter for parameter in known) and not _is_ours(found):
+                    raise PlanError(
+                        f"{one.one.name!r} was replaced, by functional_call or an assignment, and what gathers it puts"
+                        " its own parameter there; write into it (`parameter.data = ...`), call what is to compute with"
+                        " others on a module that was not sharded, or replicate with dp_replicate."
+                    )
+
+
+def _is_ours(found: Any) -> bool:
+    """Whether it stands for a parameter: what tensor parallelism computes with, or the shard as it was loaded."""
+    return part_of(found) is not None or isinstance(found, DTensor)
+
+
+def _is_compiled(group: nn.Module) -> bool:
+    return any(compat.is_compiled(part) for part in group.modules())
