@@ -28,8 +28,8 @@ def hooks_saved_tensors() -> bool:
 
 
 def around_engine(function: Any) -> Any:
-    """Have `function` make each call of `torch.autograd.grad` and `backward` that is given tensors to differentiate with
-    respect to; what undoes it.
+    """Have `function` make each call of `torch.autograd.grad` and `backward` that says with respect to which tensors;
+    what undoes it.
 
     It gets what calls autograd's engine with such tensors, those that were given, whether a graph is to be made, and
     whether gradients are accumulated in `.grad`, and returns what the engine does.
@@ -37,8 +37,8 @@ def around_engine(function: Any) -> Any:
     Replaced by a public hook of `torch.autograd.grad`; a mode for functions would be asked of each function of a step.
     """
     if not _engine_users:
-        _engines.append(torch.autograd._engine_run_backward)
-        torch.autograd._engine_run_backward = _run_engine  # type: ignore[assignment]
+        _engines.append(_autograd._engine_run_backward)
+        _autograd._engine_run_backward = _run_engine
     user = [function]
     _engine_users.append(user)
 
@@ -46,11 +46,12 @@ def around_engine(function: Any) -> Any:
         # By identity, since the same function may be there twice.
         _engine_users[:] = [one for one in _engine_users if one is not user]
         if not _engine_users and _engines:
-            torch.autograd._engine_run_backward = _engines.pop()
+            _autograd._engine_run_backward = _engines.pop()
 
     return undo
 
 
+_autograd: Any = torch.autograd
 _engine_users: list[list[Any]] = []
 _engines: list[Any] = []
 

@@ -17,7 +17,7 @@ class GroupedParameter:
     @property
     def name(self) -> str:
         """In the root."""
-        return self._one._param_fqn or self._one._module_info.param_name
+        return str(self._one._param_fqn or self._one._module_info.param_name)
 
     @property
     def shard(self) -> Any:
@@ -59,6 +59,14 @@ class GroupedParameter:
     def values(self) -> Any:
         """The memory of the leaf in the shape that this rank computes with."""
         return self.gathered_memory[: self._one._orig_size.numel()].view(self._one._orig_size)
+
+    def set_values(self, values: Any) -> None:
+        """Write into the memory of the leaf what autograd does not count as a write."""
+        import torch
+
+        autograd: Any = torch.autograd
+        with torch.no_grad(), autograd._unsafe_preserve_version_counter(self.gathered_memory):
+            self.values.copy_(values)
 
     @property
     def is_pinned(self) -> bool:

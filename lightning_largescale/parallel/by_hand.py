@@ -23,6 +23,10 @@ from lightning_largescale.parallel.order import divided, full, order_of
 from lightning_largescale.parallel.watched import Watched, set_leaf_gradient, watched
 from lightning_largescale.plan import PlanError
 
+# Where a parameter keeps what averages its gradients.
+_AVERAGE = "_largescale_average"
+_GRADIENT: Any = Tensor.grad
+
 
 class Average:
     """Averages over the ranks that see other samples.
@@ -56,7 +60,7 @@ class Average:
             there = torch.tensor([one is not None for one in given], dtype=dtype, device=like[places[0]].device)
             zeros = [torch.zeros_like(like[place]) if tensors[place] is None else tensors[place] for place in places]
             flat = [there, *(one.detach().reshape(-1).to(dtype) for one in zeros if one is not None)]
-            average = self(torch.cat(flat)).split([one.numel() for one in flat])
+            average = torch.split(self(torch.cat(flat)), [one.numel() for one in flat])
             for place, share, one in zip(places, average[0].tolist(), average[1:], strict=True):
                 found[place] = one.view(like[place].shape) if share else None
         return found
@@ -65,25 +69,23 @@ class Average:
 class AveragedParameter(nn.Parameter):
     """A parameter that all ranks hold whole: what is assigned to its gradient is averaged over them."""
 
-    @property  # type: ignore[override]
+    @property
     def grad(self) -> Tensor | None:
         """Of the parameter."""
-        return Tensor.grad.__get__(self)  # type: ignore[attr-defined, no-any-return]
+        return _GRADIENT.__get__(self)  # type: ignore[no-any-return]
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         average = vars(self).get(_AVERAGE)
         value = value if value is None or average is None else average(value)
-        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+        _GRADIENT.__set__(self, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach(), requires_grad=self.requires_grad).__reduce_ex__(protocol)
-
-
-_AVERAGE = "_largescale_average"
+        plain: Any = nn.Parameter(self.detach(), requires_grad=self.requires_grad)
+        return plain.__reduce_ex__(protocol)
 
 
 def average_assigned(parameter: nn.Parameter, average: Average | None) -> None:
@@ -149,7 +151,8 @@ def differentiate_leaves(average: Average) -> Callable[[], None]:
             gradients[place] = None if gradient is None else _whole(gradient, leaves[place], inputs[place])
         return tuple(gradients)
 
-    return compat.around_engine(run)
+    undo: Callable[[], None] = compat.around_engine(run)
+    return undo
 
 
 def _local(gradient: Tensor, leaf: Tensor) -> Tensor:

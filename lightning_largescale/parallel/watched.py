@@ -11,7 +11,7 @@ Each rank keeps its own slices of what it writes, so all ranks are to write the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.order import divided, order_of
+from lightning_largescale.parallel.order import divided, full, order_of
 from lightning_largescale.plan import PlanError
 
 # Where a parameter keeps what watches it.
@@ -28,6 +28,8 @@ _WATCHED = "_largescale_watched"
 _DATA: Any = Tensor.data
 _GRADIENT: Any = Tensor.grad
 _TRAINED: Any = Tensor.requires_grad
+# How torch complains of shards where it has plain tensors.
+MIXED = "torch.Tensor and DTensor"
 _DRAWS = ("normal_", "uniform_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_")
 
 
@@ -48,6 +50,7 @@ class Watched:
         one: the parameter.
         group: whose group it is in.
         elsewhere: tells what keeps shards in another tier, if anything does.
+        others: all parameters of the module.
         set_gradient: assigns a gradient that is no shard of one.
 
     Attributes:
@@ -61,10 +64,12 @@ class Watched:
         group: nn.Module,
         *,
         elsewhere: Callable[[], Elsewhere | None],
+        others: Sequence[Watched],
         set_gradient: Callable[[Watched, Tensor], None],
     ) -> None:
         self.one, self.reducing = one, False
         self._group, self._elsewhere, self._set_gradient = group, elsewhere, set_gradient
+        self._others = others
         # Shares the leaf's memory and not its count of versions, as what `data` gives in plain torch.
         self._values: Tensor | None = None
         # Versions of the leaf, its local tensor and `_values` when they were last looked at.
@@ -90,6 +95,18 @@ class Watched:
         self._seen, self._exposed = self._versions(), False
         self._values_seen = 0 if self._values is None else compat.version(self._values)
 
+    def settle(self) -> None:
+        """Have the shard know what was written into the leaf since `look`, if it is gathered.
+
+        Raises:
+            PlanError: that cannot be.
+        """
+        if self.one.is_gathered:
+            if self.is_written():
+                self.keep()
+            # The shard may change from here on: what is compared with it then is another.
+            self.look()
+
     def is_written(self) -> bool:
         """Whether the leaf, gathered, was written into since `look`."""
         if self._is_moved() or self._versions() != self._seen:
@@ -99,7 +116,7 @@ class Watched:
         return self._exposed and not self._equals_shard()
 
     def keep(self) -> None:
-        """Copy this rank's slice of what was written into the leaf to the shard.
+        """Copy this rank's slice of the leaf, gathered, to the shard.
 
         Raises:
             PlanError: the leaf is of fewer bits than the shard.
@@ -114,7 +131,7 @@ class Watched:
             )
         with torch.no_grad():
             if self._is_moved():
-                one.values.copy_(one.leaf)
+                one.set_values(one.leaf)
                 _DATA.__set__(one.leaf, one.values)
                 self._values = None
             with self._writing():
@@ -181,7 +198,8 @@ class Watched:
                 compat.local_tensor(one.leaf).copy_(local)
             return
         if isinstance(value, DTensor):
-            value = value.full_tensor()
+            value = full(value, order_of(one.shard))
+        self._check_own(value)
         _DATA.__set__(one.leaf, value)
         self._values = None
 
@@ -205,8 +223,12 @@ class Watched:
         self._check(value)
         local, memory = self._local_of(value, shard), one.memory
         elsewhere = self._elsewhere()
-        if one.is_pinned or (elsewhere is not None and elsewhere.keeps_shard(shard)):
-            if self._handed() not in (None, value):
+        stays = one.is_pinned or (elsewhere is not None and elsewhere.keeps_shard(shard))
+        fits = local.is_contiguous() and local.numel() == memory.numel() and local.device == memory.device
+        if stays or not fits:
+            self._check_own(local)
+        if stays:
+            if self._handed() is not None and self._handed() is not value:
                 raise PlanError(
                     f"data of {one.name!r} is assigned while what it gave before is kept, and offload_parameters keeps"
                     " both at one place; keep a clone of it (`parameter.data.clone()`)."
@@ -214,7 +236,6 @@ class Watched:
             with torch.no_grad(), self._writing():
                 memory[: local.numel()].copy_(local.reshape(-1))
         else:
-            fits = local.is_contiguous() and local.numel() == memory.numel() and local.device == memory.device
             if not fits:
                 padded = torch.zeros_like(memory)
                 padded[: local.numel()].copy_(local.reshape(-1))
@@ -222,6 +243,39 @@ class Watched:
             compat.place_shard(self._group, shard, local.view(-1))
         if one.is_gathered:
             one.own_memory.copy_(one.memory)
+
+    def write(self, function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call `function`, which writes into `values` of the shard, with this rank's slices of full tensors.
+
+        Raises:
+            PlanError: it takes a plain tensor of another shape.
+        """
+
+        def slice_of(one: Any) -> Any:
+            if not isinstance(one, Tensor) or isinstance(one, DTensor) or one.shape != values.shape or not one.dim():
+                return one
+            return divided(one.detach().to(values.device), self.one.shard, order_of(self.one.shard))
+
+        try:
+            with self._writing():
+                return function(values, *map(slice_of, args), **{name: slice_of(one) for name, one in kwargs.items()})
+        except RuntimeError as error:
+            if MIXED not in str(error):
+                raise
+            raise PlanError(
+                f"{self.one.name!r} is sharded here, and {function.__name__} is given a plain tensor that is not of its"
+                f" shape {tuple(values.shape)}; expand it, or write in"
+                " `with self.trainer.strategy.full_parameters():`."
+            ) from error
+
+    def write_item(self, index: Any, value: Any) -> None:
+        """Write `value` to `index` of the parameter, of which there is the shard: a collective."""
+        shard = self.one.shard
+        with torch.no_grad():
+            whole = full(shard, order_of(shard)).clone()
+            whole[index] = full(value) if isinstance(value, DTensor) else value
+            with self._writing():
+                compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def draw(self, method: str, *args: Any, **kwargs: Any) -> None:
         """Fill the shard with its slice of random numbers for all of the parameter, as a plain run draws them."""
@@ -238,6 +292,19 @@ class Watched:
             value = value.redistribute(like.device_mesh, like.placements)
         local: Tensor = compat.local_tensor(value.detach())
         return local
+
+    def _check_own(self, local: Tensor) -> None:
+        """Make sure that `local`, of which a copy is made, is no memory of another parameter, which would be shared."""
+        if compat.storage_users(local.untyped_storage()) == 1:
+            return
+        storage = local.untyped_storage().data_ptr()
+        for other in self._others:
+            memories = [other.one.memory, *([other.one.gathered_memory] if other.one.is_gathered else [])]
+            if other is not self and any(one.untyped_storage().data_ptr() == storage for one in memories):
+                raise PlanError(
+                    f"data of {self.one.name!r} is assigned that of {other.one.name!r}, and parameters that are sharded"
+                    " have no memory in common; assign a clone of it (`other.data.clone()`)."
+                )
 
     def _check(self, value: object) -> None:
         shard = self.one.shard
@@ -338,7 +405,11 @@ class _Parameter:
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        return _reduced(_plain(self), protocol)
+
+
+def _reduced(tensor: Any, protocol: Any) -> Any:
+    return tensor.__reduce_ex__(protocol)
 
 
 def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
@@ -383,25 +454,32 @@ def _exposed(leaf: Any) -> Any:
     return leaf
 
 
-class GatheredParameter(_Leaf, nn.Parameter):  # type: ignore[misc]
+class GatheredParameter(_Leaf, nn.Parameter):
     """A parameter that is gathered."""
 
 
-class GatheredShard(_Leaf, DTensor):  # type: ignore[misc]
+class GatheredShard(_Leaf, DTensor):
     """A parameter that is gathered and still divided by tensor parallelism."""
 
 
 class ShardValues(DTensor):
-    """Values of a shard, which draw random numbers as those of the whole parameter are drawn."""
+    """Values of a shard, into which is written as into those of the whole parameter."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        found = watched(self)
+        if found is None:
+            super().__setitem__(index, value)
+        else:
+            found.write_item(index, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return memo.setdefault(id(self), Tensor.detach(self).clone())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Tensor.detach(self).__reduce_ex__(protocol)
+        return _reduced(Tensor.detach(self), protocol)
 
 
-class ShardParameter(_Parameter, ShardValues):  # type: ignore[misc]
+class ShardParameter(_Parameter, ShardValues):
     """A shard."""
 
     @property
@@ -427,9 +505,23 @@ def _drawing(method: str) -> Callable[..., Any]:
         found.draw(method, *args, **kwargs)
         return self
 
-    draw.__doc__ = f"`torch.Tensor.{method}` of all of the parameter."
     return draw
 
 
-for _name in _DRAWS:
-    setattr(ShardValues, _name, _drawing(_name))
+def _writing(method: str) -> Callable[..., Any]:
+    function = getattr(DTensor, method)
+
+    def write(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = watched(self)
+        return function(self, *args, **kwargs) if found is None else found.write(function, self, *args, **kwargs)
+
+    return write
+
+
+_NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "resize_", "resize_as_", "set_", "rename_"}
+for _name in dir(Tensor):
+    _in_place = _name.endswith("_") and not _name.startswith("_")
+    if _name in _DRAWS:
+        setattr(ShardValues, _name, _drawing(_name))
+    elif (_in_place and _name not in _NO_WRITES) or _name in ("__iadd__", "__isub__", "__imul__", "__itruediv__"):
+        setattr(ShardValues, _name, _writing(_name))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.watched import Elsewhere, Watched
@@ -32,11 +30,13 @@ class Writes:
         self.elsewhere: Elsewhere | None = None
         self.groups: dict[str, list[Watched]] = {}
         self._undo = contextlib.ExitStack()
+        every: list[Watched] = []
         for name, group in groups.items():
             found = [
-                Watched(one, group, elsewhere=lambda: self.elsewhere, set_gradient=set_gradient)
+                Watched(one, group, elsewhere=lambda: self.elsewhere, others=every, set_gradient=set_gradient)
                 for one in compat.grouped_parameters(group)
             ]
+            every += found
             self.groups[name] = found
             watching = _Group(found, leaves=not _is_compiled(group))
             self._undo.callback(
@@ -53,8 +53,7 @@ class Writes:
         """
         for found in self.groups.values():
             for one in found:
-                if one.one.is_gathered and one.is_written():
-                    one.keep()
+                one.settle()
 
     def forget(self) -> None:
         """Let what was written be lost with the leaves."""
@@ -94,15 +93,13 @@ class _Group:
         """Before the shards take the place of the leaves again."""
         self._check_places()
         for one in self._parameters:
-            if one.is_written():
-                one.keep()
+            one.settle()
 
     @contextlib.contextmanager
     def reducing(self) -> Iterator[None]:
         """While FSDP2 reduces the gradients of the leaves."""
         for one in self._parameters:
-            if one.one.is_gathered and one.is_written():
-                one.keep()
+            one.settle()
             one.reducing = True
         try:
             yield
@@ -123,17 +120,13 @@ class _Group:
             known = one.one.leaf, one.one.shard
             for module, name in one.one.places:
                 found = compat.own_tensors(module)[0].get(name)
-                if not any(found is parameter for parameter in known) and not _is_ours(found):
+                # Tensor parallelism puts parts there.
+                if not any(found is parameter for parameter in known) and part_of(found) is None:
                     raise PlanError(
                         f"{one.one.name!r} was replaced, by functional_call or an assignment, and what gathers it puts"
                         " its own parameter there; write into it (`parameter.data = ...`), call what is to compute with"
                         " others on a module that was not sharded, or replicate with dp_replicate."
                     )
-
-
-def _is_ours(found: Any) -> bool:
-    """Whether it stands for a parameter: what tensor parallelism computes with, or the shard as it was loaded."""
-    return part_of(found) is not None or isinstance(found, DTensor)
 
 
 def _is_compiled(group: nn.Module) -> bool:
