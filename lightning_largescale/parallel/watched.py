@@ -72,9 +72,8 @@ class Watched:
         self._others = others
         # Shares the leaf's memory and not its count of versions, as what `data` gives in plain torch.
         self._values: Tensor | None = None
-        # Versions of the leaf, its local tensor and `_values` when they were last looked at.
+        # What `versions` gave when the leaf was last looked at.
         self._seen: tuple[int, ...] = ()
-        self._values_seen = 0
         # Somebody has had a way to write into the leaf that no version counts.
         self._exposed = False
         self._handed: Callable[[], object] = lambda: None
@@ -92,8 +91,7 @@ class Watched:
 
     def look(self) -> None:
         """Take the leaf as it is now for what the shard has."""
-        self._seen, self._exposed = self._versions(), False
-        self._values_seen = 0 if self._values is None else compat.version(self._values)
+        self._seen, self._exposed = self.versions(), False
 
     def settle(self) -> None:
         """Have the shard know what was written into the leaf since `look`, if it is gathered.
@@ -109,9 +107,7 @@ class Watched:
 
     def is_written(self) -> bool:
         """Whether the leaf, gathered, was written into since `look`."""
-        if self._is_moved() or self._versions() != self._seen:
-            return True
-        if self._values is not None and compat.version(self._values) != self._values_seen:
+        if self._is_moved() or self.versions() != self._seen:
             return True
         return self._exposed and not self._equals_shard()
 
@@ -142,10 +138,12 @@ class Watched:
         found = self._elsewhere()
         return torch.no_grad() if found is None else found.writing(self.one.shard)
 
-    def _versions(self) -> tuple[int, ...]:
+    def versions(self) -> tuple[int, ...]:
+        """What changes when the leaf is written into: the versions of the tensors that have its memory."""
         leaf = self.one.leaf
-        tensors = [leaf, compat.local_tensor(leaf)] if isinstance(leaf, DTensor) else [leaf]
-        return tuple(map(compat.version, tensors))
+        local = compat.version(compat.local_tensor(leaf)) if isinstance(leaf, DTensor) else 0
+        # Of values that nobody has asked for yet as of those that nobody has written into.
+        return compat.version(leaf), local, 0 if self._values is None else compat.version(self._values)
 
     def _is_moved(self) -> bool:
         """Whether something was assigned to `data` of the leaf."""
@@ -167,7 +165,6 @@ class Watched:
         self._exposed = True
         if self._values is None:
             self._values = _DATA.__get__(self.one.leaf)
-            self._values_seen = compat.version(self._values)
         return self._values.detach()
 
     def expose(self) -> None:
