@@ -78,12 +78,12 @@ class Watched:
         self._exposed = False
         self._handed: Callable[[], object] = lambda: None
 
-    def adopt(self, *, leaf: bool = True) -> None:
-        """Watch the objects that there are now; the leaf only where torch.compile does not trace it."""
-        shard = self.one.shard
-        if type(shard) is DTensor:
-            shard.__class__ = ShardParameter
-            vars(shard)[_WATCHED] = weakref.ref(self)
+    def adopt(self, *, leaf: bool, shard: bool) -> None:
+        """Watch the objects that there are now, of these two."""
+        divided = self.one.shard
+        if shard and type(divided) is DTensor:
+            divided.__class__ = ShardParameter
+            vars(divided)[_WATCHED] = weakref.ref(self)
         gathered = self.one.leaf
         if gathered is not None and leaf and type(gathered) in (nn.Parameter, DTensor):
             gathered.__class__ = GatheredShard if isinstance(gathered, DTensor) else GatheredParameter

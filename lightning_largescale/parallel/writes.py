@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.compile import traced_modules
 from lightning_largescale.parallel.watched import Elsewhere, Watched
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.parts import part_of
@@ -31,6 +32,7 @@ class Writes:
         self.groups: dict[str, list[Watched]] = {}
         self._undo = contextlib.ExitStack()
         every: list[Watched] = []
+        traced = {inner for group in groups.values() for inner in traced_modules(group)}
         for name, group in groups.items():
             found = [
                 Watched(one, group, elsewhere=lambda: self.elsewhere, others=every, set_gradient=set_gradient)
@@ -38,7 +40,7 @@ class Writes:
             ]
             every += found
             self.groups[name] = found
-            watching = _Group(found, leaves=not _is_compiled(group))
+            watching = _Group(found, traced, shards=groups[""] not in traced)
             self._undo.callback(
                 compat.around_sharding(
                     group, gathered=watching.gathered, resharding=watching.resharding, reducing=watching.reducing
@@ -72,21 +74,21 @@ class _Group:
 
     Args:
         parameters: of the group.
-        leaves: whether these are watched, which torch.compile does not trace.
+        traced: modules that torch.compile traces, where parameters must be of torch's own classes.
+        shards: whether it traces none of the code that finds shards.
     """
 
-    def __init__(self, parameters: Sequence[Watched], *, leaves: bool) -> None:
-        self._parameters, self._leaves = parameters, leaves
-        for one in parameters:
-            one.adopt(leaf=leaves)
+    def __init__(self, parameters: Sequence[Watched], traced: Collection[nn.Module], *, shards: bool) -> None:
+        self._parameters, self._traced, self._shards = parameters, traced, shards
+        self._adopt()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Around the leaves' taking the place of the shards."""
         self._check_places()
         yield
+        self._adopt()
         for one in self._parameters:
-            one.adopt(leaf=self._leaves)
             one.look()
 
     def resharding(self) -> None:
@@ -106,6 +108,13 @@ class _Group:
         finally:
             for one in self._parameters:
                 one.reducing = False
+
+    def _adopt(self) -> None:
+        for one in self._parameters:
+            one.adopt(
+                leaf=not any(module in self._traced for module, _ in one.one.places),
+                shard=self._shards,
+            )
 
     def _check_places(self) -> None:
         """Make sure that the module has its own parameters.
@@ -127,7 +136,3 @@ class _Group:
                         " its own parameter there; write into it (`parameter.data = ...`), call what is to compute with"
                         " others on a module that was not sharded, or replicate with dp_replicate."
                     )
-
-
-def _is_compiled(group: nn.Module) -> bool:
-    return any(compat.is_compiled(part) for part in group.modules())
