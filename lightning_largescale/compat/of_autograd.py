@@ -32,7 +32,8 @@ def around_engine(function: Any) -> Any:
     what undoes it.
 
     It gets what calls autograd's engine with such tensors, those that were given, whether a graph is to be made, and
-    whether gradients are accumulated in `.grad`, and returns what the engine does.
+    whether gradients are accumulated in `.grad`, and returns what the engine does. One that is given several times is
+    called once.
 
     Replaced by a public hook of `torch.autograd.grad`; a mode for functions would be asked of each function of a step.
     """
@@ -59,7 +60,7 @@ _engines: list[Any] = []
 def _run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     engine = _engines[0]
     gradients, keep, create, inputs, *rest = args
-    for (function,) in _engine_users if inputs else ():
+    for function in dict.fromkeys(user[0] for user in _engine_users) if inputs else ():
         engine = _through(function, engine)
     return engine(outputs, gradients, keep, create, inputs, *rest, **kwargs)
 

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.mesh import data_group
+from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
 from lightning_largescale.parallel.watched import Watched, set_leaf_gradient, watched
 from lightning_largescale.plan import PlanError
@@ -26,44 +24,6 @@ from lightning_largescale.plan import PlanError
 # Where a parameter keeps what averages its gradients.
 _AVERAGE = "_largescale_average"
 _GRADIENT: Any = Tensor.grad
-
-
-class Average:
-    """Averages over the ranks that see other samples.
-
-    Args:
-        mesh: that parameters are divided over.
-    """
-
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self._group = data_group(mesh)
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """The average of every rank's `tensor`: a collective."""
-        ranks = self._group.size()
-        if ranks == 1:
-            return tensor
-        average = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(average, group=self._group)
-        return average / ranks
-
-    def each(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Of each the average, missing ones counting as zeros and those that are missing everywhere as missing: a
-        collective for each dtype.
-        """
-        if self._group.size() == 1:
-            return list(tensors)
-        found: list[Tensor | None] = [None] * len(tensors)
-        for dtype in dict.fromkeys(one.dtype for one in like):
-            places = [place for place, one in enumerate(like) if one.dtype == dtype]
-            given = [tensors[place] for place in places]
-            there = torch.tensor([one is not None for one in given], dtype=dtype, device=like[places[0]].device)
-            zeros = [torch.zeros_like(like[place]) if tensors[place] is None else tensors[place] for place in places]
-            flat = [there, *(one.detach().reshape(-1).to(dtype) for one in zeros if one is not None)]
-            average = torch.split(self(torch.cat(flat)), [one.numel() for one in flat])
-            for place, share, one in zip(places, average[0].tolist(), average[1:], strict=True):
-                found[place] = one.view(like[place].shape) if share else None
-        return found
 
 
 class AveragedParameter(nn.Parameter):
@@ -98,7 +58,7 @@ def average_assigned(parameter: nn.Parameter, average: Average | None) -> None:
         vars(parameter)[_AVERAGE] = average
 
 
-def set_gradient(average: Average, in_step: Callable[[], bool], found: Watched, value: Tensor) -> None:
+def set_gradient(in_step: Callable[[], bool], found: Watched, value: Tensor) -> None:
     """Assign `value`, no shard, to the gradient of a parameter of which there are shards: a collective.
 
     Raises:
@@ -116,7 +76,7 @@ def set_gradient(average: Average, in_step: Callable[[], bool], found: Watched, 
             found.set_gradient(value.redistribute(shard.device_mesh, shard.placements))
             return
         value = full(value, order_of(shard))
-    value = average(value)
+    value = found.average(value)
     if in_step() and leaf is not None and not isinstance(leaf, DTensor) and leaf.dtype == value.dtype:
         found.set_gradient(None)
         set_leaf_gradient(leaf, value)
@@ -131,28 +91,39 @@ def reduce_assigned(groups: Iterable[tuple[nn.Module, Sequence[Watched]]]) -> No
             compat.reduce_gradients(group)
 
 
-def differentiate_leaves(average: Average) -> Callable[[], None]:
+def differentiate_leaves() -> Callable[[], None]:
     """Have autograd differentiate with respect to the leaves where it is given shards; what undoes it."""
-
-    def run(engine: Callable[..., Any], inputs: Sequence[Tensor], *, create_graph: bool, accumulate: bool) -> Any:
-        known = [watched(one) for one in inputs]
-        leaves = [
-            one if found is None or found.one.leaf is None else found.one.leaf
-            for one, found in zip(inputs, known, strict=True)
-        ]
-        results = engine(tuple(leaves))
-        if accumulate or create_graph or not any(known):
-            return results
-        places = [place for place, one in enumerate(inputs) if known[place] or isinstance(one, AveragedParameter)]
-        gradients = list(results)
-        local = [None if results[place] is None else _local(results[place], leaves[place]) for place in places]
-        like = [_like(inputs[place], known[place]) for place in places]
-        for place, gradient in zip(places, average.each(local, like), strict=True):
-            gradients[place] = None if gradient is None else _whole(gradient, leaves[place], inputs[place])
-        return tuple(gradients)
-
-    undo: Callable[[], None] = compat.around_engine(run)
+    undo: Callable[[], None] = compat.around_engine(_differentiate)
     return undo
+
+
+def _differentiate(
+    engine: Callable[..., Any], inputs: Sequence[Tensor], *, create_graph: bool, accumulate: bool
+) -> Any:
+    known = [watched(one) for one in inputs]
+    leaves = [
+        one if found is None or found.one.leaf is None else found.one.leaf
+        for one, found in zip(inputs, known, strict=True)
+    ]
+    results = engine(tuple(leaves))
+    averages = [_average_of(one, found) for one, found in zip(inputs, known, strict=True)]
+    places = [place for place, average in enumerate(averages) if average is not None]
+    if accumulate or create_graph or not places:
+        return results
+    gradients = list(results)
+    local = [None if results[place] is None else _local(results[place], leaves[place]) for place in places]
+    like = [_like(inputs[place], known[place]) for place in places]
+    average = averages[places[0]]
+    assert average is not None
+    for place, gradient in zip(places, average.each(local, like), strict=True):
+        gradients[place] = None if gradient is None else _whole(gradient, leaves[place], inputs[place])
+    return tuple(gradients)
+
+
+def _average_of(given: Tensor, found: Watched | None) -> Average | None:
+    if found is not None:
+        return found.average
+    return vars(given).get(_AVERAGE) if isinstance(given, AveragedParameter) else None
 
 
 def _local(gradient: Tensor, leaf: Tensor) -> Tensor:

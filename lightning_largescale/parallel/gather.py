@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.by_hand import Average, differentiate_leaves, reduce_assigned, set_gradient
+from lightning_largescale.parallel.average import Average
+from lightning_largescale.parallel.by_hand import differentiate_leaves, reduce_assigned, set_gradient
 from lightning_largescale.parallel.writes import Writes
 from lightning_largescale.plan import Plan, PlanError
 
@@ -105,9 +106,10 @@ def start_gathering(module: nn.Module, state: Sharded) -> None:
     compat.become_root(module)
     state.average = Average(state.mesh)
     groups = {name: cast(nn.Module, group) for name, group in state.groups.items()}
-    state.writes = Writes(groups, set_gradient=partial(set_gradient, state.average, lambda: state.stepping))
+    by_hand = partial(set_gradient, lambda: state.stepping)
+    state.writes = Writes(groups, average=state.average, set_gradient=by_hand)
     state.undo.callback(state.writes.stop)
-    state.undo.callback(differentiate_leaves(state.average))
+    state.undo.callback(differentiate_leaves())
 
 
 def stop_gathering(module: nn.Module, state: Sharded) -> None:

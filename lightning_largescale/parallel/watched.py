@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
 from lightning_largescale.plan import PlanError
 
@@ -51,10 +52,12 @@ class Watched:
         group: whose group it is in.
         elsewhere: tells what keeps shards in another tier, if anything does.
         others: all parameters of the module.
+        average: of gradients, over the ranks.
         set_gradient: assigns a gradient that is no shard of one.
 
     Attributes:
         one: as given.
+        average: as given.
         reducing: FSDP2 reads and drops the leaf's gradient.
     """
 
@@ -65,11 +68,12 @@ class Watched:
         *,
         elsewhere: Callable[[], Elsewhere | None],
         others: Sequence[Watched],
+        average: Average,
         set_gradient: Callable[[Watched, Tensor], None],
     ) -> None:
         self.one, self.reducing = one, False
         self._group, self._elsewhere, self._set_gradient = group, elsewhere, set_gradient
-        self._others = others
+        self._others, self.average = others, average
         # Shares the leaf's memory and not its count of versions, as what `data` gives in plain torch.
         self._values: Tensor | None = None
         # What `versions` gave when the leaf was last looked at.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.compile import traced_modules
 from lightning_largescale.parallel.watched import Elsewhere, Watched
 from lightning_largescale.plan import PlanError
@@ -20,6 +21,7 @@ class Writes:
 
     Args:
         groups: the modules that `fully_shard` was applied to, by name.
+        average: of gradients, over the ranks.
         set_gradient: assigns a gradient that is no shard of one to a parameter.
 
     Attributes:
@@ -27,7 +29,13 @@ class Writes:
         groups: the watched parameters by name of their group.
     """
 
-    def __init__(self, groups: Mapping[str, nn.Module], *, set_gradient: Callable[[Watched, Tensor], None]) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, nn.Module],
+        *,
+        average: Average,
+        set_gradient: Callable[[Watched, Tensor], None],
+    ) -> None:
         self.elsewhere: Elsewhere | None = None
         self.groups: dict[str, list[Watched]] = {}
         self._undo = contextlib.ExitStack()
@@ -35,7 +43,14 @@ class Writes:
         traced = {inner for group in groups.values() for inner in traced_modules(group)}
         for name, group in groups.items():
             found = [
-                Watched(one, group, elsewhere=lambda: self.elsewhere, others=every, set_gradient=set_gradient)
+                Watched(
+                    one,
+                    group,
+                    elsewhere=lambda: self.elsewhere,
+                    others=every,
+                    average=average,
+                    set_gradient=set_gradient,
+                )
                 for one in compat.grouped_parameters(group)
             ]
             every += found
