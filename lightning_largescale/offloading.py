@@ -118,6 +118,8 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if self._spilled is None or self._store is None:
             return
         self._spilled.take_over()
+        if state is not None:
+            state.writes.elsewhere = self._spilled
         release_free_memory()
         if fitting and not self.plan.release_gradients:
             trainer = self._module().trainer
@@ -270,11 +272,14 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             self._leaving.stop()
         if self._spilled is not None:
             self._spilled.stop()
+        module = self.lightning_module
+        state = None if module is None else sharded_state(module)
+        if state is not None:
+            state.writes.elsewhere = None
         self._paged, self._release, self._leaving, self._spilled = (), None, None, None
         self._in_dram = frozenset()
         self._store = self._buffers = None
-        module = self.lightning_module
-        if module is not None and sharded_state(module) is not None and not self.plan.shards:
+        if state is not None and not self.plan.shards:
             self._make_plain()
 
     def _make_plain(self) -> None:

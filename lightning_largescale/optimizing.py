@@ -53,6 +53,31 @@ def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tup
     return args, {**kwargs, "closure": told}
 
 
+def after_closure(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], then: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `step` whose closure, if there is one, calls `then` last; else it is called now.
+
+    Args:
+        args: as a hook of the step gets them, the optimizer first.
+        kwargs: as a hook gets them.
+        then: what must follow forward and backward.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        then()
+        return args, dict(kwargs)
+
+    def evaluate() -> Any:
+        result = closure()
+        then()
+        return result
+
+    if len(args) > 1:
+        return (args[0], evaluate, *args[2:]), dict(kwargs)
+    return args, {**kwargs, "closure": evaluate}
+
+
 def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
     """An optimizer that steps as `optimizer` does, over other parameters, without its state and hooks.
 

@@ -22,6 +22,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.tuner import tuning
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from ranks import run_connected
@@ -479,12 +480,15 @@ def test_a_condition_that_a_device_checks():
         compat.assert_async(torch.tensor(False), "is said")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_torch_compiles_is_told():
     module = nn.Linear(1, 1)
     assert not compat.is_compiled(module)
     assert compat.is_compiled(torch.compile(module))
     module.compile()
     assert compat.is_compiled(module)
+    given = from_compiled(torch.compile(BoringModel()))
+    assert compat.is_compiled(given)
 
 
 def test_full_backward_hooks_are_found():
@@ -1136,3 +1140,78 @@ def test_frame_of():
     held.set()
     thread.join()
     assert "run" in names
+
+
+def looked_at_by_groups():
+    """A group as it is gathered, written into, reduced and resharded."""
+    compat.init_process_group(TorchElasticEnvironment(), "gloo", torch.device("cpu"), timedelta(seconds=60))
+    rank = dist.get_rank()
+    block = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        block.weight.copy_(torch.arange(9.0).view(3, 3))
+    fully_shard(block, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    compat.become_root(block)
+    (one,) = compat.grouped_parameters(block)
+    assert isinstance(one, compat.GroupedParameter)
+    assert (one.name, one.leaf, one.is_gathered, one.is_pinned) == ("weight", None, False, False)
+    seen = []
+
+    @contextlib.contextmanager
+    def told(word):
+        seen.append(word)
+        yield
+        seen.append(word)
+
+    undo = compat.around_sharding(
+        block,
+        gathered=lambda: told("gathers"),
+        resharding=lambda: seen.append("reshards"),
+        reducing=lambda: told("reduces"),
+    )
+    block.unshard()
+    version = compat.version(one.leaf)
+    one.set_values(one.values * 2)
+    assert compat.version(one.leaf) == version
+    assert block.weight is one.leaf
+    assert one.is_gathered
+    assert not one.is_cast
+    assert torch.equal(one.leaf, torch.arange(9.0).view(3, 3) * 2)
+    assert torch.equal(one.own_memory, one.memory * 2)
+    assert one.gathered_memory.numel() == 2 * one.memory.numel()
+    assert one.places == [(block, "weight")]
+    one.leaf.grad = torch.full((3, 3), float(rank))
+    compat.reduce_gradients(block)
+    assert seen == ["gathers", "gathers", "reduces", "reshards", "reduces"]
+    undo()
+    assert block.weight is one.shard
+    assert compat.version(compat.local_tensor(one.shard)) >= 0
+    block.unshard()
+    return seen[5:], one.shard.grad.full_tensor().unique().tolist()
+
+
+def test_grouped_parameters_around_sharding_and_reduce_gradients(two):
+    assert two.run(looked_at_by_groups) == [([], [0.5])] * 2
+
+
+def test_around_engine():
+    x, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    asked = []
+
+    def instead(engine, inputs, *, create_graph, accumulate):
+        asked.append((create_graph, accumulate))
+        return engine(tuple(other if one is x else one for one in inputs))
+
+    undo = compat.around_engine(instead)
+    try:
+        from torch.autograd import grad
+
+        (found,) = grad((3 * other).sum(), [x])
+        assert found.tolist() == [3, 3]
+        (3 * other).sum().backward(inputs=[x])
+        (3 * other).sum().backward()
+    finally:
+        undo()
+    assert asked == [(False, False), (False, True)]
+    assert (x.grad, other.grad.tolist()) == (None, [6, 6])
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad((3 * other).sum(), [x])

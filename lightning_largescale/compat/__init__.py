@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_largescale.compat.of_autograd import current_backward, hooks_saved_tensors, versions_of
+from lightning_largescale.compat.of_autograd import around_engine, current_backward, hooks_saved_tensors, versions_of
 from lightning_largescale.compat.of_distributed import (
     abort_process_groups,
     all_gather_tensor,
@@ -25,7 +25,16 @@ from lightning_largescale.compat.of_distributed import (
     when_gathered,
     without_gathering,
 )
-from lightning_largescale.compat.of_fsdp import GroupCollectives, before_backward_ends, has_group
+from lightning_largescale.compat.of_fsdp import (
+    GroupCollectives,
+    GroupedParameter,
+    around_sharding,
+    before_backward_ends,
+    grouped_parameters,
+    has_group,
+    local_tensor,
+    reduce_gradients,
+)
 from lightning_largescale.compat.of_lightning import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
@@ -105,6 +114,7 @@ from lightning_largescale.compat.of_torch import (
 __all__ = [
     "DispatchMode",
     "GroupCollectives",
+    "GroupedParameter",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
     "TunerExit",
@@ -113,8 +123,10 @@ __all__ = [
     "all_children",
     "all_gather_tensor",
     "argument",
+    "around_engine",
     "around_gathers",
     "around_hooks",
+    "around_sharding",
     "asked_by_batch_size_finder",
     "assert_async",
     "attach_trainer",
@@ -150,6 +162,7 @@ __all__ = [
     "generator_key",
     "global_states",
     "gradient_hooks",
+    "grouped_parameters",
     "has_full_backward_hooks",
     "has_group",
     "hook_nearest",
@@ -165,6 +178,7 @@ __all__ = [
     "keep_loaders",
     "leaves",
     "loader_source",
+    "local_tensor",
     "logs_checkpoints",
     "logs_hparams",
     "mark_of",
@@ -173,6 +187,7 @@ __all__ = [
     "own_tensors",
     "place_shard",
     "pruning_originals",
+    "reduce_gradients",
     "reduce_scatter_tensor",
     "reduce_tensor",
     "request_loaders",

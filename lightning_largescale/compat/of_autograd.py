@@ -33,3 +33,52 @@ def current_backward() -> int:
     Replaced by a public way to tell a backward from one within it.
     """
     return torch._C._current_graph_task_id()
+
+
+def around_engine(function: Any) -> Any:
+    """Have `function` make each call of `torch.autograd.grad` and `backward` that says with respect to which tensors;
+    what undoes it.
+
+    It gets what calls autograd's engine with such tensors, those that were given, whether a graph is to be made, and
+    whether gradients are accumulated in `.grad`, and returns what the engine does. One that is given several times is
+    called once.
+
+    Replaced by a public hook of `torch.autograd.grad`; a mode for functions would be asked of each function of a step.
+    """
+    if not _engine_users:
+        _engines.append(_autograd._engine_run_backward)
+        _autograd._engine_run_backward = _run_engine
+    user = [function]
+    _engine_users.append(user)
+
+    def undo() -> None:
+        # By identity, since the same function may be there twice.
+        _engine_users[:] = [one for one in _engine_users if one is not user]
+        if not _engine_users and _engines:
+            _autograd._engine_run_backward = _engines.pop()
+
+    return undo
+
+
+_autograd: Any = torch.autograd
+_engine_users: list[list[Any]] = []
+_engines: list[Any] = []
+
+
+def _run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    engine = _engines[0]
+    gradients, keep, create, inputs, *rest = args
+    for function in dict.fromkeys(user[0] for user in _engine_users) if inputs else ():
+        engine = _through(function, engine)
+    return engine(outputs, gradients, keep, create, inputs, *rest, **kwargs)
+
+
+def _through(function: Any, engine: Any) -> Any:
+    def run(outputs: Any, gradients: Any, keep: Any, create: Any, inputs: Any, *rest: Any, **kwargs: Any) -> Any:
+        def with_inputs(others: Any) -> Any:
+            return engine(outputs, gradients, keep, create, others, *rest, **kwargs)
+
+        accumulate = bool(kwargs.get("accumulate_grad"))
+        return function(with_inputs, inputs, create_graph=bool(create), accumulate=accumulate)
+
+    return run

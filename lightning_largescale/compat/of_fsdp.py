@@ -1,4 +1,4 @@
-"""Private APIs of FSDP2: the collectives of its groups."""
+"""Private APIs of FSDP2: what its groups gather and reduce, and when."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class GroupCollectives:
         for index, parameter in enumerate(group.fsdp_params):
             gradient = _taken(group, parameter)
             if index in indices:
-                if parameter.sharded_param.grad is None:
+                if _gradient_of(parameter.sharded_param) is None:
                     fresh.append(index)
                 if own and gradient is not None:
                     given.append(index)
@@ -147,7 +147,7 @@ class GroupCollectives:
 
     def drop_gradient(self, index: int) -> None:
         """Let a parameter have no gradient."""
-        self._group.fsdp_params[index].sharded_param.grad = None
+        _set_gradient(self._group.fsdp_params[index].sharded_param, None)
 
 
 def before_backward_ends(module: Any, call: Callable[[], None]) -> Callable[[], None]:
@@ -206,7 +206,7 @@ def _replaced(target: Any, name: str, method: Any) -> Callable[[], None]:
 def _has_gradient(parameter: Any) -> bool:
     if parameter.unsharded_accumulated_grad is not None:
         return True
-    return hasattr(parameter, "_unsharded_param") and parameter._unsharded_param.grad is not None
+    return hasattr(parameter, "_unsharded_param") and _gradient_of(parameter._unsharded_param) is not None
 
 
 def _taken(group: Any, parameter: Any) -> Any:
@@ -218,17 +218,202 @@ def _taken(group: Any, parameter: Any) -> Any:
         parameter.init_all_gather_outputs([data.numel()], [dtype], ranks, group.device)
         parameter.init_unsharded_param()
         parameter.free_unsharded_param()
-    parameter.accumulate_unsharded_grad_if_needed()
-    gradient = parameter.unsharded_accumulated_grad
-    if gradient is None:
-        gradient = parameter._unsharded_param.grad
-        if gradient is not None and parameter.reduce_dtype is not None:
-            gradient = gradient.to(parameter.reduce_dtype)
-    parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
+    gathered, gradient = parameter._unsharded_param, parameter.unsharded_accumulated_grad
+    recent = _gradient_of(gathered)
+    if gradient is not None and recent is not None:
+        gradient += recent
+    elif gradient is None and recent is not None:
+        gradient = recent if parameter.reduce_dtype is None else recent.to(parameter.reduce_dtype)
+    parameter.unsharded_accumulated_grad = None
+    _set_gradient(gathered, None)
     return gradient
+
+
+def _gradient_of(parameter: Any) -> Any:
+    """Its own, where `grad` gives that of the shard for a gathered parameter."""
+    import torch
+
+    own: Any = torch.Tensor.grad
+    return own.__get__(parameter)
+
+
+def _set_gradient(parameter: Any, gradient: Any) -> None:
+    import torch
+
+    own: Any = torch.Tensor.grad
+    own.__set__(parameter, gradient)
 
 
 def _zeros(parameter: Any) -> Any:
     import torch
 
     return torch.zeros_like(parameter._unsharded_param, dtype=parameter.reduce_dtype, requires_grad=False)
+
+
+class GroupedParameter:
+    """One parameter of a module that `fully_shard` was applied to: its shard, and the leaf that is gathered.
+
+    Replaced by a public view of what FSDP2 gathers; `named_parameters` gives one of the two, whichever is in place.
+    """
+
+    def __init__(self, one: Any, group: Any) -> None:
+        self._one, self._group = one, group
+
+    @property
+    def name(self) -> str:
+        """In the root."""
+        return str(self._one._param_fqn or self._one._module_info.param_name)
+
+    @property
+    def shard(self) -> Any:
+        """The DTensor."""
+        return self._one.sharded_param
+
+    @property
+    def leaf(self) -> Any:
+        """The leaf of autograd that takes its place while it is gathered; None before it was for the first time."""
+        return getattr(self._one, "_unsharded_param", None)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the leaf is in place, with its values."""
+        return bool(self._group.is_unsharded)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether it is gathered in another dtype than that of the shard."""
+        return self._one.param_dtype is not None
+
+    @property
+    def memory(self) -> Any:
+        """Of the shard: flat, padded."""
+        return self._one._sharded_param_data
+
+    @property
+    def gathered_memory(self) -> Any:
+        """Of the leaf: flat and padded, or the leaf's values where they lie in another order (`when_gathered`)."""
+        reordered = self._one._unsharded_inner_tensors
+        return reordered[0] if reordered else self._one.all_gather_outputs[0]
+
+    @property
+    def own_memory(self) -> Any:
+        """What this rank's shard is of the values of the leaf; where they lie in another order, a copy."""
+        mesh, memory = self._one.mesh_info, self.gathered_memory
+        if self._one._unsharded_inner_tensors:
+            flat = memory.new_zeros(mesh.shard_mesh_size * self.memory.numel())
+            flat[: memory.numel()] = memory.reshape(-1)
+            memory = flat
+        return memory.view(mesh.shard_mesh_size, -1)[mesh.shard_mesh_rank]
+
+    def set_own(self, memory: Any) -> None:
+        """Write the memory of the shard into this rank's part of the leaf."""
+        if not self._one._unsharded_inner_tensors:
+            self.own_memory.copy_(memory)
+            return
+        start = self._one.mesh_info.shard_mesh_rank * memory.numel()
+        flat = self.gathered_memory.reshape(-1)
+        count = max(0, min(memory.numel(), flat.numel() - start))
+        flat[start : start + count] = memory[:count]
+        self.gathered_memory.copy_(flat.view(self._one._orig_size))
+
+    @property
+    def values(self) -> Any:
+        """The memory of the leaf in the shape that this rank computes with."""
+        if self._one._unsharded_inner_tensors:
+            return self.gathered_memory
+        return self.gathered_memory[: self._one._orig_size.numel()].view(self._one._orig_size)
+
+    def set_values(self, values: Any) -> None:
+        """Write into the memory of the leaf what autograd does not count as a write."""
+        import torch
+
+        autograd: Any = torch.autograd
+        with torch.no_grad(), autograd._unsafe_preserve_version_counter(self.gathered_memory):
+            self.values.copy_(values)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the shard is in memory that FSDP2 has pinned."""
+        return bool(self._one.pin_memory)
+
+    @property
+    def places(self) -> list[tuple[Any, str]]:
+        """Modules that hold it, and its name there."""
+        info = self._one._module_info
+        return [
+            (info.module, info.param_name),
+            *zip(info.shared_modules, info.shared_param_names, strict=True),
+        ]
+
+
+def grouped_parameters(module: Any) -> list[GroupedParameter]:
+    """Those of the group of `module`, which `fully_shard` was applied to.
+
+    Replaced as `GroupedParameter`.
+    """
+    return [GroupedParameter(one, group) for group in _groups_of(module) for one in group.fsdp_params]
+
+
+def _groups_of(module: Any) -> list[Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def around_sharding(module: Any, *, gathered: Any, resharding: Any, reducing: Any) -> Any:
+    """Call `gathered` before and after the parameters of `module`, which `fully_shard` was applied to, take the place
+    of their shards, as a context, `resharding` before these take theirs again, and `reducing` as a context around what
+    FSDP2 does after their backward; what undoes it.
+
+    Replaced by public hooks of FSDPModule.unshard and reshard, which its own hooks do not call.
+    """
+    groups = _groups_of(module)
+    undo = [one for group in groups for one in _wrap(group, gathered, resharding, reducing)]
+
+    def undo_all() -> None:
+        for one in undo:
+            one()
+
+    return undo_all
+
+
+def _wrap(group: Any, gathered: Any, resharding: Any, reducing: Any) -> list[Callable[[], None]]:
+    to_unsharded, to_sharded, post_backward = group._to_unsharded, group._to_sharded, group.post_backward
+
+    def gathers() -> None:
+        with gathered():
+            to_unsharded()
+
+    def reshards() -> None:
+        if group.is_unsharded:
+            resharding()
+        to_sharded()
+
+    def reduces(*args: Any) -> None:
+        with reducing():
+            post_backward(*args)
+
+    instead = {"_to_unsharded": gathers, "_to_sharded": reshards, "post_backward": reduces}
+    return [_replaced(group, name, method) for name, method in instead.items()]
+
+
+def reduce_gradients(module: Any) -> None:
+    """Reduce what the leaves of `module`, which `fully_shard` was applied to, have for gradients: a collective.
+
+    Replaced by a public way to do so outside of a backward.
+    """
+    for group in _groups_of(module):
+        state = group._training_state
+        group.post_backward()
+        group._training_state = state
+        group.finalize_backward()
+
+
+def local_tensor(parameter: Any) -> Any:
+    """The tensor of this rank behind the DTensor `parameter`, sharing its count of versions.
+
+    Replaced by `DTensor.to_local`, whose result counts as another one.
+    """
+    return parameter._local_tensor

@@ -38,11 +38,13 @@ def assert_async(condition: Any, message: str) -> None:
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether `torch.compile(module)` made `module`, or `module.compile()` was called.
+    """Whether `torch.compile(module)` made `module`, or `module.compile()` was called; of a LightningModule also
+    whether a Trainer was given what `torch.compile(module)` made.
 
     Replaced by a public way to ask.
     """
-    return compiled_module(module) is not module or module._compiled_call_impl is not None
+    of_trainer = vars(module).get("_compiler_ctx") is not None
+    return compiled_module(module) is not module or module._compiled_call_impl is not None or of_trainer
 
 
 def has_full_backward_hooks(module: Any) -> bool:

@@ -121,6 +121,25 @@ class SpilledParameters(Places):
             block.region.save().wait()
             block.region.drop()
 
+    def keeps_shard(self, shard: Tensor) -> bool:
+        """Whether it is one of a block that is in the store."""
+        return shard in self.places
+
+    @contextlib.contextmanager
+    def writing(self, shard: Tensor) -> Iterator[None]:
+        """Within, what is written into the memory of the shard stays, whether it is fetched or not."""
+        found = self.places.get(shard)
+        if found is None:
+            yield
+            return
+        region, start = found[0].region, found[1]
+        if region.in_dram:
+            found[0].transfer.wait()
+        yield
+        # At rest it is the file.
+        if region.in_dram:
+            region.save(start, start + local_of(shard.detach()).nbytes)
+
     def settle(self) -> None:
         """Drop what was fetched for a turn that has not come."""
         for block in self.blocks.values():

@@ -51,6 +51,7 @@ from lightning_largescale.plan import PlanError
 
 # Agreed steps after which one is followed again, at most: a model whose ranks differ now and then is agreed on.
 _MOST_PATIENCE = 64
+_GRADIENT: Any = torch.Tensor.grad
 
 
 @dataclass
@@ -333,11 +334,11 @@ class Agreement:
             parameter, place = self._unsharded[index], (len(self._groups), index)
             if index in self.trained:
                 self._given.add(place)
-            elif parameter.grad is None:
+            elif _GRADIENT.__get__(parameter) is None:
                 self._fresh.add(place)
-                parameter.grad = torch.zeros_like(parameter)
-            gradient = parameter.grad
-            assert gradient is not None
+                # What is assigned to `grad` as users do it is averaged.
+                _GRADIENT.__set__(parameter, torch.zeros_like(parameter))
+            gradient = _GRADIENT.__get__(parameter)
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
         self.trained.difference_update(indices)
@@ -352,7 +353,7 @@ class Agreement:
             if given[group, index]:
                 continue
             if group == len(self._groups):
-                self._unsharded[index].grad = None
+                _GRADIENT.__set__(self._unsharded[index], None)
             else:
                 self._groups[group].drop_gradient(index)
         self._fresh.clear()
@@ -376,20 +377,22 @@ class Agreement:
                 raise self._differ(told)
         own = Round(entry, self._sizes if wants else (), departs=departs)
         if wants:
-            self._offer(own)
+            self._offer(own, entry)
         own.begin(self._ranks).wait()
         told = own.told()
         if not wants and not told.same:
             raise self._differ(told)
         return told
 
-    def _offer(self, own: Round) -> None:
+    def _offer(self, own: Round, entry: Entry) -> None:
         """Tell of the gradients that this rank has, and of those that are to come."""
         in_backward = compat.current_node_sequence() is not None
         for index, group in enumerate(self._groups):
             # The root is come past at the end.
             comes = not in_backward or self._expected[index] > 0 or not self._names[index]
-            if comes and not self._ending:
+            # Outside of a backward are gradients reduced that were set by hand.
+            by_hand = not in_backward and entry.kind is Kind.REDUCE and entry.number == index
+            if comes and not by_hand and not self._ending:
                 own.await_more(index)
             if group.reduces:
                 own.offer(index, group.unreduced())

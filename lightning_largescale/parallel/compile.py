@@ -60,6 +60,16 @@ def compile_blocks(module: nn.Module, options: Mapping[str, Any]) -> Callable[[]
     return undo
 
 
+def traced_modules(module: nn.Module) -> set[nn.Module]:
+    """`module` and those in it whose forward torch.compile traces."""
+    compiled = [
+        part
+        for part in module.modules()
+        if compat.is_compiled(part) or isinstance(vars(part).get("forward"), _Compiled)
+    ]
+    return {inner for part in compiled for inner in part.modules()}
+
+
 class _Compiled:
     """A block's forward, compiled; a copy of the block gets its own, where a function would compute as the block."""
 

@@ -25,8 +25,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.agreement import Agreement
+from lightning_largescale.parallel.average import Average
+from lightning_largescale.parallel.by_hand import differentiate_leaves, reduce_assigned, set_gradient
 from lightning_largescale.parallel.mesh import agreement_group, data_mesh, tensor_group, tensor_mesh
 from lightning_largescale.parallel.module_order import ModuleOrder
+from lightning_largescale.parallel.writes import Writes
 from lightning_largescale.plan import Plan, PlanError
 
 _Result = TypeVar("_Result")
@@ -64,8 +67,11 @@ class Sharded:
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
         hooks: what was registered with parts of the module.
+        undo: what else was begun.
         before_gather: called in a step, and outside of its backward, before a block is gathered.
         on_parts: runs a step where tensor parallelism divides what lies outside of blocks; None where it does not.
+        writes: watches the parameters of the groups.
+        average: of gradients that are set by hand.
     """
 
     plan: Plan
@@ -80,8 +86,11 @@ class Sharded:
     in_backward: bool = False
     whole: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     before_gather: Callable[[], None] | None = None
     on_parts: Callable[[Callable[[], Any]], Any] | None = None
+    writes: Writes = field(init=False)
+    average: Average = field(init=False)
 
     def every_group(self) -> list[FSDPModule]:
         """Those of blocks and wrapped modules, the root's, and those beside it."""
@@ -127,6 +136,14 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
             state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
     # Else the first group to run forward would become the root for good.
     compat.become_root(module, state.beside)
+    state.average = Average(state.mesh)
+    named = [*state.groups, *(f"beside {number}" for number in range(len(state.beside)))]
+    groups = {name: cast(nn.Module, group) for name, group in zip(named, state.every_group(), strict=True)}
+    by_hand = partial(set_gradient, lambda: state.stepping)
+    state.writes = Writes(groups, average=state.average, set_gradient=by_hand)
+    state.undo.callback(state.writes.stop)
+    state.undo.callback(differentiate_leaves())
+    # Around what watches writes, since it also takes part in what is gathered and reduced.
     watch(module, state, unsharded)
 
 
@@ -159,6 +176,7 @@ def stop_gathering(module: nn.Module, state: Sharded) -> None:
     for hook in state.hooks:
         hook.remove()
     state.hooks.clear()
+    state.undo.close()
     for name in gathering_attributes():
         vars(module).pop(name)
 
@@ -254,6 +272,22 @@ def reshard(module: nn.Module) -> None:
         group.reshard()
 
 
+def settle(module: nn.Module) -> None:
+    """Have the shards of `module`, if it is sharded, know what was written into gathered parameters and set for their
+    gradients: before an optimizer steps on them. A collective.
+
+    Raises:
+        PlanError: something was written that cannot be kept.
+    """
+    state = sharded_state(module)
+    if state is None:
+        return
+    state.writes.keep()
+    if state.synchronize:
+        groups = cast(Sequence[nn.Module], state.every_group())
+        reduce_assigned(zip(groups, state.writes.groups.values(), strict=True))
+
+
 def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Run the step `name` of `module` with the root's parameters gathered, as `run_gathered`.
 
@@ -301,6 +335,7 @@ def sharded_in_place(module: nn.Module) -> Iterator[None]:
 
 def forget_step(module: nn.Module) -> None:
     """Make the sharded `module` ready for a step after one that ended halfway; its gradients may be lost."""
+    vars(module)[_STATE].writes.forget()
     compat.forget_sharded_step(module)
     state: Sharded = vars(module)[_STATE]
     for watching in (state.agreement, state.order):

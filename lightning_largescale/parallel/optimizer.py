@@ -7,6 +7,7 @@ and checkpoints need not know how it steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
-from lightning_largescale.optimizing import UntriedError, closure_first, has_modes
+from lightning_largescale.optimizing import UntriedError, after_closure, closure_first, has_modes
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.exchange import Exchange
-from lightning_largescale.parallel.gather import reshard
+from lightning_largescale.parallel.gather import reshard, settle
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.order import divided_dims, order_of
 from lightning_largescale.parallel.sparse import check_takes_rows
@@ -117,6 +118,8 @@ class AdaptedOptimizer:
         """The closure where it must come first, then the shards."""
         given = None
         if self._depth == 0:
+            given = after_closure(args, kwargs, partial(settle, self._known.module))
+            args, kwargs = given
             if (lookups := row_sharded(self._known.module)) is not None:
                 lookups.check_sent()
             if self._asked_early:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_largescale import compat
 from lightning_largescale.forward import Forward
 from lightning_largescale.parallel.kept import Contexts, keep_products
+from lightning_largescale.parallel.watched import watched
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_blocks
 
@@ -85,12 +86,14 @@ class _Recomputed(Forward):
             for owner in self._module.modules()
             for name, tensor in owner.named_buffers(recurse=False)
         }
-        if not before and not self._keeps:
-            # torch.compile takes no contexts that do nothing.
-            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         contexts = keep_products if self._keeps else noop_context_fn
         if before:
             contexts = partial(_bound_in_backward, contexts, before)
+        if not torch.compiler.is_compiling():
+            contexts = partial(_writing_once, contexts, self._module)
+        elif contexts is noop_context_fn:
+            # torch.compile takes no contexts that do nothing.
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     def _as_it_is(self, owner: nn.Module, tensor: Tensor) -> Tensor:
@@ -101,6 +104,42 @@ class _Recomputed(Forward):
         if copied is None or copied[0] != version:
             copied = self._copies[tensor] = (version, tensor.clone())
         return copied[1]
+
+
+def _writing_once(contexts: Callable[[], Contexts], block: nn.Module) -> Contexts:
+    """`contexts`, the second of which refuses writes into the parameters of `block`."""
+    first, again = contexts()
+    return first, _WritesOnce(block, again)
+
+
+class _WritesOnce:
+    """Around a forward that runs again, and around `inner`: what it writes into parameters it would write twice."""
+
+    def __init__(self, block: nn.Module, inner: AbstractContextManager[Any]) -> None:
+        self._block, self._inner = block, inner
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+        self._before = self._writes()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        # Also where it ends by an error, as it does when all is there that backward needs.
+        for name, count in self._writes().items():
+            if count != self._before.get(name, count):
+                raise PlanError(
+                    f"{type(self._block).__name__.removeprefix('FSDP')} writes into its parameter {name!r} in forward,"
+                    " which activation_checkpointing runs twice; write it in training_step, or use"
+                    " activation_checkpointing='none'."
+                )
+
+    def _writes(self) -> dict[str, object]:
+        """By name of a parameter, what changes when it is written into."""
+        counts: dict[str, object] = {}
+        for name, parameter in self._block.named_parameters():
+            found = watched(parameter)
+            counts[name] = parameter.data_ptr(), compat.version(parameter) if found is None else found.versions()
+        return counts
 
 
 _Buffers = dict[tuple[nn.Module, str], Tensor]

@@ -25,6 +25,7 @@ from torchmetrics import Metric
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.parallel.by_hand import average_assigned
 from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import Sharded, set_plan, sharded_state, start_gathering
@@ -172,6 +173,9 @@ def shard_module(
         return
     restore_when_gathered(state, before)
     start_gathering(module, state, scalars)
+    for scalar in scalars:
+        average_assigned(scalar, state.average)
+        state.undo.callback(average_assigned, scalar, None)
     enable_copies(module)
     if device.type == "cpu":
         release_free_memory()
@@ -394,4 +398,4 @@ def _average(state: Sharded, index: int, parameter: Tensor) -> None:
         state.agreement.trained.add(index)
     elif state.synchronize:
         dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
+        parameter.grad.div_(dist.get_world_size())

@@ -59,8 +59,13 @@ def rules() -> dict[Callable[..., Any], Rule]:
         found |= {getattr(place, name): _pointwise for name in listed if hasattr(place, name)}
     for place in (torch.Tensor, torch):
         found |= {getattr(place, name): _of_the_first for name in _OF_THE_FIRST if hasattr(place, name)}
-    found[torch.Tensor.data.__get__] = _of_the_first  # type: ignore[attr-defined]
+    found[torch.Tensor.data.__get__] = _data  # type: ignore[attr-defined]
     return found
+
+
+def _data(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The values, in which writes are counted, for those who take them from the part."""
+    return _of_the_first(engine, torch.Tensor.detach, args, kwargs)
 
 
 def _pointwise(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,50 @@
+"""Averages over the ranks that see other samples, of tensors that FSDP2 does not reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_largescale.parallel.mesh import data_group
+
+
+class Average:
+    """Averages over the ranks that see other samples.
+
+    Args:
+        mesh: that parameters are divided over.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._group = data_group(mesh)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The average of every rank's `tensor`: a collective."""
+        ranks = self._group.size()
+        if ranks == 1:
+            return tensor
+        average = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(average, group=self._group)
+        return average / ranks
+
+    def each(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of each the average, missing ones counting as zeros and those that are missing everywhere as missing: a
+        collective for each dtype.
+        """
+        if self._group.size() == 1:
+            return list(tensors)
+        found: list[Tensor | None] = [None] * len(tensors)
+        for dtype in dict.fromkeys(one.dtype for one in like):
+            places = [place for place, one in enumerate(like) if one.dtype == dtype]
+            given = [tensors[place] for place in places]
+            there = torch.tensor([one is not None for one in given], dtype=dtype, device=like[places[0]].device)
+            zeros = [torch.zeros_like(like[place]) if tensors[place] is None else tensors[place] for place in places]
+            flat = [there, *(one.detach().reshape(-1).to(dtype) for one in zeros if one is not None)]
+            average = torch.split(self(torch.cat(flat)), [one.numel() for one in flat])
+            for place, share, one in zip(places, average[0].tolist(), average[1:], strict=True):
+                found[place] = one.view(like[place].shape) if share else None
+        return found

@@ -1,0 +1,532 @@
+"""Parameters of a sharded module as the code of users finds them: writes to them are noticed, and kept.
+
+A parameter is two objects. The shard, a DTensor, is the optimizer's; while its group is gathered a leaf of autograd
+takes its place, whose memory goes when the group is resharded. The classes here make both the same parameter: what is
+written into the leaf is copied to the shard before that, what is assigned to `data` or `requires_grad` of either goes
+to both, and so do gradients (`parallel.by_hand`).
+
+Each rank keeps its own slices of what it writes, so all ranks are to write the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.average import Average
+from lightning_largescale.parallel.order import divided, full, order_of
+from lightning_largescale.plan import PlanError
+
+# Where a parameter keeps what watches it.
+_WATCHED = "_largescale_watched"
+_DATA: Any = Tensor.data
+_GRADIENT: Any = Tensor.grad
+_TRAINED: Any = Tensor.requires_grad
+# How torch complains of shards where it has plain tensors.
+MIXED = "torch.Tensor and DTensor"
+_DRAWS = ("normal_", "uniform_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_")
+
+
+class Elsewhere(Protocol):
+    """What keeps shards in another tier, at fixed addresses."""
+
+    def keeps_shard(self, shard: Tensor) -> bool:
+        """Whether it keeps this one."""
+
+    def writing(self, shard: Tensor) -> AbstractContextManager[None]:
+        """Within, what is written into the memory of the shard stays."""
+
+
+class Watched:
+    """A parameter of a sharded module, watched from `adopt` on.
+
+    Args:
+        one: the parameter.
+        group: whose group it is in.
+        elsewhere: tells what keeps shards in another tier, if anything does.
+        others: all parameters of the module.
+        average: of gradients, over the ranks.
+        set_gradient: assigns a gradient that is no shard of one.
+
+    Attributes:
+        one: as given.
+        average: as given.
+        reducing: FSDP2 reads and drops the leaf's gradient.
+    """
+
+    def __init__(
+        self,
+        one: compat.GroupedParameter,
+        group: nn.Module,
+        *,
+        elsewhere: Callable[[], Elsewhere | None],
+        others: Sequence[Watched],
+        average: Average,
+        set_gradient: Callable[[Watched, Tensor], None],
+    ) -> None:
+        self.one, self.reducing = one, False
+        self._group, self._elsewhere, self._set_gradient = group, elsewhere, set_gradient
+        self._others, self.average = others, average
+        # Shares the leaf's memory and not its count of versions, as what `data` gives in plain torch.
+        self._values: Tensor | None = None
+        # What `versions` gave when the leaf was last looked at.
+        self._seen: tuple[int, ...] = ()
+        # Somebody has had a way to write into the leaf that no version counts.
+        self._exposed = self._is_foreign = False
+        self._handed: Callable[[], object] = lambda: None
+
+    def adopt(self, *, leaf: bool, shard: bool) -> None:
+        """Watch the objects that there are now, of these two."""
+        divided = self.one.shard
+        if shard and type(divided) is DTensor:
+            divided.__class__ = ShardParameter
+            vars(divided)[_WATCHED] = weakref.ref(self)
+        gathered = self.one.leaf
+        if gathered is None or not leaf:
+            return
+        self._is_foreign = not isinstance(gathered, _Leaf) and type(gathered) not in (nn.Parameter, DTensor)
+        if type(gathered) in (nn.Parameter, DTensor):
+            gathered.__class__ = GatheredShard if isinstance(gathered, DTensor) else GatheredParameter
+            vars(gathered)[_WATCHED] = weakref.ref(self)
+
+    def look(self) -> None:
+        """Take the leaf as it is now for what the shard has."""
+        # What is of another class is not told who asks it for its data.
+        self._seen, self._exposed = self.versions(), self._is_foreign
+
+    def settle(self) -> None:
+        """Have the shard know what was written into the leaf since `look`, if it is gathered.
+
+        Raises:
+            PlanError: that cannot be.
+        """
+        if self.one.is_gathered:
+            if self.is_written():
+                self.keep()
+            # The shard may change from here on: what is compared with it then is another.
+            self.look()
+
+    def is_written(self) -> bool:
+        """Whether the leaf, gathered, was written into since `look`."""
+        if self._is_moved() or self.versions() != self._seen:
+            return True
+        return self._exposed and not self._equals_shard()
+
+    def keep(self) -> None:
+        """Copy this rank's slice of the leaf, gathered, to the shard.
+
+        Raises:
+            PlanError: the leaf is of fewer bits than the shard.
+        """
+        one = self.one
+        if one.is_cast:
+            self.look()
+            raise PlanError(
+                f"{one.name!r} was written into while it was gathered in {one.leaf.dtype}, of which its"
+                f" {one.shard.dtype} shards cannot be made; write into it in on_train_batch_start or"
+                " on_train_batch_end, where its shards are, or use precision='32-true'."
+            )
+        with torch.no_grad():
+            if self._is_moved():
+                one.set_values(one.leaf)
+                _DATA.__set__(one.leaf, one.values)
+                self._values = None
+            with self._writing():
+                one.memory.copy_(one.own_memory)
+        self.look()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        found = self._elsewhere()
+        return torch.no_grad() if found is None else found.writing(self.one.shard)
+
+    def versions(self) -> tuple[int, ...]:
+        """What changes when the leaf is written into: the versions of the tensors that have its memory."""
+        leaf = self.one.leaf
+        local = compat.version(compat.local_tensor(leaf)) if isinstance(leaf, DTensor) else 0
+        # Of values that nobody has asked for yet as of those that nobody has written into.
+        return compat.version(leaf), local, 0 if self._values is None else compat.version(self._values)
+
+    def _is_moved(self) -> bool:
+        """Whether something was assigned to `data` of the leaf."""
+        leaf = self.one.leaf
+        local = compat.local_tensor(leaf) if isinstance(leaf, DTensor) else leaf
+        moved: bool = local.data_ptr() != self.one.gathered_memory.data_ptr()
+        return moved
+
+    def _equals_shard(self) -> bool:
+        own, memory = self.one.own_memory, self.one.memory
+        memory = memory.to(own.device, own.dtype)
+        # Of not-a-numbers too.
+        return torch.equal(own.view(torch.uint8), memory.view(torch.uint8)) if own.numel() else True
+
+    # What code asks of the leaf
+
+    def leaf_data(self) -> Tensor:
+        """What `data` of the leaf gives, in which writes are counted."""
+        self._exposed = True
+        if self._values is None:
+            self._values = _DATA.__get__(self.one.leaf)
+        return self._values.detach()
+
+    def expose(self) -> None:
+        """Somebody gets a way to write into the leaf that is not counted."""
+        self._exposed = True
+
+    def assign_leaf(self, value: Tensor) -> None:
+        """Assign to `data` of the leaf.
+
+        Raises:
+            PlanError: it would be of another kind.
+        """
+        one = self.one
+        if not one.is_gathered:
+            self.assign_shard(value)
+            return
+        self._check(value)
+        if one.is_cast:
+            raise PlanError(
+                f"data of {one.name!r} is assigned while it is gathered in {one.leaf.dtype}, of which its"
+                f" {one.shard.dtype} shards cannot be made; assign it in on_train_batch_start or on_train_batch_end,"
+                " where its shards are, or use precision='32-true'."
+            )
+        if isinstance(one.leaf, DTensor):
+            self._exposed = True
+            local = self._local_of(value, one.leaf)
+            with torch.no_grad():
+                compat.local_tensor(one.leaf).copy_(local)
+            return
+        if isinstance(value, DTensor):
+            value = full(value, order_of(one.shard))
+        self._check_own(value)
+        _DATA.__set__(one.leaf, value)
+        self._values = None
+
+    # What code asks of the shard
+
+    def hand_out(self, values: Tensor) -> Tensor:
+        """`values`, which `data` of the shard gives."""
+        values.__class__ = ShardValues
+        vars(values)[_WATCHED] = weakref.ref(self)
+        self._handed = weakref.ref(values)
+        return values
+
+    def assign_shard(self, value: Tensor) -> None:
+        """Assign to `data` of the shard: it has the memory of `value` from now on, as far as that can be.
+
+        Raises:
+            PlanError: it would be of another kind, or its memory is in another tier, where it stays, and is still read
+                under its old name.
+        """
+        one, shard = self.one, self.one.shard
+        self._check(value)
+        local, memory = self._local_of(value, shard), one.memory
+        elsewhere = self._elsewhere()
+        stays = one.is_pinned or (elsewhere is not None and elsewhere.keeps_shard(shard))
+        fits = local.is_contiguous() and local.numel() == memory.numel() and local.device == memory.device
+        if stays or not fits:
+            self._check_own(local)
+        if stays:
+            if self._handed() is not None and self._handed() is not value:
+                raise PlanError(
+                    f"data of {one.name!r} is assigned while what it gave before is kept, and offload_parameters keeps"
+                    " both at one place; keep a clone of it (`parameter.data.clone()`)."
+                )
+            with torch.no_grad(), self._writing():
+                memory[: local.numel()].copy_(local.reshape(-1))
+        else:
+            if not fits:
+                padded = torch.zeros_like(memory)
+                padded[: local.numel()].copy_(local.reshape(-1))
+                local = padded
+            compat.place_shard(self._group, shard, local.view(-1))
+        if one.is_gathered:
+            one.set_own(one.memory)
+
+    def write(self, function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call `function`, which writes into `values` of the shard, with this rank's slices of full tensors.
+
+        Raises:
+            PlanError: it takes a plain tensor of another shape.
+        """
+
+        def slice_of(one: Any) -> Any:
+            if not isinstance(one, Tensor) or isinstance(one, DTensor) or one.shape != values.shape or not one.dim():
+                return one
+            return divided(one.detach().to(values.device), self.one.shard, order_of(self.one.shard))
+
+        try:
+            with self._writing():
+                return function(values, *map(slice_of, args), **{name: slice_of(one) for name, one in kwargs.items()})
+        except RuntimeError as error:
+            if MIXED not in str(error):
+                raise
+            raise PlanError(
+                f"{self.one.name!r} is sharded here, and {function.__name__} is given a plain tensor that is not of its"
+                f" shape {tuple(values.shape)}; expand it, or write in"
+                " `with self.trainer.strategy.full_parameters():`."
+            ) from error
+
+    def write_item(self, index: Any, value: Any) -> None:
+        """Write `value` to `index` of the parameter, of which there is the shard: a collective."""
+        shard = self.one.shard
+        with torch.no_grad():
+            whole = full(shard, order_of(shard)).clone()
+            whole[index] = full(value) if isinstance(value, DTensor) else value
+            with self._writing():
+                compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
+
+    def draw(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Fill the shard with its slice of random numbers for all of the parameter, as a plain run draws them."""
+        shard = self.one.shard
+        whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
+        getattr(whole, method)(*args, **kwargs)
+        with torch.no_grad(), self._writing():
+            compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
+
+    def _local_of(self, value: Tensor, like: DTensor) -> Tensor:
+        if not isinstance(value, DTensor):
+            value = divided(value.detach().to(like.device), like, order_of(self.one.shard))
+        elif value.placements != like.placements:
+            value = value.redistribute(like.device_mesh, like.placements)
+        local: Tensor = compat.local_tensor(value.detach())
+        return local
+
+    def _check_own(self, local: Tensor) -> None:
+        """Make sure that `local`, of which a copy is made, is no memory of another parameter, which would be shared."""
+        if compat.storage_users(local.untyped_storage()) == 1:
+            return
+        storage = local.untyped_storage().data_ptr()
+        for other in self._others:
+            memories = [other.one.memory, *([other.one.gathered_memory] if other.one.is_gathered else [])]
+            if other is not self and any(one.untyped_storage().data_ptr() == storage for one in memories):
+                raise PlanError(
+                    f"data of {self.one.name!r} is assigned that of {other.one.name!r}, and parameters that are sharded"
+                    " have no memory in common; assign a clone of it (`other.data.clone()`)."
+                )
+
+    def _check(self, value: object) -> None:
+        shard = self.one.shard
+        if isinstance(value, Tensor) and value.shape == shard.shape and value.dtype == shard.dtype:
+            return
+        found = f"{tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise PlanError(
+            f"data of {self.one.name!r} is assigned {found}, and what is sharded keeps its shape {tuple(shard.shape)}"
+            f" and {shard.dtype}; assign a tensor of these."
+        )
+
+    # Gradients
+
+    def gradient(self) -> Tensor | None:
+        """Of the parameter: what is not reduced yet, else the shard's."""
+        leaf = self.one.leaf
+        pending: Tensor | None = None if leaf is None else _GRADIENT.__get__(leaf)
+        return pending if pending is not None or self.reducing else _GRADIENT.__get__(self.one.shard)
+
+    def has_pending_gradient(self) -> bool:
+        """Whether the leaf has a gradient that is not reduced yet."""
+        return self.one.leaf is not None and _GRADIENT.__get__(self.one.leaf) is not None
+
+    def set_gradient(self, value: Tensor | None) -> None:
+        """Assign the gradient of the parameter."""
+        leaf, shard = self.one.leaf, self.one.shard
+        if self.reducing:
+            return
+        if value is not None and not (isinstance(value, DTensor) and value.placements == shard.placements):
+            self._set_gradient(self, value)
+            return
+        if leaf is not None:
+            _GRADIENT.__set__(leaf, None)
+        _GRADIENT.__set__(shard, value)
+
+    def train(self, trained: bool) -> None:
+        """Freeze or unfreeze both."""
+        for parameter in (self.one.leaf, self.one.shard):
+            if parameter is not None:
+                _TRAINED.__set__(parameter, trained)
+
+
+def watched(parameter: object) -> Watched | None:
+    """What watches `parameter`; None where nothing does."""
+    found = vars(parameter).get(_WATCHED) if isinstance(parameter, _Parameter | ShardValues) else None
+    return None if found is None else found()
+
+
+def set_leaf_gradient(leaf: Tensor, value: Tensor | None) -> None:
+    """Assign a gradient to the leaf alone, to be reduced later."""
+    _GRADIENT.__set__(leaf, value)
+
+
+class _Parameter:
+    """What leaf and shard have in common."""
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Of the parameter, wherever it is."""
+        found = watched(self)
+        if found is None or found.reducing:
+            return _GRADIENT.__get__(self)  # type: ignore[no-any-return]
+        return found.gradient()
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        found = watched(self)
+        if found is None or found.reducing:
+            _GRADIENT.__set__(self, value)
+        else:
+            found.set_gradient(value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the parameter is trained."""
+        return _TRAINED.__get__(self)  # type: ignore[no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, trained: bool) -> None:
+        found = watched(self)
+        if found is None:
+            _TRAINED.__set__(self, trained)
+        else:
+            found.train(trained)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or unfreeze it."""
+        self.requires_grad = requires_grad
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = _plain(self, copied=True)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(_plain(self), protocol)
+
+
+def _reduced(tensor: Any, protocol: Any) -> Any:
+    return tensor.__reduce_ex__(protocol)
+
+
+def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
+    """A parameter of torch's own class with the same values, or a copy of them."""
+    values = Tensor.detach(parameter)
+    made = nn.Parameter(values.clone() if copied else values, requires_grad=_TRAINED.__get__(parameter))
+    if copied and parameter.grad is not None:
+        made.grad = parameter.grad.detach().clone()
+    return made
+
+
+class _Leaf(_Parameter):
+    """What is in place while a group is gathered."""
+
+    @property
+    def data(self) -> Tensor:
+        """Its values."""
+        found = watched(self)
+        return _DATA.__get__(self) if found is None else found.leaf_data()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        found = watched(self)
+        if found is None:
+            _DATA.__set__(self, value)
+        else:
+            found.assign_leaf(value)
+
+    def detach(self) -> Tensor:
+        """Its values."""
+        return Tensor.detach(_exposed(self))
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """Its values."""
+        return Tensor.numpy(_exposed(self), *args, **kwargs)
+
+
+def _exposed(leaf: Any) -> Any:
+    found = watched(leaf)
+    if found is not None:
+        found.expose()
+    return leaf
+
+
+class GatheredParameter(_Leaf, nn.Parameter):
+    """A parameter that is gathered."""
+
+
+class GatheredShard(_Leaf, DTensor):
+    """A parameter that is gathered and still divided by tensor parallelism."""
+
+
+class ShardValues(DTensor):
+    """Values of a shard, into which is written as into those of the whole parameter."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        found = watched(self)
+        if found is None:
+            super().__setitem__(index, value)
+        else:
+            found.write_item(index, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return memo.setdefault(id(self), Tensor.detach(self).clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(Tensor.detach(self), protocol)
+
+
+class ShardParameter(_Parameter, ShardValues):
+    """A shard."""
+
+    @property
+    def data(self) -> Tensor:
+        """Its values."""
+        found, values = watched(self), _DATA.__get__(self)
+        return values if found is None else found.hand_out(values)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        found = watched(self)
+        if found is None:
+            _DATA.__set__(self, value)
+        else:
+            found.assign_shard(value)
+
+
+def _drawing(method: str) -> Callable[..., Any]:
+    def draw(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = watched(self)
+        if found is None:
+            return getattr(super(ShardValues, self), method)(*args, **kwargs)
+        found.draw(method, *args, **kwargs)
+        return self
+
+    return draw
+
+
+def _writing(method: str) -> Callable[..., Any]:
+    function = getattr(DTensor, method)
+
+    def write(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = watched(self)
+        return function(self, *args, **kwargs) if found is None else found.write(function, self, *args, **kwargs)
+
+    return write
+
+
+_NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "resize_", "resize_as_", "set_", "rename_"}
+for _name in dir(Tensor):
+    _in_place = _name.endswith("_") and not _name.startswith("_")
+    if _name in _DRAWS:
+        setattr(ShardValues, _name, _drawing(_name))
+    elif (_in_place and _name not in _NO_WRITES) or _name in ("__iadd__", "__isub__", "__imul__", "__itruediv__"):
+        setattr(ShardValues, _name, _writing(_name))

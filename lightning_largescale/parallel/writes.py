@@ -1,0 +1,153 @@
+"""What the code of users writes into gathered parameters, taken to the shards before the optimizer steps on these."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lightning_largescale import compat
+from lightning_largescale.parallel.average import Average
+from lightning_largescale.parallel.compile import traced_modules
+from lightning_largescale.parallel.watched import Elsewhere, Watched
+from lightning_largescale.plan import PlanError
+from lightning_largescale.workload.parts import part_of
+
+
+class Writes:
+    """Watches the parameters of a sharded module until `stop`.
+
+    Args:
+        groups: the modules that `fully_shard` was applied to, by name.
+        average: of gradients, over the ranks.
+        set_gradient: assigns a gradient that is no shard of one to a parameter.
+
+    Attributes:
+        elsewhere: what keeps shards in another tier; None while nothing does.
+        groups: the watched parameters by name of their group.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, nn.Module],
+        *,
+        average: Average,
+        set_gradient: Callable[[Watched, Tensor], None],
+    ) -> None:
+        self.elsewhere: Elsewhere | None = None
+        self.groups: dict[str, list[Watched]] = {}
+        self._undo = contextlib.ExitStack()
+        every: list[Watched] = []
+        traced = {inner for group in groups.values() for inner in traced_modules(group)}
+        for name, group in groups.items():
+            found = [
+                Watched(
+                    one,
+                    group,
+                    elsewhere=lambda: self.elsewhere,
+                    others=every,
+                    average=average,
+                    set_gradient=set_gradient,
+                )
+                for one in compat.grouped_parameters(group)
+            ]
+            every += found
+            self.groups[name] = found
+            watching = _Group(found, traced, shards=groups[""] not in traced)
+            self._undo.callback(
+                compat.around_sharding(
+                    group, gathered=watching.gathered, resharding=watching.resharding, reducing=watching.reducing
+                )
+            )
+
+    def keep(self) -> None:
+        """Take to the shards what was written into the leaves that are gathered now, which stay gathered.
+
+        Raises:
+            PlanError: that cannot be.
+        """
+        for found in self.groups.values():
+            for one in found:
+                one.settle()
+
+    def forget(self) -> None:
+        """Let what was written be lost with the leaves."""
+        for found in self.groups.values():
+            for one in found:
+                if one.one.is_gathered:
+                    one.look()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._undo.close()
+
+
+class _Group:
+    """The parameters that are gathered together, and what is done about them then.
+
+    Args:
+        parameters: of the group.
+        traced: modules that torch.compile traces, where parameters must be of torch's own classes.
+        shards: whether it traces none of the code that finds shards.
+    """
+
+    def __init__(self, parameters: Sequence[Watched], traced: Collection[nn.Module], *, shards: bool) -> None:
+        self._parameters, self._traced, self._shards = parameters, traced, shards
+        self._adopt()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Around the leaves' taking the place of the shards."""
+        self._check_places()
+        yield
+        self._adopt()
+        for one in self._parameters:
+            one.look()
+
+    def resharding(self) -> None:
+        """Before the shards take the place of the leaves again."""
+        self._check_places()
+        for one in self._parameters:
+            one.settle()
+
+    @contextlib.contextmanager
+    def reducing(self) -> Iterator[None]:
+        """While FSDP2 reduces the gradients of the leaves."""
+        for one in self._parameters:
+            one.settle()
+            one.reducing = True
+        try:
+            yield
+        finally:
+            for one in self._parameters:
+                one.reducing = False
+
+    def _adopt(self) -> None:
+        for one in self._parameters:
+            one.adopt(
+                leaf=not any(module in self._traced for module, _ in one.one.places),
+                shard=self._shards,
+            )
+
+    def _check_places(self) -> None:
+        """Make sure that the module has its own parameters.
+
+        Raises:
+            PlanError: something was put in the place of one.
+        """
+        # A step that failed is cleared up with what it has left behind.
+        if sys.exc_info()[0] is not None:
+            return
+        for one in self._parameters:
+            known = one.one.leaf, one.one.shard
+            for module, name in one.one.places:
+                found = compat.own_tensors(module)[0].get(name)
+                # Tensor parallelism puts parts there.
+                if not any(found is parameter for parameter in known) and part_of(found) is None:
+                    raise PlanError(
+                        f"{one.one.name!r} was replaced, by functional_call or an assignment, and what gathers it puts"
+                        " its own parameter there; write into it (`parameter.data = ...`), call what is to compute with"
+                        " others on a module that was not sharded, or replicate with dp_replicate."
+                    )

@@ -1,0 +1,107 @@
+"""What the code of users does to parameters and gradients: under every plan as in one process, or an error there."""
+
+from __future__ import annotations
+
+import pytest
+import user_actions
+from ranks import quiet
+from user_actions import BY_HAND, CELLS, GRADIENTS, WRITES, outcomes, verdict
+
+from lightning_largescale import Plan
+
+pytestmark = quiet
+
+PLANS = {
+    "ZeRO-3": (2, {"dp_shard": 2}),
+    "ZeRO-2": (2, {"dp_shard": 2, "reshard_after_forward": False}),
+    "tp": (2, {"tp": 2}),
+    "HSDP": (4, {"dp_replicate": 2, "dp_shard": 2}),
+    "offload": (1, {"offload_parameters": "nvme"}),
+    "offload on two": (2, {"dp_shard": 2, "offload_parameters": "nvme"}),
+}
+# What has no counterpart where parameters are sharded.
+REFUSED = {
+    "replaces",
+    "replaces_in_a_block",
+    "functional_of_a_block",
+    "functional_of_all",
+    "gradients_by_func_of_a_block",
+    "writes_through_numpy",
+}
+# Of which torch keeps no list of shards and plain tensors together.
+IN_HOOKS = {"of_lists"}
+# Every plan has some of each kind each day.
+DAILY = {
+    "ZeRO-3": [
+        ("decays", "forward"),
+        ("assigns_data", "early"),
+        ("momentum_by_data", "early"),
+        ("momentum_by_data", "callback"),
+        ("writes_through_data", "validation_step"),
+        ("writes_by_alias", "forward"),
+        ("swaps_and_swaps_back", "on_validation_start"),
+        ("draws", "on_train_epoch_end"),
+        ("writes_rows", "on_train_batch_end"),
+        ("replaces_in_a_block", "early"),
+        ("assigns_fresh_gradients", "on_after_backward"),
+        ("projects_conflicts", "manual"),
+        ("sets_gradients_of_unused_too", "manual"),
+        ("zeroes_by_module", "manual"),
+        ("functional_of_a_block", "manual"),
+    ],
+    "ZeRO-2": [("normalises", "forward"), ("decays", "on_before_backward"), ("sets_gradients", "manual")],
+    "tp": [("normalises", "forward"), ("assigns_data", "early")],
+    "HSDP": [("momentum_by_data", "early"), ("sets_gradients", "manual")],
+    "offload": [("clamps", "forward"), ("assigns_data", "late"), ("sets_gradients", "manual")],
+    "offload on two": [("momentum_in_place", "early")],
+}
+
+
+def run(request, plan, cells, folder):
+    """The verdicts on cells: one for each rank."""
+    ranks, fields = PLANS[plan]
+    if "offload_parameters" in fields:
+        fields = {**fields, "nvme_path": str(folder)}
+    if ranks == 1:
+        found = [outcomes(Plan(**fields), 1, cells)]
+    else:
+        found = request.getfixturevalue({2: "two", 4: "four"}[ranks]).run(outcomes, Plan(**fields), ranks, cells)
+    plain = outcomes(None, 1, cells)
+    return [[verdict(one, expected) for one in of_ranks] for *of_ranks, expected in zip(*found, plain, strict=True)]
+
+
+def failures(cells, verdicts):
+    """Cells that are silent, or refused though they are listed as supported."""
+    found = {}
+    for (action, hook), of_ranks in zip(cells, verdicts, strict=True):
+        may_fail = action in REFUSED or action in IN_HOOKS
+        fine = [one in ("equal", "error") or (may_fail and one.startswith("error: ")) for one in of_ranks]
+        if not all(fine):
+            found[action, hook] = of_ranks
+    return found
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_some_actions_are_those_of_one_process(request, tmp_path, plan):
+    cells = DAILY[plan]
+    assert failures(cells, run(request, plan, cells, tmp_path)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", [*WRITES, *GRADIENTS])
+@pytest.mark.parametrize("plan", PLANS)
+def test_actions_in_every_hook(request, tmp_path, plan, action):
+    cells = [cell for cell in CELLS if cell[0] == action]
+    assert failures(cells, run(request, plan, cells, tmp_path)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradients_by_hand(request, tmp_path, plan):
+    cells = [(action, "manual") for action in BY_HAND]
+    assert failures(cells, run(request, plan, cells, tmp_path)) == {}
+
+
+def test_there_are_cells_enough():
+    assert len(CELLS) * len(PLANS) > 200
+    assert {hook for _, hook in CELLS} >= {"manual", "forward", *user_actions.HOOKS}
