@@ -283,7 +283,8 @@ class SteppingStrategy(StatefulStrategy):
             yield
             return
         with contextlib.ExitStack() as hook:
-            if module.trainer.training and name != "optimizer_step":
+            # Before a backward its parameters are those that the loss was computed with.
+            if module.trainer.training and name not in ("optimizer_step", "on_before_backward"):
                 hook.enter_context(sharded_in_place(module))
             hook.enter_context(self._reading())
             try:

@@ -10,6 +10,7 @@ import dataclasses
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ _TORCH, _LIGHTNING, _OURS = (
     str(Path(found).parent) + "/" for found in (torch.__file__, str(lightning.__file__), __file__)
 )
 _COLLECTIVES, _READS = f"{_TORCH}distributed/", f"{_OURS}parallel/full_reads.py"
+_AGREES, _ENDS_ITSELF = f"{_OURS}parallel/agreement.py", f"{_OURS}parallel/module_order.py"
 # More than waiting costs, less than any work.
 _STILL_CPU_SECONDS = 0.01
 
@@ -37,11 +39,15 @@ class Wait:
         place: the line of the user's code, or that of the innermost code there is.
         read: the function that reads a sharded tensor there; empty where the collective is another.
         hook: of Lightning's, that the line is in; empty where it is in none.
+        agrees: the other ranks are to tell there what they are about to gather or reduce.
+        ends_itself: it waits for no longer than some seconds.
     """
 
     place: str
     read: str = ""
     hook: str = ""
+    agrees: bool = False
+    ends_itself: bool = False
 
 
 class Waiting:
@@ -81,15 +87,18 @@ class Waiting:
 
 
 def sentence_of(waits: dict[int, Wait | None]) -> tuple[int, str] | None:
-    """The rank that alone waits in a read, and why the run ends; None unless every rank waits, and not for the same.
+    """The rank that waits for what the others do not come to, and why the run ends; None unless every rank waits, and
+    not for the same.
 
     Args:
         waits: of each rank that has not finished; None for one that does not wait.
     """
     found = {rank: wait for rank, wait in waits.items() if wait is not None}
-    reading = [rank for rank, wait in found.items() if wait.read]
-    if len(found) < len(waits) or not reading:
+    if len(found) < len(waits) or any(wait.ends_itself for wait in found.values()):
         return None
+    reading = [rank for rank, wait in found.items() if wait.read]
+    if not reading:
+        return _not_agreed(found)
     rank, wait = reading[0], found[reading[0]]
     others = {other: where for other, where in found.items() if where != wait}
     if not others and len(waits) > 1:
@@ -99,6 +108,20 @@ def sentence_of(waits: dict[int, Wait | None]) -> tuple[int, str] | None:
     return rank, (
         f"PlanError: rank {rank} reads a sharded tensor ({wait.read}) at {wait.place}{hook}, which every rank has to"
         f" do{elsewhere}; read parameters and gradients on all ranks, or this rank's shard by their to_local()."
+    )
+
+
+def _not_agreed(found: Mapping[int, Wait]) -> tuple[int, str] | None:
+    """Ranks of which one is to hear what the others gather, and another is in a collective of its own."""
+    agreeing = [rank for rank, wait in found.items() if wait.agrees]
+    alone = [rank for rank, wait in found.items() if not wait.agrees]
+    if not agreeing or not alone:
+        return None
+    return alone[0], (
+        f"PlanError: rank {alone[0]} is in a collective at {found[alone[0]].place}, and rank {agreeing[0]} at"
+        f" {found[agreeing[0]].place} gathers blocks that it does not run, for which both have to tell each other; call"
+        " self.all_gather, self.log(sync_dist=True) or self.trainer.strategy.reduce in place of torch.distributed, or"
+        " let all ranks run the same blocks."
     )
 
 
@@ -115,7 +138,14 @@ def _describe(frames: list[FrameType]) -> Wait:
     function = frames[reads[-1]].f_locals.get("func") if reads else None
     place = f"{user.f_code.co_filename}:{user.f_lineno} ({user.f_code.co_name})"
     hook = next((name for name in names if isinstance(name, str)), "")
-    return Wait(place=place, read="" if function is None else _name(function), hook=hook)
+    files = {one.f_code.co_filename for one in frames}
+    return Wait(
+        place=place,
+        read="" if function is None else _name(function),
+        hook=hook,
+        agrees=_AGREES in files,
+        ends_itself=_ENDS_ITSELF in files,
+    )
 
 
 def _name(function: Any) -> str:

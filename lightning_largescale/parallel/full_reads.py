@@ -61,7 +61,8 @@ class FullReads(WholeNumbers):
             result = func(*args, **kwargs)
             return as_ordered(result, order_of(args[0])) if isinstance(result, DTensor) else result
         if func is torch.autograd.grad:
-            return _differentiate(args, kwargs)
+            # What it is given is told from what autograd computes with by `parallel.by_hand`.
+            return func(*args, **kwargs)
         if _writes(name, kwargs):
             return _write(func, args, kwargs)
         differentiated = self._in_step and torch.is_grad_enabled() and any(shard.requires_grad for shard in shards)
@@ -243,27 +244,6 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if operands and func is not Tensor.__setitem__:
         args, kwargs = map_tensors((args, kwargs), like_target)
     return func(*args, **kwargs)
-
-
-def _differentiate(args: Any, kwargs: Any) -> Any:
-    """`torch.autograd.grad`, some of whose arguments are shards.
-
-    Raises:
-        PlanError: what is differentiated was computed from what these are gathered to.
-    """
-    inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
-    inputs = [inputs] if isinstance(inputs, Tensor) else [*inputs]
-    found = torch.autograd.grad(*args, **{**kwargs, "allow_unused": True})
-    unknown = [gradient is None and isinstance(one, DTensor) for one, gradient in zip(inputs, found, strict=True)]
-    if any(unknown):
-        raise PlanError(
-            f"torch.autograd.grad was given {sum(unknown)} sharded parameters of blocks, which compute with gathered"
-            " ones and have their gradients after backward; compute the loss and its gradients in `with"
-            " self.trainer.strategy.full_parameters():`."
-        )
-    if not kwargs.get("allow_unused") and any(gradient is None for gradient in found):
-        return torch.autograd.grad(*args, **kwargs)
-    return found
 
 
 def _plain_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

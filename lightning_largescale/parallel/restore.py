@@ -29,7 +29,8 @@ class Before:
     def of(cls, parameter: nn.Parameter) -> Before:
         """What `parameter` is like, but for what this package has told it."""
         attributes = {name: value for name, value in vars(parameter).items() if not name.startswith("_largescale")}
-        return cls(Whole(memory_order(parameter), type(parameter)), attributes)
+        kind = nn.Parameter if isinstance(parameter, DTensor) else type(parameter)
+        return cls(Whole(memory_order(parameter), kind), attributes)
 
     def tell(self, shard: nn.Parameter) -> None:
         """Let the shard of the parameter be told of it."""
