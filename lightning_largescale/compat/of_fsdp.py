@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -115,7 +116,8 @@ class GroupCollectives:
 
         Args:
             indices: of the parameters.
-            own: with this rank's gradients where it has some; else they are left for a later reduction.
+            own: with this rank's gradients where it has some; else they are left for a later reduction, and no hook of
+                the parameters is called.
 
         Returns:
             Indices of those that had no reduced gradient before, and of those to which this rank gave one.
@@ -136,8 +138,10 @@ class GroupCollectives:
         before = group._training_state, group.reduce_grads, group.reshard_after_backward
         # Whoever computes with the gathered parameters does so still.
         group.reduce_grads, group.reshard_after_backward = True, False
+        noticing = contextlib.nullcontext() if own else _without_hooks([group.fsdp_params[index] for index in indices])
         try:
-            self._end_backward()
+            with noticing:
+                self._end_backward()
         finally:
             group._training_state, group.reduce_grads, group.reshard_after_backward = before
         for index, gradient in left.items():
@@ -148,6 +152,12 @@ class GroupCollectives:
     def drop_gradient(self, index: int) -> None:
         """Let a parameter have no gradient."""
         _set_gradient(self._group.fsdp_params[index].sharded_param, None)
+
+    def notice_gradient(self, index: int) -> None:
+        """Call the hooks of a parameter whose gradient was reduced without."""
+        shard = self._group.fsdp_params[index].sharded_param
+        for hook in [*_hooks(shard).values()]:
+            hook(shard)
 
 
 def before_backward_ends(module: Any, call: Callable[[], None]) -> Callable[[], None]:
@@ -201,6 +211,25 @@ def _replaced(target: Any, name: str, method: Any) -> Callable[[], None]:
             setattr(target, name, before)
 
     return undo
+
+
+def _hooks(shard: Any) -> dict[int, Callable[[Any], None]]:
+    """Those that are called when it has been given a gradient."""
+    return getattr(shard, "_post_accumulate_grad_hooks", None) or {}
+
+
+@contextlib.contextmanager
+def _without_hooks(parameters: Sequence[Any]) -> Iterator[None]:
+    """Within, no hook is called when a shard of `parameters` is given a gradient."""
+    hooks = [_hooks(parameter.sharded_param) for parameter in parameters]
+    kept = [dict(one) for one in hooks]
+    for one in hooks:
+        one.clear()
+    try:
+        yield
+    finally:
+        for one, before in zip(hooks, kept, strict=True):
+            one.update(before)
 
 
 def _has_gradient(parameter: Any) -> bool:

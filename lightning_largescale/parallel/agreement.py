@@ -146,8 +146,9 @@ class Agreement:
         self._goes_on = self._ending = False
         # Backwards that are to come past each group.
         self._expected = [0] * len(self._groups)
-        # Reduced parameters, by group and index: those that had no gradient before, and that this rank gave one.
-        self._fresh, self._given = set[tuple[int, int]](), set[tuple[int, int]]()
+        # Reduced parameters, by group and index: those that had no gradient before, that this rank gave one, and whose
+        # hooks were not called.
+        self._fresh, self._given, self._unnoticed = (set[tuple[int, int]]() for _ in range(3))
 
     # Steps
 
@@ -166,7 +167,7 @@ class Agreement:
         self._followed, self._idle = self._pattern.followed, idle
         # Waited for where ranks meet next, which is where it is noticed that they have begun different kinds of steps.
         point = Entry(Kind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
-        began = Round(point)
+        began = Round(point, self._sizes)
         self._began = began.begin(self._ranks), began
         try:
             yield
@@ -190,10 +191,17 @@ class Agreement:
         if compat.current_node_sequence() is None:
             self._expected[self._names.index(name)] += 1
 
-    def meet(self) -> None:
-        """Wait, in a step, until all ranks are about to enter a collective that is none of FSDP's."""
+    def meet(self, *which: int) -> None:
+        """Wait, in a step, until all ranks are about to enter a collective that is none of FSDP's.
+
+        Args:
+            which: numbers that tell it from others.
+
+        Raises:
+            PlanError: they are about to enter different ones, or at different points.
+        """
         if self._pattern is not None:
-            self._meet(Entry(Kind.MEET, COLLECTIVE))
+            self._meet(Entry(Kind.MEET, COLLECTIVE, which))
 
     def _end_step(self) -> None:
         if self._pattern is not None:
@@ -237,7 +245,7 @@ class Agreement:
                 self._average(entry.parameters)
         self._meet(Entry(Kind.MEET, END_BACKWARD))
         if self._departed:
-            self._drop_unused()
+            self._settle()
         self._ending, self._expected = False, [0] * len(self._groups)
         if self._goes_on:
             self._end_step()
@@ -266,7 +274,8 @@ class Agreement:
             if not expected and not self._idle:
                 self._depart(nearest)
                 break
-            told = self._exchange(nearest)
+            # A rank without a batch cannot take part in what is none of FSDP's.
+            told = self._exchange(point if self._idle and nearest.number == COLLECTIVE else nearest)
             self._position += 1
             if told.departed:
                 self._followed, self._departed, self._same = None, True, False
@@ -327,6 +336,8 @@ class Agreement:
             fresh, given = self._groups[index].reduce(parameters, own=own)
             self._fresh.update((index, one) for one in fresh)
             self._given.update((index, one) for one in given)
+            change = self._unnoticed.difference_update if own else self._unnoticed.update
+            change((index, one) for one in parameters)
 
     def _average(self, indices: Sequence[int]) -> None:
         """Average the gradients of parameters that FSDP ignores over all ranks."""
@@ -343,20 +354,24 @@ class Agreement:
             gradient /= dist.get_world_size()
         self.trained.difference_update(indices)
 
-    def _drop_unused(self) -> None:
-        """Let parameters have no gradient that were only reduced since a step before had them reduced."""
-        given = torch.zeros(len(self._sizes), max(self._sizes), dtype=torch.uint8)
+    def _settle(self) -> None:
+        """Let parameters have no gradient that were only reduced since a step before had them reduced, and call the
+        hooks of the others that this rank had reduced without.
+        """
+        given = torch.zeros(len(self._sizes), max(self._sizes), dtype=torch.uint8, device="cpu")
         for place in self._given:
             given[place] = 1
         dist.all_reduce(given, dist.ReduceOp.MAX, self._ranks)
-        for group, index in self._fresh:
-            if given[group, index]:
-                continue
+        unused = {place for place in self._fresh if not given[place]}
+        for group, index in unused:
             if group == len(self._groups):
                 _GRADIENT.__set__(self._unsharded[index], None)
             else:
                 self._groups[group].drop_gradient(index)
+        for group, index in sorted(self._unnoticed - unused, reverse=True):
+            self._groups[group].notice_gradient(index)
         self._fresh.clear()
+        self._unnoticed.clear()
 
     def _exchange(self, entry: Entry, *, departs: bool = False, wants: bool = False) -> Told:
         """What the ranks are about to enter.
@@ -375,8 +390,10 @@ class Agreement:
             work.wait()
             if not (told := began.told()).same:
                 raise self._differ(told)
-        own = Round(entry, self._sizes if wants else (), departs=departs)
+        own = Round(entry, self._sizes, departs=departs)
         if wants:
+            if entry.kind is Kind.UNSHARD:
+                own.want(entry.number)
             self._offer(own, entry)
         own.begin(self._ranks).wait()
         told = own.told()
@@ -403,6 +420,8 @@ class Agreement:
 
     def _differ(self, told: Told) -> PlanError:
         one, other = map(self._describe, told.between)
+        if one == other:
+            other += ", of other tensors"
         return PlanError(
             f"a rank {one} where another {other}, so they would wait for one another for ever; let all ranks of a"
             " sharded plan run the same steps, backwards and collectives (blocks may differ), or use dp_replicate."

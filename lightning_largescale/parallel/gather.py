@@ -255,11 +255,16 @@ def gather_along(module: nn.Module) -> None:
             state.agreement.end_forward(backward=False)
 
 
-def meet(module: nn.Module) -> None:
-    """Wait, in a step of `module`, if that is sharded, until all ranks are about to enter a collective."""
+def meet(module: nn.Module, *which: int) -> None:
+    """Wait, in a step of `module`, if that is sharded, until all ranks are about to enter a collective.
+
+    Args:
+        module: the root.
+        which: numbers that tell it from others.
+    """
     state = sharded_state(module)
     if state is not None and state.agreement is not None and state.stepping:
-        state.agreement.meet()
+        state.agreement.meet(*which)
 
 
 def reshard(module: nn.Module) -> None:

@@ -84,17 +84,21 @@ class Round:
 
     Args:
         entry: of this rank.
-        sizes: how many parameters each group has.
+        sizes: how many parameters each group has; the same in all rounds, since gloo ends the process where ranks send
+            unequal numbers, as ranks do that are at unlike places.
         departs: whether this rank departs from the step that is followed.
     """
 
-    def __init__(self, entry: Entry, sizes: Sequence[int] = (), *, departs: bool = False) -> None:
+    def __init__(self, entry: Entry, sizes: Sequence[int], *, departs: bool = False) -> None:
         self._sizes = sizes
-        self._numbers = torch.zeros(_HEAD + 2 * len(sizes) + sum(sizes), dtype=torch.int64)
+        # The device that a step may have made the default is not gloo's.
+        self._numbers = torch.zeros(_HEAD + 2 * len(sizes) + sum(sizes), dtype=torch.int64, device="cpu")
         self._numbers[0], self._numbers[1], self._numbers[2] = entry.code, -entry.code, int(departs)
         self._numbers[3 + entry.kind] = 1
-        if sizes and entry.kind is Kind.UNSHARD:
-            self._parts[0][entry.number] = 1
+
+    def want(self, group: int) -> None:
+        """Tell that this rank is about to gather a group, as soon as all ranks do."""
+        self._parts[0][group] = 1
 
     def await_more(self, group: int) -> None:
         """Tell that this rank's backward will give a group more gradients."""
@@ -118,7 +122,7 @@ class Round:
             departed=bool(departed),
             kinds={kind for kind in Kind if kinds[kind]},
         )
-        if not self._sizes:
+        if not self._numbers[_HEAD:].any():
             return told
         gathers, awaits, gradients = self._parts
         starts = itertools.accumulate(self._sizes, initial=0)

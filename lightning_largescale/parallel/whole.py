@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.copies import disable_copies
-from lightning_largescale.parallel.gather import reshard, sharded_state, stop_gathering
+from lightning_largescale.parallel.gather import Sharded, meet, reshard, sharded_state, stop_gathering
 from lightning_largescale.parallel.order import divided, full, order_of, whole_of
 from lightning_largescale.parallel.tensor import compute_plainly
 
@@ -43,8 +43,14 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
     if not state.stepping:
         reshard(module)
     places = _shards(module)
+    if state.stepping:
+        # Parameters of blocks that are gathered are none of these.
+        meet(module, *(number for number, one in enumerate(module.parameters()) if isinstance(one, DTensor)))
     shards = dict.fromkeys(shard for _, _, shard in places)
-    whole = {shard: _differentiable(shard) if state.stepping else _full(shard, shard.device) for shard in shards}
+    whole = {
+        shard: _differentiable(shard, state, number) if state.stepping else _full(shard, shard.device)
+        for number, shard in enumerate(shards)
+    }
     with contextlib.ExitStack() as gathering:
         for group in state.groups.values():
             gathering.enter_context(compat.without_gathering(group))
@@ -110,24 +116,28 @@ def _full(shard: nn.Parameter, device: torch.device, *, keep: bool = False) -> n
         return whole_of(shard).parameter(whole, shard)
 
 
-def _differentiable(shard: nn.Parameter) -> Tensor:
-    """The full tensor of `shard`, whose gradient is averaged over the ranks, as those of a step are."""
-    return _Averaged.apply(shard)  # type: ignore[no-any-return, no-untyped-call]
+def _differentiable(shard: nn.Parameter, state: Sharded, number: int) -> Tensor:
+    """The full tensor of `shard`, the one of this number, whose gradient is averaged over the ranks, as those of a step
+    are.
+    """
+    return _Averaged.apply(shard, state, number)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Averaged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shard: nn.Parameter) -> Tensor:
-        ctx.shard = shard
+    def forward(ctx: Any, shard: nn.Parameter, state: Sharded, number: int) -> Tensor:
+        ctx.shard, ctx.state, ctx.number = shard, state, number
         return whole_of(shard).laid_out(full(shard, order_of(shard)).clone())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         shard = ctx.shard
+        if ctx.state.agreement is not None:
+            ctx.state.agreement.meet(ctx.number)
         average = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(average)
-        return divided(average / dist.get_world_size(), shard, order_of(shard))
+        return divided(average / dist.get_world_size(), shard, order_of(shard)), None, None
 
 
 def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Parameter, Tensor]) -> None:

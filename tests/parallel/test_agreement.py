@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -284,6 +286,37 @@ class Told(LayerDrop):
         return x
 
 
+class Regularised(LayerDrop):
+    """A loss of full parameters beside, wherever a rank is in its step."""
+
+    def regularised(self, path):
+        return self.blocks
+
+    def loss(self, x, path, step):
+        loss = super().loss(x, path, step)
+        alone = self._fabric is None and self._trainer is None
+        with contextlib.nullcontext() if alone else self.trainer.strategy.full_parameters():
+            return loss + sum(block.up.weight.square().mean() for block in self.regularised(int(path)))
+
+
+class RegularisedByPath(Regularised):
+    """All ranks run the same, and regularise different blocks."""
+
+    def run(self, x, path, step):
+        return x
+
+    def regularised(self, path):
+        return [self.blocks[path % len(self.blocks)]]
+
+
+class Elsewhere(RarelyDropped):
+    """A device for new tensors that is not where ranks agree."""
+
+    def run(self, x, path, step):
+        with torch.device("meta"):
+            return super().run(x, path, step)
+
+
 MODELS = [
     Expert,
     RootExperts,
@@ -305,6 +338,7 @@ MODELS = [
     Adapted,
     ByHand,
     Told,
+    Elsewhere,
 ]
 
 
@@ -381,6 +415,26 @@ def test_accumulated_micro_batches_train_as_one_process(two, kind):
     compare(two, kind, ZERO3, 2, 2)
 
 
+def test_full_parameters_in_steps_of_different_blocks(two):
+    compare(two, Regularised, ZERO3, 2)
+
+
+class Frozen(Paths):
+    """Blocks that have no gradient from a step on, on all ranks, one of them, or none."""
+
+    def run(self, x, path, step):
+        for place, block in enumerate(self.blocks):
+            x = block(x)
+            if place == 1 and (step == 3 or (step > 3 and path % 2)):
+                x = x.detach()
+        return x
+
+
+@pytest.mark.parametrize("kind", [Frozen, Detached, LateExit])
+def test_updates_in_backward_are_of_gradients_that_a_rank_has(two, kind):
+    compare(two, kind, Plan(dp_shard=2, release_gradients=True), 2)
+
+
 class ByRank(Paths):
     """What a rank runs depends on its number, after some steps in which it does not."""
 
@@ -432,6 +486,9 @@ def refused(kind, plan):
         (ByRank, TP, ["is about to run 'blocks.0.up' where", "runs 'blocks.1.up'"]),
         (MoreSteps, ZERO3, ["ends a backward", "ends a forward that a backward follows"]),
         (SkippedByOne, ZERO3, ["ends a step", "ends a forward that a backward follows"]),
+        (RegularisedByPath, ZERO3, ["enters a collective", "of other tensors"]),
+        # What is gathered already is no shard to make whole.
+        (Regularised, ZERO2, ["enters a collective", "of other tensors"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -447,6 +504,23 @@ def test_a_rank_inside_of_a_module_that_another_leaves_out_is_ended(capfd):
     said = capfd.readouterr().err
     assert "is about to run 'blocks.1.up' where" in said
     assert "runs 'blocks.0.up', as in the step before" in said
+
+
+class Alone(Paths):
+    """A rank runs a block by itself, between steps."""
+
+    def on_train_batch_start(self, batch, index):
+        if index == 3 and self.global_rank == 0:
+            self.blocks[0](batch[0])
+
+    def run(self, x, path, step):
+        return self.blocks[1](self.blocks[0](x))
+
+
+def test_a_rank_that_runs_a_block_alone_is_ended(capfd):
+    with ranks(2) as made, pytest.raises(EOFError):
+        made.run(refused, Alone, ZERO3)
+    assert "gathers 'blocks.0' where another begins a training step" in capfd.readouterr().err
 
 
 def evaluate(kind, plan, counts):
@@ -467,3 +541,25 @@ def test_ranks_with_unequal_numbers_of_batches_evaluate_different_blocks(two, ki
         with torch.no_grad():
             expected = [model.loss(*draw(step, rank)).item() for step in range(counts[rank])]
         assert losses == pytest.approx(expected, rel=1e-5)
+
+
+class GathersResults(Paths):
+    def run(self, x, path, step):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def predict_step(self, batch, index):
+        return self.all_gather(super().predict_step(batch, index))
+
+
+def refused_evaluation(counts):
+    with pytest.raises(PlanError) as error:
+        evaluate(GathersResults, ZERO3, counts)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("counts", [[1, 3], [4, 6]], ids=["agreed", "followed"])
+def test_a_rank_without_a_batch_enters_no_collective_of_the_others_steps(two, counts):
+    for message in two.run(refused_evaluation, counts):
+        assert "ends a step where another enters a collective" in message
