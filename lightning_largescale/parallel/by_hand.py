@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
-from lightning_largescale.parallel.watched import Watched, set_leaf_gradient, watched
+from lightning_largescale.parallel.parameters import watched
+from lightning_largescale.parallel.watched import Watched
 from lightning_largescale.plan import PlanError
 
 # Where a parameter keeps what averages its gradients.
@@ -78,8 +79,7 @@ def set_gradient(in_step: Callable[[], bool], found: Watched, value: Tensor) -> 
         value = full(value, order_of(shard))
     value = found.average(value)
     if in_step() and leaf is not None and not isinstance(leaf, DTensor) and leaf.dtype == value.dtype:
-        found.set_gradient(None)
-        set_leaf_gradient(leaf, value)
+        found.hold_gradient(value)
     else:
         found.set_gradient(divided(value.to(shard.dtype), shard, order_of(shard)))
 

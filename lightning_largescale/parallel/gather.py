@@ -25,14 +25,15 @@ from torch.utils.hooks import RemovableHandle
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.by_hand import differentiate_leaves, reduce_assigned, set_gradient
+from lightning_largescale.parallel.watched import MIXED
 from lightning_largescale.parallel.writes import Writes
 from lightning_largescale.plan import Plan, PlanError
 
 _Result = TypeVar("_Result")
 # Where the module keeps what is known of its sharding, and the method that FSDP takes for a forward.
 _STATE, _STEP = "_largescale_sharded", "_largescale_step"
-# How torch complains of shards where it has plain tensors.
-_MIXED = ("torch.Tensor and DTensor", "does not have a sharding strategy registered")
+# How torch complains of shards where it has plain tensors, or no rule for them.
+_MIXED = (MIXED, "does not have a sharding strategy registered")
 
 
 @dataclass(eq=False, kw_only=True)
