@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.parameters import GRADIENT
 from lightning_largescale.parallel.rounds import (
     BEGIN_EVALUATION,
     BEGIN_TRAINING,
@@ -51,7 +52,6 @@ from lightning_largescale.plan import PlanError
 
 # Agreed steps after which one is followed again, at most: a model whose ranks differ now and then is agreed on.
 _MOST_PATIENCE = 64
-_GRADIENT: Any = torch.Tensor.grad
 
 
 @dataclass
@@ -345,11 +345,11 @@ class Agreement:
             parameter, place = self._unsharded[index], (len(self._groups), index)
             if index in self.trained:
                 self._given.add(place)
-            elif _GRADIENT.__get__(parameter) is None:
+            elif GRADIENT.__get__(parameter) is None:
                 self._fresh.add(place)
                 # What is assigned to `grad` as users do it is averaged.
-                _GRADIENT.__set__(parameter, torch.zeros_like(parameter))
-            gradient = _GRADIENT.__get__(parameter)
+                GRADIENT.__set__(parameter, torch.zeros_like(parameter))
+            gradient = GRADIENT.__get__(parameter)
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
         self.trained.difference_update(indices)
@@ -365,7 +365,7 @@ class Agreement:
         unused = {place for place in self._fresh if not given[place]}
         for group, index in unused:
             if group == len(self._groups):
-                _GRADIENT.__set__(self._unsharded[index], None)
+                GRADIENT.__set__(self._unsharded[index], None)
             else:
                 self._groups[group].drop_gradient(index)
         for group, index in sorted(self._unnoticed - unused, reverse=True):

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
-from lightning_largescale.parallel.watched import Watched, set_leaf_gradient, watched
+from lightning_largescale.parallel.parameters import GRADIENT, watched
+from lightning_largescale.parallel.watched import Watched
 from lightning_largescale.plan import PlanError
 
 # Where a parameter keeps what averages its gradients.
 _AVERAGE = "_largescale_average"
-_GRADIENT: Any = Tensor.grad
 
 
 class AveragedParameter(nn.Parameter):
@@ -32,13 +32,13 @@ class AveragedParameter(nn.Parameter):
     @property
     def grad(self) -> Tensor | None:
         """Of the parameter."""
-        return _GRADIENT.__get__(self)  # type: ignore[no-any-return]
+        return GRADIENT.__get__(self)  # type: ignore[no-any-return]
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         average = vars(self).get(_AVERAGE)
         value = value if value is None or average is None else average(value)
-        _GRADIENT.__set__(self, value)
+        GRADIENT.__set__(self, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad))
@@ -78,8 +78,7 @@ def set_gradient(in_step: Callable[[], bool], found: Watched, value: Tensor) -> 
         value = full(value, order_of(shard))
     value = found.average(value)
     if in_step() and leaf is not None and not isinstance(leaf, DTensor) and leaf.dtype == value.dtype:
-        found.set_gradient(None)
-        set_leaf_gradient(leaf, value)
+        found.hold_gradient(value)
     else:
         found.set_gradient(divided(value.to(shard.dtype), shard, order_of(shard)))
 

@@ -29,6 +29,7 @@ from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.by_hand import differentiate_leaves, reduce_assigned, set_gradient
 from lightning_largescale.parallel.mesh import agreement_group, data_mesh, tensor_group, tensor_mesh
 from lightning_largescale.parallel.module_order import ModuleOrder
+from lightning_largescale.parallel.watched import MIXED
 from lightning_largescale.parallel.writes import Writes
 from lightning_largescale.plan import Plan, PlanError
 
@@ -38,7 +39,7 @@ _STATE, _STEP = "_largescale_sharded", "_largescale_step"
 _SCRIPTED = "__prepare_scriptable__"
 # How torch complains of shards where it has plain tensors, and of what it does not know of shards.
 _WORDS = (
-    "torch.Tensor and DTensor",
+    MIXED,
     "does not have a sharding strategy registered",
     "must have the same mesh",
     "different meshes",

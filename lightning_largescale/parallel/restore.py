@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.gather import Sharded
 from lightning_largescale.parallel.order import Whole, as_whole, memory_order
-from lightning_largescale.parallel.watched import set_leaf_gradient
+from lightning_largescale.parallel.parameters import GRADIENT
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ def restore_when_gathered(state: Sharded, before: Mapping[str, Before]) -> None:
 
 def _make_contiguous(full: Tensor) -> None:
     assert full.grad is not None
-    set_leaf_gradient(full, full.grad.contiguous())
+    GRADIENT.__set__(full, full.grad.contiguous())

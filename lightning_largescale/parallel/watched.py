@@ -1,9 +1,4 @@
-"""Parameters of a sharded module as the code of users finds them: writes to them are noticed, and kept.
-
-A parameter is two objects. The shard, a DTensor, is the optimizer's; while its group is gathered a leaf of autograd
-takes its place, whose memory goes when the group is resharded. The classes here make both the same parameter: what is
-written into the leaf is copied to the shard before that, what is assigned to `data` or `requires_grad` of either goes
-to both, and so do gradients (`parallel.by_hand`).
+"""A parameter of a sharded module, watched: what is written into its leaf is taken to its shard.
 
 Each rank keeps its own slices of what it writes, so all ranks are to write the same.
 """
@@ -22,16 +17,20 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
+from lightning_largescale.parallel.parameters import (
+    DATA,
+    GRADIENT,
+    TRAINED,
+    WATCHED,
+    GatheredParameter,
+    GatheredShard,
+    ShardParameter,
+    ShardValues,
+)
 from lightning_largescale.plan import PlanError
 
-# Where a parameter keeps what watches it.
-_WATCHED = "_largescale_watched"
-_DATA: Any = Tensor.data
-_GRADIENT: Any = Tensor.grad
-_TRAINED: Any = Tensor.requires_grad
 # How torch complains of shards where it has plain tensors.
 MIXED = "torch.Tensor and DTensor"
-_DRAWS = ("normal_", "uniform_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_")
 
 
 class Elsewhere(Protocol):
@@ -87,14 +86,15 @@ class Watched:
         divided = self.one.shard
         if shard and type(divided) is DTensor:
             divided.__class__ = ShardParameter
-            vars(divided)[_WATCHED] = weakref.ref(self)
+            vars(divided)[WATCHED] = weakref.ref(self)
         gathered = self.one.leaf
         if gathered is None or not leaf:
             return
-        self._is_foreign = not isinstance(gathered, _Leaf) and type(gathered) not in (nn.Parameter, DTensor)
-        if type(gathered) in (nn.Parameter, DTensor):
+        own = isinstance(gathered, GatheredParameter | GatheredShard)
+        self._is_foreign = not own and type(gathered) not in (nn.Parameter, DTensor)
+        if not own and not self._is_foreign:
             gathered.__class__ = GatheredShard if isinstance(gathered, DTensor) else GatheredParameter
-            vars(gathered)[_WATCHED] = weakref.ref(self)
+            vars(gathered)[WATCHED] = weakref.ref(self)
 
     def look(self) -> None:
         """Take the leaf as it is now for what the shard has."""
@@ -136,7 +136,7 @@ class Watched:
         with torch.no_grad():
             if self._is_moved():
                 one.set_values(one.leaf)
-                _DATA.__set__(one.leaf, one.values)
+                DATA.__set__(one.leaf, one.values)
                 self._values = None
             with self._writing():
                 one.memory.copy_(one.own_memory)
@@ -172,7 +172,7 @@ class Watched:
         """What `data` of the leaf gives, in which writes are counted."""
         self._exposed = True
         if self._values is None:
-            self._values = _DATA.__get__(self.one.leaf)
+            self._values = DATA.__get__(self.one.leaf)
         return self._values.detach()
 
     def expose(self) -> None:
@@ -205,7 +205,7 @@ class Watched:
         if isinstance(value, DTensor):
             value = full(value, order_of(one.shard))
         self._check_own(value)
-        _DATA.__set__(one.leaf, value)
+        DATA.__set__(one.leaf, value)
         self._values = None
 
     # What code asks of the shard
@@ -213,7 +213,7 @@ class Watched:
     def hand_out(self, values: Tensor) -> Tensor:
         """`values`, which `data` of the shard gives."""
         values.__class__ = ShardValues
-        vars(values)[_WATCHED] = weakref.ref(self)
+        vars(values)[WATCHED] = weakref.ref(self)
         self._handed = weakref.ref(values)
         return values
 
@@ -326,12 +326,12 @@ class Watched:
     def gradient(self) -> Tensor | None:
         """Of the parameter: what is not reduced yet, else the shard's."""
         leaf = self.one.leaf
-        pending: Tensor | None = None if leaf is None else _GRADIENT.__get__(leaf)
-        return pending if pending is not None or self.reducing else _GRADIENT.__get__(self.one.shard)
+        pending: Tensor | None = None if leaf is None else GRADIENT.__get__(leaf)
+        return pending if pending is not None or self.reducing else GRADIENT.__get__(self.one.shard)
 
     def has_pending_gradient(self) -> bool:
         """Whether the leaf has a gradient that is not reduced yet."""
-        return self.one.leaf is not None and _GRADIENT.__get__(self.one.leaf) is not None
+        return self.one.leaf is not None and GRADIENT.__get__(self.one.leaf) is not None
 
     def set_gradient(self, value: Tensor | None) -> None:
         """Assign the gradient of the parameter."""
@@ -342,191 +342,16 @@ class Watched:
             self._set_gradient(self, value)
             return
         if leaf is not None:
-            _GRADIENT.__set__(leaf, None)
-        _GRADIENT.__set__(shard, value)
+            GRADIENT.__set__(leaf, None)
+        GRADIENT.__set__(shard, value)
+
+    def hold_gradient(self, value: Tensor) -> None:
+        """Assign the gradient of the parameter, to be reduced later."""
+        self.set_gradient(None)
+        GRADIENT.__set__(self.one.leaf, value)
 
     def train(self, trained: bool) -> None:
         """Freeze or unfreeze both."""
         for parameter in (self.one.leaf, self.one.shard):
             if parameter is not None:
-                _TRAINED.__set__(parameter, trained)
-
-
-def watched(parameter: object) -> Watched | None:
-    """What watches `parameter`; None where nothing does."""
-    found = vars(parameter).get(_WATCHED) if isinstance(parameter, _Parameter | ShardValues) else None
-    return None if found is None else found()
-
-
-def set_leaf_gradient(leaf: Tensor, value: Tensor | None) -> None:
-    """Assign a gradient to the leaf alone, to be reduced later."""
-    _GRADIENT.__set__(leaf, value)
-
-
-class _Parameter:
-    """What leaf and shard have in common."""
-
-    @property
-    def grad(self) -> Tensor | None:
-        """Of the parameter, wherever it is."""
-        found = watched(self)
-        if found is None or found.reducing:
-            return _GRADIENT.__get__(self)  # type: ignore[no-any-return]
-        return found.gradient()
-
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
-        found = watched(self)
-        if found is None or found.reducing:
-            _GRADIENT.__set__(self, value)
-        else:
-            found.set_gradient(value)
-
-    @grad.deleter
-    def grad(self) -> None:
-        self.grad = None
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether the parameter is trained."""
-        return _TRAINED.__get__(self)  # type: ignore[no-any-return]
-
-    @requires_grad.setter
-    def requires_grad(self, trained: bool) -> None:
-        found = watched(self)
-        if found is None:
-            _TRAINED.__set__(self, trained)
-        else:
-            found.train(trained)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze or unfreeze it."""
-        self.requires_grad = requires_grad
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if id(self) not in memo:
-            memo[id(self)] = _plain(self, copied=True)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(_plain(self), protocol)
-
-
-def _reduced(tensor: Any, protocol: Any) -> Any:
-    return tensor.__reduce_ex__(protocol)
-
-
-def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
-    """A parameter of torch's own class with the same values, or a copy of them."""
-    values = Tensor.detach(parameter)
-    made = nn.Parameter(values.clone() if copied else values, requires_grad=_TRAINED.__get__(parameter))
-    if copied and parameter.grad is not None:
-        made.grad = parameter.grad.detach().clone()
-    return made
-
-
-class _Leaf(_Parameter):
-    """What is in place while a group is gathered."""
-
-    @property
-    def data(self) -> Tensor:
-        """Its values."""
-        found = watched(self)
-        return _DATA.__get__(self) if found is None else found.leaf_data()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        found = watched(self)
-        if found is None:
-            _DATA.__set__(self, value)
-        else:
-            found.assign_leaf(value)
-
-    def detach(self) -> Tensor:
-        """Its values."""
-        return Tensor.detach(_exposed(self))
-
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """Its values."""
-        return Tensor.numpy(_exposed(self), *args, **kwargs)
-
-
-def _exposed(leaf: Any) -> Any:
-    found = watched(leaf)
-    if found is not None:
-        found.expose()
-    return leaf
-
-
-class GatheredParameter(_Leaf, nn.Parameter):
-    """A parameter that is gathered."""
-
-
-class GatheredShard(_Leaf, DTensor):
-    """A parameter that is gathered and still divided by tensor parallelism."""
-
-
-class ShardValues(DTensor):
-    """Values of a shard, into which is written as into those of the whole parameter."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        found = watched(self)
-        if found is None:
-            super().__setitem__(index, value)
-        else:
-            found.write_item(index, value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return memo.setdefault(id(self), Tensor.detach(self).clone())
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(Tensor.detach(self), protocol)
-
-
-class ShardParameter(_Parameter, ShardValues):
-    """A shard."""
-
-    @property
-    def data(self) -> Tensor:
-        """Its values."""
-        found, values = watched(self), _DATA.__get__(self)
-        return values if found is None else found.hand_out(values)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        found = watched(self)
-        if found is None:
-            _DATA.__set__(self, value)
-        else:
-            found.assign_shard(value)
-
-
-def _drawing(method: str) -> Callable[..., Any]:
-    def draw(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = watched(self)
-        if found is None:
-            return getattr(super(ShardValues, self), method)(*args, **kwargs)
-        found.draw(method, *args, **kwargs)
-        return self
-
-    return draw
-
-
-def _writing(method: str) -> Callable[..., Any]:
-    function = getattr(DTensor, method)
-
-    def write(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = watched(self)
-        return function(self, *args, **kwargs) if found is None else found.write(function, self, *args, **kwargs)
-
-    return write
-
-
-_NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "resize_", "resize_as_", "set_", "rename_"}
-for _name in dir(Tensor):
-    _in_place = _name.endswith("_") and not _name.startswith("_")
-    if _name in _DRAWS:
-        setattr(ShardValues, _name, _drawing(_name))
-    elif (_in_place and _name not in _NO_WRITES) or _name in ("__iadd__", "__isub__", "__imul__", "__itruediv__"):
-        setattr(ShardValues, _name, _writing(_name))
+                TRAINED.__set__(parameter, trained)

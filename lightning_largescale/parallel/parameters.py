@@ -1,0 +1,200 @@
+"""The classes of a sharded module's parameters, as the code of users finds them.
+
+A parameter is two objects. The shard, a DTensor, is the optimizer's; while its group is gathered a leaf of autograd
+takes its place, whose memory goes when the group is resharded. These classes make both the same parameter: what is
+written into the leaf is copied to the shard before that, what is assigned to `data` or `requires_grad` of either goes
+to both, and so do gradients (`parallel.by_hand`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from lightning_largescale.parallel.watched import Watched
+
+# Where a parameter keeps what watches it.
+WATCHED = "_largescale_watched"
+DATA: Any = Tensor.data
+GRADIENT: Any = Tensor.grad
+TRAINED: Any = Tensor.requires_grad
+_DRAWS = ("normal_", "uniform_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_")
+
+
+def watched(parameter: object) -> Watched | None:
+    """What watches `parameter`; None where nothing does."""
+    found = vars(parameter).get(WATCHED) if isinstance(parameter, _Parameter | ShardValues) else None
+    return None if found is None else found()
+
+
+class _Parameter:
+    """What leaf and shard have in common."""
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Of the parameter, wherever it is."""
+        found = watched(self)
+        if found is None or found.reducing:
+            return GRADIENT.__get__(self)  # type: ignore[no-any-return]
+        return found.gradient()
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        found = watched(self)
+        if found is None or found.reducing:
+            GRADIENT.__set__(self, value)
+        else:
+            found.set_gradient(value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the parameter is trained."""
+        return TRAINED.__get__(self)  # type: ignore[no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, trained: bool) -> None:
+        found = watched(self)
+        if found is None:
+            TRAINED.__set__(self, trained)
+        else:
+            found.train(trained)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or unfreeze it."""
+        self.requires_grad = requires_grad
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = _plain(self, copied=True)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(_plain(self), protocol)
+
+
+def _reduced(tensor: Any, protocol: Any) -> Any:
+    return tensor.__reduce_ex__(protocol)
+
+
+def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
+    """A parameter of torch's own class with the same values, or a copy of them."""
+    values = Tensor.detach(parameter)
+    made = nn.Parameter(values.clone() if copied else values, requires_grad=TRAINED.__get__(parameter))
+    if copied and parameter.grad is not None:
+        made.grad = parameter.grad.detach().clone()
+    return made
+
+
+class _Leaf(_Parameter):
+    """What is in place while a group is gathered."""
+
+    @property
+    def data(self) -> Tensor:
+        """Its values."""
+        found = watched(self)
+        return DATA.__get__(self) if found is None else found.leaf_data()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        found = watched(self)
+        if found is None:
+            DATA.__set__(self, value)
+        else:
+            found.assign_leaf(value)
+
+    def detach(self) -> Tensor:
+        """Its values."""
+        return Tensor.detach(_exposed(self))
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """Its values."""
+        return Tensor.numpy(_exposed(self), *args, **kwargs)
+
+
+def _exposed(leaf: Any) -> Any:
+    found = watched(leaf)
+    if found is not None:
+        found.expose()
+    return leaf
+
+
+class GatheredParameter(_Leaf, nn.Parameter):
+    """A parameter that is gathered."""
+
+
+class GatheredShard(_Leaf, DTensor):
+    """A parameter that is gathered and still divided by tensor parallelism."""
+
+
+class ShardValues(DTensor):
+    """Values of a shard, into which is written as into those of the whole parameter."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        found = watched(self)
+        if found is None:
+            super().__setitem__(index, value)
+        else:
+            found.write_item(index, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return memo.setdefault(id(self), Tensor.detach(self).clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(Tensor.detach(self), protocol)
+
+
+class ShardParameter(_Parameter, ShardValues):
+    """A shard."""
+
+    @property
+    def data(self) -> Tensor:
+        """Its values."""
+        found, values = watched(self), DATA.__get__(self)
+        return values if found is None else found.hand_out(values)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        found = watched(self)
+        if found is None:
+            DATA.__set__(self, value)
+        else:
+            found.assign_shard(value)
+
+
+def _drawing(method: str) -> Callable[..., Any]:
+    def draw(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = watched(self)
+        if found is None:
+            return getattr(super(ShardValues, self), method)(*args, **kwargs)
+        found.draw(method, *args, **kwargs)
+        return self
+
+    return draw
+
+
+def _writing(method: str) -> Callable[..., Any]:
+    function = getattr(DTensor, method)
+
+    def write(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = watched(self)
+        return function(self, *args, **kwargs) if found is None else found.write(function, self, *args, **kwargs)
+
+    return write
+
+
+_NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "resize_", "resize_as_", "set_", "rename_"}
+for _name in dir(Tensor):
+    _in_place = _name.endswith("_") and not _name.startswith("_")
+    if _name in _DRAWS:
+        setattr(ShardValues, _name, _drawing(_name))
+    elif (_in_place and _name not in _NO_WRITES) or _name in ("__iadd__", "__isub__", "__imul__", "__itruediv__"):
+        setattr(ShardValues, _name, _writing(_name))
