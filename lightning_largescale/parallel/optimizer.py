@@ -118,15 +118,14 @@ class AdaptedOptimizer:
         """The closure where it must come first, then the shards."""
         given = None
         if self._depth == 0:
-            given = after_closure(args, kwargs, partial(settle, self._known.module))
-            args, kwargs = given
+            given = args, kwargs = after_closure(args, kwargs, partial(settle, self._known.module))
             if (lookups := row_sharded(self._known.module)) is not None:
                 lookups.check_sent()
-            if self._asked_early:
-                given = self._ask_again(args, kwargs)
+            if self._asked_early and (asked := self._ask_again(args, kwargs)) is not None:
+                given = args, kwargs = asked
             self._decide()
             if self._answer.local:
-                given = given or closure_first(args, kwargs)
+                given = closure_first(args, kwargs)
                 self._exchange.begin()
         self._depth += 1
         return given
