@@ -42,6 +42,7 @@ from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica
+from lightning_largescale.parallel.rounds import LOOK_UP
 from lightning_largescale.parallel.uneven import UnevenSteps, check_not_empty, equal_batches
 from lightning_largescale.plan import Plan
 from lightning_largescale.stateful import StatefulStrategy
@@ -145,6 +146,7 @@ class SteppingStrategy(StatefulStrategy):
         sharded = sharded_state(self._module()) if before_gather else None
         if sharded is not None:
             sharded.before_gather = self._lookups.meet
+            self._lookups.before_late = partial(meet, self._module(), point=LOOK_UP)
         try:
             yield
             self._lookups.join()
@@ -162,13 +164,19 @@ class SteppingStrategy(StatefulStrategy):
                 self._lookups.join()
             # What is pending would be taken for this one's.
             self._lookups.check_sent()
-            compat.call_after_backward(closure_loss, self._lookups.end_backward)
+            compat.call_after_backward(closure_loss, partial(self._send_rows, self._lookups))
         if module.automatic_optimization:
             return
         if self._replica is not None:
             self._replica.prepare(closure_loss)
         elif sharded_state(module):
             begin_backward(module, closure_loss)
+
+    def _send_rows(self, lookups: Lookups) -> None:
+        """Send gradients of rows to their ranks, when none has others to compute."""
+        if lookups.synchronize:
+            meet(self._module())
+        lookups.end_backward()
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
