@@ -47,6 +47,7 @@ from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica, told_of_reentry
+from lightning_largescale.parallel.rounds import LOOK_UP
 from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty, equal_batches
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.requeue import Requeue
@@ -159,6 +160,7 @@ class SteppingStrategy(StatefulStrategy):
         sharded = sharded_state(self._module()) if before_gather else None
         if sharded is not None:
             sharded.before_gather = self._lookups.meet
+            self._lookups.before_late = partial(meet, self._module(), point=LOOK_UP)
         try:
             yield
             self._lookups.join()
@@ -176,11 +178,17 @@ class SteppingStrategy(StatefulStrategy):
                 self._lookups.join()
             # What is pending would be taken for this one's.
             self._lookups.check_sent()
-            compat.call_after_backward(closure_loss, self._lookups.end_backward)
+            compat.call_after_backward(closure_loss, partial(self._send_rows, self._lookups))
         if self._replica is not None:
             self._replica.prepare(closure_loss)
         elif not module.automatic_optimization and sharded_state(module):
             begin_backward(module, closure_loss)
+
+    def _send_rows(self, lookups: Lookups) -> None:
+        """Send gradients of rows to their ranks, when none has others to compute."""
+        if lookups.synchronize:
+            meet(self._module())
+        lookups.end_backward()
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

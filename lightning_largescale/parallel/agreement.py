@@ -42,6 +42,7 @@ from lightning_largescale.parallel.rounds import (
     END_BACKWARD,
     END_FORWARD,
     END_STEP,
+    LOOK_UP,
     POINTS,
     Entry,
     Kind,
@@ -94,7 +95,7 @@ class Agreement:
         beside: modules that own a group which is gathered with the root.
         unsharded: parameters that FSDP ignores, whose gradients are averaged over all processes.
         ranks: those that compute different samples, this one among them, in a gloo group of their own.
-        before: called before ranks wait for one another.
+        before: called before ranks wait for one another, but for the root's all-gather.
         synchronizes: whether the backward under way reduces gradients.
 
     Attributes:
@@ -117,7 +118,7 @@ class Agreement:
         self._names = [name for name, _ in own]
         self._groups = [compat.GroupCollectives(group) for _, group in own]
         self._unsharded, self._ranks = list(unsharded), ranks
-        self._before, self._synchronizes = before, synchronizes
+        self._call_before, self._synchronizes = before, synchronizes
         self.trained: set[int] = set()
         self._sizes = [*(group.parameters for group in self._groups), len(self._unsharded)]
         self._patterns: dict[tuple[bool, bool], _Pattern] = {}
@@ -191,17 +192,18 @@ class Agreement:
         if compat.current_node_sequence() is None:
             self._expected[self._names.index(name)] += 1
 
-    def meet(self, *which: int) -> None:
+    def meet(self, *which: int, point: int = COLLECTIVE) -> None:
         """Wait, in a step, until all ranks are about to enter a collective that is none of FSDP's.
 
         Args:
-            which: numbers that tell it from others.
+            which: numbers that tell it from others of its kind.
+            point: COLLECTIVE or LOOK_UP.
 
         Raises:
             PlanError: they are about to enter different ones, or at different points.
         """
         if self._pattern is not None:
-            self._meet(Entry(Kind.MEET, COLLECTIVE, which))
+            self._meet(Entry(Kind.MEET, point, which))
 
     def _end_step(self) -> None:
         if self._pattern is not None:
@@ -213,7 +215,7 @@ class Agreement:
     def _unshard(self, index: int, issue: Callable[[], None]) -> None:
         entry = Entry(Kind.UNSHARD, index)
         if self._follows(entry):
-            self._before()
+            self._before(entry)
             issue()
         else:
             self._tell(entry, issue)
@@ -275,7 +277,7 @@ class Agreement:
                 self._depart(nearest)
                 break
             # A rank without a batch cannot take part in what is none of FSDP's.
-            told = self._exchange(point if self._idle and nearest.number == COLLECTIVE else nearest)
+            told = self._exchange(point if self._idle and nearest.number in (COLLECTIVE, LOOK_UP) else nearest)
             self._position += 1
             if told.departed:
                 self._followed, self._departed, self._same = None, True, False
@@ -291,7 +293,7 @@ class Agreement:
         """Enter what the step that is followed has next, computing nothing; the point where all meet after it."""
         assert self._followed is not None
         while (entry := self._followed[self._position]).kind is not Kind.MEET:
-            self._before()
+            self._before(entry)
             self._join(entry.number, entry.parameters if entry.kind is Kind.REDUCE else None, own=False)
             self._position += 1
         return entry
@@ -384,7 +386,7 @@ class Agreement:
         Raises:
             PlanError: they began different kinds of steps, or come to different points where all meet.
         """
-        self._before()
+        self._before(entry)
         if self._began is not None:
             (work, began), self._began = self._began, None
             work.wait()
@@ -400,6 +402,11 @@ class Agreement:
         if not wants and not told.same:
             raise self._differ(told)
         return told
+
+    def _before(self, entry: Entry) -> None:
+        # The root is gathered before ranks do anything else.
+        if entry.kind is not Kind.UNSHARD or self._names[entry.number]:
+            self._call_before()
 
     def _offer(self, own: Round, entry: Entry) -> None:
         """Tell of the gradients that this rank has, and of those that are to come."""

@@ -29,6 +29,7 @@ from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.by_hand import differentiate_leaves, reduce_assigned, set_gradient
 from lightning_largescale.parallel.mesh import agreement_group, data_mesh, tensor_group, tensor_mesh
 from lightning_largescale.parallel.module_order import ModuleOrder
+from lightning_largescale.parallel.rounds import COLLECTIVE
 from lightning_largescale.parallel.watched import MIXED
 from lightning_largescale.parallel.writes import Writes
 from lightning_largescale.plan import Plan, PlanError
@@ -256,16 +257,17 @@ def gather_along(module: nn.Module) -> None:
             state.agreement.end_forward(backward=False)
 
 
-def meet(module: nn.Module, *which: int) -> None:
-    """Wait, in a step of `module`, if that is sharded, until all ranks are about to enter a collective.
+def meet(module: nn.Module, *which: int, point: int = COLLECTIVE) -> None:
+    """Wait, in a step of `module` or its backward, if that is sharded, until all ranks are about to enter a collective.
 
     Args:
         module: the root.
-        which: numbers that tell it from others.
+        which: numbers that tell it from others of its kind.
+        point: COLLECTIVE or LOOK_UP.
     """
     state = sharded_state(module)
-    if state is not None and state.agreement is not None and state.stepping:
-        state.agreement.meet(*which)
+    if state is not None and state.agreement is not None:
+        state.agreement.meet(*which, point=point)
 
 
 def reshard(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalizat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,11 +84,14 @@ class Lookups:
         tables: as given.
         synchronize: whether the next backward sends its gradients.
         stepping: a step of the module runs.
+        before_late: called before look-ups that follow what ranks did together otherwise, which only those of all ranks
+            can.
     """
 
     def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
         self.tables, self._device = list(tables), device
         self.synchronize, self.stepping = True, False
+        self.before_late: Callable[[], None] = lambda: None
         # Of their own, since a backward reduces other gradients at the same time.
         self._group = dist.new_group()
         self._ranks = dist.get_world_size()
@@ -120,6 +123,8 @@ class Lookups:
         """
         wanted, fault = self.tables.index(table), self._out_of_range(table, ids)
         counts = self._counts(table, ids)
+        if not self._apart:
+            self.before_late()
         self._apart = True
         while True:
             served, rows = self._round(wanted, ids, counts, fault)

@@ -24,8 +24,9 @@ POINTS = (
     "ends a step",
     "ends a backward",
     "enters a collective of the strategy, as self.log(sync_dist=True) and self.all_gather do",
+    "looks up rows of a table after a block",
 )
-BEGIN_TRAINING, BEGIN_EVALUATION, END_FORWARD, END_STEP, END_BACKWARD, COLLECTIVE = range(len(POINTS))
+BEGIN_TRAINING, BEGIN_EVALUATION, END_FORWARD, END_STEP, END_BACKWARD, COLLECTIVE, LOOK_UP = range(len(POINTS))
 # Numbers that every exchange has: two of the entry, whether a rank departs, and the kinds of entries.
 _HEAD = 6
 

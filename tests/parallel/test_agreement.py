@@ -419,6 +419,44 @@ def test_full_parameters_in_steps_of_different_blocks(two):
     compare(two, Regularised, ZERO3, 2)
 
 
+class LooksUp(LayerDrop):
+    """Rows of a table, of samples of some ranks or all, before the blocks."""
+
+    some = False
+
+    def build(self):
+        self.table = nn.Embedding(32, WIDTH)
+
+    def configure_optimizers(self):
+        # Sparse gradients know no momentum.
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+    def rows(self, path):
+        return 0 if self.some and path % 2 else self.table((torch.arange(4) + path) % 32)
+
+    def run(self, x, path, step):
+        return super().run(x + self.rows(path), path, step)
+
+
+class LooksUpSometimes(LooksUp):
+    some = True
+
+
+class LooksUpLate(LooksUpSometimes):
+    """After a block."""
+
+    def run(self, x, path, step):
+        return self.blocks[1](self.blocks[0](x) + self.rows(path))
+
+
+IN_ROWS = Plan(dp_shard=2, row_sharded_embeddings=("table",))
+
+
+@pytest.mark.parametrize("kind", [LooksUp, LooksUpSometimes])
+def test_tables_are_looked_up_beside_different_blocks(two, kind):
+    compare(two, kind, IN_ROWS, 2)
+
+
 class Frozen(Paths):
     """Blocks that have no gradient from a step on, on all ranks, one of them, or none."""
 
@@ -487,6 +525,7 @@ def refused(kind, plan):
         (MoreSteps, ZERO3, ["ends a backward", "ends a forward that a backward follows"]),
         (SkippedByOne, ZERO3, ["ends a step", "ends a forward that a backward follows"]),
         (RegularisedByPath, ZERO3, ["enters a collective", "of other tensors"]),
+        (LooksUpLate, IN_ROWS, ["looks up rows of a table after a block"]),
         # What is gathered already is no shard to make whole.
         (Regularised, ZERO2, ["enters a collective", "of other tensors"]),
     ],
