@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import (
     TorchElasticEnvironment,
 )
 from models import Language, trainer
-from ranks import quiet
+from ranks import quiet, ranks
 
 from lightning_largescale import connected
 from lightning_largescale.auto import LargeScaleAutoStrategy
@@ -155,13 +155,13 @@ def found(environment, plan, devices=1, fits=2):
     """What Trainers find one after the other, and the last one's losses."""
     # Other tests have trained on all ranks in these processes.
     connected._asked_before.clear()
-    ranks = os.environ["WORLD_SIZE"]
+    before = os.environ["WORLD_SIZE"]
     try:
         for _ in range(fits):
             run = trainer(LargeScaleStrategy(plan), devices=devices, max_steps=3, plugins=[environment()])
             run.fit(model := Language())
     finally:
-        os.environ["WORLD_SIZE"] = ranks
+        os.environ["WORLD_SIZE"] = before
     hardware = run.strategy._hardware()
     return run.global_rank, run.world_size, (hardware.nodes, hardware.ranks_per_node), model.losses
 
@@ -187,10 +187,13 @@ def test_the_environment_knows_how_many_there_are(two, environment, nodes, devic
         (NotStarted, 2, "are to be started as 2 processes, and NotStarted has 4"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(two, environment, devices, message):
-    two.run(talk)
+def test_numbers_that_cannot_be_are_refused(environment, devices, message):
     plan = Plan(dp_replicate=environment.ranks if hasattr(environment, "ranks") else 2)
-    for error, _, _ in two.answers(found, environment, plan, devices):
+    # Each leaves the process group that the others' tests go on with.
+    with ranks(2) as made:
+        made.run(talk)
+        answers = made.answers(found, environment, plan, devices)
+    for error, _, _ in answers:
         assert isinstance(error, ValueError)
         assert message in str(error)
 
