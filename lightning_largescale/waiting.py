@@ -118,8 +118,8 @@ def _not_agreed(found: Mapping[int, Wait]) -> tuple[int, str] | None:
     if not agreeing or not alone:
         return None
     return alone[0], (
-        f"PlanError: rank {alone[0]} is in a collective at {found[alone[0]].place}, and rank {agreeing[0]} at"
-        f" {found[agreeing[0]].place} gathers blocks that it does not run, for which both have to tell each other; call"
+        f"PlanError: rank {alone[0]} is in a collective at {found[alone[0]].place}, and rank {agreeing[0]} waits at"
+        f" {found[agreeing[0]].place} for it to tell which blocks it gathers, since the ranks run different ones; call"
         " self.all_gather, self.log(sync_dist=True) or self.trainer.strategy.reduce in place of torch.distributed, or"
         " let all ranks run the same blocks."
     )
@@ -136,6 +136,9 @@ def _describe(frames: list[FrameType]) -> Wait:
     user = next((one for one in outer if not _is_library(one.f_code.co_filename)), outer[0])
     names = [one.f_locals.get("hook_name") for one in outer if one.f_code.co_filename.startswith(_LIGHTNING)]
     function = frames[reads[-1]].f_locals.get("func") if reads else None
+    if str(getattr(function, "__module__", "")).startswith("torch.distributed"):
+        # A collective of the user's, which passes through what looks for reads.
+        function = None
     place = f"{user.f_code.co_filename}:{user.f_lineno} ({user.f_code.co_name})"
     hook = next((name for name in names if isinstance(name, str)), "")
     files = {one.f_code.co_filename for one in frames}

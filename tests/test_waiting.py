@@ -147,3 +147,16 @@ def test_a_rank_that_reads_alone_ends_the_run(tmp_path, kind, words):
     ended = subprocess.run(["python", str(script)], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode != 0
     assert re.search(rf"PlanError: rank 0 reads a sharded tensor {words}, which every rank has to do", ended.stderr)
+
+
+AGREES = Wait(place="train.py:5 (training_step)", agrees=True)
+
+
+def test_a_collective_of_ones_own_beside_a_rank_that_is_to_hear_of_blocks():
+    rank, sentence = sentence_of({0: AGREES, 1: STEP})
+    assert rank == 1
+    assert "rank 1 is in a collective at train.py:9 (training_step), and rank 0 waits at train.py:5" in sentence
+    assert "call self.all_gather" in sentence
+    # They wait for nothing but each other's word, or for a time.
+    assert sentence_of({0: AGREES, 1: AGREES}) is None
+    assert sentence_of({0: Wait(place="train.py:5 (f)", ends_itself=True), 1: READ}) is None

@@ -386,7 +386,7 @@ HSDP, TP, TP_AND_FSDP = Plan(dp_replicate=2, dp_shard=2), Plan(tp=2), Plan(tp=2,
 # Tensor parallelism is told how, since what reads numbers off tensors cannot be run on parts to find it.
 STYLES = {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}
 # Each kind of model once a day under each plan, in turn; all of both when the long tests are run.
-OFTEN = {ZERO3: MODELS, ZERO2: MODELS[::4], IN_DRAM: MODELS[1::4], HSDP: MODELS[2::6], TP: MODELS[::5]}
+OFTEN = {ZERO3: MODELS, ZERO2: MODELS[::6], IN_DRAM: MODELS[1::6], HSDP: MODELS[2::10], TP: MODELS[::8]}
 PLANS = {
     "zero3": ZERO3,
     "zero2": ZERO2,
@@ -536,6 +536,7 @@ def test_what_ranks_cannot_do_for_one_another_is_told(two, kind, plan, words):
         assert all(word in message for word in words), message
 
 
+@pytest.mark.slow
 def test_a_rank_inside_of_a_module_that_another_leaves_out_is_ended(capfd):
     # Whose standard error is the test's.
     with ranks(2) as made, pytest.raises(EOFError):
