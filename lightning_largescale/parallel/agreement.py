@@ -45,7 +45,7 @@ from lightning_largescale.parallel.rounds import (
     LOOK_UP,
     POINTS,
     Entry,
-    Kind,
+    EntryKind,
     Round,
     Told,
 )
@@ -167,7 +167,7 @@ class Agreement:
         self._pattern = self._patterns.setdefault((training, synchronize), _Pattern())
         self._followed, self._idle = self._pattern.followed, idle
         # Waited for where ranks meet next, which is where it is noticed that they have begun different kinds of steps.
-        point = Entry(Kind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
+        point = Entry(EntryKind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
         began = Round(point, self._sizes)
         self._began = began.begin(self._ranks), began
         try:
@@ -183,7 +183,7 @@ class Agreement:
             backward: whether the step goes on with one.
         """
         self._goes_on = backward
-        self._meet(Entry(Kind.MEET, END_FORWARD if backward else END_STEP))
+        self._meet(Entry(EntryKind.MEET, END_FORWARD if backward else END_STEP))
         if not backward:
             self._end_step()
 
@@ -203,7 +203,7 @@ class Agreement:
             PlanError: they are about to enter different ones, or at different points.
         """
         if self._pattern is not None:
-            self._meet(Entry(Kind.MEET, point, which))
+            self._meet(Entry(EntryKind.MEET, point, which))
 
     def _end_step(self) -> None:
         if self._pattern is not None:
@@ -213,7 +213,7 @@ class Agreement:
     # What this rank is about to enter
 
     def _unshard(self, index: int, issue: Callable[[], None]) -> None:
-        entry = Entry(Kind.UNSHARD, index)
+        entry = Entry(EntryKind.UNSHARD, index)
         if self._follows(entry):
             self._before(entry)
             issue()
@@ -223,7 +223,7 @@ class Agreement:
     def _reduce(self, index: int, issue: Callable[[], None]) -> None:
         group = self._groups[index]
         self._expected[index] -= 1
-        entry = Entry(Kind.REDUCE, index, group.unreduced())
+        entry = Entry(EntryKind.REDUCE, index, group.unreduced())
         if not group.reduces or not entry.parameters:
             issue()
             return
@@ -242,10 +242,10 @@ class Agreement:
                 group.end_backward()
         self._ending = True
         if self.trained and self._synchronizes():
-            entry = Entry(Kind.REDUCE, len(self._groups), tuple(sorted(self.trained)))
+            entry = Entry(EntryKind.REDUCE, len(self._groups), tuple(sorted(self.trained)))
             if self._follows(entry):
                 self._average(entry.parameters)
-        self._meet(Entry(Kind.MEET, END_BACKWARD))
+        self._meet(Entry(EntryKind.MEET, END_BACKWARD))
         if self._departed:
             self._settle()
         self._ending, self._expected = False, [0] * len(self._groups)
@@ -284,7 +284,7 @@ class Agreement:
             elif nearest == point:
                 return
         told = self._tell(point)
-        while told.kinds != {Kind.MEET}:
+        while told.kinds != {EntryKind.MEET}:
             told = self._tell(point)
         if not told.same:
             raise self._differ(told)
@@ -292,9 +292,9 @@ class Agreement:
     def _go_along(self) -> Entry:
         """Enter what the step that is followed has next, computing nothing; the point where all meet after it."""
         assert self._followed is not None
-        while (entry := self._followed[self._position]).kind is not Kind.MEET:
+        while (entry := self._followed[self._position]).kind is not EntryKind.MEET:
             self._before(entry)
-            self._join(entry.number, entry.parameters if entry.kind is Kind.REDUCE else None, own=False)
+            self._join(entry.number, entry.parameters if entry.kind is EntryKind.REDUCE else None, own=False)
             self._position += 1
         return entry
 
@@ -394,7 +394,7 @@ class Agreement:
                 raise self._differ(told)
         own = Round(entry, self._sizes, departs=departs)
         if wants:
-            if entry.kind is Kind.UNSHARD:
+            if entry.kind is EntryKind.UNSHARD:
                 own.want(entry.number)
             self._offer(own, entry)
         own.begin(self._ranks).wait()
@@ -405,7 +405,7 @@ class Agreement:
 
     def _before(self, entry: Entry) -> None:
         # The root is gathered before ranks do anything else.
-        if entry.kind is not Kind.UNSHARD or self._names[entry.number]:
+        if entry.kind is not EntryKind.UNSHARD or self._names[entry.number]:
             self._call_before()
 
     def _offer(self, own: Round, entry: Entry) -> None:
@@ -415,7 +415,7 @@ class Agreement:
             # The root is come past at the end.
             comes = not in_backward or self._expected[index] > 0 or not self._names[index]
             # Outside of a backward are gradients reduced that were set by hand.
-            by_hand = not in_backward and entry.kind is Kind.REDUCE and entry.number == index
+            by_hand = not in_backward and entry.kind is EntryKind.REDUCE and entry.number == index
             if comes and not by_hand and not self._ending:
                 own.await_more(index)
             if group.reduces:
@@ -435,7 +435,7 @@ class Agreement:
         )
 
     def _describe(self, entry: Entry) -> str:
-        if entry.kind is Kind.MEET:
+        if entry.kind is EntryKind.MEET:
             return POINTS[entry.number]
         name = repr(self._names[entry.number] or "the root") if entry.number < len(self._names) else "the root"
-        return f"gathers {name}" if entry.kind is Kind.UNSHARD else f"reduces gradients of {name}"
+        return f"gathers {name}" if entry.kind is EntryKind.UNSHARD else f"reduces gradients of {name}"

@@ -31,7 +31,7 @@ BEGIN_TRAINING, BEGIN_EVALUATION, END_FORWARD, END_STEP, END_BACKWARD, COLLECTIV
 _HEAD = 6
 
 
-class Kind(IntEnum):
+class EntryKind(IntEnum):
     """Of what a rank is about to enter."""
 
     UNSHARD = 0
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     where all meet, by its number.
     """
 
-    kind: Kind
+    kind: EntryKind
     number: int
     parameters: tuple[int, ...] = ()
 
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
     def of(cls, code: int) -> Entry:
         """The entry of a code, but for its parameters."""
         place = code >> 32
-        return cls(Kind(place >> 16), place & 0xFFFF)
+        return cls(EntryKind(place >> 16), place & 0xFFFF)
 
 
 class Told(NamedTuple):
@@ -75,7 +75,7 @@ class Told(NamedTuple):
     between: tuple[Entry, Entry]
     same: bool
     departed: bool
-    kinds: set[Kind]
+    kinds: set[EntryKind]
     wanted: Sequence[int] = ()
     complete: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
@@ -121,7 +121,7 @@ class Round:
             between=(Entry.of(-least), Entry.of(greatest)),
             same=greatest == -least,
             departed=bool(departed),
-            kinds={kind for kind in Kind if kinds[kind]},
+            kinds={kind for kind in EntryKind if kinds[kind]},
         )
         if not self._numbers[_HEAD:].any():
             return told

@@ -33,7 +33,7 @@ from lightning_largescale.plan import PlanError
 MIXED = "torch.Tensor and DTensor"
 
 
-class Elsewhere(Protocol):
+class ShardStore(Protocol):
     """What keeps shards in another tier, at fixed addresses."""
 
     def keeps_shard(self, shard: Tensor) -> bool:
@@ -65,7 +65,7 @@ class Watched:
         one: compat.GroupedParameter,
         group: nn.Module,
         *,
-        elsewhere: Callable[[], Elsewhere | None],
+        elsewhere: Callable[[], ShardStore | None],
         others: Sequence[Watched],
         average: Average,
         set_gradient: Callable[[Watched, Tensor], None],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.compile import traced_modules
-from lightning_largescale.parallel.watched import Elsewhere, Watched
+from lightning_largescale.parallel.watched import ShardStore, Watched
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.parts import part_of
 
@@ -36,7 +36,7 @@ class Writes:
         average: Average,
         set_gradient: Callable[[Watched, Tensor], None],
     ) -> None:
-        self.elsewhere: Elsewhere | None = None
+        self.elsewhere: ShardStore | None = None
         self.groups: dict[str, list[Watched]] = {}
         self._undo = contextlib.ExitStack()
         every: list[Watched] = []
@@ -55,7 +55,7 @@ class Writes:
             ]
             every += found
             self.groups[name] = found
-            watching = _Group(found, traced, shards=groups[""] not in traced)
+            watching = _WatchedGroup(found, traced, shards=groups[""] not in traced)
             self._undo.callback(
                 compat.around_sharding(
                     group, gathered=watching.gathered, resharding=watching.resharding, reducing=watching.reducing
@@ -84,7 +84,7 @@ class Writes:
         self._undo.close()
 
 
-class _Group:
+class _WatchedGroup:
     """The parameters that are gathered together, and what is done about them then.
 
     Args:
