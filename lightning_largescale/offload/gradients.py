@@ -264,7 +264,7 @@ class SpilledGradients(GradientPlaces):
         for key in [key for key, gone in self._gone.items() if gone.parameter is parameter]:
             del self._gone[key]
         norm = torch.linalg.vector_norm(kept) if self._norms else None
-        self._gone[id(kept)] = _Gone(parameter, kept, norm, compat.version(kept))
+        self._gone[id(kept)] = _Gone(parameter, kept, norm, _version(kept))
         if not region.in_dram:
             let_rest(memory)
 
@@ -283,7 +283,18 @@ class SpilledGradients(GradientPlaces):
         while len(self._leaving) > most:
             region, transfer = self._leaving.pop(0)
             transfer.wait()
+            if self._has_changed(region):
+                # More of a gradient is there before its hook tells of it, or without one.
+                region.save().wait()
             region.drop()
+
+    def _has_changed(self, region: Region) -> bool:
+        """Whether a gradient that lies there was written into since it arrived."""
+        return any(
+            _version(gone.gradient) != gone.version
+            for gone in self._gone.values()
+            if self._slots[gone.parameter][0] is region
+        )
 
     def clipping(self) -> TorchFunctionMode:
         """Within, norms of the gradients are those that were taken; what scales or bounds them is left for later."""
@@ -324,7 +335,7 @@ class _Clipping(TorchFunctionMode):
         gone = self._gone.get(id(tensor))
         if gone is not None:
             _make_changes(gone)
-        if gone is None or gone.norm is None or compat.version(tensor) != gone.version:
+        if gone is None or gone.norm is None or _version(tensor) != gone.version:
             found: Tensor = torch.linalg.vector_norm(tensor)
             return found
         return _copied(gone.norm)
@@ -339,6 +350,12 @@ class _Clipping(TorchFunctionMode):
         plain = [one.full_tensor() if isinstance(one, DTensor) else one for one in args]
         gone.changes.append(lambda values: func([values] if listed else values, *plain, **kwargs))
         return True
+
+
+def _version(gradient: Tensor) -> int:
+    """A number that grows with writes into it or into this rank's part, as FSDP2 adds to it."""
+    own = compat.version(compat.local_tensor(gradient)) if isinstance(gradient, DTensor) else 0
+    return compat.version(gradient) + own
 
 
 def _make_changes(gone: _Gone) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -323,3 +324,22 @@ def failed_save(folder):
 
 def test_a_gradient_that_cannot_leave_is_told_of(two, tmp_path):
     assert all(two.run(failed_save, tmp_path))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_is_added_to_a_gradient_while_it_leaves_counts(told, tmp_path):
+    first, second = (torch.nn.Parameter(torch.ones(2000)) for _ in range(2))
+    with contextlib.closing(Store(tmp_path)) as store:
+        gradients = SpilledGradients({"first": [first], "second": [second]}, store, norms=True)
+        first.sum().backward()
+        second.sum().backward()
+        if told:
+            (2 * first).sum().backward()
+        else:
+            # As another rank's part is added, for which this one has no backward.
+            first.grad.add_(2)
+        gradients.end_backward()
+        assert torch.equal(first.grad, torch.full((2000,), 3.0))
+        with gradients.clipping():
+            assert torch.nn.utils.get_total_norm([first.grad]) == torch.full((2000,), 3.0).norm()
+        gradients.stop()
