@@ -199,7 +199,7 @@ class Detached(Paths):
 
     def run(self, x, path, step):
         for place, block in enumerate(self.blocks):
-            x = block(x) if step < 2 or path >> place & 1 else block(x).detach() + x
+            x = block(x) if step < 2 or path >> place & 1 else x + (block(x) - x).detach()
         return x
 
 
