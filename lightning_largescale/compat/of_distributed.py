@@ -370,3 +370,31 @@ def around_gathers(module: Any, before: Any, after: Any) -> Any:
                 setattr(group, name, method)
 
     return undo
+
+
+def differentiate_placing_twice() -> None:
+    """Let second derivatives pass through `DTensor.from_local`, where its gradient is placed otherwise than its input.
+
+    torch redistributes such a gradient without a graph, so that what depends on it has a wrong gradient, and nothing
+    is said; so in each of its styles of tensor parallelism that takes a local tensor. For the life of the process.
+
+    Replaced by what torch has as a TODO there: the same, differentiable.
+    """
+    import torch
+    from torch.distributed.tensor import _api
+
+    function: Any = _api._FromTorchTensor
+    plain = function.backward
+    if getattr(plain, "differentiates", False):
+        return
+
+    def backward(ctx: Any, gradient: Any) -> Any:
+        if gradient is not None and torch.is_grad_enabled() and gradient.requires_grad:
+            placements = ctx.grad_placements
+            if placements is None:
+                placements = _api._normalize_placements_for_grad(ctx.forward_input_placements)
+            gradient = gradient.redistribute(ctx.forward_input_device_mesh, placements)
+        return plain(ctx, gradient)
+
+    backward.differentiates = True  # type: ignore[attr-defined]
+    function.backward = staticmethod(backward)

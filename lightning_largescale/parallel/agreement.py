@@ -122,7 +122,10 @@ class Agreement:
         self.trained: set[int] = set()
         self._sizes = [*(group.parameters for group in self._groups), len(self._unsharded)]
         self._patterns: dict[tuple[bool, bool], _Pattern] = {}
-        self._undo = [compat.before_backward_ends(module, self._end_backward)]
+        self._undo = [
+            compat.before_backward_ends(module, self._end_backward),
+            compat.around_engine(self._differentiate),
+        ]
         for index, group in enumerate(self._groups):
             self._undo.append(group.intercept(partial(self._unshard, index), partial(self._reduce, index)))
         self.forget()
@@ -144,7 +147,7 @@ class Agreement:
     def _reset(self) -> None:
         self._position, self._own = 0, list[Entry]()
         self._same, self._departed, self._idle = True, False, False
-        self._goes_on = self._ending = False
+        self._goes_on = self._ending = self._differentiates = False
         # Backwards that are to come past each group.
         self._expected = [0] * len(self._groups)
         # Reduced parameters, by group and index: those that had no gradient before, that this rank gave one, and whose
@@ -234,12 +237,29 @@ class Agreement:
         group.keep_unreduced()
         self._tell(entry)
 
+    def _differentiate(
+        self, engine: Callable[..., Any], inputs: Sequence[torch.Tensor], *, create_graph: bool, accumulate: bool
+    ) -> Any:
+        """Run `torch.autograd.grad`, which reduces nothing: other ranks need not come to an end of it, and another
+        backward may come past the same groups.
+        """
+        if accumulate:
+            return engine(inputs)
+        before = self._differentiates, self._expected
+        self._differentiates, self._expected = True, [*self._expected]
+        try:
+            return engine(inputs)
+        finally:
+            self._differentiates, self._expected = before
+
     def _end_backward(self) -> None:
         """The backward is over on this rank."""
         for group in self._groups:
             # As FSDP would next: their inputs needed no gradient.
             if not group.is_through_backward:
                 group.end_backward()
+        if self._differentiates:
+            return
         self._ending = True
         if self.trained and self._synchronizes():
             entry = Entry(EntryKind.REDUCE, len(self._groups), tuple(sorted(self.trained)))

@@ -52,6 +52,7 @@ def apply_styles(
     Raises:
         PlanError: a style does not fit its module.
     """
+    compat.differentiate_placing_twice()
     module.to(device)
     equal_weights(itertools.chain(module.parameters(), module.buffers()))
     places: dict[int, list[tuple[nn.Module, str]]] = {}

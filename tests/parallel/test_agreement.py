@@ -317,6 +317,24 @@ class Elsewhere(RarelyDropped):
             return super().run(x, path, step)
 
 
+class Smooth(Paths):
+    """A penalty on slopes in which all blocks run, so that tensor parallelism is found."""
+
+    def loss(self, x, path, step):
+        x = x.detach().clone().requires_grad_()
+        out = self.embed(x)
+        for block in self.blocks:
+            out = block(out)
+        out = self.head(out)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return out.square().mean() + slope.square().mean()
+
+    def training_step(self, batch, index):
+        loss = self.loss(*(part[0] for part in batch))
+        self.losses.append(loss.detach())
+        return loss
+
+
 MODELS = [
     Expert,
     RootExperts,
@@ -364,7 +382,8 @@ def plain(kind, ranks, accumulated=1):
 def fit(kind, plan, accumulated=1, **options):
     """Losses under a plan, and the parameters after it."""
     model = kind()
-    strategy = LargeScaleStrategy(plan, tensor_parallel_plan=STYLES if plan.tp > 1 else None)
+    styles = STYLES if plan.tp > 1 and kind is not Smooth else None
+    strategy = LargeScaleStrategy(plan, tensor_parallel_plan=styles)
     steps = 2 * STEPS if kind is ByHand else STEPS
     run = trainer(strategy, devices=plan.world_size, max_steps=steps, accumulate_grad_batches=accumulated, **options)
     run.fit(model)
@@ -408,6 +427,11 @@ def cases():
 @pytest.mark.parametrize(("kind", "plan"), [*cases()])
 def test_trains_as_one_process(two, four, kind, plan):
     compare(two if plan.world_size == 2 else four, kind, plan, plan.world_size // plan.tp)
+
+
+@pytest.mark.parametrize("plan", [TP, Plan(tp=2, sequence_parallel=True)], ids=["whole", "sequence"])
+def test_second_derivatives_train_as_one_process(two, plan):
+    compare(two, Smooth, plan, 1)
 
 
 @pytest.mark.parametrize("kind", [Expert, Gated, RarelyDropped])
