@@ -326,6 +326,14 @@ def writes_buffers(module):
         module.scale = module.scale * 0.9
 
 
+@among(WRITES)
+@torch.no_grad()
+def reads_norms(module):
+    total = sum(float(one.norm()) for one in targets(module))
+    if not isinstance(module, Block):
+        module.scale.fill_(total / 10)
+
+
 @among(GRADIENTS)
 def scales_gradients(module):
     for one in trained(module):
