@@ -61,8 +61,9 @@ _TOOLS = (
     "wandb.",
     "zmq.",
 )
-# How names begin that threads have which are not Python's: torch's, an allocator's, those of a process without a title.
-_TORCH_THREADS = ("pt_", "gloo_", "cuda", "jemalloc", "python")
+# How names begin that threads have which are not Python's: torch's, an allocator's, a notebook's sockets', those of a
+# process without a title.
+_TOOLS_THREADS = ("pt_", "gloo_", "cuda", "jemalloc", "python", "ZMQbg")
 
 
 class ApartError(RuntimeError):
@@ -104,7 +105,7 @@ def others_threads() -> list[str]:
     return found + [
         name
         for number, name in names.items()
-        if number not in known and name not in ("", own) and not name.startswith(_TORCH_THREADS)
+        if number not in known and name not in ("", own) and not name.startswith(_TOOLS_THREADS)
     ]
 
 

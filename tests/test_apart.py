@@ -176,7 +176,7 @@ def thread_of_a_library(name):
 def test_threads_of_others():
     assert others_threads() == []
     assert can_run_apart() or torch.version.cuda is not None
-    for name, found in (("polars-0", ["polars-0"]), ("pt_autograd_0", []), ("gloo_tcp_loop", [])):
+    for name, found in (("polars-0", ["polars-0"]), ("pt_autograd_0", []), ("gloo_tcp_loop", []), ("ZMQbg/Reaper", [])):
         with thread_of_a_library(name):
             assert others_threads() == found
             assert not (found and can_run_apart())
