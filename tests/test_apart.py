@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -196,6 +197,9 @@ def test_threads_of_tools_are_none_of_others():
 
     with open(os.devnull, "w") as nowhere, tqdm(total=1, file=nowhere):
         assert any(type(thread).__name__ == "TMonitor" for thread in threading.enumerate())
+        assert others_threads() == []
+    with ThreadPoolExecutor(1, "lightning_largescale store") as pool:
+        pool.submit(os.getpid).result()
         assert others_threads() == []
 
 

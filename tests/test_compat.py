@@ -29,7 +29,7 @@ from ranks import run_connected
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import _common_utils, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
@@ -1074,6 +1074,31 @@ def divided_elsewhere():
         whole.to_local().data_ptr() == part.data_ptr(),
         moved.device.type,
     )
+
+
+def second_derivative():
+    compat.differentiate_placing_twice()
+    compat.differentiate_placing_twice()
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4), torch.randn(6, 4)
+
+    def slopes(given, of):
+        out = given(x.requires_grad_()) @ of.t()
+        (slope,) = torch.autograd.grad(out.tanh().sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(slope.square().sum(), of)
+        return found
+
+    plain = slopes(lambda tensor: tensor, weight.clone().requires_grad_())
+    local = weight.chunk(2)[dist.get_rank()].clone()
+    placed = DTensor.from_local(local, mesh, [Shard(0)]).requires_grad_()
+    found = slopes(lambda tensor: DTensor.from_local(tensor, mesh, [Replicate()], run_check=False), placed)
+    torch.testing.assert_close(found.full_tensor(), plain)
+    return True
+
+
+def test_differentiate_placing_twice(two):
+    assert all(two.run(second_derivative))
 
 
 def test_divided_as(two):
