@@ -122,10 +122,7 @@ class Agreement:
         self.trained: set[int] = set()
         self._sizes = [*(group.parameters for group in self._groups), len(self._unsharded)]
         self._patterns: dict[tuple[bool, bool], _Pattern] = {}
-        self._undo = [
-            compat.before_backward_ends(module, self._end_backward),
-            compat.around_engine(self._differentiate),
-        ]
+        self._undo = [compat.before_backward_ends(module, self._end_backward)]
         for index, group in enumerate(self._groups):
             self._undo.append(group.intercept(partial(self._unshard, index), partial(self._reduce, index)))
         self.forget()
@@ -173,11 +170,14 @@ class Agreement:
         point = Entry(EntryKind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
         began = Round(point, self._sizes)
         self._began = began.begin(self._ranks), began
+        leave = compat.around_engine(self._differentiate)
         try:
             yield
         except BaseException:
             self.forget()
             raise
+        finally:
+            leave()
 
     def end_forward(self, *, backward: bool) -> None:
         """The end of a step's forward, or of the whole step.
