@@ -220,7 +220,8 @@ class Hub(threading.Thread):
     def _end_stuck(self) -> None:
         """End the run where every rank that is at work waits for others, which do not come."""
         here = {member.rank: member for member in self._members.values() if member.rank is not None}
-        found = sentence_of({rank: member.waits for rank, member in here.items() if not member.finished})
+        at_work = {rank: member.waits for rank, member in here.items() if not member.finished}
+        found = sentence_of(at_work, finished=len(at_work) < self._world_size)
         if found is not None and len(self._known) == self._world_size:
             self._announce(Failure(rank=found[0], what=found[1], stuck=True))
 

@@ -86,22 +86,23 @@ class Waiting:
         return stat.rpartition(")")[2].split()[0] == "S"
 
 
-def sentence_of(waits: dict[int, Wait | None]) -> tuple[int, str] | None:
+def sentence_of(waits: Mapping[int, Wait | None], *, finished: bool) -> tuple[int, str] | None:
     """The rank that waits for what the others do not come to, and why the run ends; None unless every rank waits, and
     not for the same.
 
     Args:
         waits: of each rank that has not finished; None for one that does not wait.
+        finished: whether there are others, which have.
     """
     found = {rank: wait for rank, wait in waits.items() if wait is not None}
     if len(found) < len(waits) or any(wait.ends_itself for wait in found.values()):
         return None
     reading = [rank for rank, wait in found.items() if wait.read]
     if not reading:
-        return _not_agreed(found)
+        return _not_agreed(found, finished=finished)
     rank, wait = reading[0], found[reading[0]]
     others = {other: where for other, where in found.items() if where != wait}
-    if not others and len(waits) > 1:
+    if not others and not finished:
         return None
     hook = f" in {wait.hook}" if wait.hook else ""
     elsewhere = "".join(f", and rank {other} is at {where.place}" for other, where in [*others.items()][:1])
@@ -111,10 +112,16 @@ def sentence_of(waits: dict[int, Wait | None]) -> tuple[int, str] | None:
     )
 
 
-def _not_agreed(found: Mapping[int, Wait]) -> tuple[int, str] | None:
-    """Ranks of which one is to hear what the others gather, and another is in a collective of its own."""
+def _not_agreed(found: Mapping[int, Wait], *, finished: bool) -> tuple[int, str] | None:
+    """A rank that is to hear what the others gather, and one that is in a collective of its own, or has finished."""
     agreeing = [rank for rank, wait in found.items() if wait.agrees]
     alone = [rank for rank, wait in found.items() if not wait.agrees]
+    if agreeing and not alone and finished:
+        return agreeing[0], (
+            f"PlanError: rank {agreeing[0]} runs a block at {found[agreeing[0]].place}, which all ranks are to gather,"
+            " and another rank has ended its part of the run; outside of steps let all ranks run the same blocks, or"
+            " use trainer.strategy.full_parameters() on all of them."
+        )
     if not agreeing or not alone:
         return None
     return alone[0], (

@@ -19,24 +19,27 @@ STEP = Wait(place="train.py:9 (training_step)")
 
 
 @pytest.mark.parametrize(
-    ("waits", "rank"),
+    ("waits", "finished", "rank"),
     [
-        ({0: READ, 1: STEP}, 0),
-        ({0: STEP, 1: READ}, 1),
-        ({0: READ, 1: Wait(place="train.py:8 (watch)", read="any")}, 0),
-        ({0: STEP, 1: STEP, 2: READ, 3: STEP}, 2),
+        ({0: READ, 1: STEP}, False, 0),
+        ({0: STEP, 1: READ}, False, 1),
+        ({0: READ, 1: Wait(place="train.py:8 (watch)", read="any")}, False, 0),
+        ({0: STEP, 1: STEP, 2: READ, 3: STEP}, False, 2),
         # The others have finished.
-        ({0: READ}, 0),
+        ({0: READ}, True, 0),
+        ({0: READ, 1: READ}, True, 0),
         # One is still at work, and may come.
-        ({0: READ, 1: None}, None),
+        ({0: READ, 1: None}, False, None),
+        ({0: READ, 1: None}, True, None),
         # All are in the same.
-        ({0: READ, 1: READ}, None),
-        ({0: STEP, 1: Wait(place="train.py:1 (fit)")}, None),
-        ({}, None),
+        ({0: READ, 1: READ}, False, None),
+        ({0: STEP, 1: Wait(place="train.py:1 (fit)")}, False, None),
+        ({0: STEP}, True, None),
+        ({}, True, None),
     ],
 )
-def test_who_waits_in_vain(waits, rank):
-    found = sentence_of(waits)
+def test_who_waits_in_vain(waits, finished, rank):
+    found = sentence_of(waits, finished=finished)
     assert (found and found[0]) == rank
     if found is not None:
         assert re.match(rf"PlanError: rank {rank} reads a sharded tensor \(.*\) at train.py:\d", found[1])
@@ -153,10 +156,13 @@ AGREES = Wait(place="train.py:5 (training_step)", agrees=True)
 
 
 def test_a_collective_of_ones_own_beside_a_rank_that_is_to_hear_of_blocks():
-    rank, sentence = sentence_of({0: AGREES, 1: STEP})
+    rank, sentence = sentence_of({0: AGREES, 1: STEP}, finished=False)
     assert rank == 1
     assert "rank 1 is in a collective at train.py:9 (training_step), and rank 0 waits at train.py:5" in sentence
     assert "call self.all_gather" in sentence
     # They wait for nothing but each other's word, or for a time.
-    assert sentence_of({0: AGREES, 1: AGREES}) is None
-    assert sentence_of({0: Wait(place="train.py:5 (f)", ends_itself=True), 1: READ}) is None
+    assert sentence_of({0: AGREES, 1: AGREES}, finished=False) is None
+    assert sentence_of({0: Wait(place="train.py:5 (f)", ends_itself=True), 1: READ}, finished=False) is None
+    rank, sentence = sentence_of({1: AGREES}, finished=True)
+    assert rank == 1
+    assert re.match(r"PlanError: rank 1 runs a block at train.py:\d+ \(.*\), .* another rank has ended", sentence)

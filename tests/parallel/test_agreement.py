@@ -581,10 +581,28 @@ class Alone(Paths):
         return self.blocks[1](self.blocks[0](x))
 
 
-def test_a_rank_that_runs_a_block_alone_is_ended(capfd):
+class AloneAtLast(Alone):
+    """After which the other rank has no step."""
+
+    def on_train_batch_start(self, batch, index):
+        pass
+
+    def on_train_end(self):
+        if self.global_rank == 0:
+            self.blocks[0](torch.ones(4, WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Alone, "gathers 'blocks.0' where another begins a training step"),
+        pytest.param(AloneAtLast, "(on_train_end), which all ranks are to gather", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_runs_a_block_alone_is_ended(capfd, kind, words):
     with ranks(2) as made, pytest.raises(EOFError):
-        made.run(refused, Alone, ZERO3)
-    assert "gathers 'blocks.0' where another begins a training step" in capfd.readouterr().err
+        made.run(refused, kind, ZERO3)
+    assert words in "".join(capfd.readouterr())
 
 
 def evaluate(kind, plan, counts):
