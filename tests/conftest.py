@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -69,6 +70,10 @@ def _all_ranks(request: pytest.FixtureRequest, _own_cache: None, _given_rates: N
         return
     from ranks import ranks
 
+    # All test modules are imported by now: what they hold is passed over by each collection of a fit from here on, in
+    # forks too.
+    gc.collect()
+    gc.freeze()
     with ranks(2) as two, ranks(4) as four:
         yield {2: two, 4: four}
 
