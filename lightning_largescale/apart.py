@@ -53,6 +53,7 @@ _TOOLS = (
     "lightning.",
     "lightning_largescale.",
     "multiprocessing.queues.",
+    "multiprocessing.resource_sharer.",
     "rich.",
     "tensorboard.",
     "torch.",

@@ -38,6 +38,7 @@ from lightning_largescale.parallel.gather import (
     is_of_shards,
     meet,
     no_reduction,
+    optimizing,
     reshard,
     run_step,
     sharded_in_place,
@@ -234,11 +235,11 @@ class SteppingStrategy(StatefulStrategy):
                 f"{type(optimizer).__name__}.step was called with gradients of loss.backward(), which are each rank's"
                 " own; call self.manual_backward(loss), which averages them over the ranks."
             )
-        with self._not_reading(), contextlib.ExitStack() as numbers:
+        with self._not_reading(), contextlib.ExitStack() as numbers, optimizing(self._module()) as in_step:
 
             def run() -> Any:
                 numbers.close()
-                result = closure()
+                result = in_step(closure)
                 numbers.enter_context(self._numbers())
                 return result
 
@@ -290,6 +291,8 @@ class SteppingStrategy(StatefulStrategy):
         if module is None or runs_step or not self._is_divided():
             yield
             return
+        if name == "on_after_backward":
+            end_backward(module)
         with contextlib.ExitStack() as hook:
             # Before a backward its parameters are those that the loss was computed with.
             if module.trainer.training and name not in ("optimizer_step", "on_before_backward"):

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_sharer
 
 import psutil
 import pytest
@@ -198,6 +199,12 @@ def test_threads_of_tools_are_none_of_others():
     with open(os.devnull, "w") as nowhere, tqdm(total=1, file=nowhere):
         assert any(type(thread).__name__ == "TMonitor" for thread in threading.enumerate())
         assert others_threads() == []
+    # Which serves what processes send one another; it never ends.
+    with os.fdopen(os.open(os.devnull, os.O_RDONLY)) as nowhere:
+        resource_sharer.DupFd(nowhere.fileno())
+        assert any("_serve" in thread.name for thread in threading.enumerate())
+        assert others_threads() == []
+        resource_sharer.stop()
     with ThreadPoolExecutor(1, "lightning_largescale store") as pool:
         pool.submit(os.getpid).result()
         assert others_threads() == []

@@ -326,6 +326,32 @@ def writes_buffers(module):
         module.scale = module.scale * 0.9
 
 
+def of_the_optimizer(module):
+    """Parameters as it has them."""
+    return [] if isinstance(module, Block) else module.trainer.optimizers[0].param_groups[0]["params"][::3]
+
+
+@among(WRITES)
+@torch.no_grad()
+def writes_into_the_optimizers(module):
+    for one in of_the_optimizer(module):
+        one.data.mul_(0.9)
+        one.data.add_(0.01)
+
+
+@among(WRITES)
+def assigns_to_the_optimizers(module):
+    for one in of_the_optimizer(module):
+        one.data = one.data * 0.9
+
+
+@among(WRITES)
+@torch.no_grad()
+def writes_into_both(module):
+    for one in [*targets(module), *of_the_optimizer(module)]:
+        one.data.mul_(0.9)
+
+
 @among(WRITES)
 @torch.no_grad()
 def reads_norms(module):

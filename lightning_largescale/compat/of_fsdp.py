@@ -238,6 +238,20 @@ def _has_gradient(parameter: Any) -> bool:
     return hasattr(parameter, "_unsharded_param") and _gradient_of(parameter._unsharded_param) is not None
 
 
+def _unreduced(parameter: Any) -> Any:
+    """The gradient of a parameter that was not reduced, in one piece: of the last backward FSDP2 keeps what it reduces
+    in the leaf's dtype in the leaf, and the sum of what came before, or is reduced in another dtype, beside it.
+    """
+    gathered, gradient = parameter._unsharded_param, parameter.unsharded_accumulated_grad
+    recent = _gradient_of(gathered)
+    if gradient is None:
+        return recent
+    if recent is not None:
+        gradient += recent
+        _set_gradient(gathered, None)
+    return gradient
+
+
 def _taken(group: Any, parameter: Any) -> Any:
     """The gradient of a parameter that was not reduced, in the type that it is reduced in, taken from it."""
     if not hasattr(parameter, "_unsharded_param"):
@@ -247,14 +261,11 @@ def _taken(group: Any, parameter: Any) -> Any:
         parameter.init_all_gather_outputs([data.numel()], [dtype], ranks, group.device)
         parameter.init_unsharded_param()
         parameter.free_unsharded_param()
-    gathered, gradient = parameter._unsharded_param, parameter.unsharded_accumulated_grad
-    recent = _gradient_of(gathered)
-    if gradient is not None and recent is not None:
-        gradient += recent
-    elif gradient is None and recent is not None:
-        gradient = recent if parameter.reduce_dtype is None else recent.to(parameter.reduce_dtype)
+    gradient = _unreduced(parameter)
+    if gradient is not None and parameter.reduce_dtype is not None:
+        gradient = gradient.to(parameter.reduce_dtype)
     parameter.unsharded_accumulated_grad = None
-    _set_gradient(gathered, None)
+    _set_gradient(parameter._unsharded_param, None)
     return gradient
 
 
@@ -308,10 +319,35 @@ class GroupedParameter:
         """Whether the leaf is in place, with its values."""
         return bool(self._group.is_unsharded)
 
+    def gather_again(self) -> None:
+        """Gather its group, which is gathered, anew: the leaves have what the shards have now. A collective."""
+        group = self._group
+        with group.use_training_state(type(group._training_state).IDLE):
+            group.wait_for_unshard()
+            group._to_sharded()
+            group.unshard()
+            group.wait_for_unshard()
+
     @property
     def is_cast(self) -> bool:
         """Whether it is gathered in another dtype than that of the shard."""
         return self._one.param_dtype is not None
+
+    @property
+    def has_unreduced_gradient(self) -> bool:
+        """Whether it has a gradient that was not reduced."""
+        return _has_gradient(self._one)
+
+    @property
+    def unreduced_gradient(self) -> Any:
+        """The gradient that was not reduced; None where there is none."""
+        return _unreduced(self._one) if self.has_unreduced_gradient else None
+
+    @unreduced_gradient.setter
+    def unreduced_gradient(self, gradient: Any) -> None:
+        self._one.unsharded_accumulated_grad = None
+        if self.leaf is not None:
+            _set_gradient(self.leaf, gradient)
 
     @property
     def memory(self) -> Any:
@@ -333,17 +369,6 @@ class GroupedParameter:
             flat[: memory.numel()] = memory.reshape(-1)
             memory = flat
         return memory.view(mesh.shard_mesh_size, -1)[mesh.shard_mesh_rank]
-
-    def set_own(self, memory: Any) -> None:
-        """Write the memory of the shard into this rank's part of the leaf."""
-        if not self._one._unsharded_inner_tensors:
-            self.own_memory.copy_(memory)
-            return
-        start = self._one.mesh_info.shard_mesh_rank * memory.numel()
-        flat = self.gathered_memory.reshape(-1)
-        count = max(0, min(memory.numel(), flat.numel() - start))
-        flat[start : start + count] = memory[:count]
-        self.gathered_memory.copy_(flat.view(self._one._orig_size))
 
     @property
     def values(self) -> Any:

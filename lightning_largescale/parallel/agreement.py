@@ -23,6 +23,7 @@ Source: torch.distributed.algorithms.join for taking part in others' collectives
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,21 @@ class _Pattern:
                 self.followed = entries
 
 
+def _nothing() -> None:
+    pass
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """What calls `method` while its object is there: a step that ended halfway keeps nothing alive."""
+    found = weakref.WeakMethod(method)
+
+    def differentiate(engine: Callable[..., Any], inputs: Sequence[torch.Tensor], **how: bool) -> Any:
+        method = found()
+        return engine(inputs) if method is None else method(engine, inputs, **how)
+
+    return differentiate
+
+
 class Agreement:
     """The collectives of a sharded module's steps, entered by all ranks in one order.
 
@@ -120,6 +136,7 @@ class Agreement:
         self._unsharded, self._ranks = list(unsharded), ranks
         self._call_before, self._synchronizes = before, synchronizes
         self.trained: set[int] = set()
+        self._leave_engine: Callable[[], None] = _nothing
         self._sizes = [*(group.parameters for group in self._groups), len(self._unsharded)]
         self._patterns: dict[tuple[bool, bool], _Pattern] = {}
         self._undo = [compat.before_backward_ends(module, self._end_backward)]
@@ -129,6 +146,7 @@ class Agreement:
 
     def stop(self) -> None:
         """Let FSDP's groups enter their collectives by themselves."""
+        self._leave_engine()
         for undo in reversed(self._undo):
             undo()
 
@@ -142,6 +160,8 @@ class Agreement:
         self._reset()
 
     def _reset(self) -> None:
+        self._leave_engine()
+        self._leave_engine = _nothing
         self._position, self._own = 0, list[Entry]()
         self._same, self._departed, self._idle = True, False, False
         self._goes_on = self._ending = self._differentiates = False
@@ -170,14 +190,12 @@ class Agreement:
         point = Entry(EntryKind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
         began = Round(point, self._sizes)
         self._began = began.begin(self._ranks), began
-        leave = compat.around_engine(self._differentiate)
+        self._leave_engine = compat.around_engine(_weakly(self._differentiate))
         try:
             yield
         except BaseException:
             self.forget()
             raise
-        finally:
-            leave()
 
     def end_forward(self, *, backward: bool) -> None:
         """The end of a step's forward, or of the whole step.
@@ -212,6 +230,7 @@ class Agreement:
         if self._pattern is not None:
             self._pattern.learn(self._own, same=self._same, departed=self._departed)
         self._pattern = self._followed = None
+        self._leave_engine()
 
     # What this rank is about to enter
 

@@ -86,7 +86,7 @@ def set_gradient(in_step: Callable[[], bool], found: Watched, value: Tensor) -> 
 def reduce_assigned(groups: Iterable[tuple[nn.Module, Sequence[Watched]]]) -> None:
     """Divide the gradients that were assigned and not reduced since: a collective."""
     for group, parameters in groups:
-        if any(one.has_pending_gradient() for one in parameters):
+        if any(one.one.has_unreduced_gradient for one in parameters):
             compat.reduce_gradients(group)
 
 

@@ -66,6 +66,8 @@ class Sharded:
         agreement: of the ranks on what they gather and reduce; None where no other rank computes other samples.
         order: of the modules that ranks run which compute the same samples; None where there are no such ranks.
         stepping: a step runs.
+        in_graph: groups whose module has run in the step and has a backward to come.
+        awaits_backward: Lightning is to run the backward of a step that has run.
         in_backward: a backward runs that was announced, as `manual_backward` announces the one it runs inside a step.
         whole: the module has full parameters in the place of shards, for a block of code.
         hooks: what was registered with parts of the module.
@@ -85,6 +87,8 @@ class Sharded:
     agreement: Agreement | None = None
     order: ModuleOrder | None = None
     stepping: bool = False
+    awaits_backward: bool = False
+    in_graph: set[nn.Module] = field(default_factory=set)
     in_backward: bool = False
     whole: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -141,8 +145,17 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
     state.average = Average(state.mesh)
     named = [*state.groups, *(f"beside {number}" for number in range(len(state.beside)))]
     groups = {name: cast(nn.Module, group) for name, group in zip(named, state.every_group(), strict=True)}
-    by_hand = partial(set_gradient, lambda: state.stepping)
-    state.writes = Writes(groups, average=state.average, set_gradient=by_hand)
+
+    def in_step() -> bool:
+        return state.stepping
+
+    def computes() -> bool:
+        return state.stepping or state.awaits_backward
+
+    by_hand = partial(set_gradient, in_step)
+    state.writes = Writes(
+        groups, average=state.average, set_gradient=by_hand, computes=computes, in_graph=state.in_graph
+    )
     state.undo.callback(state.writes.stop)
     state.undo.callback(differentiate_leaves())
     # Around what watches writes, since it also takes part in what is gathered and reduced.
@@ -212,7 +225,9 @@ def run_gathered(module: nn.Module, name: str, step: Callable[[], _Result]) -> _
     state = sharded_state(module)
     if state is None or state.whole:
         return step()
-    state.stepping, state.in_backward = True, False
+    state.writes.drop_stale()
+    state.in_graph.clear()
+    state.stepping, state.in_backward, state.awaits_backward = True, False, False
     agreement, order = state.agreement, state.order
     try:
         with (
@@ -220,8 +235,10 @@ def run_gathered(module: nn.Module, name: str, step: Callable[[], _Result]) -> _
             contextlib.nullcontext() if order is None else order.step(name),
         ):
             result: _Result = getattr(module, _STEP)(step)
+            goes_on = name == "training_step" and _goes_on(module, result)
             if agreement is not None:
-                agreement.end_forward(backward=name == "training_step" and _goes_on(module, result))
+                agreement.end_forward(backward=goes_on)
+            state.awaits_backward = goes_on
             return result
     finally:
         state.stepping = False
@@ -246,7 +263,7 @@ def end_backward(module: nn.Module) -> None:
     """Announce that the backward is over; if it failed, the next step does."""
     state = sharded_state(module)
     if state is not None:
-        state.in_backward = False
+        state.in_backward = state.awaits_backward = False
 
 
 def gather_along(module: nn.Module) -> None:
@@ -278,6 +295,28 @@ def reshard(module: nn.Module) -> None:
     for group in state.every_group():
         group.set_reshard_after_backward(True, recurse=False)
         group.reshard()
+
+
+@contextmanager
+def optimizing(module: nn.Module) -> Iterator[Callable[[Callable[[], _Result]], _Result]]:
+    """Within, an optimizer of `module` writes into shards, also in a step that steps it; yields what runs a closure."""
+    state = sharded_state(module)
+    if state is None:
+        yield lambda closure: closure()
+        return
+    before, state.stepping = state.stepping, False
+
+    def run(closure: Callable[[], _Result]) -> _Result:
+        state.stepping = before
+        try:
+            return closure()
+        finally:
+            state.stepping = False
+
+    try:
+        yield run
+    finally:
+        state.stepping = before
 
 
 def settle(module: nn.Module) -> None:
@@ -336,7 +375,7 @@ def sharded_in_place(module: nn.Module) -> Iterator[None]:
     """Within, parameters of the sharded `module` are shards, which have the gradients, also where they are gathered."""
     state = sharded_state(module)
     with ExitStack() as groups:
-        for group in state.groups.values() if state is not None and not state.whole else ():
+        for group in state.every_group() if state is not None and not state.whole else ():
             groups.enter_context(compat.sharded_in_place(group))
         yield
 
@@ -434,6 +473,8 @@ def _watch_backward(state: Sharded, block: nn.Module, args: Any, output: Any) ->
 
     tensors = [leaf for leaf in compat.leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     compat.gather_for_backward_of(block, tensors)
+    if tensors and state.stepping:
+        state.in_graph.add(block)
     for tensor in tensors:
         tensor.register_hook(keep)  # type: ignore[no-untyped-call]
 

@@ -6,8 +6,8 @@ Each rank keeps its own slices of what it writes, so all ranks are to write the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,9 @@ class Watched:
         others: all parameters of the module.
         average: of gradients, over the ranks.
         set_gradient: assigns a gradient that is no shard of one.
+        computes: tells whether a step runs, or its backward is still to come.
+        in_graph: groups that this backward is to come to.
+        stale: is given `group` where its leaves are not what its shards are.
 
     Attributes:
         one: as given.
@@ -69,8 +72,12 @@ class Watched:
         others: Sequence[Watched],
         average: Average,
         set_gradient: Callable[[Watched, Tensor], None],
+        computes: Callable[[], bool],
+        in_graph: Collection[nn.Module],
+        stale: set[nn.Module],
     ) -> None:
         self.one, self.reducing = one, False
+        self._computes, self._in_graph, self._stale = computes, in_graph, stale
         self._group, self._elsewhere, self._set_gradient = group, elsewhere, set_gradient
         self._others, self.average = others, average
         # Shares the leaf's memory and not its count of versions, as what `data` gives in plain torch.
@@ -78,7 +85,7 @@ class Watched:
         # What `versions` gave when the leaf was last looked at.
         self._seen: tuple[int, ...] = ()
         # Somebody has had a way to write into the leaf that no version counts.
-        self._exposed = self._is_foreign = False
+        self._exposed = self._is_foreign = self._is_stale = False
         self._handed: Callable[[], object] = lambda: None
 
     def adopt(self, *, leaf: bool, shard: bool) -> None:
@@ -99,7 +106,7 @@ class Watched:
     def look(self) -> None:
         """Take the leaf as it is now for what the shard has."""
         # What is of another class is not told who asks it for its data.
-        self._seen, self._exposed = self.versions(), self._is_foreign
+        self._seen, self._exposed, self._is_stale = self.versions(), self._is_foreign, False
 
     def settle(self) -> None:
         """Have the shard know what was written into the leaf since `look`, if it is gathered.
@@ -107,7 +114,7 @@ class Watched:
         Raises:
             PlanError: that cannot be.
         """
-        if self.one.is_gathered:
+        if self.one.is_gathered and not self._is_stale:
             if self.is_written():
                 self.keep()
             # The shard may change from here on: what is compared with it then is another.
@@ -145,6 +152,29 @@ class Watched:
     def _writing(self) -> AbstractContextManager[None]:
         found = self._elsewhere()
         return torch.no_grad() if found is None else found.writing(self.one.shard)
+
+    @contextmanager
+    def _writing_shard(self, moved: Tensor | None = None) -> Iterator[None]:
+        """Within, the shard is written into, also where it is gathered: in a step the leaf has it after it, elsewhere
+        in the next step.
+
+        Args:
+            moved: assigned to `data`; what autograd has saved of the leaf keeps the memory that it had.
+        """
+        self.settle()
+        with self._writing():
+            yield
+        if not self.one.is_gathered:
+            return
+        self._is_stale = True
+        if not self._computes():
+            self._stale.add(self._group)
+        elif moved is None or self.one.is_cast or isinstance(self.one.leaf, DTensor):
+            self.one.gather_again()
+        else:
+            whole = full(moved, order_of(self.one.shard)) if isinstance(moved, DTensor) else moved
+            DATA.__set__(self.one.leaf, whole.to(self.one.leaf.device, self.one.leaf.dtype, copy=True))
+            self._values, self._is_stale = None, False
 
     def versions(self) -> tuple[int, ...]:
         """What changes when the leaf is written into: the versions of the tensors that have its memory."""
@@ -221,11 +251,17 @@ class Watched:
         """Assign to `data` of the shard: it has the memory of `value` from now on, as far as that can be.
 
         Raises:
-            PlanError: it would be of another kind, or its memory is in another tier, where it stays, and is still read
-                under its old name.
+            PlanError: it would be of another kind; its backward is still to come, which computes with what it had; or
+                its memory is in another tier, where it stays, and is still read under its old name.
         """
         one, shard = self.one, self.one.shard
         self._check(value)
+        if self._computes() and self._group in self._in_graph and not one.is_gathered:
+            raise PlanError(
+                f"data of {one.name!r} is assigned between its forward and its backward, for which it is gathered anew"
+                " with other values than it had; write into it in place (`parameter.data.copy_(...)`), or assign it"
+                " before its forward or in on_train_batch_start or on_train_batch_end."
+            )
         local, memory = self._local_of(value, shard), one.memory
         elsewhere = self._elsewhere()
         stays = one.is_pinned or (elsewhere is not None and elsewhere.keeps_shard(shard))
@@ -238,16 +274,15 @@ class Watched:
                     f"data of {one.name!r} is assigned while what it gave before is kept, and offload_parameters keeps"
                     " both at one place; keep a clone of it (`parameter.data.clone()`)."
                 )
-            with torch.no_grad(), self._writing():
+            with torch.no_grad(), self._writing_shard(moved=value):
                 memory[: local.numel()].copy_(local.reshape(-1))
-        else:
-            if not fits:
-                padded = torch.zeros_like(memory)
-                padded[: local.numel()].copy_(local.reshape(-1))
-                local = padded
+            return
+        if not fits:
+            padded = torch.zeros_like(memory)
+            padded[: local.numel()].copy_(local.reshape(-1))
+            local = padded
+        with self._writing_shard(moved=value):
             compat.place_shard(self._group, shard, local.view(-1))
-        if one.is_gathered:
-            one.set_own(one.memory)
 
     def write(self, function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call `function`, which writes into `values` of the shard, with this rank's slices of full tensors.
@@ -262,7 +297,7 @@ class Watched:
             return divided(one.detach().to(values.device), self.one.shard, order_of(self.one.shard))
 
         try:
-            with self._writing():
+            with self._writing_shard():
                 return function(values, *map(slice_of, args), **{name: slice_of(one) for name, one in kwargs.items()})
         except RuntimeError as error:
             if MIXED not in str(error):
@@ -276,10 +311,11 @@ class Watched:
     def write_item(self, index: Any, value: Any) -> None:
         """Write `value` to `index` of the parameter, of which there is the shard: a collective."""
         shard = self.one.shard
+        self.settle()
         with torch.no_grad():
             whole = full(shard, order_of(shard)).clone()
             whole[index] = full(value) if isinstance(value, DTensor) else value
-            with self._writing():
+            with self._writing_shard():
                 compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def draw(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -287,7 +323,7 @@ class Watched:
         shard = self.one.shard
         whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
         getattr(whole, method)(*args, **kwargs)
-        with torch.no_grad(), self._writing():
+        with torch.no_grad(), self._writing_shard():
             compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def _local_of(self, value: Tensor, like: DTensor) -> Tensor:
@@ -325,30 +361,24 @@ class Watched:
 
     def gradient(self) -> Tensor | None:
         """Of the parameter: what is not reduced yet, else the shard's."""
-        leaf = self.one.leaf
-        pending: Tensor | None = None if leaf is None else GRADIENT.__get__(leaf)
-        return pending if pending is not None or self.reducing else GRADIENT.__get__(self.one.shard)
-
-    def has_pending_gradient(self) -> bool:
-        """Whether the leaf has a gradient that is not reduced yet."""
-        return self.one.leaf is not None and GRADIENT.__get__(self.one.leaf) is not None
+        unreduced: Tensor | None = self.one.unreduced_gradient
+        return GRADIENT.__get__(self.one.shard) if unreduced is None else unreduced
 
     def set_gradient(self, value: Tensor | None) -> None:
         """Assign the gradient of the parameter."""
-        leaf, shard = self.one.leaf, self.one.shard
+        shard = self.one.shard
         if self.reducing:
             return
         if value is not None and not (isinstance(value, DTensor) and value.placements == shard.placements):
             self._set_gradient(self, value)
             return
-        if leaf is not None:
-            GRADIENT.__set__(leaf, None)
+        self.one.unreduced_gradient = None
         GRADIENT.__set__(shard, value)
 
     def hold_gradient(self, value: Tensor) -> None:
         """Assign the gradient of the parameter, to be reduced later."""
         self.set_gradient(None)
-        GRADIENT.__set__(self.one.leaf, value)
+        self.one.unreduced_gradient = value
 
     def train(self, trained: bool) -> None:
         """Freeze or unfreeze both."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
@@ -23,6 +25,8 @@ class Writes:
         groups: the modules that `fully_shard` was applied to, by name.
         average: of gradients, over the ranks.
         set_gradient: assigns a gradient that is no shard of one to a parameter.
+        computes: tells whether a step runs, or its backward is still to come.
+        in_graph: groups that this backward is to come to.
 
     Attributes:
         elsewhere: what keeps shards in another tier; None while nothing does.
@@ -35,7 +39,10 @@ class Writes:
         *,
         average: Average,
         set_gradient: Callable[[Watched, Tensor], None],
+        computes: Callable[[], bool],
+        in_graph: Collection[nn.Module],
     ) -> None:
+        self._stale: set[nn.Module] = set()
         self.elsewhere: ShardStore | None = None
         self.groups: dict[str, list[Watched]] = {}
         self._undo = contextlib.ExitStack()
@@ -50,6 +57,9 @@ class Writes:
                     others=every,
                     average=average,
                     set_gradient=set_gradient,
+                    computes=computes,
+                    in_graph=in_graph,
+                    stale=self._stale,
                 )
                 for one in compat.grouped_parameters(group)
             ]
@@ -71,6 +81,11 @@ class Writes:
         for found in self.groups.values():
             for one in found:
                 one.settle()
+
+    def drop_stale(self) -> None:
+        """Let groups be gathered anew whose shards were written into while they were gathered."""
+        while self._stale:
+            cast(FSDPModule, self._stale.pop()).reshard()
 
     def forget(self) -> None:
         """Let what was written be lost with the leaves."""

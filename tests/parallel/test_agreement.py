@@ -309,6 +309,14 @@ class RegularisedByPath(Regularised):
         return [self.blocks[path % len(self.blocks)]]
 
 
+class Balanced(LayerDrop):
+    """A gradient taken between forward and backward, as losses are balanced by."""
+
+    def on_before_backward(self, loss):
+        (slope,) = torch.autograd.grad(loss, [self.head.weight], retain_graph=True)
+        assert slope.shape == (1, WIDTH)
+
+
 class Elsewhere(RarelyDropped):
     """A device for new tensors that is not where ranks agree."""
 
@@ -357,6 +365,7 @@ MODELS = [
     ByHand,
     Told,
     Elsewhere,
+    Balanced,
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from models import Language, trainer
@@ -64,3 +66,39 @@ def test_combined_gradients_are_those_of_all_samples(two, plan, way):
     plain = fit(None, 1, way)
     for losses in two.run(fit, plan, 2, way):
         assert losses == pytest.approx(plain, rel=1e-5)
+
+
+class ThrownAway(Language):
+    """The gradients of a backward that reduces nothing are cleared before those that count."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        with self.trainer.strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext():
+            self.manual_backward(3 * self.loss(batch))
+        assert all(one.grad is not None for one in self.parameters())
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.losses.append(float(self.all_gather(loss.detach()).mean()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_thrown_away(plan, devices):
+    model = ThrownAway()
+    trainer(LargeScaleStrategy(plan), devices=devices, max_steps=3).fit(model)
+    return model.losses
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 1e-3)])
+def test_gradients_that_were_not_reduced_can_be_cleared(two, precision, tolerance):
+    plain = fit_thrown_away(Plan(precision=precision), 1)
+    for losses in two.run(fit_thrown_away, Plan(dp_shard=2, precision=precision), 2):
+        assert losses == pytest.approx(plain, rel=tolerance)

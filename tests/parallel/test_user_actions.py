@@ -32,11 +32,26 @@ REFUSED = {
     "of_lists",
     "copies_into_gradients",
 }
-# And under some: shards on a disk stay at one place, and a forward has parts that are no leaves under tp.
+BETWEEN = {
+    (action, hook)
+    for action in (
+        "assigns_data",
+        "assigns_fresh_data",
+        "assigns_to_the_optimizers",
+        "swaps_and_swaps_back",
+        "swaps_with_a_shadow",
+    )
+    for hook in ("late", "on_before_backward", "on_before_zero_grad")
+}
+# And under some: a parameter between its forward and its backward is no longer gathered; shards on a disk stay at one
+# place, and a forward has parts that are no leaves under tp.
 REFUSED_BY = {
-    "offload": {("swaps_and_swaps_back", None)},
-    "offload on two": {("swaps_and_swaps_back", None)},
+    "ZeRO-3": BETWEEN,
+    "HSDP": BETWEEN,
+    "offload": {("swaps_and_swaps_back", None), *BETWEEN},
+    "offload on two": {("swaps_and_swaps_back", None), *BETWEEN},
     "tp": {
+        *BETWEEN,
         ("clips_norms", "on_after_backward"),
         *(
             (action, "forward")
@@ -46,6 +61,7 @@ REFUSED_BY = {
                 "writes_elements_of_data",
                 "copies_fresh",
                 "freezes",
+                "writes_into_both",
             )
         ),
     },
@@ -62,6 +78,8 @@ DAILY = {
         ("swaps_and_swaps_back", "on_validation_start"),
         ("draws", "on_train_epoch_end"),
         ("writes_rows", "on_train_batch_end"),
+        ("assigns_to_the_optimizers", "early"),
+        ("writes_into_both", "late"),
         ("replaces_in_a_block", "early"),
         ("assigns_fresh_gradients", "on_after_backward"),
         ("projects_conflicts", "manual"),
@@ -69,10 +87,15 @@ DAILY = {
         ("zeroes_by_module", "manual"),
         ("functional_of_a_block", "manual"),
     ],
-    "ZeRO-2": [("normalises", "forward"), ("decays", "on_before_backward"), ("sets_gradients", "manual")],
+    "ZeRO-2": [
+        ("normalises", "forward"),
+        ("decays", "on_before_backward"),
+        ("writes_into_the_optimizers", "on_after_backward"),
+        ("sets_gradients", "manual"),
+    ],
     "tp": [("normalises", "forward"), ("assigns_data", "early")],
     "HSDP": [("momentum_by_data", "early"), ("sets_gradients", "manual")],
-    "offload": [("clamps", "forward"), ("assigns_data", "late"), ("sets_gradients", "manual")],
+    "offload": [("clamps", "forward"), ("momentum_by_data", "late"), ("sets_gradients", "manual")],
     "offload on two": [("momentum_in_place", "early")],
 }
 
