@@ -341,8 +341,14 @@ def load(kind, how, path):
 CASES = [(Simple, "meta"), (Simple, "init_module"), (Loaded, "init_module")]
 
 
-@pytest.mark.parametrize(("kind", "how"), CASES)
-@pytest.mark.parametrize("full", [False, True], ids=["directory", "file"])
+@pytest.mark.parametrize(
+    ("full", "kind", "how"),
+    [
+        pytest.param(full, *case, marks=() if full == (case[1] == "meta") else pytest.mark.slow)
+        for full in (False, True)
+        for case in CASES
+    ],
+)
 def test_a_checkpoint_loaded_into_a_module_without_values(two, tmp_path, kind, how, full):
     path = tmp_path / "a.ckpt"
     expected = two.run(write, kind, path, full)[0]

@@ -110,7 +110,7 @@ class Gradients(Callback):
 
 
 @pytest.mark.parametrize("plan", [Plan(tp=2), Plan(tp=2, sequence_parallel=True)], ids=["tp", "sequence"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "attention"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "attention"])
 def test_gradients_of_the_first_step(two, name, plan):
     expected = gradients(name, None, 1)
     for found in two.run(gradients, name, plan, 2):

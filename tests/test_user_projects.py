@@ -68,7 +68,7 @@ ALIKE = {
     "vae",
 }
 # Those that take longest, beside the ones for every day.
-LONG = {"classifier", "forecaster", "gan", "lora", "lstm", "unet"}
+LONG = {"classifier", "forecaster", "gan", "image_models convnext", "lora", "lstm", "unet"}
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_project(two, tmp_path, project, strategy):
     ("project", "strategy"),
     [
         pytest.param("classifier", "largescale_auto", marks=pytest.mark.slow),
-        ("forecaster", "largescale_fsdp"),
+        pytest.param("forecaster", "largescale_fsdp", marks=pytest.mark.slow),
         pytest.param("gan", "largescale_auto", marks=pytest.mark.slow),
         pytest.param("classifier", "auto", marks=pytest.mark.slow),
     ],

@@ -73,7 +73,7 @@ def fit(plan, devices, given="eager", compile=False, **options):
     return model.losses
 
 
-@pytest.mark.parametrize("given", ["parts", "whole"])
+@pytest.mark.parametrize("given", ["parts", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_what_the_user_compiled(two, given, plan):
     expected = fit(None, 1)

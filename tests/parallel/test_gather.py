@@ -219,7 +219,7 @@ def test_blocks_that_return_frozen_objects(two, plan):
         assert losses == pytest.approx(fit(Unusual, None, 1, max_steps=4), rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("plan", [*PLANS, Plan(dp_shard=2, activation_checkpointing="full")])
 def test_second_derivatives(two, plan, accumulated):
     options = {"max_steps": 4, "accumulate_grad_batches": accumulated}
