@@ -38,6 +38,7 @@ from lightning_largescale.parallel.gather import (
     is_of_shards,
     meet,
     no_reduction,
+    note_read,
     optimizing,
     reshard,
     run_step,
@@ -259,8 +260,9 @@ class SteppingStrategy(StatefulStrategy):
         if not self._is_divided():
             yield
             return
-        manual = not self._module().automatic_optimization
-        with self._not_reading(), FullReads(in_step=in_step, losses=manual) as reads:
+        module = self._module()
+        reading = FullReads(in_step=in_step, losses=not module.automatic_optimization, note=partial(note_read, module))
+        with self._not_reading(), reading as reads:
             self._reads.append(reads)
             try:
                 yield

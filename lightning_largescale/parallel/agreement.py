@@ -24,6 +24,7 @@ Source: torch.distributed.algorithms.join for taking part in others' collectives
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ class Agreement:
         self._unsharded, self._ranks = list(unsharded), ranks
         self._call_before, self._synchronizes = before, synchronizes
         self.trained: set[int] = set()
+        # Of all sharded tensors that were read, in their order; and the last of them.
+        self._reads, self._last_read = 0, ""
         self._leave_engine: Callable[[], None] = _nothing
         self._sizes = [*(group.parameters for group in self._groups), len(self._unsharded)]
         self._patterns: dict[tuple[bool, bool], _Pattern] = {}
@@ -156,6 +159,7 @@ class Agreement:
         self._pattern: _Pattern | None = None
         self._began: tuple[Any, Round] | None = None
         self._followed: list[Entry] | None = None
+        self._reads, self._last_read = 0, ""
         self.trained.clear()
         self._reset()
 
@@ -188,7 +192,7 @@ class Agreement:
         self._followed, self._idle = self._pattern.followed, idle
         # Waited for where ranks meet next, which is where it is noticed that they have begun different kinds of steps.
         point = Entry(EntryKind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
-        began = Round(point, self._sizes)
+        began = Round(point, self._sizes, reads=self._reads)
         self._began = began.begin(self._ranks), began
         self._leave_engine = compat.around_engine(_weakly(self._differentiate))
         try:
@@ -225,6 +229,10 @@ class Agreement:
         """
         if self._pattern is not None:
             self._meet(Entry(EntryKind.MEET, point, which))
+
+    def note_read(self, name: str) -> None:
+        """Take note that this rank reads a sharded tensor, which all are to do: ranks compare that where they meet."""
+        self._reads, self._last_read = zlib.crc32(name.encode(), self._reads), name
 
     def _end_step(self) -> None:
         if self._pattern is not None:
@@ -431,7 +439,9 @@ class Agreement:
             work.wait()
             if not (told := began.told()).same:
                 raise self._differ(told)
-        own = Round(entry, self._sizes, departs=departs)
+            if not told.reads_same:
+                raise self._read_others()
+        own = Round(entry, self._sizes, departs=departs, reads=self._reads)
         if wants:
             if entry.kind is EntryKind.UNSHARD:
                 own.want(entry.number)
@@ -440,6 +450,9 @@ class Agreement:
         told = own.told()
         if not wants and not told.same:
             raise self._differ(told)
+        # Ranks that depart have yet to come to where the others are.
+        if told.same and entry.kind is EntryKind.MEET and not told.departed and not told.reads_same:
+            raise self._read_others()
         return told
 
     def _before(self, entry: Entry) -> None:
@@ -471,6 +484,15 @@ class Agreement:
         return PlanError(
             f"a rank {one} where another {other}, so they would wait for one another for ever; let all ranks of a"
             " sharded plan run the same steps, backwards and collectives (blocks may differ), or use dp_replicate."
+        )
+
+    def _read_others(self) -> PlanError:
+        names: list[Any] = [None] * self._ranks.size()
+        dist.all_gather_object(names, self._last_read, self._ranks)
+        read = " and ".join(map(repr, dict.fromkeys(name for name in names if name))) or "none"
+        return PlanError(
+            f"ranks read different sharded tensors, {read} last, and reads are collectives, whose numbers are of both"
+            " then; read the same on all ranks, or within `with self.trainer.strategy.full_parameters():`."
         )
 
     def _describe(self, entry: Entry) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from typing_extensions import override
 from lightning_largescale import compat
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.order import as_ordered, divided, divided_dims, full, order_of
+from lightning_largescale.parallel.parameters import name_of
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors
 from lightning_largescale.workload.parts import share
@@ -34,13 +36,17 @@ class FullReads(WholeNumbers):
     Args:
         in_step: what is computed may be differentiated: what needs a gradient is left to DTensor, which keeps it.
         losses: numbers that need a gradient are plain in a step too.
+        note: is told of what is read by a collective.
 
     Attributes:
         suspended: functions are called as without, as while a step runs inside of a hook.
     """
 
-    def __init__(self, *, in_step: bool = False, losses: bool = False) -> None:
+    def __init__(
+        self, *, in_step: bool = False, losses: bool = False, note: Callable[[str], None] = lambda name: None
+    ) -> None:
         super().__init__()
+        self._note = note
         self._in_step, self._losses = in_step, losses
         self.suspended = False
 
@@ -72,17 +78,18 @@ class FullReads(WholeNumbers):
         self, func: Callable[..., Any], shards: list[DTensor], args: Any, kwargs: Any, *, differentiated: bool
     ) -> Any:
         if func in _VALUES:
-            return _of_full(func, args, kwargs)
+            return self._of_full(func, args, kwargs)
         needs_full = any(map(_needs_full, shards)) and not _is_simple(func, args)
         if needs_full or _loses_nan(func, args):
             if not differentiated:
-                return _of_full(func, args, kwargs)
+                return self._of_full(func, args, kwargs)
             if any(order_of(shard) is not None for shard in shards):
                 raise PlanError(
                     f"{getattr(func, '__name__', func)} was given a sharded parameter of a block whose elements are in"
                     " another order under tp; compute that in `with self.trainer.strategy.full_parameters():`."
                 )
             if _loses_nan(func, args) or any(map(_has_empty, shards)):
+                self._note_read(func, shards)
                 args, kwargs = map_tensors((args, kwargs), _gathered_differentiably)
                 return func(*args, **kwargs)
         try:
@@ -94,11 +101,46 @@ class FullReads(WholeNumbers):
             # Of shapes and placements, so raised on all ranks alike.
             if differentiated:
                 raise
-            return _of_full(func, args, kwargs)
+            return self._of_full(func, args, kwargs)
         if differentiated and not self._losses:
             return result
-        result = _map_results(result, _reduced)
+        result = _map_results(result, partial(self._reduced, func, shards))
         return as_ordered(result, order_of(shards[0])) if isinstance(result, DTensor) else result
+
+    def _of_full(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`func` of the full tensors; what it gives of the shape of a shard is sharded as that is."""
+        shards = _shards_in(args, kwargs)
+        self._note_read(func, shards)
+
+        def gathered(tensor: Tensor) -> Tensor:
+            return full(tensor) if isinstance(tensor, DTensor) else tensor
+
+        def like_shards(tensor: Tensor) -> Tensor:
+            like = next((shard for shard in shards if shard.shape == tensor.shape and divided_dims(shard)), None)
+            return tensor if like is None else as_ordered(divided(tensor, like, order_of(like)), order_of(like))
+
+        with torch.no_grad():
+            return _map_results(func(*map_tensors(args, gathered), **map_tensors(kwargs, gathered)), like_shards)
+
+    def _reduced(self, func: Callable[..., Any], shards: Sequence[DTensor], tensor: Tensor) -> Tensor:
+        """A plain number; else without what ranks have yet to add up, which nothing could be written into."""
+        if not isinstance(tensor, DTensor):
+            return tensor
+        if any(not placement.is_replicate() for placement in tensor.placements) and not divided_dims(tensor):
+            self._note_read(func, shards)
+        if not tensor.dim():
+            return full(tensor)
+        for axis, placement in enumerate(tensor.placements):
+            if placement.is_partial():
+                # By one axis after the other; all at once torch warns that it does so.
+                tensor = tensor.redistribute(
+                    placements=[Replicate() if at == axis else one for at, one in enumerate(tensor.placements)]
+                )
+        return tensor
+
+    def _note_read(self, func: Callable[..., Any], shards: Sequence[DTensor]) -> None:
+        if any(not placement.is_replicate() for shard in shards for placement in shard.placements):
+            self._note(f"{getattr(func, '__name__', func)} of {', '.join(map(name_of, shards))}")
 
 
 # What is computed element by element, and of all elements, whatever their order and the mesh.
@@ -203,21 +245,6 @@ def _has_empty(shard: DTensor) -> bool:
     return 0 in sizes and 0 not in shard.shape
 
 
-def _of_full(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """`func` of the full tensors; what it gives of the shape of a shard is sharded as that is."""
-    shards = _shards_in(args, kwargs)
-
-    def gathered(tensor: Tensor) -> Tensor:
-        return full(tensor) if isinstance(tensor, DTensor) else tensor
-
-    def like_shards(tensor: Tensor) -> Tensor:
-        like = next((shard for shard in shards if shard.shape == tensor.shape and divided_dims(shard)), None)
-        return tensor if like is None else as_ordered(divided(tensor, like, order_of(like)), order_of(like))
-
-    with torch.no_grad():
-        return _map_results(func(*map_tensors(args, gathered), **map_tensors(kwargs, gathered)), like_shards)
-
-
 def _gathered_differentiably(tensor: Tensor) -> Tensor:
     """The full tensor of a shard, with the graph; its gradient is to be equal on all ranks."""
     if not isinstance(tensor, DTensor):
@@ -251,21 +278,6 @@ def _plain_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         isinstance(value, Tensor) and not isinstance(value, DTensor) and value.dim()
         for value in (*args, *kwargs.values())
     )
-
-
-def _reduced(tensor: Tensor) -> Tensor:
-    """A plain number; else without what ranks have yet to add up, which nothing could be written into."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if not tensor.dim():
-        return full(tensor)
-    for axis, placement in enumerate(tensor.placements):
-        if placement.is_partial():
-            # By one axis after the other; all at once torch warns that it does so.
-            tensor = tensor.redistribute(
-                placements=[Replicate() if at == axis else one for at, one in enumerate(tensor.placements)]
-            )
-    return tensor
 
 
 def _map_results(result: Any, change: Callable[[Tensor], Tensor]) -> Any:

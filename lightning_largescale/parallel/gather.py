@@ -287,6 +287,13 @@ def meet(module: nn.Module, *which: int, point: int = COLLECTIVE) -> None:
         state.agreement.meet(*which, point=point)
 
 
+def note_read(module: nn.Module, name: str) -> None:
+    """Have the ranks compare, where they meet next, that all have read this sharded tensor of `module`."""
+    state = sharded_state(module)
+    if state is not None and state.agreement is not None:
+        state.agreement.note_read(name)
+
+
 def reshard(module: nn.Module) -> None:
     """Drop gathered parameters of `module`, if it is sharded: after their shards changed, or when no step follows."""
     state = sharded_state(module)
@@ -384,11 +391,15 @@ def forget_step(module: nn.Module) -> None:
     """Make the sharded `module` ready for a step after one that ended halfway; its gradients may be lost."""
     vars(module)[_STATE].writes.forget()
     compat.forget_sharded_step(module)
-    state: Sharded = vars(module)[_STATE]
+    forget_order(vars(module)[_STATE])
+    reshard(module)
+
+
+def forget_order(state: Sharded) -> None:
+    """Know nothing of the steps so far, of which the last may have ended halfway."""
     for watching in (state.agreement, state.order):
         if watching is not None:
             watching.forget()
-    reshard(module)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Where a parameter keeps what watches it.
 WATCHED = "_largescale_watched"
+# Where a tensor that is made of a parameter keeps its name.
+_NAME = "_largescale_name"
 DATA: Any = Tensor.data
 GRADIENT: Any = Tensor.grad
 TRAINED: Any = Tensor.requires_grad
@@ -31,6 +33,20 @@ def watched(parameter: object) -> Watched | None:
     return None if found is None else found()
 
 
+def name_of(tensor: DTensor) -> str:
+    """Of the parameter that `tensor` is, or whose values or gradient; else what it is by its shape."""
+    found = watched(tensor)
+    if found is not None:
+        return found.one.name
+    return str(vars(tensor).get(_NAME, f"a tensor of shape {tuple(tensor.shape)}"))
+
+
+def _named(tensor: Any, name: str) -> Any:
+    if isinstance(tensor, DTensor):
+        vars(tensor)[_NAME] = name
+    return tensor
+
+
 class _Parameter:
     """What leaf and shard have in common."""
 
@@ -40,7 +56,7 @@ class _Parameter:
         found = watched(self)
         if found is None or found.reducing:
             return GRADIENT.__get__(self)  # type: ignore[no-any-return]
-        return found.gradient()
+        return _named(found.gradient(), f"the gradient of {found.one.name}")  # type: ignore[no-any-return]
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -168,6 +184,11 @@ class ShardParameter(_Parameter, ShardValues):
             DATA.__set__(self, value)
         else:
             found.assign_shard(value)
+
+    def detach(self) -> Any:
+        """Its values."""
+        found, values = watched(self), Tensor.detach(self)
+        return values if found is None else _named(values, found.one.name)
 
 
 def _drawing(method: str) -> Callable[..., Any]:

@@ -27,8 +27,8 @@ POINTS = (
     "looks up rows of a table after a block",
 )
 BEGIN_TRAINING, BEGIN_EVALUATION, END_FORWARD, END_STEP, END_BACKWARD, COLLECTIVE, LOOK_UP = range(len(POINTS))
-# Numbers that every exchange has: two of the entry, whether a rank departs, and the kinds of entries.
-_HEAD = 6
+# Numbers that every exchange has: two of the entry, whether a rank departs, the kinds of entries, and two of the reads.
+_KINDS, _HEAD = 3, 8
 
 
 class EntryKind(IntEnum):
@@ -68,6 +68,7 @@ class Told(NamedTuple):
         same: all are about to enter the same.
         departed: a rank is about to enter another than the step that is followed has.
         kinds: of what they are about to enter.
+        reads_same: they have read the same sharded tensors.
         wanted: indices of groups that any of them wants to gather.
         complete: parameters with a gradient to reduce on any rank, by index of a group that none awaits more of.
     """
@@ -76,6 +77,7 @@ class Told(NamedTuple):
     same: bool
     departed: bool
     kinds: set[EntryKind]
+    reads_same: bool
     wanted: Sequence[int] = ()
     complete: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
@@ -88,14 +90,16 @@ class Round:
         sizes: how many parameters each group has; the same in all rounds, since gloo ends the process where ranks send
             unequal numbers, as ranks do that are at unlike places.
         departs: whether this rank departs from the step that is followed.
+        reads: a number of all sharded tensors that this rank has read.
     """
 
-    def __init__(self, entry: Entry, sizes: Sequence[int], *, departs: bool = False) -> None:
+    def __init__(self, entry: Entry, sizes: Sequence[int], *, departs: bool = False, reads: int = 0) -> None:
         self._sizes = sizes
         # The device that a step may have made the default is not gloo's.
         self._numbers = torch.zeros(_HEAD + 2 * len(sizes) + sum(sizes), dtype=torch.int64, device="cpu")
         self._numbers[0], self._numbers[1], self._numbers[2] = entry.code, -entry.code, int(departs)
-        self._numbers[3 + entry.kind] = 1
+        self._numbers[_KINDS + entry.kind] = 1
+        self._numbers[_HEAD - 2], self._numbers[_HEAD - 1] = reads, -reads
 
     def want(self, group: int) -> None:
         """Tell that this rank is about to gather a group, as soon as all ranks do."""
@@ -116,12 +120,13 @@ class Round:
 
     def told(self) -> Told:
         """What all ranks told."""
-        greatest, least, departed, *kinds = self._numbers[:_HEAD].tolist()
+        greatest, least, departed, *kinds, most_read, least_read = self._numbers[:_HEAD].tolist()
         told = Told(
             between=(Entry.of(-least), Entry.of(greatest)),
             same=greatest == -least,
             departed=bool(departed),
             kinds={kind for kind in EntryKind if kinds[kind]},
+            reads_same=most_read == -least_read,
         )
         if not self._numbers[_HEAD:].any():
             return told

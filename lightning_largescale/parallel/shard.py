@@ -28,7 +28,7 @@ from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.parallel.by_hand import average_assigned
 from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
-from lightning_largescale.parallel.gather import Sharded, set_plan, sharded_state, start_gathering
+from lightning_largescale.parallel.gather import Sharded, forget_order, set_plan, sharded_state, start_gathering
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
@@ -193,6 +193,7 @@ def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
     if any(getattr(before, name) != getattr(plan, name) for name in alike):
         return False
     set_plan(state, plan)
+    forget_order(state)
     return True
 
 

@@ -545,6 +545,28 @@ class SkippedByOne(Paths):
         return None if index == 2 and self.global_rank else loss
 
 
+class ReadsByRank(Paths):
+    """Each rank looks at another block, in the step."""
+
+    def run(self, x, path, step):
+        for block in self.blocks:
+            x = block(x)
+        with torch.no_grad():
+            return x * self.blocks[self.global_rank].up.weight.norm().item()
+
+
+class ReadsGradientsByRank(ByRank):
+    """In a hook."""
+
+    def run(self, x, path, step):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def on_after_backward(self):
+        self.blocks[self.global_rank].up.weight.grad.norm().item()
+
+
 def refused(kind, plan):
     with pytest.raises(PlanError) as error:
         fit(kind, plan)
@@ -558,6 +580,8 @@ def refused(kind, plan):
         (MoreSteps, ZERO3, ["ends a backward", "ends a forward that a backward follows"]),
         (SkippedByOne, ZERO3, ["ends a step", "ends a forward that a backward follows"]),
         (RegularisedByPath, ZERO3, ["enters a collective", "of other tensors"]),
+        (ReadsByRank, ZERO3, ["norm of blocks.0.up.weight' and 'norm of blocks.1.up.weight' last"]),
+        (ReadsGradientsByRank, ZERO2, ["norm of the gradient of blocks.0", "norm of the gradient of blocks.1"]),
         (LooksUpLate, IN_ROWS, ["looks up rows of a table after a block"]),
         # What is gathered already is no shard to make whole.
         (Regularised, ZERO2, ["enters a collective", "of other tensors"]),
