@@ -326,7 +326,7 @@ def subclass_buffer(block):
 
 
 def by_class(block, x):
-    assert type(block.marked) is Marked
+    assert isinstance(block.marked, Marked)
     return F.linear(x, block.marked)
 
 

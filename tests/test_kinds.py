@@ -40,7 +40,7 @@ REFUSED = {
     "lazy_buffers": (EVERY - {"plain"}, "is of a lazy module"),
 }
 # In blocks, tensor parallelism finds nothing to divide beside these.
-IN_BLOCKS = {"complex_most": ({"tp"}, "tp=2 divides nothing")}
+IN_BLOCKS = {kind: ({"tp"}, "tp=2 divides nothing") for kind in ("complex_most", "parameter_class")}
 # Of these torch itself loads no state.
 UNLOADABLE = {"expanded_frozen"}
 # Digits of what is computed in two halves of a batch, or summed in another order.

@@ -8,6 +8,7 @@ to both, and so do gradients (`parallel.by_hand`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,8 @@ def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
     """A parameter of torch's own class with the same values, or a copy of them."""
     values = Tensor.detach(parameter)
     made = nn.Parameter(values.clone() if copied else values, requires_grad=TRAINED.__get__(parameter))
+    if isinstance(parameter, GatheredParameter):
+        made.__class__ = parameter.kind
     if copied and parameter.grad is not None:
         made.grad = parameter.grad.detach().clone()
     return made
@@ -144,7 +147,19 @@ def _exposed(leaf: Any) -> Any:
 
 
 class GatheredParameter(_Leaf, nn.Parameter):
-    """A parameter that is gathered."""
+    """A parameter that is gathered.
+
+    Attributes:
+        kind: the class that it has elsewhere.
+    """
+
+    kind: type[nn.Parameter] = nn.Parameter
+
+
+@functools.cache
+def gathered_class(kind: type[nn.Parameter]) -> type[GatheredParameter]:
+    """The class of a parameter of the user's class `kind` that is gathered."""
+    return GatheredParameter if kind is nn.Parameter else type(kind.__name__, (GatheredParameter, kind), {"kind": kind})
 
 
 class GatheredShard(_Leaf, DTensor):

@@ -26,6 +26,7 @@ from lightning_largescale.parallel.parameters import (
     GatheredShard,
     ShardParameter,
     ShardValues,
+    gathered_class,
 )
 from lightning_largescale.plan import PlanError
 
@@ -97,10 +98,12 @@ class Watched:
         gathered = self.one.leaf
         if gathered is None or not leaf:
             return
-        own = isinstance(gathered, GatheredParameter | GatheredShard)
-        self._is_foreign = not own and type(gathered) not in (nn.Parameter, DTensor)
-        if not own and not self._is_foreign:
-            gathered.__class__ = GatheredShard if isinstance(gathered, DTensor) else GatheredParameter
+        if isinstance(gathered, GatheredParameter | GatheredShard):
+            return
+        kind = type(gathered)
+        self._is_foreign = not (kind is DTensor or issubclass(kind, nn.Parameter))
+        if not self._is_foreign:
+            gathered.__class__ = GatheredShard if kind is DTensor else gathered_class(kind)  # type: ignore[arg-type]
             vars(gathered)[WATCHED] = weakref.ref(self)
 
     def look(self) -> None:

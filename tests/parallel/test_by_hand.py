@@ -15,6 +15,10 @@ from lightning_largescale import LargeScaleStrategy, Plan
 pytestmark = quiet
 
 
+class Marked(nn.Parameter):
+    """A class of the user's."""
+
+
 class ByHand(Language):
     """Two losses, each with its gradients, which are combined as no average of gradients is."""
 
@@ -22,6 +26,7 @@ class ByHand(Language):
         super().__init__()
         self.automatic_optimization, self.way = False, way
         self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.head.weight = Marked(self.head.weight.detach())
 
     def training_step(self, batch, index):
         optimizer, parameters = self.optimizers(), list(self.parameters())
