@@ -25,7 +25,7 @@ from lightning_largescale import compat
 from lightning_largescale.console import flush, tell
 from lightning_largescale.groups import forget_groups
 from lightning_largescale.hub import LOST, TOGETHER_SECONDS, Failure, Lines
-from lightning_largescale.waiting import Wait, Waiting
+from lightning_largescale.waiting import PROGRESS, Wait, Waiting
 
 # Seconds a rank has, after another failed, to raise by itself before its watcher ends it: enough to see the connection
 # close, finish callbacks and loggers; with the times below it stays well under the 15 s in which a run must have ended.
@@ -128,6 +128,8 @@ class PeerFailures:
                     self._heard.set()
                     if self._first.rank != self.rank or self._first.stuck:
                         threading.Thread(target=self.end_if_stuck, args=(self._first,), daemon=True).start()
+                elif "passed" in message:
+                    lines.send(PROGRESS.answer())
                 elif "together" in message:
                     self._together = message["together"]
                     self._decided.set()
@@ -138,13 +140,13 @@ class PeerFailures:
             self.end_if_stuck(self._first)
 
     def _tell_waits(self, waiting: Waiting, lines: Lines) -> None:
-        """Tell the hub where this rank waits, and that it does no more."""
+        """Tell the hub where this rank waits, as long as it does, and that it does no more."""
         told: Wait | None = None
         while not self._over.wait(_WAIT_POLL_SECONDS):
             wait = waiting.look(time.monotonic())
-            if wait != told:
+            if wait is not None or told is not None:
                 told = wait
-                lines.send({"waits": None if wait is None else dataclasses.asdict(wait)})
+                lines.send({"waits": None if wait is None else dataclasses.asdict(wait), **PROGRESS.answer()})
 
     def _watch_parent(self) -> None:
         while not self._over.wait(_POLL_SECONDS):

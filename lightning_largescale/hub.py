@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_largescale.waiting import Wait, sentence_of
+from lightning_largescale.waiting import STILL_SECONDS, Place, Wait, has_gone_on, sentence_of
 
 # Seconds in which every rank may report an error of its own before the first is taken to be alone. All ranks raise
 # alike where the input is wrong, and then nobody waits for anybody and connections can stay.
@@ -31,6 +31,9 @@ TOGETHER_SECONDS = 2.0
 # Seconds that a lost connection waits for its reason: the peer's own error, or its end, which may be a moment later.
 _REASON_SECONDS = 0.5
 _POLL_SECONDS = 0.2
+# Seconds for which it holds that a rank waits, unless it says so again: one that holds the interpreter's lock, or is
+# suspended, cannot say that it waits no more. Less than STILL_SECONDS, so that all ranks waited at one time.
+_WAIT_HOLDS_SECONDS = STILL_SECONDS / 2
 
 LOST = "ended without an error of its own; where the system killed it, running out of memory is the usual cause"
 
@@ -132,6 +135,9 @@ class _Member:
     rank: int | None = None
     finished: bool = False
     waits: Wait | None = None
+    heard: float = 0.0
+    passed: Place = ()
+    told: Place = ()
 
 
 class Hub(threading.Thread):
@@ -173,6 +179,8 @@ class Hub(threading.Thread):
                     self._selector.register(connection, selectors.EVENT_READ)
                 else:
                     gone += self._read(self._members[key.fileobj])  # type: ignore[index]
+            self._end_left()
+            self._end_stuck(time.monotonic())
             self._decide(time.monotonic())
         # Those that never said who they are stay until now.
         for member in self._members.values():
@@ -195,6 +203,7 @@ class Hub(threading.Thread):
         return False
 
     def _take(self, member: _Member, message: dict[str, Any]) -> None:
+        member.passed, member.told = message.get("passed", member.passed), message.get("told", member.told)
         if member.rank is None:
             if message.get("token") == self._token:
                 member.rank = message["rank"]
@@ -209,18 +218,37 @@ class Hub(threading.Thread):
                 self._failed.add(failure.rank)
                 self._announce(failure)
         elif "waits" in message:
-            member.waits = None if message["waits"] is None else Wait(**message["waits"])
-            self._end_stuck()
+            member.waits, member.heard = message["waits"] and Wait.of(message["waits"]), time.monotonic()
+            self._ask(member.waits)
         elif "finished" in message:
             member.finished = True
-            self._end_stuck()
             if member.rank == 0:
                 self._tell({"finished": True})
 
-    def _end_stuck(self) -> None:
+    def _ask(self, wait: Wait | None) -> None:
+        """Ask the ranks that `wait` is for how far they have come."""
+        for member in self._members.values():
+            if wait is not None and wait.awaited is not None and member.rank in wait.awaited.ranks:
+                member.lines.send({"passed": None})
+
+    def _end_left(self) -> None:
+        """End the run where a rank has gone on from where another waits for it."""
+        for member in self._members.values():
+            awaited = member.waits and member.waits.awaited
+            if member.rank is None or not awaited:
+                continue
+            others = [other for other in self._members.values() if other.rank in awaited.ranks]
+            if any(has_gone_on(awaited, other.passed, other.told) for other in others):
+                self._announce(Failure(rank=member.rank, what=f"PlanError: {awaited.otherwise}", stuck=True))
+
+    def _end_stuck(self, now: float) -> None:
         """End the run where every rank that is at work waits for others, which do not come."""
         here = {member.rank: member for member in self._members.values() if member.rank is not None}
-        at_work = {rank: member.waits for rank, member in here.items() if not member.finished}
+        at_work = {
+            rank: member.waits if now - member.heard < _WAIT_HOLDS_SECONDS else None
+            for rank, member in here.items()
+            if not member.finished
+        }
         found = sentence_of(at_work, finished=len(at_work) < self._world_size)
         if found is not None and len(self._known) == self._world_size:
             self._announce(Failure(rank=found[0], what=found[1], stuck=True))

@@ -6,11 +6,13 @@ of theirs. Each can tell that it waits and where; the hub can tell that all do, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,10 +27,73 @@ STILL_SECONDS = 4.0
 _TORCH, _LIGHTNING, _OURS = (
     str(Path(found).parent) + "/" for found in (torch.__file__, str(lightning.__file__), __file__)
 )
-_COLLECTIVES, _READS = f"{_TORCH}distributed/", f"{_OURS}parallel/full_reads.py"
-_AGREES, _ENDS_ITSELF = f"{_OURS}parallel/agreement.py", f"{_OURS}parallel/module_order.py"
+_READS, _AGREES = f"{_OURS}parallel/full_reads.py", f"{_OURS}parallel/agreement.py"
 # More than waiting costs, less than any work.
 _STILL_CPU_SECONDS = 0.01
+
+
+# Where a rank is in steps whose modules ranks compare: numbers of what compares them, of its step, of modules entered.
+Place = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Awaited:
+    """Ranks that are to tell which module they run next.
+
+    Attributes:
+        place: of the rank that asks them, which is the same on all of them.
+        ranks: these, and the one that asks.
+        otherwise: why the run ends where one of them has gone on without a word.
+    """
+
+    place: Place
+    ranks: Sequence[int]
+    otherwise: str
+
+
+class Progress:
+    """How far this process has come in steps whose modules ranks compare, for threads that answer for it.
+
+    Attributes:
+        passed: where it has come to.
+        told: where it last told the others which module it runs next, or is about to.
+        awaited: of whom it is to hear now.
+    """
+
+    def __init__(self) -> None:
+        self.passed: Place = ()
+        self.told: Place = ()
+        self.awaited: Awaited | None = None
+        self._begun = 0
+
+    def begin(self) -> int:
+        """A number, the same on all ranks, of what compares modules from now on."""
+        self._begun += 1
+        return self._begun
+
+    @contextlib.contextmanager
+    def asking(self, awaited: Awaited) -> Iterator[None]:
+        """Within, this rank waits for others to tell, and has told."""
+        # Before the others can hear of it: whoever reads `passed` and then this sees no rank go on without a word.
+        self.told, self.awaited = awaited.place, awaited
+        try:
+            yield
+        finally:
+            self.awaited = None
+
+    def answer(self) -> dict[str, Place]:
+        """What `has_gone_on` is to know of this rank."""
+        passed = self.passed
+        return {"passed": passed, "told": self.told}
+
+
+PROGRESS = Progress()
+
+
+def has_gone_on(awaited: Awaited, passed: Place, told: Place) -> bool:
+    """Whether a rank is past the place where another waits for it, and has not told there what it runs."""
+    place, passed, told = tuple(awaited.place), tuple(passed), tuple(told)
+    return passed[:1] == place[:1] and passed > place > told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,15 +104,23 @@ class Wait:
         place: the line of the user's code, or that of the innermost code there is.
         read: the function that reads a sharded tensor there; empty where the collective is another.
         hook: of Lightning's, that the line is in; empty where it is in none.
-        agrees: the other ranks are to tell there what they are about to gather or reduce.
-        ends_itself: it waits for no longer than some seconds.
+        agrees: the other ranks are to tell there what they are about to run, gather or reduce.
+        gathers: the collective is FSDP's, which all ranks are to enter.
+        awaited: ranks that are to tell there which module they run next; None where it asks for no such thing.
     """
 
     place: str
     read: str = ""
     hook: str = ""
     agrees: bool = False
-    ends_itself: bool = False
+    gathers: bool = False
+    awaited: Awaited | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Wait:
+        """The one whose fields `dataclasses.asdict` gave, and JSON carried."""
+        awaited = fields.get("awaited")
+        return cls(**{**fields, "awaited": awaited and Awaited(**awaited)})
 
 
 class Waiting:
@@ -72,7 +145,7 @@ class Waiting:
         frames = [one for one, _ in traceback.walk_stack(frame)]
         key, cpu = tuple((id(one.f_code), one.f_lasti) for one in frames), time.clock_gettime(self._clock)
         still = key == self._key and cpu - self._cpu < _STILL_CPU_SECONDS and self._sleeps()
-        if not still or not any(one.f_code.co_filename.startswith(_COLLECTIVES) for one in frames):
+        if not still or not compat.calls_collective(frames[0]):
             self._key, self._cpu, self._since = key, cpu, now
             return None
         return _describe(frames) if now - self._since >= STILL_SECONDS else None
@@ -95,7 +168,7 @@ def sentence_of(waits: Mapping[int, Wait | None], *, finished: bool) -> tuple[in
         finished: whether there are others, which have.
     """
     found = {rank: wait for rank, wait in waits.items() if wait is not None}
-    if len(found) < len(waits) or any(wait.ends_itself for wait in found.values()):
+    if len(found) < len(waits):
         return None
     reading = [rank for rank, wait in found.items() if wait.read]
     if not reading:
@@ -113,9 +186,12 @@ def sentence_of(waits: Mapping[int, Wait | None], *, finished: bool) -> tuple[in
 
 
 def _not_agreed(found: Mapping[int, Wait], *, finished: bool) -> tuple[int, str] | None:
-    """A rank that is to hear what the others gather, and one that is in a collective of its own, or has finished."""
+    """A rank that waits for what the others are to gather too, and one that is in a collective of its own, or has
+    finished.
+    """
     agreeing = [rank for rank, wait in found.items() if wait.agrees]
-    alone = [rank for rank, wait in found.items() if not wait.agrees]
+    agreeing += [rank for rank, wait in found.items() if wait.gathers]
+    alone = [rank for rank, wait in found.items() if not wait.agrees and not wait.gathers]
     if agreeing and not alone and finished:
         return agreeing[0], (
             f"PlanError: rank {agreeing[0]} runs a block at {found[agreeing[0]].place}, which all ranks are to gather,"
@@ -124,9 +200,11 @@ def _not_agreed(found: Mapping[int, Wait], *, finished: bool) -> tuple[int, str]
         )
     if not agreeing or not alone:
         return None
+    wait = found[agreeing[0]]
+    awaited = "to tell which blocks it runs, since the ranks run different ones" if wait.agrees else "to gather a block"
     return alone[0], (
         f"PlanError: rank {alone[0]} is in a collective at {found[alone[0]].place}, and rank {agreeing[0]} waits at"
-        f" {found[agreeing[0]].place} for it to tell which blocks it gathers, since the ranks run different ones; call"
+        f" {wait.place} for it {awaited}; call"
         " self.all_gather, self.log(sync_dist=True) or self.trainer.strategy.reduce in place of torch.distributed, or"
         " let all ranks run the same blocks."
     )
@@ -140,21 +218,22 @@ def _describe(frames: list[FrameType]) -> Wait:
     """Where the user's code is in a stack, the innermost frame first."""
     reads = [index for index, one in enumerate(frames) if one.f_code.co_filename == _READS]
     outer = frames[reads[-1] + 1 :] if reads else frames
-    user = next((one for one in outer if not _is_library(one.f_code.co_filename)), outer[0])
+    user = next(filter(_is_users, outer), outer[0])
     names = [one.f_locals.get("hook_name") for one in outer if one.f_code.co_filename.startswith(_LIGHTNING)]
     function = frames[reads[-1]].f_locals.get("func") if reads else None
-    if str(getattr(function, "__module__", "")).startswith("torch.distributed"):
-        # A collective of the user's, which passes through what looks for reads.
+    if str(getattr(function, "__module__", "")).startswith("torch.distributed") or _name(function) == "backward":
+        # Passes through what looks for reads, and is a collective of the user's, or runs what is not reading.
         function = None
+    awaited = PROGRESS.awaited
     place = f"{user.f_code.co_filename}:{user.f_lineno} ({user.f_code.co_name})"
     hook = next((name for name in names if isinstance(name, str)), "")
-    files = {one.f_code.co_filename for one in frames}
     return Wait(
         place=place,
         read="" if function is None else _name(function),
         hook=hook,
-        agrees=_AGREES in files,
-        ends_itself=_ENDS_ITSELF in files,
+        agrees=awaited is not None or frames[0].f_code.co_filename == _AGREES,
+        gathers=any(map(compat.is_of_group, itertools.takewhile(lambda one: not _is_users(one), frames))),
+        awaited=awaited,
     )
 
 
@@ -162,5 +241,6 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", function))
 
 
-def _is_library(filename: str) -> bool:
-    return filename.startswith((_TORCH, _LIGHTNING, _OURS, "<")) or "/lib/python" in filename
+def _is_users(frame: FrameType) -> bool:
+    filename = frame.f_code.co_filename
+    return not filename.startswith((_TORCH, _LIGHTNING, _OURS, "<")) and "/lib/python" not in filename

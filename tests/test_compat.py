@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 import traceback
 import weakref
@@ -1165,6 +1166,15 @@ def test_frame_of():
     held.set()
     thread.join()
     assert "run" in names
+
+
+def test_calls_collective():
+    # How each collective, and what is none, looks from outside is in test_waiting.py, by threads that wait there.
+    assert not compat.calls_collective(sys._getframe())
+
+
+def test_is_of_group():
+    assert not compat.is_of_group(sys._getframe())
 
 
 def looked_at_by_groups():

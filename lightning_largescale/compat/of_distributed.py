@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 
@@ -44,6 +47,63 @@ def abort_process_groups() -> None:
     from torch.distributed.distributed_c10d import _abort_process_group
 
     _abort_process_group()
+
+
+def calls_collective(frame: FrameType) -> bool:
+    """Whether the innermost frame of a thread that stands still is in a collective, or waits for one.
+
+    What a function around a collective does besides is called by another frame: FSDP's step, DTensor's rules, a wrapper
+    of the user's. Replaced by a public way to ask a process group whether a thread waits for its peers.
+    """
+    import torch
+    from torch.distributed import _functional_collectives, distributed_c10d
+
+    filename = frame.f_code.co_filename
+    if filename == torch._ops.__file__:
+        # Of an operator, or of what its overloads have in common: the namespace comes first.
+        return str(frame.f_locals.get("self")).partition(".")[0] in _OPERATORS
+    if filename in (distributed_c10d.__file__, _functional_collectives.__file__):
+        return True
+    root = f"{Path(torch.__file__).parent}/"
+    if filename.startswith(root) and not filename.startswith(f"{root}distributed/"):
+        # As torch.futures, whose `wait` may be for any kind of work.
+        return False
+    return _waits_for_work(frame)
+
+
+_OPERATORS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"})
+
+
+def _waits_for_work(frame: FrameType) -> bool:
+    """Whether `frame` calls `wait` of a collective's Work, without a limit: of one that it names, or without a name."""
+    import torch.distributed as dist
+
+    before = [one for one in dis.get_instructions(frame.f_code) if one.offset <= frame.f_lasti]
+    if not before or "CALL" not in before.pop().opname:
+        return False
+    while before and before[-1].opname in ("PRECALL", "CACHE", "PUSH_NULL"):
+        before.pop()
+    if not before or before[-1].opname not in ("LOAD_METHOD", "LOAD_ATTR") or before.pop().argval != "wait":
+        return False
+    names = before[-1].argval if before and before[-1].opname.startswith(_LOADS) else None
+    name = names[-1] if isinstance(names, tuple) else names
+    for held in (frame.f_locals, frame.f_globals):
+        if name in held:
+            return isinstance(held[name], dist.Work)
+    return True
+
+
+_LOADS = ("LOAD_FAST", "LOAD_NAME", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_FAST_LOAD_FAST")
+
+
+def is_of_group(frame: FrameType) -> bool:
+    """Whether `frame` is in what FSDP2 gathers and reduces, outside of which no user's code runs.
+
+    Replaced as `calls_collective`.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+
+    return frame.f_code.co_filename in (_fsdp_collectives.__file__, _fsdp_param_group.__file__)
 
 
 def all_gather_tensor(output: Any, tensor: Any, group: Any = None) -> None:

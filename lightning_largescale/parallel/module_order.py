@@ -6,14 +6,14 @@ ranks they cannot serve one another, so the run ends.
 
 Modules are compared by name as they are entered, in the first step and after any change of what all of them run. In
 between each rank compares its own with those of the step before, which costs no communication; a rank that is about to
-enter another asks the others, who either are about to do the same, or are inside of the module that it left out.
+enter another asks the others, who either are about to do the same, however late, or have gone on as in the step before.
+Of the latter it is told by the hub, which knows how far each rank has come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
 from lightning_largescale.plan import PlanError
-
-# Seconds after which ranks that are inside of a module are known not to come to another one.
-_PATIENCE_SECONDS = 10
+from lightning_largescale.waiting import PROGRESS, Awaited
 
 
 class ModuleOrder:
@@ -42,6 +40,8 @@ class ModuleOrder:
         self._followed: dict[str, list[int]] = {}
         self._known: list[int] | None = None
         self._entered: list[int] = []
+        self._number, self._step = PROGRESS.begin(), 0
+        self._peers = tuple(dist.get_process_group_ranks(ranks))
         self._handles: list[RemovableHandle] = [
             # Ahead of what gathers its parameters.
             module.register_forward_pre_hook(partial(self._enter_module, index), prepend=True)
@@ -66,6 +66,7 @@ class ModuleOrder:
             PlanError: they run in different orders.
         """
         self._known, self._entered = self._followed.get(name), []
+        self._step += 1
         try:
             yield
             self._enter(len(self._names))
@@ -83,27 +84,25 @@ class ModuleOrder:
     def _enter(self, index: int) -> None:
         place = len(self._entered)
         self._entered.append(index)
-        if self._known is not None and place < len(self._known) and self._known[place] == index:
-            return
+        if self._known is None or place >= len(self._known) or self._known[place] != index:
+            self._ask(index, place)
+        PROGRESS.passed = self._number, self._step, place + 1
+
+    def _ask(self, index: int, place: int) -> None:
+        """Make sure that all ranks are about to enter the same, where this one is not known to."""
         expected, self._known = self._known, None
-        with compat.without_function_modes():
-            found = self._told(index, wait=None if expected is None else timedelta(seconds=_PATIENCE_SECONDS))
-        if found is None:
-            others = "no more" if expected is None or place >= len(expected) else self._name(expected[place])
-            raise self._differ(self._name(index), f"{others}, as in the step before")
+        others = "no more" if expected is None or place >= len(expected) else self._name(expected[place])
+        gone_on = self._differ(self._name(index), f"{others}, as in the step before")
+        awaited = Awaited(place=(self._number, self._step, place), ranks=self._peers, otherwise=str(gone_on))
+        with compat.without_function_modes(), PROGRESS.asking(awaited):
+            found = self._told(index)
         if found != (index, index):
             raise self._differ(*map(self._name, found))
 
-    def _told(self, index: int, wait: timedelta | None) -> tuple[int, int] | None:
-        """The least and the greatest index that any rank is about to enter; None if not all say so in time."""
-        numbers = torch.tensor([-index, index])
-        work: Any = dist.all_reduce(numbers, dist.ReduceOp.MAX, self._ranks, async_op=True)
-        try:
-            work.wait() if wait is None else work.wait(wait)
-        except RuntimeError:
-            if wait is None:
-                raise
-            return None
+    def _told(self, index: int) -> tuple[int, int]:
+        """The least and the greatest index that any rank is about to enter."""
+        numbers = torch.tensor([-index, index], device="cpu")
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, self._ranks)
         return -int(numbers[0]), int(numbers[1])
 
     def _name(self, index: int) -> str:
