@@ -210,6 +210,8 @@ class SteppingStrategy(StatefulStrategy):
         """Lightning's sequence, with gradients averaged before the hooks that follow backward look at them."""
         module, precision = self._module(), self.precision_plugin
         self.pre_backward(loss)
+        if is_overridden("backward", module) and loss.requires_grad:
+            compat.call_after_backward(loss, replica.finish_within)
         loss = precision.pre_backward(loss, module)
         precision.backward(loss, module, optimizer, *args, **kwargs)
         if self._known is not None:
@@ -239,24 +241,30 @@ class SteppingStrategy(StatefulStrategy):
         Raises:
             PlanError: the gradients are this rank's alone.
         """
-        if self._replica is not None and self._replica.unreduced:
-            raise PlanError(
-                f"{type(optimizer).__name__}.step was called with gradients of loss.backward(), which are each rank's"
-                " own; call self.manual_backward(loss), which averages them over the ranks."
-            )
+        if not self._module().automatic_optimization:
+            self._check_reduced(optimizer)
         with self._not_reading(), contextlib.ExitStack() as numbers:
 
             def run() -> Any:
                 numbers.close()
                 result = closure()
-                numbers.enter_context(self._numbers())
+                self._check_reduced(optimizer)
+                if self._is_divided():
+                    numbers.enter_context(self._numbers())
                 return result
 
-            divided = self._is_divided()
-            result = super().optimizer_step(optimizer, run if divided else closure, *args, **kwargs)
+            result = super().optimizer_step(optimizer, run, *args, **kwargs)
         if self._trim_heap is not None:
             self._trim_heap()
         return result
+
+    def _check_reduced(self, optimizer: Optimizer) -> None:
+        if self._replica is not None and self._replica.unreduced:
+            raise PlanError(
+                f"{type(optimizer).__name__}.step was called with gradients of loss.backward(), which are each rank's"
+                " own; run one backward of one loss in a `backward` of your own, or, under manual optimization, call"
+                " self.manual_backward(loss), which averages them over the ranks."
+            )
 
     def _numbers(self) -> contextlib.AbstractContextManager[Any]:
         """Within, numbers about gradients that are divided are whole."""

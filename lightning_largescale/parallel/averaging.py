@@ -136,6 +136,11 @@ class Accumulations:
         """The backward has ended."""
         self._told = False
 
+    @property
+    def has_any(self) -> bool:
+        """Whether the backward has accumulated gradients of what is watched."""
+        return bool(self._accumulated)
+
     def stop(self) -> None:
         """Watch no longer."""
         for handle in self._handles:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_largescale.plan import Plan
+from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet
@@ -96,7 +96,7 @@ class Hooked(LightningModule):
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
         self.head = nn.Linear(8, 1)
-        self.kind, self.automatic_optimization = kind, kind != "manual"
+        self.kind, self.automatic_optimization = kind, "manual" not in kind
         self.seen = []
 
     def look(self):
@@ -109,7 +109,7 @@ class Hooked(LightningModule):
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         x = batch[rank::ranks].requires_grad_()
         for block in self.blocks:
-            x = x + (checkpoint(block, x, use_reentrant=True) if self.kind == "reentrant" else block(x)).relu()
+            x = x + (checkpoint(block, x, use_reentrant=True) if "reentrant" in self.kind else block(x)).relu()
         loss = self.head(x).square().mean()
         if self.kind == "guards" and index == 2 and rank == ranks - 1:
             loss = loss * float("nan")
@@ -121,12 +121,6 @@ class Hooked(LightningModule):
         self.look()
         optimizer.step()
         return None
-
-    def backward(self, loss, *args, **kwargs):
-        super().backward(loss, *args, **kwargs)
-        if self.kind == "clips in backward":
-            self.look()
-            self.clip()
 
     def on_after_backward(self):
         self.look()
@@ -150,22 +144,46 @@ class Hooked(LightningModule):
         return DataLoader(torch.randn(32, 8, generator=torch.Generator().manual_seed(1)), batch_size=4)
 
 
+class OwnBackward(Hooked):
+    """Changes its gradients in its own backward already, or has none for a loss that is not finite."""
+
+    def backward(self, loss, *args, **kwargs):
+        if not loss.isfinite():
+            return
+        super().backward(loss, *args, **kwargs)
+        self.look()
+        self.clip()
+        if self.kind == "backward of two":
+            super().backward(self.head.weight.square().sum())
+
+
 def hooked(strategy, devices, kind):
-    model = Hooked(kind)
-    accumulated = 2 if kind == "accumulates" else 1
+    model = (OwnBackward if "backward" in kind else Hooked)(kind)
+    accumulated = 2 if "accumulates" in kind else 1
     trainer(strategy, devices=devices, max_steps=-1, max_epochs=1, accumulate_grad_batches=accumulated).fit(model)
     return model.seen, {name: one.detach().clone() for name, one in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["clips", "guards", "reentrant", "accumulates", "manual"])
+KINDS = [
+    *("clips", "guards", "reentrant", "accumulates", "manual"),
+    *("clips in backward", "reentrant in backward", "accumulates in backward", "manual in backward"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_hooks_after_backward_see_averages(two, kind):
-    (plain_seen, expected) = hooked("auto", 1, kind)
+    plain_seen, expected = hooked("auto", 1, kind)
     ours = two.run(hooked, LargeScaleStrategy(Plan(dp_replicate=2)), 2, kind)
     stock = two.run(hooked, "ddp", 2, kind)
     for (seen, weights), (seen_there, weights_there) in zip(ours, stock, strict=True):
         torch.testing.assert_close(weights, weights_there, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(seen, seen_there, rtol=1e-5, atol=1e-6, equal_nan=True)
-        if kind != "accumulates":
+        if "accumulates" not in kind:
             # There what a hook clips between two reductions is each rank's own.
             torch.testing.assert_close(seen, plain_seen, rtol=1e-5, atol=1e-6, equal_nan=True)
             torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_second_backward_after_the_average_is_refused(two):
+    with pytest.raises(PlanError, match=r"gradients of loss.backward\(\), which are each rank's own; run one backward"):
+        two.run(hooked, LargeScaleStrategy(Plan(dp_replicate=2)), 2, "backward of two")
