@@ -193,28 +193,40 @@ class SteppingStrategy(StatefulStrategy):
         lookups.end_backward()
 
     @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """The module's backward; what reads in hooks and steps around it is not what runs in it.
 
         Raises:
-            PlanError: it reenters itself where that was not to be seen before.
+            PlanError: it reenters itself where that was not to be seen before, or the step has made parameters that are
+                to be trained.
         """
-        with self._not_reading(), contextlib.nullcontext() if self._replica is None else told_of_reentry():
-            return super().backward(closure_loss, *args, **kwargs)
+        with self._not_reading():
+            if self._replica is None:
+                return super().backward(closure_loss, optimizer, *args, **kwargs)
+            with told_of_reentry():
+                return self._reduced_backward(self._replica, closure_loss, optimizer, *args, **kwargs)
+
+    def _reduced_backward(
+        self, replica: Replica, loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Lightning's sequence, with gradients averaged before the hooks that follow backward look at them."""
+        module, precision = self._module(), self.precision_plugin
+        self.pre_backward(loss)
+        if is_overridden("backward", module) and loss.requires_grad:
+            compat.call_after_backward(loss, replica.finish_within)
+        loss = precision.pre_backward(loss, module)
+        precision.backward(loss, module, optimizer, *args, **kwargs)
+        if self._known is not None:
+            self._known.check()
+        replica.finish()
+        loss = precision.post_backward(loss, module)
+        self.post_backward(loss)
+        return loss
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        """The end of what `pre_backward` began.
-
-        Raises:
-            PlanError: the step has made parameters that are to be trained.
-        """
-        if self._replica is None:
-            end_backward(self._module())
-            return
-        if self._known is not None:
-            self._known.check()
-        self._replica.finish()
+        """The end of what `pre_backward` began."""
+        end_backward(self._module())
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -231,24 +243,30 @@ class SteppingStrategy(StatefulStrategy):
         Raises:
             PlanError: the gradients are this rank's alone.
         """
-        if self._replica is not None and self._replica.unreduced:
-            raise PlanError(
-                f"{type(optimizer).__name__}.step was called with gradients of loss.backward(), which are each rank's"
-                " own; call self.manual_backward(loss), which averages them over the ranks."
-            )
+        if not self._module().automatic_optimization:
+            self._check_reduced(optimizer)
         with self._not_reading(), contextlib.ExitStack() as numbers, optimizing(self._module()) as in_step:
 
             def run() -> Any:
                 numbers.close()
                 result = in_step(closure)
-                numbers.enter_context(self._numbers())
+                self._check_reduced(optimizer)
+                if self._is_divided():
+                    numbers.enter_context(self._numbers())
                 return result
 
-            divided = self._is_divided()
-            result = super().optimizer_step(optimizer, run if divided else closure, *args, **kwargs)
+            result = super().optimizer_step(optimizer, run, *args, **kwargs)
         if self._trim_heap is not None:
             self._trim_heap()
         return result
+
+    def _check_reduced(self, optimizer: Optimizer) -> None:
+        if self._replica is not None and self._replica.unreduced:
+            raise PlanError(
+                f"{type(optimizer).__name__}.step was called with gradients of loss.backward(), which are each rank's"
+                " own; run one backward of one loss in a `backward` of your own, or, under manual optimization, call"
+                " self.manual_backward(loss), which averages them over the ranks."
+            )
 
     def _numbers(self) -> contextlib.AbstractContextManager[Any]:
         """Within, numbers about gradients that are divided are whole."""

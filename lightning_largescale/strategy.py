@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -318,7 +319,8 @@ class LargeScaleStrategy(OffloadingStrategy):
             equal_weights([*module.parameters(), *module.buffers()])
             equal_copies(copies_of(module, callbacks_of(trainer)), self.root_device)
             if fitting:
-                self._replica = Replica(module, self.root_device, watch_all=not module.automatic_optimization)
+                by_hand = not module.automatic_optimization or is_overridden("backward", module)
+                self._replica = Replica(module, self.root_device, watch_all=by_hand)
                 self._undo.callback(self._replica.close)
 
     @override

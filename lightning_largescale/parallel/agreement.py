@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.parameters import GRADIENT
 from lightning_largescale.parallel.rounds import (
     BEGIN_EVALUATION,
@@ -398,9 +399,7 @@ class Agreement:
                 self._fresh.add(place)
                 # What is assigned to `grad` as users do it is averaged.
                 GRADIENT.__set__(parameter, torch.zeros_like(parameter))
-            gradient = GRADIENT.__get__(parameter)
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
+            average_in_place(GRADIENT.__get__(parameter))
         self.trained.difference_update(indices)
 
     def _settle(self) -> None:

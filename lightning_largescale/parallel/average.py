@@ -1,4 +1,4 @@
-"""Averages over the ranks that see other samples, of tensors that FSDP2 does not reduce."""
+"""Averages over the ranks that see other samples, of tensors that neither FSDP2 nor DistributedDataParallel reduces."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_largescale.parallel.mesh import data_group
+
+
+@torch.no_grad()
+def average_in_place(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Average `tensor`, contiguous or sparse and coalesced, over the ranks of `group`, None for all: a collective."""
+    # Before they are summed, as DistributedDataParallel does: a sum of all may be too large for half precision.
+    tensor.div_(dist.get_world_size(group))
+    dist.all_reduce(tensor, group=group)
 
 
 class Average:
@@ -24,12 +32,11 @@ class Average:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The average of every rank's `tensor`: a collective."""
-        ranks = self._group.size()
-        if ranks == 1:
+        if self._group.size() == 1:
             return tensor
         average = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(average, group=self._group)
-        return average / ranks
+        average_in_place(average, self._group)
+        return average
 
     def each(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """Of each the average, missing ones counting as zeros and those that are missing everywhere as missing: a

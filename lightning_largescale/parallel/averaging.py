@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.rows import sparse_rows
 
 # Gradients travel together up to about as many bytes, as DistributedDataParallel's do.
@@ -66,11 +67,10 @@ def average_gradients(parameters: Iterable[tuple[nn.Parameter, Seen]]) -> None:
     Args:
         parameters: and what `agree` has found of them, each used.
     """
-    ranks = dist.get_world_size()
     waiting: dict[torch.dtype, list[Tensor]] = {}
     for parameter, seen in parameters:
         if Seen.DENSE not in seen:
-            _average_sparse(parameter, ranks)
+            _average_sparse(parameter)
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -80,29 +80,28 @@ def average_gradients(parameters: Iterable[tuple[nn.Parameter, Seen]]) -> None:
         bucket = waiting.setdefault(gradient.dtype, [])
         bucket.append(gradient)
         if sum(one.nbytes for one in bucket) >= _BUCKET_BYTES:
-            _average_together(waiting.pop(gradient.dtype), ranks)
+            _average_together(waiting.pop(gradient.dtype))
     for bucket in waiting.values():
-        _average_together(bucket, ranks)
+        _average_together(bucket)
 
 
-def _average_together(bucket: list[Tensor], ranks: int) -> None:
-    # Before they are summed, as DistributedDataParallel does: a sum of all may be too large for half precision.
+def _average_together(bucket: list[Tensor]) -> None:
     if len(bucket) == 1 and bucket[0].is_contiguous():
-        dist.all_reduce(bucket[0].div_(ranks))
+        average_in_place(bucket[0])
         return
-    flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(ranks)
-    dist.all_reduce(flat)
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    average_in_place(flat)
     for gradient, averaged in zip(bucket, torch.split(flat, [one.numel() for one in bucket]), strict=True):
         gradient.copy_(averaged.view(gradient.shape))
 
 
-def _average_sparse(parameter: nn.Parameter, ranks: int) -> None:
+def _average_sparse(parameter: nn.Parameter) -> None:
     gradient = parameter.grad
     if gradient is None:
         none = torch.empty(0, dtype=torch.int64, device=parameter.device)
         gradient = sparse_rows(none, parameter.new_empty((0, *parameter.shape[1:])), parameter.shape)
-    gradient = gradient.detach().coalesce() / ranks
-    dist.all_reduce(gradient)
+    gradient = gradient.detach().coalesce()
+    average_in_place(gradient)
     parameter.grad = gradient
 
 
@@ -136,6 +135,11 @@ class Accumulations:
     def end(self) -> None:
         """The backward has ended."""
         self._told = False
+
+    @property
+    def has_any(self) -> bool:
+        """Whether the backward has accumulated gradients of what is watched."""
+        return bool(self._accumulated)
 
     def stop(self) -> None:
         """Watch no longer."""

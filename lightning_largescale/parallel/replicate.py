@@ -90,6 +90,13 @@ class Replica:
         if others:
             self._average(others)
 
+    def finish_within(self) -> None:
+        """At the end of a backward that has accumulated gradients, `finish`, for what the user's own `backward` does to
+        them after it.
+        """
+        if self._anchored is not None and self._accumulations.has_any:
+            self.finish()
+
     def look_again(self) -> None:
         """Let the next backward find out which parameters are trained from now on."""
         self._looks_again = True

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +24,7 @@ from torchmetrics import Metric
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.by_hand import average_assigned
 from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
@@ -398,5 +398,4 @@ def _average(state: Sharded, index: int, parameter: Tensor) -> None:
     if state.agreement is not None:
         state.agreement.trained.add(index)
     elif state.synchronize:
-        dist.all_reduce(parameter.grad)
-        parameter.grad.div_(dist.get_world_size())
+        average_in_place(parameter.grad)

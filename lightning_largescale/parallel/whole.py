@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.copies import disable_copies
 from lightning_largescale.parallel.gather import Sharded, meet, reshard, sharded_state, stop_gathering
 from lightning_largescale.parallel.order import divided, full, order_of, whole_of
@@ -136,8 +136,8 @@ class _Averaged(torch.autograd.Function):
         if ctx.state.agreement is not None:
             ctx.state.agreement.meet(ctx.number)
         average = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(average)
-        return divided(average / dist.get_world_size(), shard, order_of(shard)), None, None
+        average_in_place(average)
+        return divided(average, shard, order_of(shard)), None, None
 
 
 def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Parameter, Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -119,36 +120,69 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 def _shared_memory(module: nn.Module) -> tuple[str, str] | None:
     """Names of two parameters that have elements in common and are two objects."""
-    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    by_storage: dict[int, list[_Extent]] = {}
     for name, parameter in module.named_parameters():
         if not is_lazy(parameter) and not parameter.is_meta and is_plain(parameter) and parameter.numel():
-            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+            extent = _Extent(name, parameter, _span(parameter))
+            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(extent)
     for sharing in by_storage.values():
-        for (one, first), (other, second) in itertools.combinations(sharing, 2):
-            if _overlap(first, second):
-                return one, other
+        for run in _overlapping_runs(sharing):
+            shared = _first_shared(run)
+            if shared is not None:
+                one, other = sorted(shared, key=sharing.index)
+                return one.name, other.name
     return None
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    if _span(one).stop <= _span(other).start or _span(other).stop <= _span(one).start:
-        return False
-    start = min(_span(one).start, _span(other).start)
-    taken = torch.zeros(max(_span(one).stop, _span(other).stop) - start, dtype=torch.bool)
-    _bytes_in(taken, one, start).fill_(True)
-    return bool(_bytes_in(taken, other, start).any())
+@dataclass(frozen=True, eq=False)
+class _Extent:
+    """A parameter and the bytes of its storage from its first to its last element."""
+
+    name: str
+    parameter: Tensor
+    span: range
+
+
+def _overlapping_runs(extents: list[_Extent]) -> Iterator[list[_Extent]]:
+    """Those of one storage, in its order, each run reaching into one another; without those that no other reaches."""
+    run: list[_Extent] = []
+    stop = 0
+    for extent in sorted(extents, key=lambda one: one.span.start):
+        if extent.span.start >= stop:
+            if len(run) > 1:
+                yield run
+            run = []
+        run.append(extent)
+        stop = max(stop, extent.span.stop)
+    if len(run) > 1:
+        yield run
+
+
+def _first_shared(run: list[_Extent]) -> tuple[_Extent, _Extent] | None:
+    """Two of a run that have elements in common; each is compared with all before it at once."""
+    start, stop = run[0].span.start, max(one.span.stop for one in run)
+    taken = torch.zeros(stop - start, dtype=torch.bool)
+    for place, extent in enumerate(run):
+        own = _bytes_in(taken, extent, start)
+        if own.any():
+            own_alone = torch.zeros_like(taken)
+            _bytes_in(own_alone, extent, start).fill_(True)
+            return next(one for one in run[:place] if _bytes_in(own_alone, one, start).any()), extent
+        own.fill_(True)
+    return None
 
 
 def _span(tensor: Tensor) -> range:
-    """The bytes of its storage from the first to the last element of `tensor`."""
     size = tensor.element_size()
     first = tensor.storage_offset() * size
     reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return range(first, first + (reach + 1) * size)
 
 
-def _bytes_in(taken: Tensor, tensor: Tensor, start: int) -> Tensor:
-    """Of `taken`, one element for each byte of a storage from `start` on, those that `tensor` has."""
-    size = tensor.element_size()
-    strides = [stride * size for stride in tensor.stride()]
-    return taken.as_strided((*tensor.shape, size), (*strides, 1), _span(tensor).start - start)
+def _bytes_in(taken: Tensor, extent: _Extent, start: int) -> Tensor:
+    """Of `taken`, one element for each byte of a storage from `start` on, those that a parameter has."""
+    size = extent.parameter.element_size()
+    shape, strides = extent.parameter.shape, extent.parameter.stride()
+    # What is expanded has one element there, and nothing is written into several at once.
+    lengths = [1 if stride == 0 else length for length, stride in zip(shape, strides, strict=True)]
+    return taken.as_strided((*lengths, size), (*(stride * size for stride in strides), 1), extent.span.start - start)
