@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,18 @@ class Average:
 
     Args:
         mesh: that parameters are divided over.
+        meet: is given how many elements are to be averaged before they are, in the group that parameters are gathered
+            in: other ranks may be about to gather.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self._group = data_group(mesh)
+    def __init__(self, mesh: DeviceMesh, meet: Callable[[int], None] = lambda elements: None) -> None:
+        self._group, self._meet = data_group(mesh), meet
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The average of every rank's `tensor`: a collective."""
         if self._group.size() == 1:
             return tensor
+        self._meet(tensor.numel())
         average = tensor.detach().clone(memory_format=torch.contiguous_format)
         average_in_place(average, self._group)
         return average
@@ -43,7 +46,7 @@ class Average:
         collective for each dtype.
         """
         if self._group.size() == 1:
-            return list(tensors)
+            return [None if one is None else one.to(as_.dtype) for one, as_ in zip(tensors, like, strict=True)]
         found: list[Tensor | None] = [None] * len(tensors)
         for dtype in dict.fromkeys(one.dtype for one in like):
             places = [place for place, one in enumerate(like) if one.dtype == dtype]

@@ -142,7 +142,7 @@ def start_gathering(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Pa
             state.hooks.append(part.register_forward_pre_hook(partial(_gather, own)))
     # Else the first group to run forward would become the root for good.
     compat.become_root(module, state.beside)
-    state.average = Average(state.mesh)
+    state.average = Average(state.mesh, partial(_meet_ranks, state))
     named = [*state.groups, *(f"beside {number}" for number in range(len(state.beside)))]
     groups = {name: cast(nn.Module, group) for name, group in zip(named, state.every_group(), strict=True)}
 
@@ -283,7 +283,12 @@ def meet(module: nn.Module, *which: int, point: int = COLLECTIVE) -> None:
         point: COLLECTIVE or LOOK_UP.
     """
     state = sharded_state(module)
-    if state is not None and state.agreement is not None:
+    if state is not None:
+        _meet_ranks(state, *which, point=point)
+
+
+def _meet_ranks(state: Sharded, *which: int, point: int = COLLECTIVE) -> None:
+    if state.agreement is not None:
         state.agreement.meet(*which, point=point)
 
 

@@ -567,6 +567,17 @@ class ReadsGradientsByRank(ByRank):
         self.blocks[self.global_rank].up.weight.grad.norm().item()
 
 
+class AssignsByRank(ByRank):
+    """One rank sets a gradient by hand, once steps are followed."""
+
+    def run(self, x, path, step):
+        for place, block in enumerate(self.blocks):
+            x = block(x)
+            if place == 0 and step == 4 and self.global_rank == 0:
+                self.blocks[2].up.bias.grad = torch.zeros(2 * WIDTH)
+        return x
+
+
 def refused(kind, plan):
     with pytest.raises(PlanError) as error:
         fit(kind, plan)
@@ -582,6 +593,7 @@ def refused(kind, plan):
         (RegularisedByPath, ZERO3, ["enters a collective", "of other tensors"]),
         (ReadsByRank, ZERO3, ["norm of blocks.0.up.weight' and 'norm of blocks.1.up.weight' last"]),
         (ReadsGradientsByRank, ZERO2, ["norm of the gradient of blocks.0", "norm of the gradient of blocks.1"]),
+        (AssignsByRank, ZERO3, ["enters a collective", "of other tensors"]),
         (LooksUpLate, IN_ROWS, ["looks up rows of a table after a block"]),
         # What is gathered already is no shard to make whole.
         (Regularised, ZERO2, ["enters a collective", "of other tensors"]),
