@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from ranks import connected, quiet
+from ranks import quiet, run_connected
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -191,8 +191,8 @@ def seen_in_collectives():
     return found
 
 
-def test_a_thread_that_waits_in_a_collective_is_seen(two):
-    found, _ = two.run(connected, seen_in_collectives)
+def test_a_thread_that_waits_in_a_collective_is_seen():
+    found, _ = run_connected(2, seen_in_collectives)
     assert {name for name, wait in found.items() if wait is not None} == {*COLLECTIVES}
     assert all("test_waiting.py" in wait.place and not wait.read and not wait.agrees for wait in found.values())
     assert {name for name, wait in found.items() if wait.gathers} == {"gathered"}
@@ -285,8 +285,8 @@ def seen_idle():
     return found
 
 
-def test_a_thread_that_waits_for_something_else_is_not(two):
-    one, other = two.run(connected, seen_idle)
+def test_a_thread_that_waits_for_something_else_is_not():
+    one, other = run_connected(2, seen_idle)
     assert one | other == dict.fromkeys(IDLE)
 
 

@@ -479,6 +479,8 @@ def test_the_state_is_in_memory_only_where_it_is_kept_there(on_disk, tmp_path, m
     parameter = nn.Parameter(torch.zeros(16 * MIB))
     parameter.grad = torch.ones_like(parameter)
     optimizer = Watched([parameter])
+    # What the system has taken to its own disk of these meanwhile is no less theirs.
+    parameter.sum().item(), parameter.grad.sum().item()
     before = ordinary_bytes()
     with paged(optimizer, tmp_path if on_disk else None):
         for _ in range(3):
