@@ -472,22 +472,29 @@ class Watched(Lion):
         self.most = max(self.most, ordinary_bytes())
 
 
+def growth(elements, folder):
+    """Bytes that the process grows by as it steps, at most and in the end, and those of the state."""
+    parameter = nn.Parameter(torch.zeros(elements))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = Watched([parameter])
+    before = ordinary_bytes()
+    with paged(optimizer, folder):
+        for _ in range(3):
+            optimizer.step()
+        return optimizer.most - before, ordinary_bytes() - before, optimizer.state[parameter]["mean"].nbytes
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_the_state_is_in_memory_only_where_it_is_kept_there(on_disk, tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "PAGE_BYTES", MIB)
-    parameter = nn.Parameter(torch.zeros(16 * MIB))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = Watched([parameter])
-    # What the system has taken to its own disk of these meanwhile is no less theirs.
-    parameter.sum().item(), parameter.grad.sum().item()
-    before = ordinary_bytes()
-    with paged(optimizer, tmp_path if on_disk else None):
-        for _ in range(3):
-            optimizer.step()
-        assert optimizer.state[parameter]["mean"].nbytes == 64 * MIB
-        assert (optimizer.most - before < 16 * MIB) == on_disk
-        assert (ordinary_bytes() - before < 16 * MIB) == on_disk
+    folder = tmp_path if on_disk else None
+    # What a process holds from its first step on is no state.
+    growth(4 * MIB, folder)
+    most, after, state = growth(16 * MIB, folder)
+    assert state == 64 * MIB
+    assert (most < 16 * MIB) == on_disk
+    assert (after < 16 * MIB) == on_disk
 
 
 def with_nothing(name, folder):
