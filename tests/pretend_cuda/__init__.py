@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from pretend_cuda.build import CannotBuild, load_extension
+from pretend_cuda import build
+from pretend_cuda.build import CannotBuild
 
-__all__ = ["CannotBuild", "environment", "install", "installed"]
+__all__ = ["CannotBuild", "build", "environment", "install", "installed", "report_file"]
 
 # What a process that is started with these in its environment pretends, and where it writes what the device reports.
 SETTINGS, REPORTS = "LARGESCALE_PRETEND_CUDA", "LARGESCALE_PRETEND_REPORTS"
@@ -41,12 +42,12 @@ def install(devices: int = 2, memory: int = 4 << 30, late: bool = True) -> Modul
         raise RuntimeError(
             f"a CUDA device can be pretended to a CPU build of torch only, and this is {torch.__version__}."
         )
-    _extension = load_extension()
+    _extension = build.load_extension()
     _extension.set_devices(devices)
     _extension.set_late(late)
     for index in range(devices):
         _extension.set_limit(index, memory)
-    _extension.set_report_file(os.environ.get(REPORTS, ""))
+    _extension.set_report_file(report_file())
 
     from pretend_cuda import nccl, sites, torch_cuda
 
@@ -59,6 +60,11 @@ def install(devices: int = 2, memory: int = 4 << 30, late: bool = True) -> Modul
 def installed() -> ModuleType | None:
     """The extension, where a device is pretended."""
     return _extension
+
+
+def report_file() -> str:
+    """Where this process writes what the device reports; empty for nowhere."""
+    return os.environ.get(REPORTS, "")
 
 
 def environment(devices: int = 2, memory: int = 4 << 30, late: bool = True, reports: str = "") -> dict[str, str]:

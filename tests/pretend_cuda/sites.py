@@ -7,7 +7,7 @@ from pathlib import Path
 from types import FrameType
 
 PACKAGE = "lightning_largescale"
-_OTHERS = ("/torch/", "/pretend_cuda/", "/lightning/", "/contextlib.py", "<")
+_OTHERS = ("/torch/", "/lightning/", "/pretend_cuda/sites.py", "/pretend_cuda/torch_cuda.py", "/contextlib.py", "<")
 
 
 def call_site() -> str:

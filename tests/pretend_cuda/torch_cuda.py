@@ -23,6 +23,7 @@ class _Process:
     @classmethod
     def after_fork(cls) -> None:
         cls.forked = cls.initialized or bool(_device.contexts())
+        _device.forget_beginning()
 
 
 def _index(one: Any = None) -> int:

@@ -159,7 +159,7 @@ class Call {
 
   bool may_wait() const {
     if (!late() || has_sparse_ || draws_ || has_generator_ || pairs_.empty() || op_.hasTag(at::Tag::inplace_view)) return false;
-    if (schema_.name().rfind("aten::", 0) != 0 || schema_.overload_name().find("out") != std::string::npos) return false;
+    if (schema_.name().rfind("aten::", 0) != 0) return false;
     for (auto& one : schema_.returns()) {
       bool tensors = one.type()->isSubtypeOf(*c10::TensorType::get()) ||
                      one.type()->isSubtypeOf(*c10::ListType::ofTensors());
@@ -168,13 +168,18 @@ class Call {
     return op_.hasComputedKernelForDispatchKey(c10::DispatchKey::Meta);
   }
 
-  // Results without data, by torch's kernels for such; nothing where these cannot tell.
+  // Results without data, by torch's kernels for such; nothing where these cannot tell, and where an argument would
+  // become larger.
   std::optional<Stack> shapes_of_results() const {
     Stack stack;
+    std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins;
+    auto stand_in = [&](const at::Tensor& t, bool) {
+      if (!t.defined() || !is_own(t)) return t;
+      stand_ins.emplace_back(t, without_data(t));
+      return stand_ins.back().second;
+    };
     for (size_t i = first_; i < stack_->size(); i++) {
-      auto value = changed((*stack_)[i], false, [&](const at::Tensor& t, bool) {
-        return t.defined() && is_own(t) ? without_data(t) : t;
-      });
+      auto value = changed((*stack_)[i], false, stand_in);
       stack.push_back(value.isDevice() ? c10::IValue(c10::Device(c10::kMeta)) : value);
     }
     try {
@@ -183,6 +188,8 @@ class Call {
     } catch (...) {
       return std::nullopt;
     }
+    for (auto& [own, other] : stand_ins)
+      if (own.sizes() != other.sizes() || own.strides() != other.strides()) return std::nullopt;
     return stack;
   }
 
@@ -368,6 +375,20 @@ void sparse_fallback(const c10::OperatorHandle& op, Stack* stack) { Call(op, sta
 
 }  // namespace
 
+// Of operators that have kernels for sparse tensors beside one for all devices, the former: a fallback comes after both.
+void prefer_sparse_kernels(torch::Library& m) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (auto& name : dispatcher.getAllOpNames()) {
+    if (name.getNamespace() != "aten") continue;
+    auto op = dispatcher.findOp(name);
+    if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::SparseCPU)) continue;
+    if (!op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd)) continue;
+    auto full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+    m.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&sparse_fallback>());
+  }
+}
+
+TORCH_LIBRARY_IMPL(aten, SparseCUDA, m) { prefer_sparse_kernels(m); }
 TORCH_LIBRARY_IMPL(_, SparseCUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&sparse_fallback>()); }
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 

@@ -267,8 +267,8 @@ class Group final : public c10d::Backend {
       place = called()[members_]++;
     }
     auto mine = at::tensor({place, static_cast<int64_t>(std::hash<std::string>()(what))}, at::kLong);
-    auto all = at::empty({getSize(), 2}, at::kLong);
-    wait_without_gil(inner_->_allgather_base(all, mine, c10d::AllgatherOptions()));
+    auto gathered = at::empty({getSize() * 2}, at::kLong), all = gathered.view({getSize(), 2});
+    wait_without_gil(inner_->_allgather_base(gathered, mine, c10d::AllgatherOptions()));
     for (int rank = 0; rank < getSize(); rank++) {
       if (at::equal(all[rank], mine)) continue;
       auto text = what + " is number " + std::to_string(place) + " of the collectives of its members on rank " +

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/device_lazy_init.h>
 #include <torch/csrc/utils/pybind.h>
 
 namespace pretend {
@@ -13,8 +14,9 @@ void add_process_group(py::module_& m);
 namespace {
 
 std::string site_of(const py::object& found) {
-  // Threads of autograd are nowhere in the program.
-  if (!PyGILState_Check()) return "";
+  // Operators are called without the GIL. Nothing of the device is locked here.
+  if (!Py_IsInitialized()) return "";
+  py::gil_scoped_acquire gil;
   try {
     return found().cast<std::string>();
   } catch (py::error_already_set&) {
@@ -77,6 +79,8 @@ void add_streams(py::module_& m) {
   m.def("set_devices", &set_devices);
   m.def("current_device", [] { return static_cast<int>(current_device()); });
   m.def("set_device", &set_device);
+  // Have torch ask torch.cuda to begin once more.
+  m.def("forget_beginning", [] { torch::utils::set_requires_device_init(at::kCUDA, true); });
   m.def("current_stream", [](int device) { return current_stream_id(static_cast<c10::DeviceIndex>(device)); });
   m.def("synchronize", &synchronize);
   m.def("set_late", &set_late);
