@@ -156,20 +156,6 @@ BREAKS = (
         "                page, buffer, transfer = coming[0]\n",
         "host step",
     ),
-    Break(
-        "gradients are not waited for",
-        "offload/gradients.py",
-        "            region, transfer = self._leaving.pop(0)\n            transfer.wait()\n",
-        "            region, transfer = self._leaving.pop(0)\n",
-        "released",
-    ),
-    Break(
-        "gradients are released before they are in DRAM",
-        "parallel/shard.py",
-        'tier == "cpu" and not plan.release_gradients',
-        'tier == "cpu"',
-        "released",
-    ),
 )
 
 # --- scenarios: each gives numbers that are the same in every run of the package as it is
@@ -239,7 +225,8 @@ def asked() -> list[float]:
     """What is taken is read as soon as its transfer says that it is over."""
     torch, lanes = _lanes_here()
     target = torch.empty(4096, pin_memory=True)
-    transfer = lanes.fetch([(target, torch.ones(4096, device="cuda") * 3)])
+    source = torch.ones(4096, device="cuda") * 3
+    transfer = lanes.fetch([(target, source)])
     while not transfer._requests[0].done():
         pass
     return [float(target.sum())]
@@ -280,7 +267,6 @@ SCENARIOS: dict[str, Callable[[str], list[float]]] = {
     "host step": lambda folder: fit(offload_optimizer="cpu", host_optimizer_step=True),
     "activations": lambda folder: fit(layers=5, offload_activations="cpu"),
     "disk": lambda folder: fit(layers=5, offload_activations="nvme", nvme_path=folder),
-    "released": lambda folder: fit(offload_parameters="cpu", offload_optimizer="cpu", release_gradients=True),
     **{one.__name__: lambda folder, one=one: one() for one in (bring, fetch, put, asked, unused, room)},
 }
 
