@@ -45,12 +45,13 @@ def load(config: pytest.Config) -> str:
 
     if torch.cuda.is_available():
         return ""
-    reports = Path(tempfile.mkdtemp(prefix="pretend_cuda_")) / "reports"
-    os.environ |= pretend_cuda.environment(reports=str(reports))
     try:
-        pretend_cuda.install()
+        extension = pretend_cuda.install()
     except pretend_cuda.CannotBuild as error:
         return str(error)
+    reports = Path(tempfile.mkdtemp(prefix="pretend_cuda_")) / "reports"
+    os.environ |= pretend_cuda.environment(reports=str(reports))
+    extension.set_report_file(str(reports))
     config.pluginmanager.register(_Reports(reports), "pretend_cuda_reports")
     return ""
 
