@@ -1,4 +1,6 @@
-"""What all tests share: a cache of their own, Python processes of their own, no CUDA tests where there is no CUDA."""
+"""What all tests share: a cache of their own, Python processes of their own, CUDA tests where there is CUDA or where it
+is pretended.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,38 @@ if TYPE_CHECKING:
     from ranks import Ranks
 
 
-def pytest_configure() -> None:
+_WITHOUT_CUDA = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pretend-cuda", action="store_true", help="have the gpu tests run on a pretended device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     # A session started in the background of a script ignores Ctrl-C, and so would every process that a test interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # No test is about time: on a busy machine an example may take any.
     hypothesis.settings.register_profile("untimed", deadline=None)
     hypothesis.settings.load_profile("untimed")
+    config.stash[_WITHOUT_CUDA] = "no CUDA device"
+    if config.getoption("--pretend-cuda"):
+        # Before test modules ask for a device, and before ranks are forked.
+        from pretend_cuda import plugin
+
+        config.stash[_WITHOUT_CUDA] = plugin.load(config)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        for item in wanted:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in wanted:
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=config.stash[_WITHOUT_CUDA]))
+        elif torch.version.cuda is None and any(mark.kwargs.get("real") for mark in item.iter_markers("gpu")):
+            item.add_marker(pytest.mark.skip(reason="measures a real CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

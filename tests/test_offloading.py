@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bitsandbytes
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -30,6 +29,13 @@ from lightning_largescale.strategy import LargeScaleStrategy
 pytestmark = quiet
 
 
+def bitsandbytes_adamw(groups):
+    # To import it begins with CUDA, after which no ranks can be forked.
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW(groups, 1e-3)
+
+
 OPTIMIZERS = {
     "Adam": lambda groups: optim.Adam(groups, 1e-3, amsgrad=True),
     "AdamW": lambda groups: optim.AdamW(groups, 1e-3, fused=True),
@@ -38,7 +44,7 @@ OPTIMIZERS = {
     "RMSprop": lambda groups: optim.RMSprop(groups, 1e-3, centered=True),
     "NAdam": lambda groups: optim.NAdam(groups, 1e-3),
     "Lion-like": lambda groups: Lion(groups, 1e-4),
-    "bitsandbytes": lambda groups: bitsandbytes.optim.AdamW(groups, 1e-3),
+    "bitsandbytes": bitsandbytes_adamw,
 }
 RUNS = {
     "clipping": {"gradient_clip_val": 0.3},

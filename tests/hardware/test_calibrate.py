@@ -183,7 +183,7 @@ def test_measuring_needs_no_lightning():
     assert out == "False\n"
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_cuda_device():
     machine = Hardware.detect(ranks_per_node=1)

@@ -22,7 +22,7 @@ def test_devices_that_are_not_here():
         lone_links("cuda", 8, 0.1)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_real_devices():
     links = lone_links("cuda", 2, 0.1)
