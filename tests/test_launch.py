@@ -229,6 +229,7 @@ def test_a_script_whose_other_rank_raises(tmp_path):
     check_first_failure(fail(tmp_path, "--fault", "raise", "--rank", "1"), follower=0)
 
 
+@pytest.mark.slow
 def test_a_script_whose_other_rank_is_killed(tmp_path):
     ended = fail(tmp_path, "--fault", "kill", "--rank", "1", "--other", "compute")
     assert ended.status == 1, ended

@@ -116,9 +116,7 @@ def lives(plan, devices):
     return {kind: life(plan, devices, kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize(
-    "plan", [pytest.param(p, marks=[] if p in ("replicate", "ZeRO-3") else pytest.mark.slow) for p in PLANS]
-)
+@pytest.mark.parametrize("plan", [pytest.param(p, marks=[] if p == "ZeRO-3" else pytest.mark.slow) for p in PLANS])
 def test_batches_of_any_kind(two, plan):
     expected = lives(None, 1)
     for found in two.run(lives, PLANS[plan], 2):

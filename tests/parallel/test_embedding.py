@@ -262,7 +262,7 @@ def go_on(plan, devices, optimizer, path=None, save=None):
         (REPLICATED, "Adagrad"),
         pytest.param(REPLICATED, "SparseAdam", marks=pytest.mark.slow),
         pytest.param(SHARDED, "Adagrad", marks=pytest.mark.slow),
-        (SHARDED, "SparseAdam"),
+        pytest.param(SHARDED, "SparseAdam", marks=pytest.mark.slow),
     ],
 )
 def test_checkpoints_both_ways(two, plan, optimizer, tmp_path):

@@ -46,6 +46,7 @@ print(held >> 20, (held_bytes("cpu") - base) >> 20, soon)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
 def test_holes_are_given_back_once_a_process_holds_more_than_its_limit(run_python):
     def held(limit):
