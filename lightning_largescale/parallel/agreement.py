@@ -293,6 +293,9 @@ class Agreement:
             entry = Entry(EntryKind.REDUCE, len(self._groups), tuple(sorted(self.trained)))
             if self._follows(entry):
                 self._average(entry.parameters)
+            else:
+                # So that all know it where they are of other parameters.
+                self._tell(entry)
         self._meet(Entry(EntryKind.MEET, END_BACKWARD))
         if self._departed:
             self._settle()
