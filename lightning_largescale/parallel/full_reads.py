@@ -43,7 +43,11 @@ class FullReads(WholeNumbers):
     """
 
     def __init__(
-        self, *, in_step: bool = False, losses: bool = False, note: Callable[[str], None] = lambda name: None
+        self,
+        *,
+        in_step: bool = False,
+        losses: bool = False,
+        note: Callable[[str, Sequence[DTensor]], None] = lambda name, shards: None,
     ) -> None:
         super().__init__()
         self._note = note
@@ -140,7 +144,7 @@ class FullReads(WholeNumbers):
 
     def _note_read(self, func: Callable[..., Any], shards: Sequence[DTensor]) -> None:
         if any(not placement.is_replicate() for shard in shards for placement in shard.placements):
-            self._note(f"{getattr(func, '__name__', func)} of {', '.join(map(name_of, shards))}")
+            self._note(f"{getattr(func, '__name__', func)} of {', '.join(map(name_of, shards))}", shards)
 
 
 # What is computed element by element, and of all elements, whatever their order and the mesh.

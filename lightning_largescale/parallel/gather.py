@@ -292,10 +292,14 @@ def _meet_ranks(state: Sharded, *which: int, point: int = COLLECTIVE) -> None:
         state.agreement.meet(*which, point=point)
 
 
-def note_read(module: nn.Module, name: str) -> None:
-    """Have the ranks compare, where they meet next, that all have read this sharded tensor of `module`."""
+def note_read(module: nn.Module, name: str, shards: Sequence[DTensor]) -> None:
+    """Have the ranks compare, where they meet next, that all have read these sharded tensors of `module`."""
     state = sharded_state(module)
-    if state is not None and state.agreement is not None:
+    if state is None or state.agreement is None:
+        return
+    # What is divided by tensor parallelism alone is read by ranks that run the same modules.
+    tensor_parallel = tensor_mesh(state.mesh)
+    if tensor_parallel is None or not any(shard.device_mesh == tensor_parallel for shard in shards):
         state.agreement.note_read(name)
 
 
