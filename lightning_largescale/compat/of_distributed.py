@@ -438,7 +438,7 @@ def differentiate_placing_twice() -> None:
     torch redistributes such a gradient without a graph, so that what depends on it has a wrong gradient, and nothing
     is said; so in each of its styles of tensor parallelism that takes a local tensor. For the life of the process.
 
-    Replaced by what torch has as a TODO there: the same, differentiable.
+    Replaced by a differentiable redistribution in torch, whose comment there announces it.
     """
     import torch
     from torch.distributed.tensor import _api
@@ -450,9 +450,9 @@ def differentiate_placing_twice() -> None:
 
     def backward(ctx: Any, gradient: Any) -> Any:
         if gradient is not None and torch.is_grad_enabled() and gradient.requires_grad:
-            placements = ctx.grad_placements
-            if placements is None:
-                placements = _api._normalize_placements_for_grad(ctx.forward_input_placements)
+            # torch 2.11 may have neither, and places a gradient as the input was.
+            normalize = getattr(_api, "_normalize_placements_for_grad", tuple)
+            placements = getattr(ctx, "grad_placements", None) or normalize(ctx.forward_input_placements)
             gradient = gradient.redistribute(ctx.forward_input_device_mesh, placements)
         return plain(ctx, gradient)
 
