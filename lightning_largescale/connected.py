@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_largescale import compat
-from lightning_largescale.groups import end_groups
+from lightning_largescale.groups import connect, end_groups
 from lightning_largescale.launch import watch_peers
 from lightning_largescale.plan import PlanError
 
@@ -195,7 +195,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         if self.has_peers:
             reset_seed()
             backend = self._process_group_backend = self._process_group_backend or self._default_backend
-            compat.init_process_group(self.cluster_environment, backend, self.root_device, self._timeout)
+            connect(self.cluster_environment, backend, self.root_device, self._timeout)
             if dist.get_world_size() != self.world_size:
                 raise PlanError(
                     f"{type(self.cluster_environment).__name__} has {self.world_size} processes and torch.distributed"

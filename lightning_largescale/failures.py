@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import multiprocessing
 import os
 import signal
@@ -19,11 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-import torch.distributed as dist
-
 from lightning_largescale import compat
 from lightning_largescale.console import flush, tell
-from lightning_largescale.groups import forget_groups
+from lightning_largescale.groups import forget_groups, leave_process_group
 from lightning_largescale.hub import LOST, TOGETHER_SECONDS, Failure, Lines
 from lightning_largescale.waiting import PROGRESS, Wait, Waiting
 
@@ -169,23 +166,6 @@ def end_process(line: str, before: Callable[[], object], *, status: int = 1) -> 
     tell(line)
     flush()
     os._exit(status)
-
-
-def leave_process_group() -> None:
-    """Close this rank's connections, so that peers in a collective with it get an error instead of waiting.
-
-    gloo closes a connection when nobody refers to its group any longer, which modules may, also those of earlier fits
-    that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would
-    wait for the collectives that are under way.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    forget_groups()
-    if "nccl" in dist.get_backend():
-        compat.abort_process_groups()
-    else:
-        dist.destroy_process_group()
-        gc.collect()
 
 
 def tell_in_one_line(error: BaseException, line: str | None) -> None:

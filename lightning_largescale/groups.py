@@ -1,13 +1,15 @@
-"""Process groups beside the default one, made once: each has threads and connections, or a communicator, of its own.
+"""The default process group, and those beside it, made once: each has threads and connections, or a communicator.
 
 A program may fit many times, on the same ranks.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -20,6 +22,18 @@ _made: dict[Hashable, Any] = {}
 # The default group that they were made beside; beside another they are not used.
 _world: list[weakref.ref[Any]] = []
 _inherited: list[Any] = []
+
+
+@dataclass
+class _Left:
+    """The store of a process group that was left, and how often its ranks have met there again."""
+
+    store: Any
+    times: int = 0
+
+
+# By the address and the port at which their ranks met.
+_left: dict[tuple[str, str], _Left] = {}
 
 
 def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -48,6 +62,38 @@ def forget_groups() -> None:
     _world.clear()
 
 
+def connect(environment: Any, backend: str, device: Any, timeout: Any) -> None:
+    """Connect this process to the others of the cluster `environment`, if it is not yet.
+
+    Ranks that left a group meet again in the store that they met in: its server lives in rank 0, where another rank
+    may ask for it before rank 0 has left, and would meet what was written there for the group that is left.
+    """
+    store = None
+    if (left := _left.get((environment.main_address, str(environment.main_port)))) is not None:
+        left.times += 1
+        store = dist.PrefixStore(f"largescale/{left.times}", left.store)  # type: ignore[attr-defined]
+    compat.init_process_group(environment, backend, device, timeout, store)
+
+
+def leave_process_group() -> None:
+    """Close this rank's connections, so that peers in a collective with it get an error instead of waiting.
+
+    gloo closes a connection when nobody refers to its group any longer, which modules may, also those of earlier fits
+    that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would
+    wait for the collectives that are under way.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    forget_groups()
+    endpoint = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
+    _left.setdefault(endpoint, _Left(compat.default_store()))
+    if "nccl" in dist.get_backend():
+        compat.abort_process_groups()
+    else:
+        dist.destroy_process_group()
+        gc.collect()
+
+
 def end_groups() -> None:
     """End the default group of a single process, and all beside it.
 
@@ -61,8 +107,9 @@ def end_groups() -> None:
 
 
 def _leave_in_fork() -> None:
-    # Their threads are the parent's: to end them here would end the process.
-    _inherited.append(dict(_made))
+    # Their threads and connections are the parent's: to end them here would end the process.
+    _inherited.append((dict(_made), dict(_left)))
+    _left.clear()
     forget_groups()
 
 

@@ -131,8 +131,8 @@ def attached_trainer(module: Any) -> Any:
     return module.__dict__.get("_trainer")
 
 
-def init_process_group(environment: Any, backend: str, device: Any, timeout: Any) -> None:
-    """Connect this process to the others of the cluster `environment`, if it is not yet.
+def init_process_group(environment: Any, backend: str, device: Any, timeout: Any, store: Any = None) -> None:
+    """Connect this process to the others of the cluster `environment`, if it is not yet, through `store` or its own.
 
     Replaced by a public function of Lightning; its strategies call these.
     """
@@ -140,7 +140,7 @@ def init_process_group(environment: Any, backend: str, device: Any, timeout: Any
 
     # Bound to a device, groups are split from the first one, which those of several backends cannot be (torch 2.13).
     device_id = device if device.type != "cpu" and ":" not in backend else None
-    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id, store=store)
     if "nccl" in backend and backend != "nccl":
         # Which it does for nccl alone.
         atexit.register(_destroy_dist_connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from ranks import quiet, ranks
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
+from lightning_largescale import hub
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -165,6 +167,43 @@ def raise_and_train(where, folder, plan):
 def test_the_next_fit_works_after_ranks_that_raised_alike(two, tmp_path, where, plan):
     trainer(max_steps=3).fit(expected := Language())
     for losses in two.run(raise_and_train, where, tmp_path, plan):
+        assert losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+class FailsAfter(Fails):
+    """Raises once the file `after` exists."""
+
+    def __init__(self, after):
+        super().__init__("configure_optimizers")
+        self.after = after
+
+    def configure_optimizers(self):
+        while not self.after.exists():
+            time.sleep(0.01)
+        return super().configure_optimizers()
+
+
+def fail_apart_and_train(folder, last):
+    """Twice, so that both have left the group and meet again, the first before the last has left."""
+    hub.TOGETHER_SECONDS = 0.0  # the ranks are this test's own
+    here = int(os.environ["RANK"])
+    plan = Plan(dp_shard=2)
+    for left in (folder / "once", folder / "twice"):
+        with pytest.raises(ValueError, match="boom in configure_optimizers"):
+            run(FailsAfter(left) if here == last else Fails("configure_optimizers"), folder, plan)
+        assert not dist.is_initialized()
+        left.touch()
+    after = Language()
+    trainer(LargeScaleStrategy(plan), devices=2, max_steps=3).fit(after)
+    return after.losses
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_ranks_that_raised_one_after_another_meet_again(tmp_path, last):
+    with ranks(2) as own:
+        found = own.run(fail_apart_and_train, tmp_path, last)
+    trainer(max_steps=3).fit(expected := Language())
+    for losses in found:
         assert losses == pytest.approx(expected.losses, rel=1e-5)
 
 
