@@ -49,8 +49,7 @@ from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica, told_of_reentry
-from lightning_largescale.parallel.rounds import LOOK_UP
-from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty, equal_batches
+from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty, equal_batches, joined_look_ups
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.requeue import Requeue
 from lightning_largescale.stateful import StatefulStrategy
@@ -111,7 +110,7 @@ class SteppingStrategy(StatefulStrategy):
         with self._reading(in_step=True):
             if self._replica is not None:
                 step = partial(module.training_step, *args, **kwargs)
-                with self.precision_plugin.train_step_context(), self._joined():
+                with self.precision_plugin.train_step_context(), joined_look_ups(module):
                     return self._replica.run(step)
             result = self._step("training_step", *args, **kwargs)
         if not module.automatic_optimization or compat.skips_backward(module.trainer):
@@ -144,32 +143,13 @@ class SteppingStrategy(StatefulStrategy):
             self._compared |= {name}
             check_equal_batch(args, self._tensor_mesh)
         context = getattr(self.precision_plugin, _CONTEXTS[name])
-        with context(), self._joined(before_gather=name == "training_step"):
+        with context(), joined_look_ups(module):
             return run_step(module, name, *args, **kwargs)
 
     @override
     def _meet_peers(self) -> None:
         if self.lightning_module is not None:
             meet(self.lightning_module)
-
-    @contextlib.contextmanager
-    def _joined(self, *, before_gather: bool = False) -> Generator[None, None, None]:
-        """A step, which ends when no rank looks up rows of tables any more; so do its parts `before_gather`."""
-        if self._lookups is None:
-            yield
-            return
-        self._lookups.start()
-        sharded = sharded_state(self._module()) if before_gather else None
-        if sharded is not None:
-            sharded.before_gather = self._lookups.meet
-            self._lookups.before_late = partial(meet, self._module(), point=LOOK_UP)
-        try:
-            yield
-            self._lookups.join()
-        finally:
-            self._lookups.stepping = False
-            if sharded is not None:
-                sharded.before_gather = None
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:

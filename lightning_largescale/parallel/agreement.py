@@ -168,7 +168,8 @@ class Agreement:
         self._leave_engine()
         self._leave_engine = _nothing
         self._position, self._own = 0, list[Entry]()
-        self._same, self._departed, self._idle = True, False, False
+        self._same, self._departed = True, False
+        self._look_up_along: Callable[[], None] | None = None
         self._goes_on = self._ending = self._differentiates = False
         # Backwards that are to come past each group.
         self._expected = [0] * len(self._groups)
@@ -179,18 +180,21 @@ class Agreement:
     # Steps
 
     @contextmanager
-    def step(self, name: str, *, synchronize: bool = True, idle: bool = False) -> Iterator[None]:
+    def step(
+        self, name: str, *, synchronize: bool = True, look_up_along: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """A step, up to the end of its forward; the caller says by `end_forward` how it goes on.
 
         Args:
             name: "training_step", or another.
             synchronize: whether its backward reduces gradients.
-            idle: this rank only takes part in what others do.
+            look_up_along: makes this rank take part in look-ups that others begin after a block; given where it has
+                nothing to compute, and only takes part in what others do.
         """
         training = name == "training_step"
         self._reset()
         self._pattern = self._patterns.setdefault((training, synchronize), _Pattern())
-        self._followed, self._idle = self._pattern.followed, idle
+        self._followed, self._look_up_along = self._pattern.followed, look_up_along
         # Waited for where ranks meet next, which is where it is noticed that they have begun different kinds of steps.
         point = Entry(EntryKind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
         began = Round(point, self._sizes, reads=self._reads)
@@ -324,21 +328,35 @@ class Agreement:
         while self._followed is not None:
             expected = self._position < len(self._followed) and self._followed[self._position] == point
             nearest = point if expected else self._go_along()
-            if not expected and not self._idle:
+            if not expected and not self._is_idle:
                 self._depart(nearest)
                 break
-            # A rank without a batch cannot take part in what is none of FSDP's.
-            told = self._exchange(point if self._idle and nearest.number in (COLLECTIVE, LOOK_UP) else nearest)
+            told = self._exchange(nearest)
             self._position += 1
             if told.departed:
                 self._followed, self._departed, self._same = None, True, False
-            elif nearest == point:
+            elif nearest == point or not self._meets_along(nearest):
                 return
-        told = self._tell(point)
-        while told.kinds != {EntryKind.MEET}:
+        while True:
             told = self._tell(point)
-        if not told.same:
-            raise self._differ(told)
+            if told.kinds != {EntryKind.MEET}:
+                continue
+            if not told.same:
+                raise self._differ(told)
+            if not self._meets_along(told.between[0]):
+                return
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._look_up_along is not None
+
+    def _meets_along(self, point: Entry) -> bool:
+        """Whether this rank, being idle, met the others at a `point` that is not the last of their step."""
+        if self._look_up_along is None or point.number == END_STEP:
+            return False
+        if point.number == LOOK_UP:
+            self._look_up_along()
+        return True
 
     def _go_along(self) -> Entry:
         """Enter what the step that is followed has next, computing nothing; the point where all meet after it."""
@@ -367,7 +385,7 @@ class Agreement:
             PlanError: outside of a step, which has no end where others could be waited for, they want different ones.
         """
         told = self._exchange(entry, wants=True)
-        self._same &= told.same
+        self._same &= told.same and not told.idle
         if self._pattern is None and not told.same:
             raise self._differ(told)
         for index in told.wanted:
@@ -443,7 +461,8 @@ class Agreement:
                 raise self._differ(told)
             if not told.reads_same:
                 raise self._read_others()
-        own = Round(entry, self._sizes, departs=departs, reads=self._reads)
+        idle = self._is_idle and entry.kind is EntryKind.MEET
+        own = Round(entry, self._sizes, departs=departs, reads=self._reads, idle=idle)
         if wants:
             if entry.kind is EntryKind.UNSHARD:
                 own.want(entry.number)
@@ -452,6 +471,9 @@ class Agreement:
         told = own.told()
         if not wants and not told.same:
             raise self._differ(told)
+        # An idle rank cannot take part in what is none of FSDP's.
+        if told.idle and told.kinds == {EntryKind.MEET} and not told.departed and told.between[1].number == COLLECTIVE:
+            raise self._differ(told._replace(between=(Entry(EntryKind.MEET, END_STEP), told.between[1])))
         # Ranks that depart have yet to come to where the others are.
         if told.same and entry.kind is EntryKind.MEET and not told.departed and not told.reads_same:
             raise self._read_others()

@@ -266,12 +266,28 @@ def end_backward(module: nn.Module) -> None:
         state.in_backward = state.awaits_backward = False
 
 
-def gather_along(module: nn.Module) -> None:
-    """Take part in what other ranks gather for a step of an evaluation, for which this rank has no batch."""
+def gather_along(module: nn.Module, look_up_along: Callable[[], None] | None = None) -> None:
+    """Take part in what other ranks gather for a step of an evaluation, for which this rank has no batch.
+
+    Args:
+        module: the root.
+        look_up_along: makes this rank take part in look-ups that others begin after a block.
+    """
     state = sharded_state(module)
-    if state is not None and state.agreement is not None:
-        with state.agreement.step("evaluation", idle=True):
+    if state is None or state.agreement is None:
+        return
+    state.stepping, state.in_backward = True, False
+    try:
+        with state.agreement.step("evaluation", look_up_along=look_up_along or _nothing):
+            # The root is gathered before ranks do anything else.
+            getattr(module, _STEP)(lambda: None)
             state.agreement.end_forward(backward=False)
+    finally:
+        state.stepping = False
+
+
+def _nothing() -> None:
+    pass
 
 
 def meet(module: nn.Module, *which: int, point: int = COLLECTIVE) -> None:

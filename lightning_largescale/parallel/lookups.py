@@ -150,6 +150,10 @@ class Lookups:
             pass
         self._apart = False
 
+    def look_up_along(self) -> None:
+        """Announce that others look up rows after what ranks did together otherwise: `meet` takes part in it."""
+        self._apart = True
+
     def start(self) -> None:
         """Announce a step of the module."""
         self.stepping = self._apart = True

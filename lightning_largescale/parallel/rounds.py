@@ -27,8 +27,11 @@ POINTS = (
     "looks up rows of a table after a block",
 )
 BEGIN_TRAINING, BEGIN_EVALUATION, END_FORWARD, END_STEP, END_BACKWARD, COLLECTIVE, LOOK_UP = range(len(POINTS))
-# Numbers that every exchange has: two of the entry, whether a rank departs, the kinds of entries, and two of the reads.
-_KINDS, _HEAD = 3, 8
+# Numbers that every exchange has: two of the entry, whether a rank departs, the kinds of entries, two of the reads, and
+# whether a rank is idle.
+_KINDS, _IDLE, _HEAD = 3, 8, 9
+# Less than the code of any entry, and than what is greater the less it is.
+_NO_CODE = -(1 << 62)
 
 
 class EntryKind(IntEnum):
@@ -69,6 +72,7 @@ class Told(NamedTuple):
         departed: a rank is about to enter another than the step that is followed has.
         kinds: of what they are about to enter.
         reads_same: they have read the same sharded tensors.
+        idle: a rank has nothing to compute and meets the others wherever they do.
         wanted: indices of groups that any of them wants to gather.
         complete: parameters with a gradient to reduce on any rank, by index of a group that none awaits more of.
     """
@@ -78,6 +82,7 @@ class Told(NamedTuple):
     departed: bool
     kinds: set[EntryKind]
     reads_same: bool
+    idle: bool = False
     wanted: Sequence[int] = ()
     complete: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
@@ -91,15 +96,19 @@ class Round:
             unequal numbers, as ranks do that are at unlike places.
         departs: whether this rank departs from the step that is followed.
         reads: a number of all sharded tensors that this rank has read.
+        idle: `entry` is a point where all meet, and this rank has nothing to compute, so it meets them at any.
     """
 
-    def __init__(self, entry: Entry, sizes: Sequence[int], *, departs: bool = False, reads: int = 0) -> None:
+    def __init__(
+        self, entry: Entry, sizes: Sequence[int], *, departs: bool = False, reads: int = 0, idle: bool = False
+    ) -> None:
         self._sizes = sizes
         # The device that a step may have made the default is not gloo's.
         self._numbers = torch.zeros(_HEAD + 2 * len(sizes) + sum(sizes), dtype=torch.int64, device="cpu")
-        self._numbers[0], self._numbers[1], self._numbers[2] = entry.code, -entry.code, int(departs)
+        greatest, negated = (_NO_CODE, _NO_CODE) if idle else (entry.code, -entry.code)
+        self._numbers[0], self._numbers[1], self._numbers[2] = greatest, negated, int(departs)
         self._numbers[_KINDS + entry.kind] = 1
-        self._numbers[_HEAD - 2], self._numbers[_HEAD - 1] = reads, -reads
+        self._numbers[_IDLE - 2], self._numbers[_IDLE - 1], self._numbers[_IDLE] = reads, -reads, int(idle)
 
     def want(self, group: int) -> None:
         """Tell that this rank is about to gather a group, as soon as all ranks do."""
@@ -120,13 +129,14 @@ class Round:
 
     def told(self) -> Told:
         """What all ranks told."""
-        greatest, least, departed, *kinds, most_read, least_read = self._numbers[:_HEAD].tolist()
+        greatest, least, departed, *kinds, most_read, least_read, idle = self._numbers[:_HEAD].tolist()
         told = Told(
             between=(Entry.of(-least), Entry.of(greatest)),
             same=greatest == -least,
             departed=bool(departed),
             kinds={kind for kind in EntryKind if kinds[kind]},
             reads_same=most_read == -least_read,
+            idle=bool(idle),
         )
         if not self._numbers[_HEAD:].any():
             return told

@@ -8,10 +8,9 @@ lacks.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.gather import gather_along, sharded_state
-from lightning_largescale.parallel.lookups import Lookups
+from lightning_largescale.parallel.gather import gather_along, meet, sharded_state
+from lightning_largescale.parallel.rounds import LOOK_UP
 from lightning_largescale.plan import PlanError
 
 _NOTHING = object()
@@ -48,20 +47,28 @@ class UnevenSteps:
         """Take part in the steps that other ranks still have."""
         lookups = row_sharded(self._module)
         while self._any_going(False):
-            with contextlib.nullcontext() if lookups is None else _joining(lookups):
-                if sharded_state(self._module) is not None:
-                    gather_along(self._module)
+            with joined_look_ups(self._module):
+                gather_along(self._module, None if lookups is None else lookups.look_up_along)
 
 
 @contextmanager
-def _joining(lookups: Lookups) -> Iterator[None]:
-    """Within, and until the others are done, take part in look-ups: those come between the gathers of a step, at places
-    that only ranks which compute know.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(lookups.join)
+def joined_look_ups(module: nn.Module) -> Iterator[None]:
+    """A step of `module`, which ends when no rank looks up rows any more; so does what comes before each gather."""
+    lookups, sharded = row_sharded(module), sharded_state(module)
+    if lookups is None:
         yield
-        joined.result()
+        return
+    lookups.start()
+    if sharded is not None:
+        sharded.before_gather = lookups.meet
+        lookups.before_late = partial(meet, module, point=LOOK_UP)
+    try:
+        yield
+        lookups.join()
+    finally:
+        lookups.stepping = False
+        if sharded is not None:
+            sharded.before_gather = None
 
 
 def check_not_empty(exhausted: bool, device: torch.device) -> None:

@@ -659,15 +659,51 @@ def evaluate(kind, plan, counts):
     return run.predict(model, loader)
 
 
+@torch.no_grad()
+def expected_losses(kind, rank, count):
+    """Of one process, of as many samples of a rank."""
+    model = kind()
+    return [model.loss(*draw(step, rank)).item() for step in range(count)]
+
+
 @pytest.mark.parametrize("kind", [Expert, LayerDrop, Tower])
 @pytest.mark.parametrize("plan", [ZERO3, ZERO2], ids=["zero3", "zero2"])
 def test_ranks_with_unequal_numbers_of_batches_evaluate_different_blocks(two, kind, plan):
     counts = [2, 5]
-    model = kind()
     for rank, losses in enumerate(two.run(evaluate, kind, plan, counts)):
-        with torch.no_grad():
-            expected = [model.loss(*draw(step, rank)).item() for step in range(counts[rank])]
-        assert losses == pytest.approx(expected, rel=1e-5)
+        assert losses == pytest.approx(expected_losses(kind, rank, counts[rank]), rel=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (1, 5)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("kind", [LooksUp, LooksUpSometimes])
+def test_rows_are_looked_up_in_evaluations_of_different_blocks(two, kind, counts):
+    for rank, losses in enumerate(two.run(evaluate, kind, IN_ROWS, counts)):
+        assert losses == pytest.approx(expected_losses(kind, rank, counts[rank]), rel=1e-5)
+
+
+class LooksUpBetween(LooksUp):
+    """Every rank, between blocks that all run."""
+
+    def run(self, x, path, step):
+        return self.blocks[1](self.blocks[0](x) + self.rows(path))
+
+
+def test_rows_that_all_look_up_after_a_block_are_looked_up_for_a_rank_without_a_batch(two):
+    counts = (2, 5)
+    for rank, losses in enumerate(two.run(evaluate, LooksUpBetween, IN_ROWS, counts)):
+        assert losses == pytest.approx(expected_losses(LooksUpBetween, rank, counts[rank]), rel=1e-5)
+
+
+def refused_late_look_up(counts):
+    with pytest.raises(PlanError) as error:
+        evaluate(LooksUpLate, IN_ROWS, counts)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (1, 4)], ids=["equal", "unequal"])
+def test_a_look_up_after_a_block_of_one_rank_alone_is_refused_in_an_evaluation(two, counts):
+    for message in two.run(refused_late_look_up, counts):
+        assert "looks up rows of a table after a block" in message
 
 
 class GathersResults(Paths):
