@@ -118,7 +118,7 @@ def check(block, parts, x):
 @given(STEPS, STEPS, STEPS, st.booleans())
 def test_what_is_divided_computes_the_same(before, between, after, tied):
     torch.manual_seed(0)
-    block, x = Made(before, between, after, tied), torch.randn(2, 3, WIDTH)
+    block, x = Made(before, between, after, tied).to(torch.float64), torch.randn(2, 3, WIDTH, dtype=torch.float64)
     found = divide(block, (x,), {}, RANKS)
     matrices = {name for name, one in block.named_parameters() if one.dim() > 1}
     assert found.parts.keys() & matrices | found.whole.keys() == matrices
@@ -127,6 +127,6 @@ def test_what_is_divided_computes_the_same(before, between, after, tied):
 
 def test_what_is_divided_although_it_should_not_be_is_gathered_and_right():
     torch.manual_seed(0)
-    block, x = Made([], ["softmax", "flip"], [], False), torch.randn(2, 3, WIDTH)
+    block, x = Made([], ["softmax", "flip"], [], False).to(torch.float64), torch.randn(2, 3, WIDTH, dtype=torch.float64)
     parts = {"up.weight": Part(0, (16,)), "up.bias": Part(0, (16,)), "down.weight": Part(1, (16,))}
     check(block, parts, x)
