@@ -174,7 +174,7 @@ class ShardValues(DTensor):
         if found is None:
             super().__setitem__(index, value)
         else:
-            found.write_item(index, value)
+            found.write_item(self, index, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return memo.setdefault(id(self), Tensor.detach(self).clone())
@@ -211,7 +211,7 @@ def _drawing(method: str) -> Callable[..., Any]:
         found = watched(self)
         if found is None:
             return getattr(super(ShardValues, self), method)(*args, **kwargs)
-        found.draw(method, *args, **kwargs)
+        found.draw(method, self, *args, **kwargs)
         return self
 
     return draw

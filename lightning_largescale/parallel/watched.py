@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
@@ -157,16 +158,21 @@ class Watched:
         return torch.no_grad() if found is None else found.writing(self.one.shard)
 
     @contextmanager
-    def _writing_shard(self, moved: Tensor | None = None) -> Iterator[None]:
+    def _writing_shard(self, moved: Tensor | None = None, *, counted: bool = False) -> Iterator[None]:
         """Within, the shard is written into, also where it is gathered: in a step the leaf has it after it, elsewhere
         in the next step.
 
         Args:
             moved: assigned to `data`; what autograd has saved of the leaf keeps the memory that it had.
+            counted: autograd counts the write, so that a backward which needs what was there before raises.
         """
         self.settle()
         with self._writing():
             yield
+        leaf = self.one.leaf
+        if counted and leaf is not None and self._computes():
+            both = (leaf, compat.local_tensor(leaf)) if isinstance(leaf, DTensor) else (leaf,)
+            increment_version(both)
         if not self.one.is_gathered:
             return
         self._is_stale = True
@@ -300,7 +306,7 @@ class Watched:
             return divided(one.detach().to(values.device), self.one.shard, order_of(self.one.shard))
 
         try:
-            with self._writing_shard():
+            with self._writing_shard(counted=values is self.one.shard):
                 return function(values, *map(slice_of, args), **{name: slice_of(one) for name, one in kwargs.items()})
         except RuntimeError as error:
             if MIXED not in str(error):
@@ -311,22 +317,24 @@ class Watched:
                 " `with self.trainer.strategy.full_parameters():`."
             ) from error
 
-    def write_item(self, index: Any, value: Any) -> None:
-        """Write `value` to `index` of the parameter, of which there is the shard: a collective."""
+    def write_item(self, values: Tensor, index: Any, value: Any) -> None:
+        """Write `value` to `index` of the parameter, whose shard has `values`: a collective."""
         shard = self.one.shard
         self.settle()
         with torch.no_grad():
             whole = full(shard, order_of(shard)).clone()
             whole[index] = full(value) if isinstance(value, DTensor) else value
-            with self._writing_shard():
+            with self._writing_shard(counted=values is shard):
                 compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
-    def draw(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Fill the shard with its slice of random numbers for all of the parameter, as a plain run draws them."""
+    def draw(self, method: str, values: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Fill the shard, that has `values`, with its slice of random numbers for all of the parameter, as a plain run
+        draws them.
+        """
         shard = self.one.shard
         whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
         getattr(whole, method)(*args, **kwargs)
-        with torch.no_grad(), self._writing_shard():
+        with torch.no_grad(), self._writing_shard(counted=values is shard):
             compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def _local_of(self, value: Tensor, like: DTensor) -> Tensor:

@@ -96,6 +96,8 @@ DAILY = {
         ("sets_gradients_of_unused_too", "manual"),
         ("zeroes_by_module", "manual"),
         ("functional_of_a_block", "manual"),
+        ("scales_what_backward_needs", "on_before_zero_grad"),
+        ("clamps", "on_before_zero_grad"),
     ],
     "ZeRO-2": [
         ("normalises", "forward"),
