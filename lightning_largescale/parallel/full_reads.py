@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
@@ -20,7 +21,7 @@ from typing_extensions import override
 from lightning_largescale import compat
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.order import as_ordered, divided, divided_dims, full, order_of
-from lightning_largescale.parallel.parameters import name_of
+from lightning_largescale.parallel.parameters import name_of, writing
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors
 from lightning_largescale.workload.parts import share
@@ -65,8 +66,10 @@ class FullReads(WholeNumbers):
         if not shards:
             return super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
-        if compat.foreach_kind(func) is not None or name == "__set__":
-            return super().__torch_function__(func, types, args, kwargs)
+        kind = compat.foreach_kind(func)
+        if kind is not None or name == "__set__":
+            with writing(args[0] if kind == "in place" else ()):
+                return super().__torch_function__(func, types, args, kwargs)
         if name == "__get__":
             result = func(*args, **kwargs)
             return as_ordered(result, order_of(args[0])) if isinstance(result, DTensor) else result
@@ -124,7 +127,11 @@ class FullReads(WholeNumbers):
             return tensor if like is None else as_ordered(divided(tensor, like, order_of(like)), order_of(like))
 
         with torch.no_grad():
-            return _map_results(func(*map_tensors(args, gathered), **map_tensors(kwargs, gathered)), like_shards)
+            result = func(*map_tensors(args, gathered), **map_tensors(kwargs, gathered))
+        if isinstance(result, np.ndarray):
+            # A copy: what is written into it would be lost.
+            result.flags.writeable = False
+        return _map_results(result, like_shards)
 
     def _reduced(self, func: Callable[..., Any], shards: Sequence[DTensor], tensor: Tensor) -> Tensor:
         """A plain number; else without what ranks have yet to add up, which nothing could be written into."""

@@ -407,8 +407,9 @@ def sharded_in_place(module: nn.Module) -> Iterator[None]:
     """Within, parameters of the sharded `module` are shards, which have the gradients, also where they are gathered."""
     state = sharded_state(module)
     with ExitStack() as groups:
-        for group in state.every_group() if state is not None and not state.whole else ():
-            groups.enter_context(compat.sharded_in_place(group))
+        if state is not None and not state.whole:
+            for group in state.every_group():
+                groups.enter_context(state.writes.sharded_in_place(cast(nn.Module, group)))
         yield
 
 

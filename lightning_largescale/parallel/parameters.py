@@ -8,8 +8,9 @@ to both, and so do gradients (`parallel.by_hand`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -40,6 +41,17 @@ def name_of(tensor: DTensor) -> str:
     if found is not None:
         return found.one.name
     return str(vars(tensor).get(_NAME, f"a tensor of shape {tuple(tensor.shape)}"))
+
+
+@contextlib.contextmanager
+def writing(tensors: Sequence[Any]) -> Iterator[None]:
+    """Within, shards of parameters, and their values, among `tensors` are written into by one operation of them all."""
+    with contextlib.ExitStack() as every:
+        for tensor in tensors:
+            found = watched(tensor) if isinstance(tensor, ShardValues) else None
+            if found is not None:
+                every.enter_context(found.writing_shard())
+        yield
 
 
 def _named(tensor: Any, name: str) -> Any:
@@ -190,7 +202,7 @@ class ShardParameter(_Parameter, ShardValues):
     def data(self) -> Tensor:
         """Its values."""
         found, values = watched(self), DATA.__get__(self)
-        return values if found is None else found.hand_out(values)
+        return values if found is None else found.hand_out(values, data=True)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -203,7 +215,7 @@ class ShardParameter(_Parameter, ShardValues):
     def detach(self) -> Any:
         """Its values."""
         found, values = watched(self), Tensor.detach(self)
-        return values if found is None else _named(values, found.one.name)
+        return values if found is None else found.hand_out(values, data=False)
 
 
 def _drawing(method: str) -> Callable[..., Any]:

@@ -158,18 +158,19 @@ class Watched:
         return torch.no_grad() if found is None else found.writing(self.one.shard)
 
     @contextmanager
-    def _writing_shard(self, moved: Tensor | None = None, *, counted: bool = False) -> Iterator[None]:
+    def writing_shard(self, moved: Tensor | None = None) -> Iterator[None]:
         """Within, the shard is written into, also where it is gathered: in a step the leaf has it after it, elsewhere
         in the next step.
 
         Args:
             moved: assigned to `data`; what autograd has saved of the leaf keeps the memory that it had.
-            counted: autograd counts the write, so that a backward which needs what was there before raises.
         """
         self.settle()
+        leaf, before = self.one.leaf, compat.version(self.one.shard)
         with self._writing():
             yield
-        leaf = self.one.leaf
+        # Not of what is written through `data`. A backward that needs what was there before raises then.
+        counted = compat.version(self.one.shard) != before
         if counted and leaf is not None and self._computes():
             both = (leaf, compat.local_tensor(leaf)) if isinstance(leaf, DTensor) else (leaf,)
             increment_version(both)
@@ -249,11 +250,17 @@ class Watched:
 
     # What code asks of the shard
 
-    def hand_out(self, values: Tensor) -> Tensor:
-        """`values`, which `data` of the shard gives."""
+    def hand_out(self, values: Tensor, *, data: bool) -> Tensor:
+        """`values` of the shard, into which may be written.
+
+        Args:
+            values: of the shard's memory.
+            data: its `data` gives them, which may be assigned to it again.
+        """
         values.__class__ = ShardValues
         vars(values)[WATCHED] = weakref.ref(self)
-        self._handed = weakref.ref(values)
+        if data:
+            self._handed = weakref.ref(values)
         return values
 
     def assign_shard(self, value: Tensor) -> None:
@@ -283,14 +290,14 @@ class Watched:
                     f"data of {one.name!r} is assigned while what it gave before is kept, and offload_parameters keeps"
                     " both at one place; keep a clone of it (`parameter.data.clone()`)."
                 )
-            with torch.no_grad(), self._writing_shard(moved=value):
+            with torch.no_grad(), self.writing_shard(moved=value):
                 memory[: local.numel()].copy_(local.reshape(-1))
             return
         if not fits:
             padded = torch.zeros_like(memory)
             padded[: local.numel()].copy_(local.reshape(-1))
             local = padded
-        with self._writing_shard(moved=value):
+        with self.writing_shard(moved=value):
             compat.place_shard(self._group, shard, local.view(-1))
 
     def write(self, function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -306,7 +313,7 @@ class Watched:
             return divided(one.detach().to(values.device), self.one.shard, order_of(self.one.shard))
 
         try:
-            with self._writing_shard(counted=values is self.one.shard):
+            with self.writing_shard():
                 return function(values, *map(slice_of, args), **{name: slice_of(one) for name, one in kwargs.items()})
         except RuntimeError as error:
             if MIXED not in str(error):
@@ -324,7 +331,8 @@ class Watched:
         with torch.no_grad():
             whole = full(shard, order_of(shard)).clone()
             whole[index] = full(value) if isinstance(value, DTensor) else value
-            with self._writing_shard(counted=values is shard):
+            with self.writing_shard():
+                increment_version(values)
                 compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def draw(self, method: str, values: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -334,7 +342,8 @@ class Watched:
         shard = self.one.shard
         whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
         getattr(whole, method)(*args, **kwargs)
-        with torch.no_grad(), self._writing_shard(counted=values is shard):
+        with torch.no_grad(), self.writing_shard():
+            increment_version(values)
             compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def _local_of(self, value: Tensor, like: DTensor) -> Tensor:

@@ -45,6 +45,7 @@ class Writes:
         self._stale: set[nn.Module] = set()
         self.elsewhere: ShardStore | None = None
         self.groups: dict[str, list[Watched]] = {}
+        self._watching: dict[nn.Module, _WatchedGroup] = {}
         self._undo = contextlib.ExitStack()
         every: list[Watched] = []
         traced = {inner for group in groups.values() for inner in traced_modules(group)}
@@ -65,7 +66,7 @@ class Writes:
             ]
             every += found
             self.groups[name] = found
-            watching = _WatchedGroup(found, traced, shards=groups[""] not in traced)
+            watching = self._watching[group] = _WatchedGroup(found, traced, shards=groups[""] not in traced)
             self._undo.callback(
                 compat.around_sharding(
                     group, gathered=watching.gathered, resharding=watching.resharding, reducing=watching.reducing
@@ -86,6 +87,22 @@ class Writes:
         """Let groups be gathered anew whose shards were written into while they were gathered."""
         while self._stale:
             cast(FSDPModule, self._stale.pop()).reshard()
+
+    @contextlib.contextmanager
+    def sharded_in_place(self, group: nn.Module) -> Iterator[None]:
+        """Within, parameters of `group` are shards, also where they are gathered.
+
+        Raises:
+            PlanError: something was put in the place of one.
+        """
+        watching = self._watching[group]
+        if not watching.is_gathered:
+            yield
+            return
+        watching.check_places()
+        with compat.sharded_in_place(group):
+            yield
+            watching.check_places()
 
     def forget(self) -> None:
         """Let what was written be lost with the leaves."""
@@ -112,10 +129,15 @@ class _WatchedGroup:
         self._parameters, self._traced, self._shards = parameters, traced, shards
         self._adopt()
 
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the leaves have the place of the shards."""
+        return bool(self._parameters) and self._parameters[0].one.is_gathered
+
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Around the leaves' taking the place of the shards."""
-        self._check_places()
+        self.check_places()
         yield
         self._adopt()
         for one in self._parameters:
@@ -123,7 +145,7 @@ class _WatchedGroup:
 
     def resharding(self) -> None:
         """Before the shards take the place of the leaves again."""
-        self._check_places()
+        self.check_places()
         for one in self._parameters:
             one.settle()
 
@@ -146,14 +168,14 @@ class _WatchedGroup:
                 shard=self._shards,
             )
 
-    def _check_places(self) -> None:
+    def check_places(self) -> None:
         """Make sure that the module has its own parameters.
 
         Raises:
             PlanError: something was put in the place of one.
         """
-        # A step that failed is cleared up with what it has left behind.
-        if sys.exc_info()[0] is not None:
+        # A step that failed is cleared up with what it has left behind; loops end by a StopIteration.
+        if sys.exc_info()[0] not in (None, StopIteration):
             return
         for one in self._parameters:
             known = one.one.leaf, one.one.shard

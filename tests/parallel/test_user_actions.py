@@ -98,6 +98,11 @@ DAILY = {
         ("functional_of_a_block", "manual"),
         ("scales_what_backward_needs", "on_before_zero_grad"),
         ("clamps", "on_before_zero_grad"),
+        ("writes_through_detach", "on_before_zero_grad"),
+        ("of_lists", "on_before_zero_grad"),
+        ("writes_through_numpy", "callback"),
+        ("replaces", "early"),
+        ("replaces", "validation_step"),
     ],
     "ZeRO-2": [
         ("normalises", "forward"),
