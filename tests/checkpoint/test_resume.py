@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
@@ -385,6 +386,7 @@ def on_cuda(plan, kind, epochs, path=None, save=None, devices=1):
     model, held = Wide(kind), Held()
     callbacks = [held, *([SaveLast(save)] if save else [])]
     options = {"accelerator": "cuda", "max_steps": -1, "max_epochs": epochs, "callbacks": callbacks}
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     trainer(LargeScaleStrategy(plan), devices=devices, **options).fit(model, ckpt_path=path)
