@@ -68,13 +68,14 @@ class StatefulStrategy(ConnectedStrategy):
 
     @contextlib.contextmanager
     def full_parameters(self) -> Generator[None, None, None]:
-        """Within, the module's parameters are full plain tensors, however they are divided: a collective.
+        """Within, the module's parameters are full plain tensors on its device, however they are divided and wherever
+        they are kept: a collective.
 
         For code that reads `parameters()` or `state_dict()`, or writes into them: what is written is kept, and is to be
-        the same on all ranks. The whole model must fit beside this rank's shards. In `training_step` they are for
-        reading, and a loss may be computed from them; elsewhere they have no gradients.
+        the same on all ranks. The whole model must fit there, beside this rank's shards. In `training_step` they are
+        for reading, and a loss may be computed from them; elsewhere they have no gradients.
         """
-        with whole_tables(self._module()), whole_parameters(self._module()):
+        with whole_tables(self._module()), whole_parameters(self._module(), self.root_device):
             yield
 
     def make_whole(self) -> Mapping[Tensor, Parameter]:

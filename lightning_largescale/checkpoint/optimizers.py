@@ -21,7 +21,7 @@ from lightning_largescale.checkpoint.files import listed
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import as_ordered, order_of
-from lightning_largescale.parallel.pieces import empty_part
+from lightning_largescale.parallel.pieces import empty_part, write_part
 from lightning_largescale.parallel.rows import global_shape, mark_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
@@ -175,19 +175,27 @@ def _divided(values: Any, parameter: Tensor | None, memory_of: StateMemory) -> A
 
 def _own(value: Tensor, parameter: Tensor | None, memory: Tensor | None = None) -> Any:
     """What this rank is to have of a tensor of the state of `parameter`, in `memory` if there is any for it."""
-    fits = isinstance(parameter, Tensor) and value.shape == global_shape(parameter)
-    if memory is not None and (not fits or memory.dtype != value.dtype):
-        memory = None
-    if not isinstance(value, Stored):
-        found = divided_like(value, parameter)
-        if memory is None:
-            return found
-        memory.copy_(found.to_local() if isinstance(found, DTensor) else found)
-    if parameter is None or not fits:
+    if parameter is None or value.shape != global_shape(parameter):
         return value.whole() if isinstance(value, Stored) else value
-    own = empty_part(parameter, dtype=value.dtype, own=memory)
+    if memory is not None and not isinstance(value, DTensor):
+        return _kept(value, parameter, memory)
+    if not isinstance(value, Stored):
+        return divided_like(value, parameter)
+    own = empty_part(parameter, dtype=value.dtype)
+    value.read(own)
+    return own
+
+
+def _kept(value: Tensor, parameter: Tensor, memory: Tensor) -> Tensor:
+    """The same, in `memory`, through no memory of the parameter's device."""
+    alike = memory.dtype == value.dtype
+    own = empty_part(parameter, dtype=value.dtype, device=memory.device, own=memory if alike else None)
     if isinstance(value, Stored):
         value.read(own)
-    if memory is not None:
-        let_rest(memory)
+    else:
+        write_part(own, value)
+    if not alike:
+        memory.copy_(own.to_local() if isinstance(own, DTensor) else own)
+        own = empty_part(parameter, own=memory)
+    let_rest(memory)
     return own

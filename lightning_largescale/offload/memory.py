@@ -311,4 +311,15 @@ def _pin(owner: Any, address: int, nbytes: int) -> None:
     """Lock the memory for copies of CUDA, until it is gone."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
-    weakref.finalize(owner, cudart.cudaHostUnregister, address).atexit = False
+    device, process = torch.cuda.current_device(), os.getpid()
+    weakref.finalize(owner, _unpin, address, device, process).atexit = False
+
+
+def _unpin(address: int, device: int, process: int) -> None:
+    # A fork has the memory, and not what was registered.
+    if os.getpid() != process:
+        return
+    # Copies that nobody waits for may be under way.
+    torch.cuda.synchronize(device)
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart.cudaHostUnregister(address)

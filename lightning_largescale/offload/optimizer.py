@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -91,11 +92,13 @@ class PagedOptimizer:
         self._depth = 0
         self.paged.lay_out(early=True)
         self._remove_hooks = compat.hook_nearest(self.optimizer, self._before, self._after)
+        vars(self.optimizer)["load_state_dict"] = partial(self.paged.load, self.optimizer.load_state_dict)
 
     def undo(self) -> None:
         """Let the optimizer step as it did; its state stays where it is."""
         self.forget_step()
         self._remove_hooks()
+        del vars(self.optimizer)["load_state_dict"]
 
     def forget_step(self) -> None:
         """Let the optimizer hold its parameters again after a step that raised."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 
-import torch
 from torch import Tensor
 
 from lightning_largescale.offload.memory import Memory
@@ -55,9 +54,6 @@ class Buffers:
 
     def _drop(self, nbytes: int) -> None:
         """Let others that are free go, as many bytes at least."""
-        if self._pinned and any(self._free.values()):
-            # Copies that were begun may be on their way.
-            torch.cuda.synchronize()
         for memories in self._free.values():
             while memories and nbytes > 0:
                 nbytes -= memories.pop().nbytes

@@ -222,7 +222,8 @@ class Host(Tier):
     """Pinned DRAM, for a CUDA device: copies run on a stream of their own, and no step of the host waits for one.
 
     A storage that left is let go only after the stream that computes was told to wait for its copy: whatever that
-    computes next in the same memory comes after it.
+    computes next in the same memory comes after it. One that goes before, used or not, leaves its memory to others when
+    its copy is over.
 
     Args:
         device: that computes.
@@ -245,16 +246,20 @@ class Host(Tier):
                     saved.place, _ = self._buffers.take(saved.nbytes)
                 saved.place[: saved.nbytes].copy_(saved.content, non_blocking=True)
                 saved.sent = True
-                sent.append((weakref.ref(saved), self._stream.record_event()))
+                # Told of the copy at once, the allocator would keep what leaves in time for longer as well.
+                early = weakref.finalize(saved, saved.content.record_stream, self._stream)
+                early.atexit = False
+                sent.append((weakref.ref(saved), (self._stream.record_event(), early)))
         return sent
 
     def settle(self, sent: Sent) -> None:
         """As of every tier."""
-        for known, copied in sent:
+        for known, (copied, early) in sent:
             saved = known()
             if saved is None:
                 continue
             torch.cuda.current_stream(self._device).wait_event(copied)
+            early.detach()
             with saved.lock:
                 if not saved.wanted:
                     saved.content = None

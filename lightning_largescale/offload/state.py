@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,12 +218,45 @@ class PagedState:
         """Move state that the optimizer made with its groups, before the first step."""
         state = self._optimizer.state.get(member.parameter, {})
         for key in member.kind.dtypes:
-            value = state.get(key)
-            if self.is_paged(member, value):
-                view = self.view(member, key)
-                view.copy_(local_of(value))
-                let_rest(view)
-                state[key] = as_divided(member.parameter, view)
+            if self.is_paged(member, value := state.get(key)):
+                state[key] = self._put(member, key, value)
+
+    def _put(self, member: Member, key: str, value: Tensor) -> Tensor:
+        """The state of `member` under `key` where it is kept, as `value` is."""
+        view = self.view(member, key)
+        if view.data_ptr() != local_of(value).data_ptr():
+            view.copy_(local_of(value))
+            let_rest(view)
+        return as_divided(member.parameter, view)
+
+    def load(self, load: Callable[[dict[str, Any]], None], state_dict: Mapping[str, Any]) -> None:
+        """Have `load`, the optimizer's `load_state_dict`, leave what is paged where it is kept.
+
+        torch's takes it to the device of its parameter, where there may be no room for it.
+        """
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        indices = (index for group in state_dict["param_groups"] for index in group["params"])
+        members = {index: self.members.get(one) for index, one in zip(indices, parameters, strict=False)}
+        state = {index: self._staying(members.get(index), values) for index, values in state_dict["state"].items()}
+        load({**state_dict, "state": state})
+        for member in filter(None, members.values()):
+            # Some have a way of their own to load.
+            self._take_over(member)
+
+    def _staying(self, member: Member | None, values: Any) -> Any:
+        """The state of `member` of which what is paged is moved to where it is kept, wherever it is told to go."""
+        if member is None or not isinstance(values, Mapping):
+            return values
+        found = dict(values)
+        for key in member.kind.dtypes:
+            value = found.get(key)
+            if isinstance(value, Tensor) and self.is_paged(member, value):
+                found[key] = value.detach()
+                vars(found[key])["to"] = partial(self._moved, member, key, value)
+        return found
+
+    def _moved(self, member: Member, key: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._put(member, key, value)
 
     def view(self, member: Member, key: str) -> Tensor:
         """The state of `member` under `key`, where it is kept."""

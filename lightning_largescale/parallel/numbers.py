@@ -26,8 +26,8 @@ class WholeNumbers(TorchFunctionMode):
     """Within, a number that torch makes of a DTensor, or a norm of the gradient of a row-sharded table, is a plain
     tensor, equal on all ranks; making it is a collective.
 
-    Functions that take several gradients take those divided and those whole together. What torch.compile traces is
-    computed as without.
+    Functions that take several gradients take those divided and those whole together. A number that is copied from a
+    device to DRAM is there at once. What torch.compile traces is computed as without.
     """
 
     def __torch_function__(
@@ -43,7 +43,19 @@ class WholeNumbers(TorchFunctionMode):
             return _CALLS[kind](func, *args, **kwargs)
         if func in _OF_ROWS and _has_rows(args[0]):
             return _OF_ROWS[func](func, *args, **kwargs)
-        return _whole(func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if func is Tensor.to and not result.dim():
+            _wait_for(args[0], result)
+        return _whole(result)
+
+
+def _wait_for(source: Tensor, copy: Tensor) -> None:
+    """Wait until a copy in DRAM has the values of its source on a device.
+
+    GradScaler and fused optimizers copy their scale without blocking, and kernels of the CPU read it then.
+    """
+    if source.is_cuda and not copy.is_cuda:
+        torch.cuda.current_stream(source.device).synchronize()
 
 
 def _whole(result: Any) -> Any:

@@ -26,15 +26,16 @@ from lightning_largescale.parallel.tensor import compute_plainly
 
 
 @contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
+def whole_parameters(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, `module` has full plain parameters; what the block writes into them is kept: a collective.
 
-    They are copies on the device of the shards. Each rank keeps its own slices of what the block writes into them, so
-    all ranks are to write the same. Inside a step they are for reading: a loss that is computed from them is
+    They are copies on `device`, wherever the shards are. Each rank keeps its own slices of what the block writes into
+    them, so all ranks are to write the same. Inside a step they are for reading: a loss that is computed from them is
     differentiated as in a plain run, with a reduction of its own.
 
     Args:
         module: any; one that is not sharded stays as it is.
+        device: that the module computes on.
     """
     state = sharded_state(module)
     if state is None or state.whole:
@@ -48,7 +49,7 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         meet(module, *(number for number, one in enumerate(module.parameters()) if isinstance(one, DTensor)))
     shards = dict.fromkeys(shard for _, _, shard in places)
     whole = {
-        shard: _differentiable(shard, state, number) if state.stepping else _full(shard, shard.device)
+        shard: _differentiable(shard, state, number, device) if state.stepping else _full(shard, device)
         for number, shard in enumerate(shards)
     }
     with contextlib.ExitStack() as gathering:
@@ -110,34 +111,40 @@ def _full(shard: nn.Parameter, device: torch.device, *, keep: bool = False) -> n
     if keep and shard.device_mesh.size() == 1:
         return whole_of(shard).parameter(shard.to_local().detach(), shard)
     with torch.no_grad():
-        whole = full(shard, order_of(shard))
         # Of a single rank the shard is the whole, which is not to be written into twice.
-        whole = whole.clone() if whole.device == device else whole.to(device)
-        return whole_of(shard).parameter(whole, shard)
+        return whole_of(shard).parameter(full(shard, order_of(shard)).to(device, copy=True), shard)
 
 
-def _differentiable(shard: nn.Parameter, state: Sharded, number: int) -> Tensor:
+def _own_part(whole: Tensor, shard: DTensor) -> Tensor:
+    """Of a whole tensor what `shard` has of its own, where that is."""
+    return divided(whole, shard, order_of(shard)).to(shard.device)
+
+
+def _differentiable(shard: nn.Parameter, state: Sharded, number: int, device: torch.device) -> Tensor:
     """The full tensor of `shard`, the one of this number, whose gradient is averaged over the ranks, as those of a step
     are.
     """
-    return _Averaged.apply(shard, state, number)  # type: ignore[no-any-return, no-untyped-call]
+    return _Averaged.apply(shard, state, number, device)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Averaged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shard: nn.Parameter, state: Sharded, number: int) -> Tensor:
+    def forward(ctx: Any, shard: nn.Parameter, state: Sharded, number: int, device: torch.device) -> Tensor:
         ctx.shard, ctx.state, ctx.number = shard, state, number
-        return whole_of(shard).laid_out(full(shard, order_of(shard)).clone())
+        return whole_of(shard).laid_out(full(shard, order_of(shard)).to(device, copy=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         shard = ctx.shard
         if ctx.state.agreement is not None:
             ctx.state.agreement.meet(ctx.number)
         average = gradient.clone(memory_format=torch.contiguous_format)
         average_in_place(average)
-        return divided(average, shard, order_of(shard)), None, None
+        if gradient.is_cuda:
+            # It is added to what FSDP2 reduces, and copies to DRAM, on streams of its own until the backward ends.
+            torch.cuda.synchronize(gradient.device)
+        return _own_part(average, shard), None, None, None
 
 
 def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Parameter, Tensor]) -> None:
@@ -148,4 +155,4 @@ def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Param
 def _write(shard: nn.Parameter, whole: Tensor) -> None:
     assert isinstance(shard, DTensor)
     with torch.no_grad():
-        shard.copy_(divided(whole.detach(), shard, order_of(shard)))
+        shard.copy_(_own_part(whole.detach(), shard))

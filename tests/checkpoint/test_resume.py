@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from models import DIM, GLOBAL_BATCH, Language, SaveLast, read_checkpoint, trainer
+from models import DIM, GLOBAL_BATCH, Language, Lion, SaveLast, read_checkpoint, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from lightning_largescale.offload import pages
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -345,3 +348,92 @@ def test_callbacks_have_their_state_before_fit_starts(two, tmp_path, plan):
     plain = unfreeze_and_resume(None, 1, tmp_path / "plain.ckpt")
     for losses in two.run(unfreeze_and_resume, plan, 2, tmp_path / "ours.ckpt"):
         assert losses == pytest.approx(plain, rel=1e-5)
+
+
+WIDE = 256
+
+
+class Wide(Language):
+    """Of 1 MiB, in blocks, with twice as much of state."""
+
+    def __init__(self, kind):
+        super().__init__(layers=0, samples=24)
+        self.kind = kind
+        self.wide = nn.ModuleList(nn.Linear(WIDE, WIDE) for _ in range(4))
+
+    def loss(self, batch):
+        x = torch.ones(2, WIDE, device=batch.device)
+        for block in self.wide:
+            x = x + block(x) / 8
+        return super().loss(batch) + x.square().mean() / 64
+
+    def configure_optimizers(self):
+        return self.kind(self.parameters())
+
+
+class Held(Callback):
+    """Bytes of the device at most until training starts, and in its first steps."""
+
+    def on_train_start(self, trainer, module):
+        self.before = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+    def on_train_end(self, trainer, module):
+        self.after = torch.cuda.max_memory_allocated()
+
+
+def on_cuda(plan, kind, epochs, path=None, save=None, devices=1):
+    model, held = Wide(kind), Held()
+    callbacks = [held, *([SaveLast(save)] if save else [])]
+    options = {"accelerator": "cuda", "max_steps": -1, "max_epochs": epochs, "callbacks": callbacks}
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer(LargeScaleStrategy(plan), devices=devices, **options).fit(model, ckpt_path=path)
+    return model.losses, held.before, held.after
+
+
+STATE_ELSEWHERE = {
+    "DRAM": {"offload_optimizer": "cpu"},
+    "DRAM, stepped on there": {"offload_optimizer": "cpu", "host_optimizer_step": True},
+    "disk": {"offload_optimizer": "nvme"},
+    "disk, in part": {"offload_optimizer": "nvme", "resident_optimizer_bytes": 2**20},
+    "DRAM, with released gradients": {"offload_optimizer": "cpu", "release_gradients": True},
+    "disk, with parameters in DRAM": {"offload_optimizer": "nvme", "offload_parameters": "cpu"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tier", "kind", "written"),
+    [
+        *((tier, torch.optim.AdamW, Plan()) for tier in STATE_ELSEWHERE),
+        ("disk", torch.optim.AdamW, None),
+        ("DRAM", torch.optim.Adagrad, Plan()),
+        ("DRAM", Lion, Plan()),
+    ],
+)
+def test_state_that_is_kept_elsewhere_never_comes_to_the_device(tmp_path, monkeypatch, tier, kind, written):
+    monkeypatch.setattr(pages, "PAGE_BYTES", 2**18)
+    plan = Plan(nvme_path=str(tmp_path), **STATE_ELSEWHERE[tier])
+    path = tmp_path / "saved"
+    on_cuda(written or plan, kind, 1, save=path)
+    assert path.is_dir() == (written is None)
+    expected, *_ = on_cuda(Plan(), kind, 2, path)
+    _, before, after = on_cuda(plan, kind, 1)
+    losses, *held = on_cuda(plan, kind, 2, path)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert held[0] <= before + 2**17
+    assert held[1] <= after + 2**17
+
+
+@pytest.mark.gpu
+def test_each_ranks_state_that_is_kept_elsewhere_never_comes_to_its_device(two, tmp_path):
+    kind, path = torch.optim.AdamW, tmp_path / "saved"
+    on_cuda(Plan(), kind, 1, save=path / "file")
+    two.run(on_cuda, Plan(dp_shard=2), kind, 1, save=path / "directory", devices=2)
+    plan = Plan(dp_shard=2, offload_optimizer="cpu")
+    fresh = two.run(on_cuda, plan, kind, 1, devices=2)
+    for saved in path.iterdir():
+        for found, (_, before, _) in zip(two.run(on_cuda, plan, kind, 2, saved, devices=2), fresh, strict=True):
+            assert found[1] <= before + 2**17

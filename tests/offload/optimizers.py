@@ -136,8 +136,9 @@ WHOLE = {"bitsandbytes AdamW8bit", "Adafactor", "Muon"}
 def paged(optimizer, folder=None, *, resident=0, file=DirectFile, **options):
     """`optimizer`, paged: with its state in `folder`, in DRAM for None."""
     store = None if folder is None else Store(folder, file=file)
+    buffers = PageBuffers(pinned="lanes" in options and options["lanes"].pinned)
     try:
-        made = PagedOptimizer(optimizer, store=store, buffers=PageBuffers(), resident=Allowance(resident), **options)
+        made = PagedOptimizer(optimizer, store=store, buffers=buffers, resident=Allowance(resident), **options)
         yield made
         made.undo()
     finally:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_largescale.offload.activations import SMALL_BYTES, offload_activations
+from lightning_largescale.offload.saved import Host, Saved
 from lightning_largescale.offload.store import DirectFile, Store, StoreError
 from lightning_largescale.parallel.compile import compile_blocks
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
@@ -629,3 +630,21 @@ def test_cuda_holds_two_blocks(store):
     offload_activations(ours, Plan(offload_activations="cpu"), None, torch.device("cuda"))
     saved = 4096 * 256 * 4 * 3
     assert peak(plain) - peak(ours) >= 0.8 * (12 - 2) * saved
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("used", [True, False])
+def test_what_is_gone_before_it_has_left_is_not_overwritten_while_it_is_copied(used):
+    tier = Host(torch.device("cuda"))
+    source = torch.ones(65536, device="cuda")
+    saved = Saved("a block", source.untyped_storage(), 0)
+    sent = tier.send([saved])
+    place = saved.place
+    if used:
+        assert tier.bytes_of(saved).data_ptr() == source.data_ptr()
+    del source, saved
+    made = torch.zeros(65536, device="cuda").add_(4)
+    torch.cuda.synchronize()
+    tier.settle(sent)
+    assert made.eq(4).all()
+    assert place.view(torch.float32).eq(1).all()

@@ -455,3 +455,16 @@ atexit.register(late)
 """
     assert "too late: a request came too late (cannot schedule new futures after" in run_python(code)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("to_device", [True, False])
+def test_pinned_memory_that_goes_waits_for_its_copies(to_device):
+    memory = Memory(2**20, pinned=True)
+    there, here = torch.ones(2**18, device="cuda"), memory.tensor(torch.float32, (2**18,))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        target = there if to_device else here
+        target.copy_(here if to_device else there, non_blocking=True)
+    del memory, here, target
+    assert there.eq(0 if to_device else 1).all()

@@ -536,3 +536,53 @@ def test_nothing_to_step_on_is_a_step(tmp_path):
         optimizer.step()
         assert not optimizer.state
         train(module, optimizer, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["nvme", "cpu", "part"])
+@pytest.mark.parametrize("name", ["Adam amsgrad maximize", "AdamW fused", "SGD nesterov", "Adagrad", "own counting"])
+def test_state_that_is_loaded_goes_to_where_it_is_kept(name, tier, tmp_path):
+    (module, optimizer), (expected, plain) = ((one, BUILDERS[name](one)) for one in (model().cuda(), model().cuda()))
+    with torch.device("cuda"):
+        train(expected, plain, 2)
+    module.load_state_dict(expected.state_dict())
+    saved = copy.deepcopy(plain.state_dict())
+    for values in saved["state"].values():
+        values.update({key: value.cpu() for key, value in values.items() if torch.is_tensor(value)})
+    resident = 300_000 if tier == "part" else 0
+    with paged(optimizer, None if tier == "cpu" else tmp_path, resident=resident, lanes=Lanes(torch.device("cuda"))):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer.load_state_dict(saved)
+        assert torch.cuda.max_memory_allocated() - before <= resident + 16 * 512
+        with torch.device("cuda"):
+            train(module, optimizer, 2, 2)
+    with torch.device("cuda"):
+        train(expected, plain, 2, 2)
+    torch.testing.assert_close(list(module.parameters()), list(expected.parameters()))
+
+
+class Transforming(Lion):
+    """Loads as it likes, without the help of its base class."""
+
+    def load_state_dict(self, state_dict):
+        parameters = (one for group in self.param_groups for one in group["params"])
+        for index, parameter in enumerate(parameters):
+            for key, value in state_dict["state"].get(index, {}).items():
+                self.state[parameter][key] = value * 2
+
+
+def test_state_that_an_optimizer_loads_by_itself_goes_to_where_it_is_kept(tmp_path):
+    module = model()
+    optimizer = of(Transforming)(module)
+    train(module, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    with paged(optimizer, tmp_path) as made:
+        optimizer.load_state_dict(saved)
+        for parameter, values in optimizer.state.items():
+            assert made.state_of(parameter, "mean").data_ptr() == values["mean"].data_ptr()
+    for index, parameter in enumerate(module.parameters()):
+        if index in saved["state"]:
+            assert optimizer.state[parameter]["mean"].equal(2 * saved["state"][index]["mean"])
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[module[0].weight]["mean"].equal(2 * saved["state"][0]["mean"])

@@ -93,3 +93,13 @@ def test_a_stretch_bears_the_name_of_what_is_in_it_now(store):
     assert extents.take("second", 10, second).name == "second"
     assert one.offset == 0
     assert os.path.getsize(store.path / "tensors") == ALIGNMENT_BYTES
+
+
+@pytest.mark.gpu
+def test_a_buffer_makes_room_for_a_larger_one_when_it_was_copied_into():
+    buffers = Buffers(pinned=True)
+    buffer, _ = buffers.take(2**20)
+    buffer.copy_(torch.ones(2**20, dtype=torch.uint8, device="cuda"), non_blocking=True)
+    del buffer, _
+    larger, _ = buffers.take(2**21)
+    assert buffers.nbytes == larger.nbytes

@@ -262,3 +262,36 @@ def test_norms_that_are_refused(two, name):
     for error, _, _ in two.answers(connected, norm_that_is_refused, name):
         with pytest.raises(PlanError, match=f"^{REFUSED[name][1]} give an order of 0 or more, without dim"):
             raise error
+
+
+class Scaled(Language):
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+
+    def configure_optimizers(self):
+        # Adam's divisor may be 0 where gradients are scaled.
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused, eps=1e-6)
+
+
+def fit_scaled(plan, fused):
+    model = Scaled(fused)
+    run = trainer(LargeScaleStrategy(plan), accelerator="cuda", max_steps=4)
+    run.fit(model)
+    return [*model.losses, *(float(one.detach().double().sum()) for one in model.parameters())]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("fields", "fused"),
+    [
+        ({"offload_parameters": "cpu"}, False),
+        ({"offload_parameters": "nvme"}, False),
+        ({"offload_parameters": "cpu", "resident_parameter_bytes": 8000}, False),
+        ({"offload_parameters": "cpu"}, True),
+    ],
+)
+def test_the_scale_has_come_where_the_host_computes_with_it(tmp_path, fields, fused):
+    expected = fit_scaled(Plan(precision="16-mixed"), fused)
+    found = fit_scaled(Plan(precision="16-mixed", nvme_path=str(tmp_path), **fields), fused)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from models import Language, trainer
 from ranks import quiet
@@ -46,7 +47,7 @@ class Reader(Callback):
         if trainer.global_step != 2:
             return
         read = getattr(trainer.strategy, "full_parameters", torch.no_grad)
-        tokens = torch.arange(8)[None] % 32
+        tokens = torch.arange(8, device=module.device)[None] % 32
         with read(), torch.no_grad():
             assert not any(
                 isinstance(value, DTensor) for value in (*module.parameters(), *module.state_dict().values())
@@ -62,9 +63,9 @@ class Reader(Callback):
             assert isinstance(module.blocks[0].up.weight, DTensor)
 
 
-def read_and_edit(plan, devices):
+def read_and_edit(plan, devices, **options):
     model, reader = Language(tied=True), Reader()
-    trainer(strategy_of(plan), devices=devices, max_steps=5, callbacks=[reader]).fit(model)
+    trainer(strategy_of(plan), devices=devices, callbacks=[reader], **{"max_steps": 5, **options}).fit(model)
     return reader.seen, model.losses
 
 
@@ -103,7 +104,7 @@ class Penalised(Language):
 
 def penalise(plan, devices, early, asking=True, **options):
     model = Penalised(early=early, asking=asking)
-    trainer(strategy_of(plan), devices=devices, max_steps=6, **options).fit(model)
+    trainer(strategy_of(plan), devices=devices, **{"max_steps": 6, **options}).fit(model)
     return model.losses
 
 
@@ -113,6 +114,39 @@ def test_a_loss_of_full_parameters_is_differentiated(two, plan, early):
     plain = penalise(None, 1, early, accumulate_grad_batches=2)
     for losses in two.run(penalise, plan, 2, early, accumulate_grad_batches=2):
         assert losses == pytest.approx(plain, rel=1e-5)
+
+
+def leave_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+ELSEWHERE = {
+    "DRAM": {"offload_parameters": "cpu"},
+    "DRAM in part": {"offload_parameters": "cpu", "resident_parameter_bytes": 8000},
+    "disk": {"offload_parameters": "nvme"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_full_parameters_are_on_the_device_that_computes(tmp_path, fields):
+    plan, options = Plan(nvme_path=str(tmp_path), **fields), {"accelerator": "cuda", "max_steps": 3}
+    (seen, losses), (expected, plain) = (read_and_edit(one, 1, **options) for one in (plan, Plan()))
+    torch.testing.assert_close(seen, expected)
+    assert losses == pytest.approx(plain, rel=1e-5)
+    early = "resident_parameter_bytes" in fields
+    found, plain = (penalise(one, 1, early, **options) for one in (plan, Plan()))
+    assert found == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_full_parameters_of_two_ranks_are_on_each_ones_device(two):
+    plans = Plan(dp_shard=2, offload_parameters="cpu"), Plan(dp_shard=2)
+    # One that an earlier test has left may not sum what is in DRAM.
+    two.run(leave_group)
+    found, expected = (two.run(penalise, plan, 2, True, accelerator="cuda", max_steps=3) for plan in plans)
+    assert found == [pytest.approx(losses, rel=1e-5) for losses in expected]
 
 
 class Norm(Penalised):

@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,15 +105,21 @@ BREAKS = (
     ),
     _saved(
         "it is recorded elsewhere that activations left",
-        "sent.append((weakref.ref(saved), self._stream.record_event()))",
-        "sent.append((weakref.ref(saved), torch.cuda.Stream(self._device).record_event()))",
+        "sent.append((weakref.ref(saved), (self._stream.record_event(), early)))",
+        "sent.append((weakref.ref(saved), (torch.cuda.Stream(self._device).record_event(), early)))",
         "activations",
     ),
     _saved(
         "activations are let go before they left",
-        "            torch.cuda.current_stream(self._device).wait_event(copied)\n            with",
-        "            with",
+        "            torch.cuda.current_stream(self._device).wait_event(copied)\n            early",
+        "            early",
         "activations",
+    ),
+    _saved(
+        "what is used while it leaves is reused",
+        "                early = weakref.finalize(saved, saved.content.record_stream, self._stream)\n",
+        "                early = weakref.finalize(saved, id, self._stream)\n",
+        "used",
     ),
     _saved("activations come into used memory", _FOUND + _WAIT, _FOUND, "activations"),
     _saved(
@@ -144,10 +151,31 @@ BREAKS = (
     _saved("what is written is not in DRAM", "        stream.synchronize()\n", "", "disk"),
     Break(
         "buffers go while copies are under way",
-        "offload/room.py",
-        "            torch.cuda.synchronize()\n",
-        "            pass\n",
+        "offload/memory.py",
+        "    torch.cuda.synchronize(device)\n",
+        "",
         "room",
+    ),
+    Break(
+        "buffers end while copies are under way",
+        "offload/memory.py",
+        "    torch.cuda.synchronize(device)\n",
+        "",
+        "activations",
+    ),
+    Break(
+        "what a gradient is added to is on its way",
+        "parallel/whole.py",
+        "            torch.cuda.synchronize(gradient.device)\n",
+        "            pass\n",
+        "penalty",
+    ),
+    Break(
+        "the scale is not in DRAM",
+        "parallel/numbers.py",
+        "        torch.cuda.current_stream(source.device).synchronize()\n",
+        "        pass\n",
+        "scaled",
     ),
     Break(
         "the step does not wait for its page",
@@ -161,7 +189,7 @@ BREAKS = (
 # --- scenarios: each gives numbers that are the same in every run of the package as it is
 
 
-def fit(layers: int = 3, page: int = 16384, **fields: Any) -> list[float]:
+def fit(layers: int = 3, page: int = 16384, penalty: bool = False, **fields: Any) -> list[float]:
     """The losses of a few steps, and the sums of what was trained, under a plan of these fields."""
     from lightning.pytorch import Trainer
     from models import Language
@@ -172,6 +200,8 @@ def fit(layers: int = 3, page: int = 16384, **fields: Any) -> list[float]:
 
     pages.PAGE_BYTES, activations.SMALL_BYTES = page, 256
     model = Language(layers=layers)
+    if penalty:
+        model.loss = partial(_penalised, model, model.loss)
     trainer = Trainer(
         accelerator="cuda",
         devices=1,
@@ -185,6 +215,12 @@ def fit(layers: int = 3, page: int = 16384, **fields: Any) -> list[float]:
     )
     trainer.fit(model)
     return [*model.losses, *(float(one.detach().double().sum()) for one in model.parameters())]
+
+
+def _penalised(model: Any, loss: Callable[[Any], Any], batch: Any) -> Any:
+    with model.trainer.strategy.full_parameters():
+        penalty = sum(one.square().sum() for one in model.parameters())
+    return loss(batch) + 1e-3 * penalty
 
 
 def _lanes_here() -> tuple[Any, Any]:
@@ -248,6 +284,21 @@ def unused() -> list[float]:
     return [float(made.sum())]
 
 
+def used() -> list[float]:
+    """What leaves is used and gone before it has left, and its memory taken by what is computed next."""
+    torch, _ = _lanes_here()
+    from lightning_largescale.offload.saved import Host, Saved
+
+    tier = Host(torch.device("cuda", 0))
+    saved = Saved("a block", torch.ones(65536, device="cuda").untyped_storage(), 0)
+    tier.send([saved])
+    total = tier.bytes_of(saved).view(torch.float32).sum()
+    del saved
+    made = torch.zeros(65536, device="cuda").add_(4)
+    torch.cuda.synchronize()
+    return [float(total), float(made.sum())]
+
+
 def room() -> list[float]:
     """A buffer comes back while it is copied into, and makes room for a larger one."""
     torch, _ = _lanes_here()
@@ -266,8 +317,10 @@ SCENARIOS: dict[str, Callable[[str], list[float]]] = {
     "state": lambda folder: fit(offload_optimizer="cpu"),
     "host step": lambda folder: fit(offload_optimizer="cpu", host_optimizer_step=True),
     "activations": lambda folder: fit(layers=5, offload_activations="cpu"),
+    "penalty": lambda folder: fit(penalty=True, offload_parameters="cpu"),
+    "scaled": lambda folder: fit(offload_parameters="cpu", precision="16-mixed"),
     "disk": lambda folder: fit(layers=5, offload_activations="nvme", nvme_path=folder),
-    **{one.__name__: lambda folder, one=one: one() for one in (bring, fetch, put, asked, unused, room)},
+    **{one.__name__: lambda folder, one=one: one() for one in (bring, fetch, put, asked, unused, used, room)},
 }
 
 
