@@ -53,6 +53,63 @@ class GPT(nn.Module):
         return self.head(self.norm(x_BTD))
 
 
+class GatedBlock(nn.Module):
+    """A block of Llama's kind, by torch alone: RMS norms, rotated queries and keys, a gated product."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.groups = heads, max(1, heads // 4)
+        inner, own = 256 * -(-8 * width // 3 // 256), width // heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.key, self.value = (nn.Linear(width, self.groups * own, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x_BTD: Tensor, angles_TE: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        normed = self.norm1(x_BTD)
+        q, k, v = (
+            one.view(B, T, heads, -1).transpose(1, 2)
+            for one, heads in (
+                (self.query(normed), self.heads),
+                (self.key(normed), self.groups),
+                (self.value(normed), self.groups),
+            )
+        )
+        q, k = rotated(q, angles_TE), rotated(k, angles_TE)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x_BTD = x_BTD + self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        normed = self.norm2(x_BTD)
+        return x_BTD + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+def rotated(x: Tensor, angles_TE: Tensor) -> Tensor:
+    """Source: Su et al. 2021, "RoFormer", section 3.2; halves in the place of neighbours."""
+    one, other = x.chunk(2, -1)
+    sine, cosine = angles_TE.sin().to(x.dtype), angles_TE.cos().to(x.dtype)
+    return torch.cat([one * cosine - other * sine, other * cosine + one * sine], -1)
+
+
+class Llama(nn.Module):
+    """A decoder of gated blocks."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCABULARY, width)
+        self.own = width // max(1, width // 64)
+        self.blocks = nn.ModuleList(GatedBlock(width, max(1, width // 64)) for _ in range(layers))
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = self.token(tokens_BT)
+        steps = torch.arange(0, self.own, 2, device=x_BTD.device) / self.own
+        angles_TE = torch.outer(torch.arange(tokens_BT.shape[1], device=x_BTD.device), 10000.0**-steps)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, angles_TE)
+        return self.head(self.norm(x_BTD))
+
+
 class ConvBlock(nn.Module):
     """Two convolutions with batch normalisation around a residual."""
 
@@ -126,6 +183,10 @@ def llama(width: int, layers: int = 6) -> LightningModule:
     return Language(LlamaForCausalLM(config))
 
 
+def llama_plain(width: int, layers: int = 6) -> LightningModule:
+    return Language(Llama(width, layers))
+
+
 def bert(width: int, layers: int = 6) -> LightningModule:
     from transformers import BertConfig, BertForMaskedLM
 
@@ -160,6 +221,7 @@ FAMILIES: dict[str, Callable[[int], LightningModule]] = {
     "mlp": mlp,
     "conv": conv,
     "llama": llama,
+    "llama-plain": llama_plain,
     "bert": bert,
     "vit": vit,
 }

@@ -78,12 +78,21 @@ class StuckError(ApartError):
 def can_run_apart() -> bool:
     """Whether a fork can do what this process can.
 
-    Not where CUDA is in use, which a fork cannot share, nor where others' threads run; nor, in builds of torch for
-    CUDA, once this process has run a backward, whose threads a fork does not have. The latter is tried.
+    Not where CUDA is in use, which a fork cannot share, nor where others' threads run; nor where forks cannot run a
+    backward.
     """
     if not hasattr(os, "fork") or torch.cuda.is_initialized() or others_threads():  # type: ignore[no-untyped-call]
         return False
-    if torch.version.cuda is None:
+    return forks_differentiate()
+
+
+def forks_differentiate() -> bool:
+    """Whether a fork of this process can run a backward.
+
+    Not where there are CUDA devices and this process has run one, on the CPU too: autograd has a thread for each device
+    then, which a fork does not have. It is tried.
+    """
+    if torch.cuda.device_count() == 0:
         return True
     try:
         return run_apart(_differentiates)

@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import (
 from typing_extensions import override
 
 from lightning_largescale import compat
-from lightning_largescale.apart import no_collection
+from lightning_largescale.apart import forks_differentiate, no_collection
 from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, reported, told_in_one_line
 from lightning_largescale.hub import describe_exit
 from lightning_largescale.plan import PlanError
@@ -53,13 +53,20 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             What rank 0 of the node returns.
 
         Raises:
-            PlanError: ranks are to be forks and CUDA is initialised here, which a fork cannot use.
+            PlanError: ranks are to be forks, and CUDA is initialised here, or autograd has threads, which a fork cannot
+                use.
             torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
         """
         if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise PlanError(
                 "start_method='fork' cannot give the ranks CUDA, which this process has initialised; do not touch"
                 " torch.cuda before fit (restart a notebook's kernel), or run a script with start_method='popen'."
+            )
+        if self._start_method == "fork" and not forks_differentiate():
+            raise PlanError(
+                "start_method='fork' cannot give the ranks autograd, whose threads this process has started; run no"
+                " backward and no Workload.trace before fit where there are CUDA devices (restart a notebook's kernel),"
+                " or run a script with start_method='popen'."
             )
         if self._start_method == "spawn":
             compat.check_main_guard()

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import platform
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from lightning_largescale.apart import ApartError, run_apart
 from lightning_largescale.hardware.disks import disks
 from lightning_largescale.hardware.memory import rank_memory
 from lightning_largescale.hardware.model import Hardware
@@ -45,9 +47,9 @@ def detect(
     devices = torch.cuda.device_count() if kind == "cuda" else 1
     nodes, ranks_per_node = layout(environment, ranks_per_node, nodes, devices=devices)
     dram_bytes, dram_available_bytes = rank_memory(ranks_per_node)
+    names: list[str] = []
     if kind == "cuda":
-        name = torch.cuda.get_device_name()
-        memory_free_bytes, memory_bytes = torch.cuda.mem_get_info()
+        name, memory_free_bytes, memory_bytes, names = cuda_devices(devices)
     else:
         name = cpu_name()
         memory_free_bytes, memory_bytes = dram_available_bytes, dram_bytes
@@ -62,9 +64,33 @@ def detect(
         dram_bytes=dram_bytes,
         dram_available_bytes=dram_available_bytes,
         disks=disks(),
-        interconnect=interconnect([_nvml_name(index) for index in range(devices)]) if kind == "cuda" else None,
+        interconnect=interconnect(names),
         origin="detected",
     )
+
+
+def cuda_devices(count: int) -> tuple[str, int, int, list[str]]:
+    """Of CUDA's current device the name, the free bytes and all bytes; of all devices the names that NVML has.
+
+    Asked in a fork where this process has not initialised CUDA: it has no context after it then, and may start ranks
+    that are forks.
+
+    Args:
+        count: of devices.
+    """
+    look = partial(_look_at_devices, count)
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # Drivers exist that were begun with otherwise: then nothing is to be kept apart any more.
+        with contextlib.suppress(ApartError):
+            return run_apart(look)
+    return look()
+
+
+def _look_at_devices(count: int) -> tuple[str, int, int, list[str]]:
+    free_bytes, all_bytes = torch.cuda.mem_get_info()
+    # By UUID, since NVML numbers the devices without regard to CUDA_VISIBLE_DEVICES.
+    names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
+    return torch.cuda.get_device_name(), free_bytes, all_bytes, names
 
 
 def device_kind(accelerator: str | None) -> str:
@@ -73,13 +99,15 @@ def device_kind(accelerator: str | None) -> str:
     Raises:
         PlanError: another accelerator, or CUDA where torch sees no device.
     """
+    # Counted through NVML, where asking whether CUDA is available begins with the driver.
+    sees_cuda = torch.cuda.device_count() > 0
     if accelerator in (None, "auto"):
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if sees_cuda else "cpu"
     if accelerator == "cpu":
         return "cpu"
     if accelerator not in ("cuda", "gpu"):
         raise PlanError(f"accelerator={accelerator!r} cannot be planned for; accepted: cpu, cuda.")
-    if not torch.cuda.is_available():
+    if not sees_cuda:
         raise PlanError(f"accelerator={accelerator!r} was given and torch sees no CUDA device; use 'cpu' here.")
     return "cuda"
 
@@ -165,11 +193,6 @@ def interconnect(names: list[str]) -> str | None:
     finally:
         nvml.nvmlShutdown()
     return "NVLink" if linked else "PCIe"
-
-
-def _nvml_name(index: int) -> str:
-    # By UUID, since NVML numbers the devices without regard to CUDA_VISIBLE_DEVICES.
-    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
 
 def _world_size(environment: ClusterEnvironment | None) -> int | None:

@@ -34,7 +34,8 @@ _FIRST_FLOPS = 2 * 128**3
 _TELLING_FLOPS = 2**27
 # Small products and large ones are computed by different instructions.
 _PROBED_EDGES = (32, 256)
-_STREAM_BYTES = 128 * 2**20
+# Larger than caches; on CUDA as large that the start of a kernel, of some microseconds, does not count.
+_STREAM_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 _FRESH_BYTES = 32 * 2**20
 _COPY_BYTES = (2**16, 2**20, 2**24, 2**26)
 # What a paged tier would ask for: a few large requests at once.
@@ -81,7 +82,7 @@ def memory_bandwidth(device: torch.device, seconds: float, *, most_bytes: int) -
         seconds: time for it.
         most_bytes: both tensors take no more than this.
     """
-    count = max(1, min(_STREAM_BYTES, most_bytes // 2) // 4)
+    count = max(1, min(_STREAM_BYTES[device.type], most_bytes // 2) // 4)
     x, y = torch.ones(count, device=device), torch.ones(count, device=device)
     return 3 * 4 * count / _median_seconds(lambda: x.add_(y), seconds, device)
 

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -166,7 +167,7 @@ def test_interconnect(monkeypatch, names, nvml, expected):
 
 def test_cuda_figures_are_the_devices(monkeypatch):
     fake = SimpleNamespace(
-        is_available=lambda: True,
+        is_initialized=lambda: True,
         device_count=lambda: 2,
         get_device_name=lambda: "NVIDIA H100 80GB HBM3",
         mem_get_info=lambda: (70 << 30, 80 << 30),
@@ -178,6 +179,47 @@ def test_cuda_figures_are_the_devices(monkeypatch):
     assert (machine.kind, machine.name, machine.ranks_per_node) == ("cuda", "NVIDIA H100 80GB HBM3", 2)
     assert (machine.memory_free_bytes, machine.memory_bytes) == (70 << 30, 80 << 30)
     assert machine.interconnect == "NVLink"
+
+
+BEFORE_FORKS = """
+import warnings
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+import lightning_largescale as ls
+from lightning_largescale.plan import PlanError
+
+warnings.filterwarnings("ignore")
+
+
+def fit(accelerator):
+    strategy = ls.LargeScaleStrategy(ls.Plan(dp_shard=2), start_method="fork")
+    options = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False)
+    trainer = Trainer(strategy=strategy, accelerator=accelerator, devices=2, max_steps=1, **options)
+    trainer.fit(BoringModel())
+
+
+assert ls.Hardware.detect().kind == "cuda"
+assert not torch.cuda.is_initialized()
+fit("cuda")
+fit("cpu")
+torch.ones((), requires_grad=True).backward()
+for accelerator in ("cpu", "cuda"):
+    try:
+        fit(accelerator)
+    except PlanError as error:
+        assert "autograd" in str(error)
+    else:
+        raise AssertionError("forks were started after a backward")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_are_forked_after_a_detection_and_not_after_a_backward():
+    subprocess.run([sys.executable, "-c", BEFORE_FORKS], check=True, timeout=300)
 
 
 @pytest.mark.gpu
