@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: example test pretend slow coverage lint
+.PHONY: example test pretend gpu slow coverage lint
 
 example: .venv/.package
 	$(PY) examples/quickstart.py --accelerator cpu --devices 2
@@ -16,6 +16,27 @@ test: .venv/.dev
 # its own, since all of torch sees the device.
 pretend: .venv/.dev
 	$(PY) -m pytest --pretend-cuda -m gpu
+
+# What a real device is asked, in at most eight minutes, by a Python that has torch and lightning. Where that has no
+# network, `make wheels` fetches what else is needed beforehand, elsewhere, for the Python and the system that are there.
+ON_DEVICE := PYTHONPATH=.gpu:. timeout
+
+gpu:
+	rm -rf .gpu
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --no-index --no-deps --target .gpu wheels/*.whl
+	@status=0; \
+	TORCH_CUDA_SANITIZER=1 $(ON_DEVICE) 60 $(PYTHON) -m pytest -q -m "gpu and not slow" tests/offload tests/hardware || status=1; \
+	$(ON_DEVICE) 80 $(PYTHON) -m pytest -q -m "gpu and not slow" || status=1; \
+	$(ON_DEVICE) 340 $(PYTHON) benchmarks/cuda.py --minutes 5.5 --out benchmarks/results/cuda_$$(date +%F) || status=1; \
+	exit $$status
+
+WHEELS := bitsandbytes docstring-parser hypothesis importlib-resources iniconfig jsonargparse markdown-it-py mdurl pluggy \
+	psutil pygments pytest rich safetensors sortedcontainers typeshed-client
+WHEELS_FOR := --python-version 3.12 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64
+
+wheels:
+	$(PYTHON) -m pip download --disable-pip-version-check --quiet --no-deps --only-binary :all: $(WHEELS_FOR) \
+		--constraint constraints.txt --dest wheels $(WHEELS)
 
 slow: .venv/.dev
 	$(PY) -m pytest -m "slow and not gpu"

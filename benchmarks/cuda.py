@@ -316,6 +316,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def compared(predicted: float, measured: float) -> str:
+    """Both, and by how much the prediction is off."""
+    return f"{predicted:.3f} | {measured:.3f} | {100 * (predicted / measured - 1):+.1f}%"
+
+
 def tables(found: dict[str, Any]) -> str:
     """All figures as Markdown."""
     about, lines = found["machine"], []
@@ -325,21 +330,17 @@ def tables(found: dict[str, Any]) -> str:
         f" {about['memory_bytes'] / GIB:.0f} GiB.\n"
     )
     lines.append("## Memory and seconds of plans, predicted and measured\n")
-    lines.append(
-        "| model | plan | GiB | measured | error | s a step | measured | error |\n|---|---|--:|--:|--:|--:|--:|--:|"
-    )
+    lines.append("| model | plan | GiB | measured | error | s a step | measured | error |")
+    lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
     for row in found["plans"]:
         if "error" in row:
-            lines.append(f"| {row.get('plan', '')} | {row['error']} |||||||")
+            lines.append(f"| | {row.get('plan', '')} | {row['error']} ||||||")
             continue
         size = row["model"]
-        memory, seconds = (
-            [row[f"{kind}_{what}"] for kind in ("predicted", "measured")] for what in ("bytes", "seconds")
-        )
         lines.append(
-            f"| {size['family']} {size['width']} x {size['layers']} | {row['plan']} | {memory[0] / GIB:.2f} |"
-            f" {memory[1] / GIB:.2f} | {100 * (memory[0] / memory[1] - 1):+.1f}% | {seconds[0]:.3f} | {seconds[1]:.3f} |"
-            f" {100 * (seconds[0] / seconds[1] - 1):+.1f}% |"
+            f"| {size['family']} {size['width']} x {size['layers']} | {row['plan']}"
+            f" | {compared(row['predicted_bytes'] / GIB, row['measured_bytes'] / GIB)}"
+            f" | {compared(row['predicted_seconds'], row['measured_seconds'])} |"
         )
     for part, title in (
         ("utilisation", "A hand-written FSDP2 loop and a plan under the Trainer, in turns"),
