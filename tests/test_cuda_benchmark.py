@@ -26,4 +26,5 @@ def test_all_parts_find_something(tmp_path):
         "larger": 1,
     }
     assert found["larger"][0]["peak_bytes"] <= found["larger"][0]["limit_bytes"]
-    assert (tmp_path / "found.md").read_text().count("| gpt") + (tmp_path / "found.md").read_text().count("| llama") == 23
+    text = (tmp_path / "found.md").read_text()
+    assert text.count("| gpt") + text.count("| llama") == 23
