@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -27,8 +28,10 @@ from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 
 _Names = dict[Tensor, str]
-# Of a parameter, and a key of its state: what this rank has of it is to be loaded there; None for memory of its own.
-StateMemory = Callable[[Tensor, str], Tensor | None]
+# Of a parameter, and a key of its state: what this rank has of it is to be loaded there; a device for new memory of
+# that, None for new memory of the parameter's.
+_Place = Tensor | torch.device | None
+StateMemory = Callable[[Tensor, str], _Place]
 
 
 def named_optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -173,12 +176,12 @@ def _divided(values: Any, parameter: Tensor | None, memory_of: StateMemory) -> A
     }
 
 
-def _own(value: Tensor, parameter: Tensor | None, memory: Tensor | None = None) -> Any:
-    """What this rank is to have of a tensor of the state of `parameter`, in `memory` if there is any for it."""
+def _own(value: Tensor, parameter: Tensor | None, place: _Place = None) -> Any:
+    """What this rank is to have of a tensor of the state of `parameter`, in its place if there is any for it."""
     if parameter is None or value.shape != global_shape(parameter):
         return value.whole() if isinstance(value, Stored) else value
-    if memory is not None and not isinstance(value, DTensor):
-        return _kept(value, parameter, memory)
+    if place is not None and not isinstance(value, DTensor):
+        return _placed(value, parameter, place)
     if not isinstance(value, Stored):
         return divided_like(value, parameter)
     own = empty_part(parameter, dtype=value.dtype)
@@ -186,14 +189,17 @@ def _own(value: Tensor, parameter: Tensor | None, memory: Tensor | None = None) 
     return own
 
 
-def _kept(value: Tensor, parameter: Tensor, memory: Tensor) -> Tensor:
-    """The same, in `memory`, through no memory of the parameter's device."""
-    alike = memory.dtype == value.dtype
-    own = empty_part(parameter, dtype=value.dtype, device=memory.device, own=memory if alike else None)
+def _placed(value: Tensor, parameter: Tensor, place: Tensor | torch.device) -> Tensor:
+    """The same, through no memory of the parameter's device."""
+    memory, device = (place, place.device) if isinstance(place, Tensor) else (None, place)
+    alike = memory is not None and memory.dtype == value.dtype
+    own = empty_part(parameter, dtype=value.dtype, device=device, own=memory if alike else None)
     if isinstance(value, Stored):
         value.read(own)
     else:
         write_part(own, value)
+    if memory is None:
+        return own
     if not alike:
         memory.copy_(own.to_local() if isinstance(own, DTensor) else own)
         own = empty_part(parameter, own=memory)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -98,7 +99,7 @@ class PagedOptimizer:
         """Let the optimizer step as it did; its state stays where it is."""
         self.forget_step()
         self._remove_hooks()
-        del vars(self.optimizer)["load_state_dict"]
+        vars(self.optimizer).pop("load_state_dict", None)
 
     def forget_step(self) -> None:
         """Let the optimizer hold its parameters again after a step that raised."""
@@ -156,10 +157,12 @@ class PagedOptimizer:
         if buffer is not None:
             self._buffers.give_back(buffer, transfer)
 
-    def state_of(self, parameter: Tensor, key: str) -> Tensor | None:
-        """The memory in which the state of `parameter` under `key` is kept, to be written into; None where there is
-        none.
+    def state_of(self, parameter: Tensor, key: str) -> Tensor | torch.device | None:
+        """The memory in which the state of `parameter` under `key` is kept, to be written into; DRAM where that is not
+        known yet, None where there is none.
         """
+        if self.paged.waits:
+            return torch.device("cpu")
         member = self.paged.members.get(parameter)
         if member is None or key not in member.kind.dtypes or not member.local.numel():
             return None

@@ -78,6 +78,11 @@ class PagedState:
         self._asked_early: dict[Key, Kind] | None = {} if has_modes(optimizer) else None
         self._taken: list[tuple[Allowance, int]] = []
 
+    @property
+    def waits(self) -> bool:
+        """Whether the optimizer could not be tried yet, so that it is not known what is paged."""
+        return self._asked_early is not None and not self.members
+
     def lay_out(self, *, early: bool = False) -> None:
         """Find the pages of parameters that came since, and move the state that they have; note which are in which
         group now.
@@ -215,11 +220,17 @@ class PagedState:
         self._bundle_of.update(dict.fromkeys(bundle.members, bundle))
 
     def _take_over(self, member: Member) -> None:
-        """Move state that the optimizer made with its groups, before the first step."""
+        """Move state that the optimizer made with its groups, before the first step, or that was loaded."""
         state = self._optimizer.state.get(member.parameter, {})
-        for key in member.kind.dtypes:
-            if self.is_paged(member, value := state.get(key)):
+        stays = self._on_device(member.parameter) and not member.kind.dtypes
+        for key, value in state.items():
+            if not self.is_paged(member, value):
+                continue
+            if key in member.kind.dtypes:
                 state[key] = self._put(member, key, value)
+            elif stays and key != "step" and local_of(value).device != member.local.device:
+                # Loaded before it was known where it is kept.
+                state[key] = as_divided(member.parameter, local_of(value).to(member.local.device))
 
     def _put(self, member: Member, key: str, value: Tensor) -> Tensor:
         """The state of `member` under `key` where it is kept, as `value` is."""
@@ -236,27 +247,27 @@ class PagedState:
         """
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
-        members = {index: self.members.get(one) for index, one in zip(indices, parameters, strict=False)}
-        state = {index: self._staying(members.get(index), values) for index, values in state_dict["state"].items()}
+        found = dict(zip(indices, parameters, strict=False))
+        state = {index: self._staying(found.get(index), values) for index, values in state_dict["state"].items()}
         load({**state_dict, "state": state})
-        for member in filter(None, members.values()):
+        for member in filter(None, map(self.members.get, found.values())):
             # Some have a way of their own to load.
             self._take_over(member)
 
-    def _staying(self, member: Member | None, values: Any) -> Any:
-        """The state of `member` of which what is paged is moved to where it is kept, wherever it is told to go."""
-        if member is None or not isinstance(values, Mapping):
+    def _staying(self, parameter: Tensor | None, values: Any) -> Any:
+        """The state of `parameter` of which what is paged is moved to where it is kept, wherever it is told to go."""
+        if parameter is None or not isinstance(values, Mapping):
             return values
-        found = dict(values)
-        for key in member.kind.dtypes:
-            value = found.get(key)
-            if isinstance(value, Tensor) and self.is_paged(member, value):
+        member, found = self.members.get(parameter), dict(values)
+        for key, value in values.items():
+            paged = self.waits if member is None else key in member.kind.dtypes and self.is_paged(member, value)
+            if paged and isinstance(value, Tensor):
                 found[key] = value.detach()
                 vars(found[key])["to"] = partial(self._moved, member, key, value)
         return found
 
-    def _moved(self, member: Member, key: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._put(member, key, value)
+    def _moved(self, member: Member | None, key: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return value.cpu() if member is None else self._put(member, key, value)
 
     def view(self, member: Member, key: str) -> Tensor:
         """The state of `member` under `key`, where it is kept."""

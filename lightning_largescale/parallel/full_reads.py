@@ -118,9 +118,12 @@ class FullReads(WholeNumbers):
         """`func` of the full tensors; what it gives of the shape of a shard is sharded as that is."""
         shards = _shards_in(args, kwargs)
         self._note_read(func, shards)
+        # Those of parameters that are offloaded are in DRAM, and what the user computes with is on the device.
+        plain = (one.device for one in _plain_in(args, kwargs) if one.device.type != "cpu")
+        device = next(plain, shards[0].device)
 
         def gathered(tensor: Tensor) -> Tensor:
-            return full(tensor) if isinstance(tensor, DTensor) else tensor
+            return full(tensor).to(device) if isinstance(tensor, DTensor) else tensor
 
         def like_shards(tensor: Tensor) -> Tensor:
             like = next((shard for shard in shards if shard.shape == tensor.shape and divided_dims(shard)), None)
@@ -273,22 +276,22 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     order = order_of(target)
 
     def like_target(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor) or not tensor.dim():
+        if isinstance(tensor, DTensor):
             return tensor
+        if not tensor.dim():
+            return tensor.to(target.device)
         whole = tensor.expand(target.shape) if tensor.dim() <= target.dim() else tensor
         return divided(whole.contiguous(), target, order)
 
-    operands = _plain_in(args, kwargs)
-    if operands and func is not Tensor.__setitem__:
+    if _plain_in(args, kwargs) and func is not Tensor.__setitem__:
         args, kwargs = map_tensors((args, kwargs), like_target)
     return func(*args, **kwargs)
 
 
-def _plain_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    return any(
-        isinstance(value, Tensor) and not isinstance(value, DTensor) and value.dim()
-        for value in (*args, *kwargs.values())
-    )
+def _plain_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [
+        value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not isinstance(value, DTensor)
+    ]
 
 
 def _map_results(result: Any, change: Callable[[Tensor], Tensor]) -> Any:

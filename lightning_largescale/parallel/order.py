@@ -105,10 +105,11 @@ def full(tensor: Tensor, part: Part | None = None) -> Tensor:
 
 
 def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
-    """`whole`, equal on all ranks and in the user's order, divided as `like` is, without communication.
+    """`whole`, equal on all ranks and in the user's order, divided as `like` is and on its device, without
+    communication.
 
     Args:
-        whole: on the device of `like`.
+        whole: all of it.
         like: a parameter, its gradient or its state.
         part: `order_of` the parameter.
     """
@@ -125,7 +126,9 @@ def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
     # Or the whole would stay in memory behind the part.
     local = local if local is whole else local.clone()
     shape, stride = whole.shape, whole.contiguous().stride()
-    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    # It goes to the device of the mesh, which parameters that are offloaded are not on.
+    made = DTensor.from_local(local, mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return made.to(like.device)  # type: ignore[return-value]
 
 
 def has_order(part: Part | None, tensor: DTensor) -> bool:

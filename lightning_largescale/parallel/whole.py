@@ -115,11 +115,6 @@ def _full(shard: nn.Parameter, device: torch.device, *, keep: bool = False) -> n
         return whole_of(shard).parameter(full(shard, order_of(shard)).to(device, copy=True), shard)
 
 
-def _own_part(whole: Tensor, shard: DTensor) -> Tensor:
-    """Of a whole tensor what `shard` has of its own, where that is."""
-    return divided(whole, shard, order_of(shard)).to(shard.device)
-
-
 def _differentiable(shard: nn.Parameter, state: Sharded, number: int, device: torch.device) -> Tensor:
     """The full tensor of `shard`, the one of this number, whose gradient is averaged over the ranks, as those of a step
     are.
@@ -144,7 +139,7 @@ class _Averaged(torch.autograd.Function):
         if gradient.is_cuda:
             # It is added to what FSDP2 reduces, and copies to DRAM, on streams of its own until the backward ends.
             torch.cuda.synchronize(gradient.device)
-        return _own_part(average, shard), None, None, None
+        return divided(average, shard, order_of(shard)), None, None, None
 
 
 def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Parameter, Tensor]) -> None:
@@ -155,4 +150,4 @@ def _put(places: list[tuple[nn.Module, str, nn.Parameter]], by: Mapping[nn.Param
 def _write(shard: nn.Parameter, whole: Tensor) -> None:
     assert isinstance(shard, DTensor)
     with torch.no_grad():
-        shard.copy_(_own_part(whole.detach(), shard))
+        shard.copy_(divided(whole.detach(), shard, order_of(shard)))

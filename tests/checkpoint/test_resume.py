@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from models import DIM, GLOBAL_BATCH, Language, Lion, SaveLast, read_checkpoint, trainer
+from models import DIM, GLOBAL_BATCH, Language, Lion, SaveLast, ScheduleFree, read_checkpoint, trainer
 from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -370,6 +370,10 @@ class Wide(Language):
     def configure_optimizers(self):
         return self.kind(self.parameters())
 
+    def on_train_epoch_start(self):
+        if self.kind is ScheduleFree:
+            self.trainer.optimizers[0].train()
+
 
 class Held(Callback):
     """Bytes of the device at most until training starts, and in its first steps."""
@@ -411,6 +415,9 @@ STATE_ELSEWHERE = {
         ("disk", torch.optim.AdamW, None),
         ("DRAM", torch.optim.Adagrad, Plan()),
         ("DRAM", Lion, Plan()),
+        # What it keeps is only known once it trains.
+        ("DRAM", ScheduleFree, Plan()),
+        ("disk, in part", ScheduleFree, None),
     ],
 )
 def test_state_that_is_kept_elsewhere_never_comes_to_the_device(tmp_path, monkeypatch, tier, kind, written):

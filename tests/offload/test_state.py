@@ -113,6 +113,7 @@ def test_what_is_read_is_what_was_written(store):
                     assert slot.eq(number if value == 2 else 0).all()
                     slot.fill_(number if value == 1 else -number)
             buffers.give_back(buffer, made.write(page, buffer))
+        buffers.drain()
         for member in made.members.values():
             found = [made.view(member, key).unique().tolist() for key in member.kind.dtypes]
             assert found == ([[0.0], [1.0]] if value == 1 else [[0.0], [-1.0]])

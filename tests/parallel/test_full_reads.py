@@ -333,3 +333,32 @@ def test_a_sharded_module_is_not_exported(two, how):
     for error, _, _ in two.answers(export, how):
         with pytest.raises(PlanError, match=rf"Language is sharded, and torch.*{how}.*make_whole\(\)"):
             raise error
+
+
+class Mixing(Callback):
+    """Computes with a parameter and tensors of the module's device, and writes of these into it."""
+
+    def __init__(self):
+        self.seen = []
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, module, *_):
+        weight = module.blocks[0].up.weight
+        like = torch.linspace(0, 1, weight.numel(), device=module.device).view(weight.shape)
+        self.seen += [(like.t() @ weight).cpu(), float((weight * like).sum()), float(torch.dist(weight, like))]
+        weight.mul_(torch.tensor(0.9, device=module.device))
+        weight.add_(like, alpha=1e-2)
+        weight.copy_(torch.where(like > 0.5, like, 0.1))
+
+
+def fit_mixing(plan):
+    model, mixing = Language(), Mixing()
+    trainer(LargeScaleStrategy(plan), accelerator="cuda", max_steps=2, callbacks=[mixing]).fit(model)
+    return model.losses, mixing.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+def test_what_is_offloaded_is_read_and_written_with_tensors_of_the_device(tmp_path, tier):
+    found = fit_mixing(Plan(offload_parameters=tier, nvme_path=str(tmp_path)))
+    torch.testing.assert_close(found, fit_mixing(Plan()))
