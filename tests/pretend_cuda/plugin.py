@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import pretend_cuda
+from pretend_cuda import peaks
 from pretend_cuda.sites import PACKAGE
 
 
@@ -36,6 +37,14 @@ KNOWN = (
         "an activation whose backward comes while its copy to DRAM is under way is freed without record_stream: the"
         " copy reads what comes next in that memory, and nobody reads the copy",
     ),
+    # What is measured there is memory.
+    Known("reuse", "take_what_was_predicted", "as above"),
+    Known("reuse", "takes_what_was_predicted", "as above"),
+    Known("pinned", "takes_what_was_predicted", "as above, where such a copy is still under way at the end"),
+    Known("pinned", "take_what_was_predicted", "as above, where such a copy is still under way at the end"),
+    Known("pageable", "takes_what_was_predicted", "parameters that nvme keeps, or cpu beside release, are not pinned"),
+    Known("pageable", "take_what_was_predicted", "parameters that nvme keeps, or cpu beside release, are not pinned"),
+    Known("race", "take_what_was_predicted[replicate", "replicas copy their first gradients on a stream of their own"),
 )
 
 
@@ -52,6 +61,7 @@ def load(config: pytest.Config) -> str:
     reports = Path(tempfile.mkdtemp(prefix="pretend_cuda_")) / "reports"
     os.environ |= pretend_cuda.environment(reports=str(reports))
     extension.set_report_file(str(reports))
+    peaks.watch()
     config.pluginmanager.register(_Reports(reports), "pretend_cuda_reports")
     return ""
 
