@@ -29,7 +29,7 @@ from lightning_largescale.checkpoint.weights import Weights
 from lightning_largescale.console import show
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.disks import disk_at
-from lightning_largescale.hardware.usage import held_bytes, peak_bytes, release_free_memory, start_peak
+from lightning_largescale.hardware.usage import available_bytes, held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.gather import sharded_state
@@ -63,7 +63,8 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
 
     Args:
         memory_budget: bytes, or text such as "6GiB", that one rank may hold in all on its device: on CPU the process's
-            resident memory, what is there before included. Without it, 90% of what is free, beside what is held.
+            resident memory, what is there before included; on CUDA what torch's allocator may have, beside the context.
+            Without it, 90% of what is free, beside what is held.
         allow: values that change numerics and may be chosen all the same: "bf16-mixed".
         sample_batch: a batch to trace with, in place of one from the trainer's own loader.
         plan_out: file that the chosen plan's JSON is written to, for `LargeScaleStrategy(path)`.
@@ -162,7 +163,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         # Afterwards: a first measurement leaves work buffers and threads' heaps behind, which the run holds as well.
         held = _held_beside(module, kind)
         # What the model takes now is there for it, and counted again in every plan.
-        free_bytes = hardware.memory_free_bytes + _own_bytes(module, kind)
+        free_bytes = available_bytes(kind, hardware.memory_free_bytes) + _own_bytes(module, kind)
         ranks = self._gathered((free_bytes, held))
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best

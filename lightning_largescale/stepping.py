@@ -346,12 +346,14 @@ class SteppingStrategy(StatefulStrategy):
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Within, backward does not communicate gradients, unless hooks look at those of a sharded module after it."""
+        """Within, backward does not communicate gradients, unless hooks look at those of a sharded module after it, or
+        its parameters are in another tier: unreduced, its gradients would be whole on the device.
+        """
         module = self._module()
         blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._replica is not None:
             blocked = self._replica.no_reduction()
-        elif sharded_state(module) and not _looks_after_backward(module):
+        elif sharded_state(module) and self.plan.offload_parameters is None and not _looks_after_backward(module):
             blocked = no_reduction(module)
         if self._lookups is not None:
             self._lookups.synchronize = False

@@ -27,15 +27,28 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def held_bytes(kind: str) -> int:
-    """Bytes this process holds now on its device tier: resident memory (kind "cpu"), allocated and cached on CUDA."""
+    """Bytes this process holds now on its device tier: resident memory (kind "cpu"), what tensors have on CUDA."""
     if kind == "cuda":
-        return torch.cuda.memory_reserved()
+        return torch.cuda.memory_allocated()
     try:
         # Between two steps, psutil would take longer than a small step.
         pages = _STATM.read_bytes().split()[1]
     except OSError:
         return int(psutil.Process().memory_info().rss)
     return int(pages) * mmap.PAGESIZE
+
+
+def available_bytes(kind: str, free_bytes: int) -> int:
+    """Bytes of its device tier that this process's next tensors may have, of which the system has `free_bytes` free: on
+    CUDA what the allocator may take of these, and what it keeps.
+
+    Source: torch.cuda.set_per_process_memory_fraction.
+    """
+    if kind != "cuda":
+        return free_bytes
+    reserved, (_, total) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
+    allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
+    return max(0, min(free_bytes, allowed - reserved)) + reserved - torch.cuda.memory_allocated()
 
 
 def start_peak(kind: str) -> None:
@@ -48,7 +61,9 @@ def start_peak(kind: str) -> None:
 
 
 def peak_bytes(kind: str) -> int | None:
-    """The most bytes held at once since `start_peak`; None where the system does not tell."""
+    """The most bytes held at once since `start_peak`, in the sense of `held_bytes`; None where the system does not
+    tell.
+    """
     if kind == "cuda":
         return torch.cuda.max_memory_allocated()
     if not _STATUS.exists():

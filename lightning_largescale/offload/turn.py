@@ -39,10 +39,12 @@ class Turn:
         self, piece: Piece, values: Tensor, gradient: Tensor, slots: Mapping[str, Tensor], lanes: Lanes | None
     ) -> None:
         """Hold a piece, whose state is in `slots`, or is brought from there by `lanes`."""
-        if lanes is not None:
-            self._lanes, kept, slots = lanes, slots, lanes.bring(slots)
-            self._brought += [(kept[key], slot) for key, slot in slots.items()]
         state = self._optimizer.state.get(piece.member.parameter)
+        self._lanes = lanes or self._lanes
+        # Of a first step there is nothing to bring, and what it makes is taken as it is.
+        if lanes is not None and state:
+            kept, slots = slots, lanes.bring(slots)
+            self._brought += [(kept[key], slot) for key, slot in slots.items()]
         self._add(
             piece.member, values, gradient, slots, self._state_of(piece, state, slots, values.device) if state else None
         )
@@ -113,6 +115,8 @@ class Turn:
             return as_divided(member.parameter, value[:0])
         if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
             return value
-        if value.data_ptr() != slot.data_ptr():
+        if slot.device.type == "cpu" != value.device.type:
+            self._brought.append((slot, value))
+        elif value.data_ptr() != slot.data_ptr():
             slot.copy_(value)
         return as_divided(member.parameter, self._paged.view(member, key))

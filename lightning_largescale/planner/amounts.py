@@ -18,14 +18,14 @@ from typing import Any
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.optimizing import FUSED
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import moved_in_step
+from lightning_largescale.planner.hierarchy import buffer_bytes, moved_in_step
 from lightning_largescale.planner.memory import allocator_share, moments_bytes
 from lightning_largescale.planner.placement import state_that_may_stay
 from lightning_largescale.planner.runtime import beside_transfers
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMITED, Choice, Spread, spread
 from lightning_largescale.planner.transfers import Away, Passes, transfers
-from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES, page_buffer_bytes
+from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
 
 # Values of one amount that are tried, spread evenly over all; the best is then drawn out to what just fits.
 _MOST_VALUES = 12
@@ -172,7 +172,7 @@ class Amounts:
         return min(self._state - 1, state_that_may_stay(sizes, sizes.movable[: max(0, self._groups - groups)]))
 
     def _buffers(self, choice: Choice) -> int:
-        return page_buffer_bytes(self._moved(choice.groups) - choice.state_bytes)
+        return buffer_bytes(self.layout.sizes.kind, self._moved(choice.groups) - choice.state_bytes)
 
     def _moved(self, groups: int) -> int:
         """Bytes that the optimizer's step moves if no state stays."""

@@ -144,8 +144,9 @@ def _removable(
     found: list[tuple[float, float, float]] = [(terms.get("optimizer temporaries", 0) * holes, 0.0, 0.0)]
     if "release" in techniques:
         found.append((gradients, 0.0, 0.0))
-    if "optimizer" in techniques:
-        # On CUDA the host may step on it: then parameters come back instead, unless they are elsewhere as well.
+    if "optimizer" in techniques or (kind == "cuda" and "parameters" in techniques):
+        # On CUDA the host may step on it: then parameters come back instead, unless they are elsewhere as well. The
+        # state of these is too.
         copies = 1.0 if kind == "cpu" else 0.0 if "parameters" in techniques else _parameters_of_state(workload)
         found.append((terms.get("optimizer state", 0), min(1.0, copies), 1.0))
     if "activations" in techniques:

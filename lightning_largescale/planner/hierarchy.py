@@ -28,8 +28,10 @@ def state_here(sizes: Sizes) -> int:
 
 def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
     """At each segment, bytes of the shards that are fetched ahead of a pass: of the group that computes, until it has
-    been gathered, and of the next ones that have to be fetched.
+    been gathered, and of the next ones that have to be fetched. Beside a CUDA device these wait in DRAM.
     """
+    if sizes.kind != "cpu":
+        return [0] * len(sizes.blocks)
     groups, most = sizes.placement.groups, sizes.plan.prefetched_blocks + 1
     if not groups:
         return [0] * len(sizes.blocks)
@@ -43,20 +45,30 @@ def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
 
 
 def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
-    """At each segment, bytes of what blocks just before it saved that are on their way to another tier, or back."""
+    """At each segment, bytes of what blocks just before it saved that are on their way to another tier, or back.
+
+    Of two that are on their way out the first has left when the next block begins: on CUDA, where it is given back at
+    once, only what the segment holds less than at its worst may be beside it.
+    """
     most = _BLOCKS_BACK if backward else _BLOCKS_OUT
     last: list[int] = []
     found: list[int] = []
-    for block, leaving in zip(sizes.blocks, sizes.leaving, strict=True):
-        found.append(sum(last))
-        if block is not None:
+    for segment, leaving in zip(sizes.step.segments, sizes.leaving, strict=True):
+        rise = segment.forward_peak_bytes - segment.forward_entry_bytes
+        leaves = not backward and sizes.kind != "cpu" and segment.block is not None
+        found.append(sum(last[:1]) + max(0, sum(last[1:]) - (rise if leaves else 0)))
+        if segment.block is not None:
             last = [leaving, *last][:most]
     return found
 
 
 def gradients_passing(sizes: Sizes, blocks: Iterable[str | None]) -> int:
-    """Gradients of those of `blocks` whose gradients are used, or moved to another tier, as they come: bytes."""
-    return sum(sizes.gradient(block, whole=False) for block in {*blocks} if sizes.passes(block))
+    """Gradients of those of `blocks` whose gradients are used, or moved to another tier, as they come: bytes.
+
+    Beside a CUDA device those of parameters that are elsewhere come to be in DRAM.
+    """
+    in_dram = set(sizes.placement.groups) if sizes.kind != "cpu" else set()
+    return sum(sizes.gradient(block, whole=False) for block in {*blocks} - in_dram if sizes.passes(block))
 
 
 def moved_in_step(sizes: Sizes) -> Mapping[str, int]:
@@ -75,19 +87,32 @@ def moved_in_step(sizes: Sizes) -> Mapping[str, int]:
 
 
 def page_buffers(sizes: Sizes) -> int:
-    """Bytes of the buffers through which the optimizer's step is paged; they stay from one step to the next."""
-    return page_buffer_bytes(sum(moved_in_step(sizes).values()))
+    """Bytes of the device's memory in buffers through which the optimizer's step is paged; they stay from one step to
+    the next. Beside a CUDA device these are pinned DRAM, `staging_bytes`.
+    """
+    return buffer_bytes(sizes.kind, sum(moved_in_step(sizes).values()))
+
+
+def buffer_bytes(kind: str, moved_bytes: int) -> int:
+    """Bytes of the device's memory in the buffers through which `moved_bytes` are paged in one step."""
+    return page_buffer_bytes(moved_bytes) if kind == "cpu" else 0
 
 
 def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
-    """The most that the optimizer allocates for a while in stepping on these groups: of what is paged, for a page."""
+    """The most that is on the device for a while while the optimizer steps on these groups: of what is paged, for a
+    page, whose state a CUDA device is brought too; the host steps on parameters that are not there.
+    """
     in_pages: list[tuple[int, int]] = []
     at_once: list[tuple[int, int]] = []
+    state = 0
     for name in names:
+        if sizes.kind != "cpu" and name in sizes.placement.groups:
+            continue
         paged = sizes.plan.offload_optimizer is not None or name in sizes.placement.groups
         (in_pages if paged else at_once).append(sizes.stepped.get(name, (0, 0)))
+        state += sizes.state(name) if paged and sizes.kind != "cpu" else 0
     page = _page_parameter_bytes(sizes) if in_pages else 0
-    return max(_temporaries(sizes, at_once, None), _temporaries(sizes, in_pages, page))
+    return max(_temporaries(sizes, at_once, None), _temporaries(sizes, in_pages, page) + min(state, PAGE_BYTES))
 
 
 def kept_elsewhere(sizes: Sizes) -> dict[str, int]:

@@ -42,29 +42,39 @@ _COMES_AND_GOES = (
     "communication",
     "optimizer temporaries",
 )
-# Once per process, whatever the model: kernels' code pages and work buffers on first use (cpu); the CUDA context and
-# the libraries' workspaces (cuda).
-RUNTIME_BYTES = {"cpu": 24 * 2**20, "cuda": 640 * 2**20}
+# Once per process, whatever the model: kernels' code pages and work buffers on first use (cpu); the workspaces that
+# cuBLAS has of the allocator, one for each thread that multiplies (cuda), 32 MiB each on Hopper.
+RUNTIME_BYTES = {"cpu": 24 * 2**20, "cuda": 64 * 2**20}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """What one rank holds on its device tier at the worst moment.
+    """What one rank holds on its device tier at the worst moment: on CPU the process's resident memory; on CUDA what
+    torch's allocator has of the device, beside which there is CUDA's context.
 
     Attributes:
         moment: that moment, in words: `"backward of blocks.11"`.
         terms: bytes by term, largest first; those of 0 bytes are left out.
         elsewhere: bytes kept in other tiers, by tier; those of 0 bytes are left out.
+        kind: of the device, "cpu" or "cuda".
     """
 
     moment: str
     terms: Mapping[str, int] = field(default_factory=dict)
     elsewhere: Mapping[str, int] = field(default_factory=dict)
+    kind: str = "cpu"
 
     @property
     def peak_bytes(self) -> int:
-        """The sum of the terms, bytes."""
+        """The sum of the terms, bytes: what has to fit a budget."""
         return sum(self.terms.values())
+
+    @property
+    def measured_bytes(self) -> int:
+        """Of the peak, the bytes that `hardware.usage.peak_bytes` counts: on CPU all of them; on CUDA those that the
+        allocator gives out, and not the holes between them.
+        """
+        return self.peak_bytes - (self.terms.get("allocator", 0) if self.kind == "cuda" else 0)
 
 
 def peak_memory(
@@ -102,7 +112,7 @@ def memory_of(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) -> M
     if worst_index is not None:
         worst = f"{worst} of {_where(sizes.step.segments, worst_index)}"
     shown = sorted(((name, size) for name, size in worst_terms.items() if size), key=lambda item: -item[1])
-    return MemoryEstimate(moment=worst, terms=dict(shown), elsewhere=kept_elsewhere(sizes))
+    return MemoryEstimate(moment=worst, terms=dict(shown), elsewhere=kept_elsewhere(sizes), kind=sizes.kind)
 
 
 def moments_bytes(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) -> list[tuple[int, int]]:
@@ -201,8 +211,8 @@ def _changing(sizes: Sizes, built: bool) -> Iterator[_Moment]:
 def setup_terms(sizes: Sizes, *, built: bool = True) -> dict[str, int]:
     """Before the first step: the whole model as the user built it, and the first group's shard beside its full copy.
 
-    On CUDA the whole model is in DRAM and only the group that is being sharded is on the device; so it is on the CPU
-    where the model has no values yet.
+    On CUDA the whole model is in DRAM and only the group that is being sharded is on the device, twice while ranks are
+    given the same values; so it is on the CPU where the model has no values yet, once.
     """
     # Tables are divided one after the other, each beside its full copy.
     rows = max(map(sizes.local, sizes.tables), default=0)
@@ -212,7 +222,8 @@ def setup_terms(sizes: Sizes, *, built: bool = True) -> dict[str, int]:
     if sizes.kind == "cpu" and built:
         gathered = max(largest // sizes.plan.dp_shard, rows)
         return {"parameters": sizes.full_parameters, "gathered parameters": gathered}
-    return {"parameters": parameters_here(sizes), "gathered parameters": max(largest, rows if not built else 0)}
+    copies = 1 if sizes.kind == "cpu" else 2
+    return {"parameters": parameters_here(sizes), "gathered parameters": max(copies * largest, 0 if built else rows)}
 
 
 def _in_flight(sizes: Sizes, *, backward: bool) -> list[dict[str, int]]:
@@ -257,13 +268,17 @@ def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
 
     Source: lightning.pytorch.loops.optimization.automatic, `Closure.closure`; torch.distributed.fsdp.fully_shard.
     """
-    terms = {"gradients": _kept_gradients(sizes)}
+    terms = {"gradients": _kept_gradients(sizes), "unreduced gradients": _beside_buckets(sizes)}
     if sizes.gathers:
         terms["gathered parameters"] = (
-            _gathered_at(sizes, {sizes.step.segments[index].block})
-            if sizes.plan.reshard_after_forward
-            else sizes.gathered_so_far[index]
-        ) + _joined(sizes)
+            (
+                _gathered_at(sizes, {sizes.step.segments[index].block})
+                if sizes.plan.reshard_after_forward
+                else sizes.gathered_so_far[index]
+            )
+            + _received(sizes, index)
+            + _joined(sizes)
+        )
     return terms
 
 
@@ -272,13 +287,16 @@ def backward_terms(sizes: Sizes, index: int) -> dict[str, int]:
     terms = {"gradients": _gradients_so_far(sizes, index)}
     block = sizes.step.segments[index].block
     if sizes.plan.release_gradients:
-        stepped = [name for name in (block, _block_beside(sizes, index, 1)) if name is not None]
+        # A block is stepped on when the first gradient of the next one comes.
+        ends = (block,) if sizes.kind == "cpu" else ()
+        stepped = [name for name in (*ends, _block_beside(sizes, index, 1)) if name is not None]
         terms["optimizer temporaries"] = max((temporaries(sizes, [name]) for name in stepped), default=0)
     if not sizes.gathers:
-        return terms
-    terms["unreduced gradients"] = _unreduced(sizes, block) + _joined(sizes)
+        return {**terms, "unreduced gradients": _beside_buckets(sizes)}
+    terms["unreduced gradients"] = _unreduced(sizes, index) + _joined(sizes)
+    terms["communication"] = _sent(sizes, index)
     terms["gathered parameters"] = (
-        _gathered_at(sizes, {block, _block_beside(sizes, index, -1)})
+        _gathered_at(sizes, {block, _gathered_ahead(sizes, index)})
         if sizes.plan.reshard_after_forward
         else sizes.gathered_so_far[index]
     ) + _joined(sizes)
@@ -291,13 +309,22 @@ def reduction_terms(sizes: Sizes, index: int) -> dict[str, int]:
 
     The root's own are reduced last, when the whole backward is done.
 
-    Source: torch.distributed.fsdp, `foreach_reduce`: input, output and unsharded gradients live together.
+    On CPU all three are there; on CUDA what was gathered of the group is given back before, and autograd's when they
+    have been copied. The holes in a CPU's heap were measured beside that.
+
+    Source: torch.distributed.fsdp, `foreach_reduce`.
     """
-    block = sizes.step.segments[index].block
+    block, terms = sizes.blocks[index], backward_terms(sizes, index)
     if block is None and index > 0:
         return {}
-    sent = sizes.gradient(block, whole=True) + sizes.gradient(block, whole=False)
-    return {**backward_terms(sizes, index), "communication": sent}
+    whole = sizes.gradient(block, whole=True)
+    if sizes.kind == "cpu":
+        return {**terms, "communication": whole + sizes.gradient(block, whole=False)}
+    if block is not None:
+        terms["gathered parameters"] -= sizes.gathered(block)
+        if sizes.reductions == sizes.accumulate:
+            terms["unreduced gradients"] += whole - sizes.own_gradient(index)
+    return {**terms, "communication": whole}
 
 
 def _states(sizes: Sizes) -> dict[str, int]:
@@ -309,6 +336,40 @@ def _states(sizes: Sizes) -> dict[str, int]:
     }
 
 
+def _received(sizes: Sizes, index: int) -> int:
+    """What ranks sent for the last gather of a forward, until its copies for the next one are made.
+
+    On CPU the holes in its heap were measured with it.
+
+    Source: torch.distributed.fsdp, `AllGatherState`.
+    """
+    if sizes.kind == "cpu" or sizes.plan.dp_shard == 1:
+        return 0
+    return sizes.gathered(next((block for block in sizes.blocks[index::-1] if block is not None), None))
+
+
+def _sent(sizes: Sizes, index: int) -> int:
+    """What was sent of the gradients of the group that was reduced before, until the next one is.
+
+    On CPU the holes in its heap were measured with it.
+
+    Source: torch.distributed.fsdp, `ReduceScatterState`.
+    """
+    if sizes.kind == "cpu" or sizes.reductions < sizes.accumulate:
+        return 0
+    after = _block_beside(sizes, index, 1)
+    return 0 if after is None else sizes.gradient(after, whole=True)
+
+
+def _gathered_ahead(sizes: Sizes, index: int) -> str | None:
+    """The block that is gathered while segment `index` runs backward; None where that waits until it is needed.
+
+    Source: torch.distributed.fsdp, which copies on a mesh of one rank when the block is about to run.
+    """
+    alone = sizes.kind == "cuda" and sizes.plan.dp_shard == 1
+    return None if alone else _block_beside(sizes, index, -1)
+
+
 def _joined(sizes: Sizes) -> int:
     """Parameters, or gradients, of a block that another rank runs, in whose collectives this one takes part."""
     if not sizes.workload.branches or sizes.plan.world_size == sizes.plan.tp:
@@ -316,11 +377,21 @@ def _joined(sizes: Sizes) -> int:
     return max((sizes.gathered(block) for block in sizes.groups if block is not None), default=0)
 
 
-def _unreduced(sizes: Sizes, block: str | None) -> int:
+def _unreduced(sizes: Sizes, index: int) -> int:
     """Whole gradients of the group that runs backward and of the root's, which are reduced when all is done."""
     if sizes.reductions < sizes.accumulate:
         return 0
-    return sum(sizes.gradient(name, whole=True) for name in {None, block})
+    return sizes.own_gradient(index) + sizes.root_gradient(index, whole=True)
+
+
+def _beside_buckets(sizes: Sizes) -> int:
+    """Gradients of replicas that no backward has reduced yet, while micro-batches accumulate: they are in no bucket.
+
+    Source: torch.nn.parallel.DistributedDataParallel, `no_sync` and `gradient_as_bucket_view`.
+    """
+    if sizes.gathers or sizes.accumulate == 1 or sizes.plan.dp_replicate == 1 or sizes.workload.stage != "fit":
+        return 0
+    return sum(parameter.bytes for parameter in sizes.trained if parameter not in sizes.tables)
 
 
 def _kept_gradients(sizes: Sizes) -> int:
@@ -338,8 +409,10 @@ def _gradients_so_far(sizes: Sizes, index: int) -> int:
     if sizes.accumulate > 1 or (sizes.plan.dp_replicate > 1 and not sizes.gathers):
         return _kept_gradients(sizes) + gradients_passing(sizes, {after})
     if not sizes.gathers:
-        passing = gradients_passing(sizes, {sizes.step.segments[index].block, after})
-        return sizes.kept_from_here[index] + sizes.gradient(None, whole=False) + passing
+        later = sizes.kept_from_here[index + 1]
+        own = sizes.kept_from_here[index] - later + gradients_passing(sizes, {sizes.blocks[index]} - {after})
+        others = later + sizes.root_gradient(index, whole=False) + gradients_passing(sizes, {after})
+        return others + min(own, sizes.own_gradient(index))
     # Its own shard of the gradient comes with the reduction, and so does the root's.
     return sizes.kept_from_here[index + 1] + sizes.table_gradients + gradients_passing(sizes, {after})
 

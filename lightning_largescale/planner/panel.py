@@ -53,10 +53,17 @@ def setup_panel(report: Report) -> Panel:
 
 
 def after_fit(estimate: Estimate, peak_bytes: int | None, step_seconds: float | None) -> str:
-    """One line: predicted and measured peak and step time, and the signed error of each prediction."""
-    peak = _against(estimate.peak_bytes["device"], peak_bytes, format_bytes)
+    """One line: predicted and measured peak and step time, and the signed error of each prediction.
+
+    Args:
+        estimate: of the plan that ran.
+        peak_bytes: as `hardware.usage.peak_bytes` measures them; None where it cannot.
+        step_seconds: likewise measured.
+    """
+    peak = _against(estimate.memory.measured_bytes, peak_bytes, format_bytes)
     step = _against(estimate.step_seconds, step_seconds, format_seconds)
-    return f"lightning_largescale: peak memory {peak}; step time {step}"
+    of = " of tensors" if estimate.memory.kind == "cuda" else ""
+    return f"lightning_largescale: peak memory{of} {peak}; step time {step}"
 
 
 def hardware_words(hardware: Hardware) -> str:
@@ -88,8 +95,9 @@ def memory_bars(estimate: Estimate, budget_bytes: int) -> RenderableType:
     """The terms of the peak as bars against the budget."""
     peak = estimate.peak_bytes["device"]
     share = min(1.0, peak / budget_bytes)
+    beside = " beside CUDA's context" if estimate.memory.kind == "cuda" else ""
     head = Text(
-        f"{format_bytes(peak)} of {format_bytes(budget_bytes)} a rank ({100 * peak / budget_bytes:.0f}%),"
+        f"{format_bytes(peak)} of {format_bytes(budget_bytes)} a rank ({100 * peak / budget_bytes:.0f}%){beside},"
         f" at the {estimate.memory.moment}",
     )
     filled = round(_BUDGET_WIDTH * share)

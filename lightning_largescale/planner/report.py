@@ -28,7 +28,8 @@ class Estimate:
 
     Attributes:
         peak_bytes: bytes one rank holds on its "device" at its worst moment, and those it keeps on "cpu" and "nvme",
-            where it keeps any.
+            where it keeps any. On CUDA the device's are those of torch's allocator, the holes in its segments among
+            them and the context not; the buffers that pages are staged in are on "cpu".
         step_seconds: seconds of one optimizer step, all its micro-batches included.
         samples_per_second: samples of all ranks together.
         memory: the terms that make up the peak.
@@ -79,7 +80,8 @@ class Report:
 
     Attributes:
         candidates: every plan looked at, best first.
-        budget_bytes: what one rank may hold in all on its device tier.
+        budget_bytes: what one rank may hold in all on its device tier; on CUDA what torch's allocator may have, beside
+            the context.
         hardware: what was planned for, with rates.
         workload: what was planned.
         accumulate_grad_batches: micro-batches in a step.
@@ -232,6 +234,7 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
     if estimate is not None:
         row |= {
             "peak_bytes": dict(estimate.peak_bytes),
+            "measured_as_bytes": estimate.memory.measured_bytes,
             "peak_moment": estimate.memory.moment,
             "memory_terms": dict(estimate.memory.terms),
             "step_seconds": estimate.step_seconds,

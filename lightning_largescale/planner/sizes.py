@@ -66,7 +66,7 @@ class Sizes:
         if self.divisions:
             self.step = divided_step(self.step, self.tensor_costs, plan.wrapped_modules)
         self._gathered: dict[str | None, int] = {}
-        self._states: dict[str, int] = {}
+        self._states: dict[str | None, int] = {}
         self._shards: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
@@ -159,7 +159,7 @@ class Sizes:
         """What the rank keeps of every optimizer's state, divided as the parameters are."""
         return int(sum(map(self._state_of, self.workload.parameters)))
 
-    def state(self, block: str) -> int:
+    def state(self, block: str | None) -> int:
         """What the rank keeps of every optimizer's state of one group's parameters."""
         if block not in self._states:
             self._states[block] = math.ceil(sum(map(self._state_of, self._group(block))))
@@ -272,6 +272,46 @@ class Sizes:
         """
         sums = _running(self.blocks[::-1], self.kept_gradient)
         return [*sums[::-1], 0]
+
+    def own_gradient(self, index: int) -> int:
+        """Those of the whole gradients of its block that are there at the worst moment of segment `index`'s backward.
+
+        On CPU all of them, as in `root_gradient`.
+        """
+        segment = self.step.segments[index]
+        if segment.block is None:
+            return 0
+        total, known = self.gradient(segment.block, whole=True), segment.backward_gradient_bytes
+        return total if self.kind == "cpu" or known is None else min(total, known)
+
+    def root_gradient(self, index: int, *, whole: bool) -> int:
+        """Those of the root group's gradients that are there while segment `index` runs backward.
+
+        On CPU all of them: the holes in its heap were measured beside that.
+        """
+        if self.kind == "cpu":
+            return self.gradient(None, whole=whole)
+        of = self._root_parts if whole else self._root_locals
+        return of[index]
+
+    @cached_property
+    def _root_parts(self) -> list[int]:
+        return self._root_so_far(self.part)
+
+    @cached_property
+    def _root_locals(self) -> list[int]:
+        return self._root_so_far(self.local)
+
+    def _root_so_far(self, size: Callable[[Parameter], int]) -> list[int]:
+        """At each segment the sum of `size` over the root's parameters whose gradient has come when it runs backward;
+        those that the trace did not see come first.
+        """
+        came = {name: index for index, segment in enumerate(self.step.segments) for name in segment.completed}
+        sums = [0] * len(self.step.segments)
+        for one in self._group(None):
+            if one.trainable and one.used:
+                sums[came.get(one.name, -1)] += size(one)
+        return [*accumulate(reversed(sums))][::-1]
 
     @cached_property
     def passing_gradients(self) -> int:

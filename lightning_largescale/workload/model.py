@@ -82,6 +82,9 @@ class Segment:
         moved_copy_bytes: part of `forward_moved_bytes` that those casts read and write.
         product_bytes: results of matrix products, convolutions and attention in the forward.
         moved_product_bytes: part of `forward_moved_bytes` that these read and write.
+        backward_gradient_bytes: of the gradients that its backward makes, those that are there at the worst moment of
+            it, beside `backward_peak_bytes`, which has gradients until they are made; None where that is not known.
+        completed: names of the parameters whose gradient is there when its backward leaves, and not before.
     """
 
     block: str | None
@@ -105,6 +108,8 @@ class Segment:
     moved_copy_bytes: int = 0
     product_bytes: int = 0
     moved_product_bytes: int = 0
+    backward_gradient_bytes: int | None = None
+    completed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,7 +336,7 @@ class Workload:
                 ),
                 "optimizers": tuple(OptimizerNeeds(**needs) for needs in fields["optimizers"]),
                 "steps": {
-                    name: Step(**{**step, "segments": tuple(Segment(**s) for s in step["segments"])})
+                    name: Step(**{**step, "segments": tuple(map(_segment, step["segments"]))})
                     for name, step in fields["steps"].items()
                 },
                 "blocks": tuple(fields["blocks"]),
@@ -351,6 +356,10 @@ def _forget_origins(found: dict[str, Any]) -> None:
         del part["origins"]
     if found["sequence"] is not None:
         _forget_origins(found["sequence"])
+
+
+def _segment(fields: Mapping[str, Any]) -> Segment:
+    return Segment(**{**fields, "completed": tuple(fields.get("completed", ()))})
 
 
 def _divided(fields: Mapping[str, Any]) -> Divided:
@@ -374,7 +383,9 @@ def combine_steps(steps: Sequence[Step], rule: Callable[..., float]) -> Step:
         rule: takes one number of each step.
     """
     segments = [
-        Segment(block=alike[0].block, **_combined(alike, rule, leave_out=("block",)))
+        dataclasses.replace(
+            alike[0], **_combined(alike, rule, leave_out=("block", "backward_gradient_bytes", "completed"))
+        )
         for alike in zip(*(step.segments for step in steps), strict=True)
     ]
     numbers = _combined(steps, rule, leave_out=("precision", "segments"))

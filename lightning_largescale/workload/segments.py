@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_largescale import compat
@@ -19,6 +20,8 @@ class Phase:
     entry: int | None = None
     peak: int = 0
     own_peak: int = 0
+    gradients: int = 0
+    peak_with_gradients: int = 0
     exit: int = 0
     own_exit: int = 0
     flops: int = 0
@@ -32,6 +35,7 @@ class Phase:
         """Now so much is live (bytes)."""
         self.peak = max(self.peak, live)
         self.own_peak = max(self.own_peak, own)
+        self.peak_with_gradients = max(self.peak_with_gradients, live + self.gradients)
 
 
 @dataclass(slots=True)
@@ -42,6 +46,7 @@ class OpenSegment:
     saved: int = 0
     saved_copies: int = 0
     inputs: int = 0
+    completed: list[int] = field(default_factory=list)
     forward: Phase = field(default_factory=Phase)
     backward: Phase = field(default_factory=Phase)
 
@@ -87,6 +92,13 @@ class SegmentLog:
             self._index = self._open(None)
         return self.segments[self._index]
 
+    def complete(self, key: int, size: int) -> None:
+        """The gradient of the parameter that is known by `key` is there, of so many bytes."""
+        if self._latest is not None:
+            segment = self.segments[self._latest]
+            segment.completed.append(key)
+            segment.backward.gradients += size
+
     def phase(self, live: int, own: int) -> Phase:
         """The phase that the operation about to run belongs to; `live` is what is live now (bytes), `own` without
         copies of parameters.
@@ -117,8 +129,12 @@ class SegmentLog:
         for segment in self.segments:
             segment.saved = max(0, segment.forward.exit - (segment.forward.entry or 0))
 
-    def finished(self) -> tuple[Segment, ...]:
-        """All segments; one whose backward ran no operation has what the next one's backward left."""
+    def finished(self, names: Mapping[int, str] = {}) -> tuple[Segment, ...]:
+        """All segments; one whose backward ran no operation has what the next one's backward left.
+
+        Args:
+            names: of parameters, by the keys of those that were completed.
+        """
         left = own_left = 0
         rows: list[Segment] = []
         for segment in reversed(self.segments):
@@ -126,7 +142,8 @@ class SegmentLog:
             if backward.entry is None:
                 backward = Phase(entry=left, peak=left, own_peak=own_left, exit=left, own_exit=own_left)
             left, own_left = backward.exit, backward.own_exit
-            rows.append(_row(segment, forward, backward))
+            completed = tuple(names[key] for key in segment.completed if key in names)
+            rows.append(_row(segment, forward, backward, completed))
         return tuple(reversed(rows))
 
     def _open(self, block: str | None) -> int:
@@ -164,7 +181,7 @@ class SegmentLog:
         self._active = phase
 
 
-def _row(segment: OpenSegment, forward: Phase, backward: Phase) -> Segment:
+def _row(segment: OpenSegment, forward: Phase, backward: Phase, completed: tuple[str, ...]) -> Segment:
     return Segment(
         block=segment.block,
         forward_flops=forward.flops,
@@ -187,4 +204,6 @@ def _row(segment: OpenSegment, forward: Phase, backward: Phase) -> Segment:
         moved_copy_bytes=forward.moved_copies,
         product_bytes=forward.products,
         moved_product_bytes=forward.moved_products,
+        backward_gradient_bytes=max(0, backward.peak_with_gradients - backward.peak),
+        completed=completed,
     )

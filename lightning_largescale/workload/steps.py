@@ -90,8 +90,7 @@ def run_step(
             step = _run(request, tracker, blocks, notes)
     finally:
         tracker.put_back()
-    names = {id(parameter): name for name, parameter in request.module.named_parameters()}
-    used = frozenset(names[key] for key in tracker.used if key in names)
+    used = frozenset(name for name, parameter in request.module.named_parameters() if id(parameter) in tracker.used)
     return Traced(step=step, used=used, wraps=tracker.reads.closed, approximate=tuple(notes))
 
 
@@ -120,7 +119,8 @@ def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes
         notes.append("the step forbids hooks on saved tensors; what each forward left alive counts as saved")
     if tracker.values_read:
         notes.append(f"{request.step} reads numbers off tensors; it was traced as if each were 1.0")
-    return _step(request.precision, tracker, blocks, output_bytes)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return _step(request.precision, tracker, blocks, names, output_bytes)
 
 
 def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -138,8 +138,10 @@ def _reads(module: nn.Module) -> Reads:
     return Reads(wraps, {name: [module.get_parameter(own) for own in groups[name].parameters] for name in wraps})
 
 
-def _step(precision: str, tracker: Tracker, blocks: Collection[str], output_bytes: int) -> Step:
-    segments = tracker.log.finished()
+def _step(
+    precision: str, tracker: Tracker, blocks: Collection[str], names: Mapping[int, str], output_bytes: int
+) -> Step:
+    segments = tracker.log.finished(names)
     tail: list[Segment] = []
     for segment in reversed(segments):
         if segment.block in blocks:

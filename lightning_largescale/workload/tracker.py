@@ -207,10 +207,11 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             self.largest_temporary = max(self.largest_temporary, storage.bytes)
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
-        self.used.add(id(parameter))
-        if parameter.grad is None:
-            return
-        for storage in self._known(parameter.grad):
+        known = [] if parameter.grad is None else self._known(parameter.grad)
+        if id(parameter) not in self.used:
+            self.used.add(id(parameter))
+            self.log.complete(id(parameter), sum(storage.bytes for storage in known))
+        for storage in known:
             self._temporary(storage)
             self.live -= storage.bytes
             storage.bytes = 0

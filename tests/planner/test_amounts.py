@@ -63,7 +63,7 @@ def choices(work, techniques):
 def test_no_choice_that_fits_is_faster(techniques, budget, saved, kind, dram):
     work = workload(steps={"32-true": step(saved=saved * MIB, head=4 * MIB)})
     machine = tiered(kind=kind, dram=dram * MIB)
-    budget = (budget + (640 if kind == "cuda" else 0)) * MIB
+    budget = (budget + (64 if kind == "cuda" else 0)) * MIB
     amounts = Amounts(layout(work, machine, budget, techniques), techniques)
     best, fastest = amounts.best(), None
     for choice in choices(work, techniques):

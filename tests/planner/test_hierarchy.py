@@ -69,6 +69,27 @@ def test_what_the_step_moves_and_through_which_buffers():
     assert page_buffers(sizes()) == page_buffers(sizes(work=workload(stage="predict"), offload_parameters="nvme")) == 0
 
 
+def test_beside_a_cuda_device_pages_and_shards_wait_in_dram():
+    found = sizes("cuda", **DISK)
+    assert page_buffers(found) == 0
+    assert parameters_in_flight(found, backward=False) == [0] * 5
+    assert mib(kept_elsewhere(found)["cpu"]) == 6 * 32 + 2 * 16
+    assert "page buffers" not in memory_of(found).terms
+
+
+def test_a_cuda_device_is_brought_the_state_of_a_page_and_steps_on_what_is_there():
+    every = [None, *workload().blocks]
+    needs = dataclasses.replace(workload().optimizers[0], step_temporary_largest=0.0)
+    work = workload(optimizers=(needs,))
+    assert temporaries(sizes("cuda", work=work), every) == 0
+    assert mib(temporaries(sizes("cuda", work=work, offload_optimizer="cpu"), every)) == 32
+    assert mib(temporaries(sizes("cuda", work=work, offload_optimizer="cpu"), [None])) == 2 * 8
+    # The host steps on the blocks.
+    assert mib(temporaries(sizes("cuda", work=work, offload_parameters="cpu", offload_optimizer="cpu"), every)) == 16
+    assert temporaries(sizes("cuda", work=work, offload_parameters="cpu"), ["blocks.1"]) == 0
+    assert temporaries(sizes(work=work, offload_optimizer="nvme"), every) == 0
+
+
 def test_temporaries_are_those_of_a_page_or_of_a_released_group():
     needs = dataclasses.replace(workload().optimizers[0], step_temporary_largest=0.0, step_temporary_total=1.0)
     work = workload(optimizers=(needs,))
@@ -92,6 +113,13 @@ def test_saved_bytes_of_two_blocks_are_on_their_way_out_and_of_one_back():
     assert [*map(mib, again.dropped)] == [0, 64, 64 + 56, 64 + 2 * 56, 64 + 3 * 56]
     # What is already in DRAM gains nothing by going there.
     assert sizes(offload_activations="cpu").dropped == [0] * 5
+
+
+def test_on_cuda_what_has_left_makes_room_before_a_block_is_at_its_worst():
+    found = sizes("cuda", offload_activations="cpu")
+    # A block's own rise is more than what the last but one saved; what follows the last block has both.
+    assert [*map(mib, activations_in_flight(found, backward=False))] == [0, 64, 64, 64, 128]
+    assert [*map(mib, activations_in_flight(found, backward=True))] == [0, 64, 64, 64, 64]
 
 
 def test_gradients_pass_where_they_are_released_or_leave():

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from planner.builders import MIB, hardware, parameter, segment, step, workload
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.planner.memory import _moments, peak_memory
+from lightning_largescale.planner.sizes import Sizes
 
 PLAIN = Plan()
 MODEL = 8 * MIB + 4 * 16 * MIB
@@ -84,6 +85,79 @@ def test_a_sharded_model_is_whole_at_setup_on_cpu():
     assert (estimate.moment, estimate.terms["parameters"]) == ("setup", MODEL)
     on_cuda = peak_memory(tiny, Plan(dp_shard=8), hardware(8, kind="cuda"))
     assert on_cuda.terms["parameters"] == MODEL // 8
+
+
+def test_on_cuda_the_measured_bytes_leave_out_holes_and_no_number_has_the_context():
+    cpu, cuda = (peak_memory(workload(), PLAIN, hardware(1, kind=kind)) for kind in ("cpu", "cuda"))
+    assert cpu.measured_bytes == cpu.peak_bytes
+    assert cuda.measured_bytes == cuda.peak_bytes - cuda.terms["allocator"]
+    # Workspaces of two threads.
+    assert cuda.terms["runtime"] == 64 * MIB
+
+
+def on_cuda(plan, moment, index, *, work=None, accumulate=1):
+    found = Sizes(work or workload(), plan, "cuda", accumulate)
+    (terms,) = (terms for name, at, terms in _moments(found, 0, True) if (name, at) == (moment, index))
+    return terms
+
+
+def test_what_ranks_sent_for_a_gather_stays_on_cuda_until_the_next():
+    # Root and block, and what came for the block; after the last one what came for that.
+    assert on_cuda(Plan(dp_shard=2), "forward", 1)["gathered parameters"] == (8 + 2 * 16) * MIB
+    assert on_cuda(Plan(dp_shard=2), "forward", 4)["gathered parameters"] == (8 + 16) * MIB
+    zero2 = Plan(dp_shard=2, reshard_after_forward=False)
+    assert on_cuda(zero2, "forward", 4)["gathered parameters"] == (8 + 5 * 16) * MIB
+    assert on_cuda(zero2, "backward", 4)["gathered parameters"] == (8 + 4 * 16) * MIB
+
+
+def test_one_rank_gathers_nothing_ahead_on_cuda():
+    alone, two = Plan(offload_parameters="cpu"), Plan(offload_parameters="cpu", dp_shard=2)
+    assert on_cuda(alone, "forward", 1)["gathered parameters"] == (8 + 16) * MIB
+    assert on_cuda(alone, "backward", 1)["gathered parameters"] == (8 + 16) * MIB
+    assert on_cuda(two, "backward", 1)["gathered parameters"] == (8 + 2 * 16) * MIB
+
+
+def test_gradients_of_the_root_are_there_on_cuda_when_they_have_come():
+    head = parameter("head", None, rows=1024)
+    segments = [*step().segments]
+    segments[0] = dataclasses.replace(segments[0], completed=("embedding",))
+    segments[4] = dataclasses.replace(segments[4], completed=("head",))
+    seen = workload(
+        parameters=(*workload().parameters, head), steps={"32-true": dataclasses.replace(step(), segments=(*segments,))}
+    )
+    for plan, name in ((PLAIN, "gradients"), (Plan(dp_shard=2), "unreduced gradients")):
+        root = [on_cuda(plan, "backward", index, work=seen)[name] for index in (4, 3, 0)]
+        later = [on_cuda(plan, "backward", index, work=workload())[name] for index in (4, 3, 0)]
+        # Without what the trace tells, all of them are; of the head there are 4 MiB, of the embedding 8.
+        assert [one - other for one, other in zip(root, later, strict=True)] == [-4 * MIB, -4 * MIB, 4 * MIB]
+
+
+def test_replicas_that_accumulate_have_gradients_beside_their_buckets():
+    for accumulate, world, beside in ((2, 2, MODEL), (1, 2, 0), (2, 1, 0)):
+        estimate = terms(Plan(dp_replicate=world), world=world, accumulate_grad_batches=accumulate)
+        assert estimate.terms.get("unreduced gradients", 0) == beside
+        assert estimate.terms["gradients"] == MODEL
+
+
+def test_of_its_own_gradients_a_block_has_on_cuda_those_that_the_trace_saw():
+    seen = workload(
+        steps={
+            "32-true": dataclasses.replace(
+                step(), segments=tuple(dataclasses.replace(one, backward_gradient_bytes=MIB) for one in step().segments)
+            )
+        }
+    )
+    sharded = Plan(dp_shard=2)
+    assert on_cuda(sharded, "backward", 2)["unreduced gradients"] == (8 + 16) * MIB
+    assert on_cuda(sharded, "backward", 2, work=seen)["unreduced gradients"] == (8 + 1) * MIB
+    assert on_cuda(PLAIN, "backward", 2, work=seen)["gradients"] == (8 + 16 + 1) * MIB
+    on_cpu = {at: found for name, at, found in _moments(Sizes(seen, sharded, "cpu"), 0, True) if name == "backward"}
+    assert on_cpu[2]["unreduced gradients"] == (8 + 16) * MIB
+    # When they are reduced all are there, and the copy that is sent; what was gathered of the block no more.
+    reduction = on_cuda(sharded, "gradient reduction", 2, work=seen)
+    assert reduction["unreduced gradients"] == (8 + 16) * MIB
+    assert reduction["communication"] == 16 * MIB
+    assert reduction["gathered parameters"] == (8 + 16) * MIB
 
 
 @given(

@@ -173,7 +173,7 @@ def test_every_plan_fits_is_valid_and_keeps_all_that_can_stay(
     if kind == "cuda":
         rates = dataclasses.replace(machine.rates, host_memory_bandwidth=host)
         machine = dataclasses.replace(machine, rates=rates)
-    budget = (budget + (640 if kind == "cuda" else 0)) * MIB
+    budget = (budget + (64 if kind == "cuda" else 0)) * MIB
     options = {"may_release": release, "built": built, "accumulate_grad_batches": accumulate}
     report = find_plans(work, machine, memory_budget=budget, **options)
     for row in elsewhere(report):
@@ -214,8 +214,8 @@ def test_what_stays_takes_memory_and_no_more_time(where, less, more, what, relea
     )
     assert large_peak >= small_peak
     assert large_seconds <= small_seconds + 1e-9
-    # Never below what cannot leave: the root at rest and gathered, the pages, and what is there before.
-    assert small_peak >= RUNTIME_BYTES[kind] + (2 * 8 + 192) * MIB
+    # Never below what cannot leave: the root at rest and gathered, on CPU the pages, and what is there before.
+    assert small_peak >= RUNTIME_BYTES[kind] + (2 * 8 + (192 if kind == "cpu" else 0)) * MIB
 
 
 def test_what_no_tier_has_room_for_is_said():
@@ -230,7 +230,7 @@ def test_what_no_tier_has_room_for_is_said():
 def test_dram_goes_before_a_disk_as_far_as_it_goes():
     def kept(dram):
         machine = tiered(kind="cuda", dram=dram * MIB)
-        return find_plans(heavy(), machine, memory_budget=1290 * MIB, may_release=True).best
+        return find_plans(heavy(), machine, memory_budget=600 * MIB, may_release=True).best
 
     assert {kept(4096).offload_optimizer, kept(4096).offload_parameters} <= {None, "cpu"}
     # Some pages, beside the buffers through which the others pass.

@@ -68,6 +68,17 @@ def test_line_after_fit_signs_its_errors():
     assert "not measured" in after_fit(estimate, None, None)
 
 
+def test_on_cuda_what_tensors_hold_is_compared_and_the_context_is_beside():
+    report = find_plans(workload(), hardware(1, kind="cuda"))
+    estimate = report.best_estimate
+    line = after_fit(estimate, estimate.memory.measured_bytes, None)
+    assert "peak memory of tensors predicted" in line
+    assert "(+0.0%)" in line
+    assert "beside CUDA's context" in " ".join(shown(setup_panel(report), 140).replace("│", " ").split())
+    row = report.to_dict()["candidates"][0]
+    assert row["measured_as_bytes"] == row["peak_bytes"]["device"] - row["memory_terms"]["allocator"]
+
+
 def test_the_estimate_of_each_candidate():
     report = find_plans(workload(), hardware(2))
     assert report.estimate_of(report.best) is report.best_estimate

@@ -86,6 +86,9 @@ def test_without_a_budget_the_free_memory_counts():
     free = hardware(1, free=1000 * MIB)
     assert find_plans(workload(), free).budget_bytes == 900 * MIB
     assert find_plans(workload(), free, baseline_bytes=7).budget_bytes == 900 * MIB + 7
+    # A device that nobody has begun with has no context yet.
+    published = dataclasses.replace(hardware(2, kind="cuda", free=1576 * MIB), origin="catalogue")
+    assert find_plans(workload(), published).budget_bytes == 900 * MIB
 
 
 def test_a_precision_that_the_hardware_cannot_compute():

@@ -203,10 +203,31 @@ def is_current_stream_capturing() -> bool:
 # --- memory
 
 
+# Of each device, the share of its memory that this process's allocator may take, and that memory.
+_allowed: dict[int, tuple[float, int]] = {}
+
+
+def _memory_of(index: int) -> int:
+    return _allowed[index][1] if index in _allowed else int(_device.stats(index)["limit"])
+
+
 @_initializes
 def mem_get_info(one: Any = None) -> tuple[int, int]:
-    own = _device.stats(_index(one))
-    return own["limit"] - own["context"] - own["reserved"], own["limit"]
+    own, total = _device.stats(_index(one)), _memory_of(_index(one))
+    return total - own["context"] - own["reserved"], total
+
+
+@_initializes
+def set_per_process_memory_fraction(fraction: float, one: Any = None) -> None:
+    index = _index(one)
+    total = _memory_of(index)
+    _allowed[index] = fraction, total
+    # The extension's limit holds the context too.
+    _device.set_limit(index, min(total, _device.stats(index)["context"] + int(fraction * total)))
+
+
+def get_per_process_memory_fraction(one: Any = None) -> float:
+    return _allowed.get(_index(one), (1.0, 0))[0]
 
 
 def memory_allocated(one: Any = None) -> int:
@@ -285,7 +306,7 @@ def get_device_properties(one: Any = None) -> types.SimpleNamespace:
     index = _index(one)
     return types.SimpleNamespace(
         name=get_device_name(index),
-        total_memory=_device.stats(index)["limit"],
+        total_memory=_memory_of(index),
         major=9,
         minor=0,
         multi_processor_count=132,

@@ -69,6 +69,11 @@ def test_segments_follow_the_step():
     for one in segments:
         assert one.forward_peak_bytes >= max(one.forward_entry_bytes, one.forward_exit_bytes)
         assert one.backward_peak_bytes >= max(one.backward_entry_bytes, one.backward_exit_bytes)
+    assert {name for s in segments for name in s.completed} == {p.name for p in work.parameters if p.used}
+    for one in (s for s in segments if s.block):
+        assert {name.rpartition(".")[0].startswith(one.block) for name in one.completed} == {True}
+        own = sum(p.bytes for p in work.parameters if p.block == one.block)
+        assert 0 <= one.backward_gradient_bytes <= own
     first, second = (s for s in segments if s.block)
     assert first.forward_flops == second.forward_flops
     assert first.saved_bytes == second.saved_bytes

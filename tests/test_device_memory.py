@@ -1,0 +1,265 @@
+"""What plans are predicted to take of a device is what its allocator gives out, and they train with little more."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from planner.builders import MIB, hardware
+from ranks import quiet
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_largescale import tiers
+from lightning_largescale.hardware.usage import peak_bytes, start_peak
+from lightning_largescale.offload import pages
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner import hierarchy, placement
+from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.workload import Workload
+
+pytestmark = [
+    *quiet,
+    pytest.mark.gpu,
+    # Workspaces of libraries, and the context, are those of a real device.
+    pytest.mark.skipif(torch.version.cuda is not None, reason="is about a pretended device"),
+]
+WIDTH, HEADS, LAYERS, VOCAB, BATCH, LENGTH = 256, 4, 4, 2048, 4, 64
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.between = Norm(), Norm()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        split = self.qkv(self.before(x)).view(batch, length, 3, HEADS, WIDTH // HEADS)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        scores = (query @ key.transpose(-1, -2)).float() / (WIDTH // HEADS) ** 0.5
+        attended = torch.softmax(scores, -1).to(value.dtype) @ value
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, WIDTH))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+class Text(Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return torch.randint(VOCAB, (LENGTH + 1,), generator=torch.Generator().manual_seed(index))
+
+
+class Model(LightningModule):
+    """A small GPT: of its bytes those of parameters, state and activations are alike many."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+        self.token = nn.Embedding(VOCAB, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = Norm()
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.steps = 0
+
+    def forward(self, x):
+        x = self.token(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def training_step(self, batch, index):
+        self.steps += 1
+        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def configure_optimizers(self):
+        if self.optimizer == "AdamW":
+            return torch.optim.AdamW(self.parameters(), 1e-4)
+        return torch.optim.SGD(self.parameters(), 1e-4, momentum=0.9 if self.optimizer == "momentum" else 0.0)
+
+    def train_dataloader(self):
+        return DataLoader(Text(), batch_size=BATCH)
+
+
+class Case(NamedTuple):
+    """What is trained: fields of a plan, and beside it an optimizer and micro-batches in a step."""
+
+    plan: dict[str, Any]
+    optimizer: str = "AdamW"
+    accumulate: int = 1
+
+
+FULL = {"activation_checkpointing": "full"}
+CHEAP = {**FULL, "checkpointed_operations": "cheap"}
+SOME = {"activation_checkpointing": "selective", "checkpointed_blocks": ("blocks.0", "blocks.2")}
+MIXED, HALF = {"precision": "bf16-mixed"}, {"precision": "bf16-true"}
+RELEASE, HOST = {"release_gradients": True}, {"host_optimizer_step": True}
+STATE, PARAMETERS, SAVED = ({f"offload_{name}": "cpu"} for name in ("optimizer", "parameters", "activations"))
+DISK_STATE, DISK_PARAMETERS, DISK_SAVED = (
+    {f"offload_{name}": "nvme"} for name in ("optimizer", "parameters", "activations")
+)
+ZERO2, ZERO3 = {"dp_shard": 2, "reshard_after_forward": False}, {"dp_shard": 2}
+REPLICAS, TABLES = {"dp_replicate": 2}, {"row_sharded_embeddings": ("token",)}
+WRAPS = {"wrapped_modules": ("token", "head")}
+ONE_RANK = {
+    "plain": Case({}),
+    "plain, SGD": Case({}, "SGD"),
+    "plain, momentum": Case({}, "momentum"),
+    "accumulation": Case({}, accumulate=2),
+    "recompute": Case(FULL),
+    "recompute what is cheap": Case(CHEAP),
+    "recompute some": Case(SOME),
+    "bf16-mixed": Case(MIXED),
+    "16-mixed": Case({"precision": "16-mixed"}),
+    "bf16-true": Case(HALF),
+    "release": Case(RELEASE),
+    "release, recompute": Case({**RELEASE, **FULL}),
+    "state in DRAM": Case(STATE),
+    "state on a disk": Case(DISK_STATE),
+    "state in part": Case({**STATE, "resident_optimizer_bytes": 12 * MIB}),
+    "state in DRAM, momentum": Case(STATE, "momentum"),
+    "state in DRAM, recompute": Case({**STATE, **FULL}),
+    "host step": Case({**STATE, **HOST}),
+    "host step from a disk": Case({**DISK_STATE, **HOST}),
+    "parameters in DRAM": Case(PARAMETERS),
+    "parameters in DRAM, SGD": Case(PARAMETERS, "SGD"),
+    "parameters in DRAM, accumulation": Case(PARAMETERS, accumulate=2),
+    "parameters in DRAM, bf16-mixed": Case({**PARAMETERS, **MIXED}),
+    "parameters in part": Case({**PARAMETERS, "resident_parameter_bytes": 7 * MIB}),
+    "parameters on a disk": Case(DISK_PARAMETERS),
+    "parameters and state in DRAM": Case({**PARAMETERS, **STATE}),
+    "activations in DRAM": Case(SAVED),
+    "activations on a disk": Case(DISK_SAVED),
+    "activations in DRAM, recompute": Case({**SAVED, **FULL}),
+    "state, release": Case({**STATE, **RELEASE}),
+    "all in DRAM": Case({**STATE, **PARAMETERS, **SAVED}),
+    "all on a disk": Case({**DISK_STATE, **DISK_PARAMETERS, **DISK_SAVED}),
+    "all in DRAM, release, recompute": Case({**STATE, **PARAMETERS, **SAVED, **RELEASE, **FULL}),
+}
+TWO_RANKS = {
+    "replicate": Case(REPLICAS),
+    "replicate, accumulation": Case(REPLICAS, accumulate=2),
+    "replicate, recompute": Case({**REPLICAS, **FULL}),
+    "replicate, state in DRAM": Case({**REPLICAS, **STATE}),
+    "replicate, tables": Case({**REPLICAS, **TABLES}, "SGD"),
+    "ZeRO-2": Case(ZERO2),
+    "ZeRO-3": Case(ZERO3),
+    "ZeRO-3, wraps": Case({**ZERO3, **WRAPS}),
+    "ZeRO-3, momentum": Case(ZERO3, "momentum"),
+    "ZeRO-3, recompute": Case({**ZERO3, **FULL}),
+    "ZeRO-3, accumulation": Case(ZERO3, accumulate=2),
+    "ZeRO-3, bf16-mixed": Case({**ZERO3, **MIXED}),
+    "ZeRO-3, 16-mixed": Case({**ZERO3, "precision": "16-mixed"}),
+    "ZeRO-3, release": Case({**ZERO3, **RELEASE}),
+    "ZeRO-3, tables": Case({**ZERO3, **TABLES}, "SGD"),
+    "ZeRO-3, state in DRAM": Case({**ZERO3, **STATE}),
+    "ZeRO-3, host step": Case({**ZERO3, **STATE, **HOST}),
+    "ZeRO-3, parameters in DRAM": Case({**ZERO3, **PARAMETERS}),
+    "ZeRO-3, parameters in DRAM, accumulation": Case({**ZERO3, **PARAMETERS}, accumulate=2),
+    "ZeRO-3, parameters on a disk": Case({**ZERO3, **DISK_PARAMETERS}),
+    "ZeRO-3, activations in DRAM": Case({**ZERO3, **SAVED}),
+    "ZeRO-3, all in DRAM": Case({**ZERO3, **STATE, **PARAMETERS, **SAVED}),
+}
+
+
+def predicted_bytes(case: Case) -> int:
+    """Of the device, of what its allocator gives out, without what libraries take of a real one."""
+    plan = Plan(**case.plan)
+    module = Model(case.optimizer).to(torch.bfloat16 if plan.precision == "bf16-true" else torch.float32)
+    batch = next(iter(module.train_dataloader()))
+    work = Workload.trace(module, batch, precisions=(plan.precision,), device_type="cuda")
+    machine = hardware(plan.world_size, kind="cuda")
+    estimate = peak_memory(work, plan, machine, accumulate_grad_batches=case.accumulate)
+    return estimate.measured_bytes - estimate.terms["runtime"]
+
+
+def train(case: Case, folder: str, page_bytes: int) -> tuple[int, int]:
+    """Predicted and measured bytes of a training, whose device has 3% more than was predicted."""
+    for module in (tiers, pages, hierarchy, placement):
+        module.PAGE_BYTES = page_bytes
+    # DistributedDataParallel made its nodes on another stream, as it asks to.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+    seed_everything(0, verbose=False)
+    predicted = predicted_bytes(case)
+    gc.collect()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    start_peak("cuda")
+    plan = Plan(**case.plan, nvme_path=folder if "nvme" in case.plan.values() else None)
+    backend = "cpu:gloo,cuda:nccl" if plan.world_size > 1 else None
+    trainer = Trainer(
+        strategy=LargeScaleStrategy(plan, process_group_backend=backend),
+        accelerator="cuda",
+        devices=plan.world_size,
+        max_steps=3,
+        accumulate_grad_batches=case.accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module = Model(case.optimizer)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction((before + 1.03 * predicted) / torch.cuda.mem_get_info()[1])
+    try:
+        trainer.fit(module)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert module.steps == 3 * case.accumulate
+    return predicted, (peak_bytes("cuda") or 0) - held
+
+
+def check(predicted: int, measured: int) -> None:
+    error = 100 * (predicted / measured - 1)
+    words = f"predicted {predicted / MIB:.1f} MiB, measured {measured / MIB:.1f} MiB ({error:+.1f}%)"
+    print(words)
+    assert -2 <= error <= 10, words
+
+
+@pytest.fixture(autouse=True)
+def _pages_as_they_were(monkeypatch):
+    for module in (tiers, pages, hierarchy, placement):
+        monkeypatch.setattr(module, "PAGE_BYTES", module.PAGE_BYTES)
+
+
+def cases(found: dict[str, Case], *often: str) -> list[Any]:
+    return [
+        pytest.param(case, id=name, marks=() if name in often else pytest.mark.slow) for name, case in found.items()
+    ]
+
+
+@pytest.mark.parametrize("case", cases(ONE_RANK, "plain", "state in DRAM", "parameters in DRAM", "all on a disk"))
+def test_one_rank_takes_what_was_predicted(tmp_path, case):
+    check(*train(case, str(tmp_path), 4 * MIB))
+
+
+@pytest.mark.parametrize("case", cases(TWO_RANKS, "ZeRO-3"))
+def test_two_ranks_take_what_was_predicted(tmp_path, two, case):
+    found = two.run(train, case, str(tmp_path), 4 * MIB)
+    check(found[0][0], max(measured for _, measured in found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["state in DRAM", "state on a disk", "state, release", "parameters and state in DRAM"])
+def test_pages_of_their_usual_size_are_counted(tmp_path, name):
+    check(*train(ONE_RANK[name], str(tmp_path), tiers.PAGE_BYTES))
