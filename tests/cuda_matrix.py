@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_largescale.groups import leave_process_group
 from lightning_largescale.offload import pages
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -76,29 +77,22 @@ TABLE = {"row_sharded_embeddings": ("embedding",)}
 PAIRED: dict[str, dict[str, Any]] = {
     "replicate": {"dp_replicate": 2},
     "replicate, optimizer in DRAM": {"dp_replicate": 2, "offload_optimizer": "cpu"},
-    "replicate, bf16-mixed": {"dp_replicate": 2, "precision": "bf16-mixed"},
     "ZeRO-2": {"dp_shard": 2, "reshard_after_forward": False},
     "ZeRO-2, all in DRAM": {"dp_shard": 2, "reshard_after_forward": False, **DRAM},
-    "ZeRO-3": {"dp_shard": 2},
+    "ZeRO-3": {"dp_shard": 2, "wrapped_modules": ("embedding", "head")},
     **SHARDED,
-    "wrapped": {"dp_shard": 2, "wrapped_modules": ("embedding", "head")},
     "tp": {"tp": 2},
     "tp, sequence parallel": {"tp": 2, "sequence_parallel": True},
-    "tp, recompute": {"tp": 2, "activation_checkpointing": "full"},
     "tp, all in DRAM": {"tp": 2, **DRAM},
     "table beside replicas": {"dp_replicate": 2, **TABLE},
     "table beside shards": {"dp_shard": 2, **TABLE},
 }
 FOUR: dict[str, dict[str, Any]] = {
     "HSDP": {"dp_replicate": 2, "dp_shard": 2},
-    "HSDP, all in DRAM": {"dp_replicate": 2, "dp_shard": 2, **DRAM},
     "2D": {"dp_shard": 2, "tp": 2},
-    "2D, all on disk": {"dp_shard": 2, "tp": 2, **NVME},
-    "2D, recompute": {"dp_shard": 2, "tp": 2, "activation_checkpointing": "full"},
+    "2D, all in DRAM": {"dp_shard": 2, "tp": 2, **DRAM},
 }
 PLANS = {**ALONE, **PAIRED, **FOUR}
-# Blocks compiled, by a backend that the pretended device has.
-COMPILED = {"compiled": "plain", "ZeRO-3, compiled": "ZeRO-3", "recompute, compiled": "recompute"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +109,6 @@ class Place:
     folder: Path
     plan: Plan | None = None
     precision: str = "32-true"
-    compiled: bool = False
     sparse: bool = False
     batch_size: int | None = None
 
@@ -128,8 +121,7 @@ class Place:
             half = self.precision == "16-mixed"
             given = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if half else {"precision": self.precision}
             return trainer(**given, **options)
-        compile = {"backend": "aot_eager"} if self.compiled else False
-        strategy = LargeScaleStrategy(self.plan, compile=compile, save_full=save_full)
+        strategy = LargeScaleStrategy(self.plan, save_full=save_full)
         return trainer(strategy, devices=self.plan.world_size, **options)
 
 
@@ -194,10 +186,11 @@ class Model(Language):
     def loader(self):
         among = (self.trainer.distributed_sampler_kwargs or {}) if self.trainer.world_size > 1 else {}
         data, size = Tokens(self.samples), self.batch_size or GLOBAL_BATCH // among.get("num_replicas", 1)
-        return DataLoader(data, batch_size=size, sampler=DistributedSampler(data, shuffle=False, **among) if among else None)
+        return DataLoader(
+            data, batch_size=size, sampler=DistributedSampler(data, shuffle=False, **among) if among else None
+        )
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
-
 
 
 Outcome = dict[str, Any]
@@ -332,6 +325,8 @@ ACTIONS: dict[str, Callable[[Place], Outcome]] = {
 
 def play(action: str, place: Place) -> Outcome | str:
     """The action's outcome on this rank; the sentence by which it is refused."""
+    # Each connects its ranks as its plan wants it.
+    leave_process_group()
     with _small_pages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f"{NOISE}|GPU available but not used")
         try:

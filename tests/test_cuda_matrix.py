@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from cuda_matrix import ACTIONS, COMPILED, FITS, PLANS, Place, play
+from cuda_matrix import ACTIONS, FITS, PLANS, Place, play
 from ranks import quiet
 
 from lightning_largescale.plan import Plan
@@ -42,18 +42,18 @@ def stock(tmp_path_factory):
 
 
 def cells():
-    for name in [*PLANS, *COMPILED]:
+    for name in PLANS:
         for action in ACTIONS:
             yield pytest.param(name, action, id=f"{name}-{action}", marks=())
 
 
 @pytest.mark.parametrize(("name", "action"), list(cells()))
 def test_as_stock_lightning_on_the_cpu(request, tmp_path, stock, name, action):
-    plan = Plan(**PLANS[COMPILED.get(name, name)])
+    plan = Plan(**PLANS[name])
     if plan.offloads:
         plan = dataclasses.replace(plan, nvme_path=str(tmp_path))
     sparse = bool(plan.row_sharded_embeddings)
-    place = Place("cuda", tmp_path, plan, plan.precision, name in COMPILED, sparse)
+    place = Place("cuda", tmp_path, plan, plan.precision, sparse)
     found = run(request, action, place)
     expected = stock(action, plan.precision, sparse, FITS * plan.dp if action == "batch size" else None)
     if isinstance(found[0], str):

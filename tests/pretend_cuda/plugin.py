@@ -28,6 +28,8 @@ class Known(NamedTuple):
     why: str
 
 
+# As many as the tests have ranks.
+DEVICES = 4
 # To be emptied.
 KNOWN = (
     Known(
@@ -46,11 +48,11 @@ def load(config: pytest.Config) -> str:
     if torch.cuda.is_available():
         return ""
     try:
-        extension = pretend_cuda.install()
+        extension = pretend_cuda.install(DEVICES)
     except pretend_cuda.CannotBuild as error:
         return str(error)
     reports = Path(tempfile.mkdtemp(prefix="pretend_cuda_")) / "reports"
-    os.environ |= pretend_cuda.environment(reports=str(reports))
+    os.environ |= pretend_cuda.environment(DEVICES, reports=str(reports))
     extension.set_report_file(str(reports))
     config.pluginmanager.register(_Reports(reports), "pretend_cuda_reports")
     return ""
