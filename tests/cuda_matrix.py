@@ -210,6 +210,7 @@ def _plain(values):
 
 def _dense(tensor):
     tensor = tensor.detach()
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
@@ -302,7 +303,8 @@ def finds_a_batch_size(place: Place) -> Outcome:
         model = Model(sparse=place.sparse, batch_size=2, short=place.plan.world_size - 1)
         finder = BatchSizeFinder(init_val=2, steps_per_trial=2, max_trials=4, margin=0.0)
         fitted = place.trainer(max_epochs=1, callbacks=[finder])
-        model.on_fit_start = model.losses.clear
+        # Of trials.
+        model.on_fit_start = lambda: (model.losses.clear(), model.evaluated.clear())
         fitted.fit(model)
         found = finder.optimal_batch_size
     return {"found": found, "size": FITS if place.plan is None else model.batch_size, **numbers(model, fitted)}

