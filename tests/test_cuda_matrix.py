@@ -108,11 +108,12 @@ def test_as_stock_lightning_on_the_cpu(request, tmp_path, stock, name, action):
         return
     if action == "gradients by hand" and plan.world_size > 1 and not plan.shards:
         # Each rank's own, as under DistributedDataParallel.
-        expected = run(request, action, dataclasses.replace(place, accelerator="cpu"))[0]
+        expected = run(request, action, dataclasses.replace(place, accelerator="cpu"))
     else:
-        expected = stock(action, plan.precision, sparse, FITS * plan.dp if action == "batch size" else None)
-    for one in found:
-        assert_close(one, {key: expected[key] for key in one}, CLOSE[plan.precision])
+        size = FITS * plan.dp if action == "batch size" else None
+        expected = [stock(action, plan.precision, sparse, size)] * len(found)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, {key: other[key] for key in one}, CLOSE[plan.precision])
 
 
 def run(request, action, place):
