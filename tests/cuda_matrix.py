@@ -143,16 +143,14 @@ class Model(Language):
     Args:
         sparse: as of a Place.
         by_hand: it optimizes by itself, every second step.
-        assigns: and sets gradients, in the step and after it.
         batch_size: a rank's; None: its share of the global batch.
         short: a rank that has no memory for batches of TOO_LARGE.
     """
 
-    def __init__(self, *, sparse, seed=0, by_hand=False, assigns=False, batch_size=None, short=None):
+    def __init__(self, *, sparse, seed=0, by_hand=False, batch_size=None, short=None):
         super().__init__(seed=seed, samples=STEPS * GLOBAL_BATCH)
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.automatic_optimization = not by_hand
-        self.assigns = assigns
         self.sparse, self.batch_size, self.short = sparse, batch_size, short
         self.blocks[1].down.register_full_backward_pre_hook(lambda part, gradients: self.run_out(gradients[0]))
 
@@ -167,21 +165,15 @@ class Model(Language):
         if self.automatic_optimization:
             return loss
         optimizer = self.optimizers()
-        if self.assigns:
-            parameters = [*self.parameters()]
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.grad = gradient
-        else:
-            self.manual_backward(loss)
+        self.differentiate(loss)
         if index % 2:
             self.clip_gradients(optimizer, 0.1, "norm")
             optimizer.step()
             optimizer.zero_grad()
         return None
 
-    def on_before_optimizer_step(self, optimizer):
-        for parameter in self.parameters() if self.assigns else ():
-            parameter.grad = parameter.grad * 0.5
+    def differentiate(self, loss):
+        self.manual_backward(loss)
 
     def validation_step(self, batch, index):
         loss = self.loss(batch)
@@ -202,6 +194,19 @@ class Model(Language):
         )
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+
+class Assigns(Model):
+    """Sets gradients, in the step and after it."""
+
+    def differentiate(self, loss):
+        parameters = [*self.parameters()]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            parameter.grad = parameter.grad * 0.5
 
 
 Outcome = dict[str, Any]
@@ -292,7 +297,7 @@ def by_hand(assigns: bool) -> Callable[[Place], Outcome]:
     def run(place: Place) -> Outcome:
         # Rows of tables have gradients of their own, and GradScaler takes those of its own backward.
         sets = assigns and not place.sparse and place.precision != "16-mixed"
-        model = Model(sparse=place.sparse, by_hand=True, assigns=sets)
+        model = (Assigns if sets else Model)(sparse=place.sparse, by_hand=True)
         fitted = place.trainer()
         fitted.fit(model)
         return numbers(model, fitted)
