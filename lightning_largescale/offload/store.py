@@ -278,7 +278,7 @@ def request_threads(name: str) -> ThreadPoolExecutor:
     """Threads that run requests, on the CUDA device of the one that makes them: they would begin with the first, and
     open a context on it that takes the memory of another rank's.
     """
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def start() -> None:
         if device is not None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_largescale.groups import carrying_device
 from lightning_largescale.workload.parts import share
 
 _ATTRIBUTE = "_largescale_rows"
@@ -84,7 +85,7 @@ def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
     """
     if local.is_sparse:
         return _full_sparse(local, rows, keep=keep)
-    local, shape, device = local.detach(), local.shape[1:], _carrying_device(local)
+    local, shape, device = local.detach(), local.shape[1:], carrying_device(local)
     whole = torch.empty((rows.rows if keep else 0, *shape), dtype=local.dtype)
     step = chunk_rows(local)
     for rank in range(dist.get_world_size()):
@@ -101,13 +102,6 @@ def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
     return whole
 
 
-def _carrying_device(tensor: Tensor) -> torch.device:
-    """Where collectives of all ranks take `tensor`: where it is, or on the device of ranks that meet by that alone, as
-    a module is back in DRAM after a fit.
-    """
-    return torch.device("cuda") if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor.device
-
-
 def chunk_rows(table: Tensor) -> int:
     """How many rows of `table` travel together."""
     row_bytes = table.shape[1:].numel() * table.element_size()
@@ -121,7 +115,7 @@ def sparse_rows(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 
 def _full_sparse(local: Tensor, rows: Rows, *, keep: bool) -> Tensor:
     """What optimizers keep of sparse gradients, such as SGD's momentum."""
-    local = local.detach().to(_carrying_device(local)).coalesce()
+    local = local.detach().to(carrying_device(local)).coalesce()
     ids, values = local.indices()[0] + rows.start, local.values()
     shape = torch.Size([rows.rows if keep else 0, *local.shape[1:]])
     found: list[tuple[Tensor, Tensor]] = []
