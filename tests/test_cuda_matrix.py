@@ -38,7 +38,7 @@ QUICK = {
     "all on disk": "validate",
     "three tiers": "resume",
     "release": "fit",
-    "release and host step": "clipping by value",
+    "release and host step": "resume",
     "release, all on disk": "second fit",
     "16-mixed": "fit",
     "bf16-mixed": "gradients by hand",
@@ -49,13 +49,15 @@ QUICK = {
     "ZeRO-3": "swa",
     "ZeRO-3, parameters in DRAM": "save_full",
     "ZeRO-3, activations on disk": "fit",
-    "ZeRO-3, release": "resume",
+    "ZeRO-3, release": "clipping",
     "ZeRO-3, 16-mixed": "clipping",
     "tp": "by hand",
     "table beside replicas": "fit",
     "HSDP": "fit",
     "2D": "clipping",
 }
+# What needs all gradients at once is refused where they are released, and a copy of a module with tables of many ranks.
+REFUSED = {"release": {"clipping", "clipping by value", "by hand", "gradients by hand"}, "table": {"swa", "ema"}}
 _LEAVES_IN_DRAM = "what leaves for DRAM is freed, and its memory there unregistered, while it is copied"
 _UNSCALED = "GradScaler's scale is read while its copy to DRAM is under way"
 # To be emptied: what is to be mended, by plan.
@@ -103,9 +105,11 @@ def test_as_stock_lightning_on_the_cpu(request, tmp_path, stock, name, action):
     sparse = bool(plan.row_sharded_embeddings)
     place = Place("cuda", tmp_path, plan, plan.precision, sparse)
     found = run(request, action, place)
-    if isinstance(found[0], str):
+    if any(word in name and action in actions for word, actions in REFUSED.items()):
+        assert all(isinstance(one, str) for one in found)
         assert found == run(request, action, dataclasses.replace(place, accelerator="cpu"))
         return
+    assert not any(isinstance(one, str) for one in found), found
     if action == "gradients by hand" and plan.world_size > 1 and not plan.shards:
         # Each rank's own, as under DistributedDataParallel.
         expected = run(request, action, dataclasses.replace(place, accelerator="cpu"))
