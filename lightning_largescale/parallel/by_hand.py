@@ -80,8 +80,7 @@ def set_gradient(in_step: Callable[[], bool], found: Watched, value: Tensor) -> 
     if in_step() and leaf is not None and not isinstance(leaf, DTensor) and leaf.dtype == value.dtype:
         found.hold_gradient(value)
     else:
-        # Shards may be kept in DRAM.
-        found.set_gradient(divided(value.to(shard.dtype), shard, order_of(shard)).to(shard.device))
+        found.set_gradient(divided(value.to(shard.dtype), shard, order_of(shard)))
 
 
 def reduce_assigned(groups: Iterable[tuple[nn.Module, Sequence[Watched]]]) -> None:
