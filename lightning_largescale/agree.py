@@ -7,6 +7,7 @@ whether all ranks are coming, and to the same. Too slow for training, good enoug
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable
 from enum import IntEnum
@@ -39,7 +40,8 @@ class _Outcome(IntEnum):
 def run_together(
     function: Callable[[], _Result], *, device: torch.device, forget: Callable[[], None]
 ) -> _Result | None:
-    """Run `function` until it ends on any rank: a collective. How it ended there is how it ends on all.
+    """Run `function` until it ends on any rank: a collective where there are several. How it ended there is how it ends
+    on all.
 
     Args:
         function: it enters the same collectives on all ranks, until the data of one ends.
@@ -53,6 +55,12 @@ def run_together(
         RuntimeError: a rank ran out of memory; on the others in words that Lightning takes for the same.
         torch.distributed.DistError: another rank failed otherwise; that one raises its own error.
     """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        result, error = _attempt(function, contextlib.nullcontext())
+        if error is not None:
+            forget()
+            raise error
+        return result
     together = _Together(device)
     result, error = _attempt(function, together)
     if error is not None and is_connection_loss(error):
@@ -73,7 +81,9 @@ def run_together(
     raise dist.DistError("another rank failed in the same step")
 
 
-def _attempt(function: Callable[[], _Result], together: _Together) -> tuple[_Result | None, Exception | None]:
+def _attempt(
+    function: Callable[[], _Result], together: contextlib.AbstractContextManager[Any]
+) -> tuple[_Result | None, Exception | None]:
     """What `function` returns or raises."""
     try:
         with together:

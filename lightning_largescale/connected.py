@@ -251,7 +251,9 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """Wait until every rank is here."""
         self._meet_peers()
         if self.has_peers and dist.is_initialized():
-            ids = [self.root_device.index] if "nccl" in dist.get_backend() else None
+            # On a device, which an earlier fit on the CPU has not.
+            on_device = self.root_device.type == "cuda" and "nccl" in dist.get_backend()
+            ids = [self.root_device.index] if on_device else None
             dist.barrier(device_ids=ids)
 
     @override

@@ -12,7 +12,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_largescale import compat
@@ -73,6 +75,13 @@ def connect(environment: Any, backend: str, device: Any, timeout: Any) -> None:
         left.times += 1
         store = dist.PrefixStore(f"largescale/{left.times}", left.store)  # type: ignore[attr-defined]
     compat.init_process_group(environment, backend, device, timeout, store)
+
+
+def carrying_device(tensor: Tensor) -> torch.device:
+    """Where collectives of all ranks take `tensor`: where it is, or the CUDA device, for what is in DRAM of ranks that
+    are connected by NCCL alone.
+    """
+    return torch.device("cuda") if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor.device
 
 
 def leave_process_group() -> None:

@@ -181,7 +181,7 @@ class LargeScaleStrategy(OffloadingStrategy):
         self._undo.enter_context(compat.around_hooks(trainer, self._around_hook))
         if self.has_peers:
             compat.flag_sigterm_only(trainer)
-            self._undo.enter_context(finders_search_together(self, trainer))
+        self._undo.enter_context(finders_search_together(self, trainer))
         self._heed_requeue_signal(trainer)
         if fitting:
             self._known = KnownParameters(module, plan) if plan.world_size > 1 or plan.gathers else None

@@ -1,4 +1,5 @@
-"""Lightning's finders on several ranks: they try the same batch sizes, and what one has no memory for none has.
+"""Lightning's finders: ranks try the same batch sizes, what one has no memory for none has, and a trial that ends
+halfway leaves nothing behind.
 
 Lightning keeps the finder to a single process: each rank would name a checkpoint of its own, end its search at its own
 length of data, and wait for ever for one that ran out of memory.
@@ -37,6 +38,10 @@ class SearchingStrategy(Protocol):
     @property
     def root_device(self) -> torch.device:
         """The device of this rank."""
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there are other ranks."""
 
     def forget_step(self) -> None:
         """Make good what a step, ended halfway on all ranks, left behind."""
@@ -105,7 +110,8 @@ def _search(
 
     def set_up(loop: Any, own: Callable[[], None]) -> None:
         together(own)
-        compat.set_dataset_length(loop, partial(_shortest, strategy.root_device))
+        if strategy.has_peers:
+            compat.set_dataset_length(loop, partial(_shortest, strategy.root_device))
 
     with contextlib.ExitStack() as undo:
         for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):

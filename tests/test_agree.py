@@ -90,3 +90,17 @@ def test_another_failure_is_told_as_one(two):
 def test_it_ends_where_the_first_rank_ends(two):
     assert two.run(together, "plain", "nothing") == [("result", 3, 0, 2.0)] * 2
     assert two.run(together, "plain", "nothing", (5, 2)) == [(None, 2, 1, 2.0), ("result", 2, 0, 2.0)]
+
+
+def test_one_process_makes_good_what_it_leaves():
+    forgotten = []
+
+    def run(function):
+        return run_together(function, device=torch.device("cpu"), forget=lambda: forgotten.append(1))
+
+    assert run(lambda: "result") == "result"
+    assert not forgotten
+    for stop in (out_of_memory, failed):
+        with pytest.raises((RuntimeError, ValueError), match=r"can't allocate|its own"):
+            run(stop)
+    assert forgotten == [1, 1]

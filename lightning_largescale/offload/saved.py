@@ -16,7 +16,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from lightning_largescale.offload.memory import Memory
 from lightning_largescale.offload.room import Buffers, Extents
-from lightning_largescale.offload.store import Extent, Store, StoreError, Transfer
-from lightning_largescale.tiers import REQUEST_BYTES, REQUESTS, aligned
+from lightning_largescale.offload.store import Extent, Store, StoreError, Transfer, request_threads
+from lightning_largescale.tiers import REQUEST_BYTES, aligned
 
 
 class Saved:
@@ -155,7 +155,7 @@ class Disk(Tier):
         self._buffers = Buffers(pinned=self._cuda)
         self._taking = threading.Lock()
         self._own = threading.local()
-        self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="lightning_largescale activations")
+        self._threads = request_threads("activations")
         weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True).atexit = False
 
     def send(self, storages: Iterable[Saved]) -> Sent:

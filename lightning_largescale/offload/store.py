@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from lightning_largescale.offload.direct import REFUSALS, DirectFile
 from lightning_largescale.offload.folder import FILE, checked, own_folder, remove
 from lightning_largescale.offload.folder import remove_stale as remove_stale
@@ -272,6 +274,19 @@ class Store:
         )
 
 
+def request_threads(name: str) -> ThreadPoolExecutor:
+    """Threads that run requests, on the CUDA device of the one that makes them: they would begin with the first, and
+    open a context on it that takes the memory of another rank's.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def start() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+
+    return ThreadPoolExecutor(REQUESTS, thread_name_prefix=f"lightning_largescale {name}", initializer=start)
+
+
 class _Threads:
     """What runs requests; in a forked process, which has none of its parent's threads, others."""
 
@@ -283,7 +298,7 @@ class _Threads:
     def submit(self, request: Callable[..., None], *arguments: object) -> Future[None]:
         with self._lock:
             if self._pool is None or self._process != os.getpid():
-                self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="lightning_largescale store")
+                self._pool = request_threads("store")
                 self._process = os.getpid()
             try:
                 return self._pool.submit(request, *arguments)

@@ -100,13 +100,18 @@ class Turn:
                     slot.copy_(elements(local_of(value), piece))
                 found[key] = slot
             else:
-                # Of several pieces each counts its steps.
-                apart = isinstance(value, Tensor) and not piece.whole
-                found[key] = local_of(value).clone() if apart else value
-                if isinstance(value, Tensor) and device.type == "cpu" != value.device.type:
-                    # Of an earlier run, in which the device stepped.
-                    found[key] = local_of(value).cpu()
+                found[key] = self._unpaged(value, piece, device) if isinstance(value, Tensor) else value
         return found
+
+    @staticmethod
+    def _unpaged(value: Tensor, piece: Piece, device: torch.device) -> Tensor:
+        """State that no page has, as a part is stepped on with it: plain, as the part is."""
+        local = local_of(value)
+        if device.type == "cpu" != local.device.type:
+            # Of an earlier run, in which the device stepped.
+            return local.cpu()
+        # Of several pieces each counts its steps.
+        return local if piece.whole else local.clone()
 
     def _kept(self, member: Member, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:
         """What the optimizer is to have, between steps, of what it has made of a part's state."""
@@ -114,7 +119,8 @@ class Turn:
         if not member.local.numel() and key in member.kind.dtypes:
             return as_divided(member.parameter, value[:0])
         if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
-            return value
+            # A number is nobody's part, of a parameter that is one either.
+            return as_divided(member.parameter, value) if isinstance(value, Tensor) and value.dim() else value
         if slot.device.type == "cpu" != value.device.type:
             self._brought.append((slot, value))
         elif value.data_ptr() != slot.data_ptr():

@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
+from lightning_largescale.groups import carrying_device
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.parts import Part, cut, share
 
@@ -92,7 +93,8 @@ def full(tensor: Tensor, part: Part | None = None) -> Tensor:
     part = part or order_of(tensor)
     if not divided_dims(tensor):
         return _replicated(tensor)
-    whole: Tensor = tensor.to_local().detach()
+    local = tensor.to_local().detach()
+    whole: Tensor = local.to(carrying_device(local))
     for axis, level in enumerate(_levels(tensor)):
         if level is not None:
             dim, size = level
@@ -101,7 +103,7 @@ def full(tensor: Tensor, part: Part | None = None) -> Tensor:
                 assert part is not None
                 pieces = part
             whole = MeshRanks(tensor.device_mesh, axis).whole(whole, pieces)
-    return whole
+    return whole.to(local.device)
 
 
 def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:

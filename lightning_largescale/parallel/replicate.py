@@ -194,9 +194,8 @@ def _wrap(call: _Call, known: set[int], device: torch.device) -> DistributedData
     # torch tells other ranks only what is plain and dense, in every forward; what is not was made equal at setup.
     left_out += [name for name, one in call.named_buffers() if not is_plain(one) or one.dtype not in EVERYWHERE]
     compat.ignore_parameters(call, left_out)
-    # Buckets are made on a stream of their own so that the default one does not hold their memory.
-    stream = torch.cuda.stream(torch.cuda.Stream()) if on_cuda else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-    with _trainable(call.module.parameters(), known), stream:
+    # On the stream that computes: gradients that are there already are copied to the buckets here.
+    with _trainable(call.module.parameters(), known):
         return DistributedDataParallel(
             call,
             device_ids=[device.index] if on_cuda else None,

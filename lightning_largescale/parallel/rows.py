@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_largescale.groups import carrying_device
 from lightning_largescale.workload.parts import share
 
 _ATTRIBUTE = "_largescale_rows"
@@ -75,7 +76,7 @@ def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
     """The whole table, or its row-wise state, that ranks have pieces of: a collective.
 
     Args:
-        local: this rank's piece, dense or sparse COO, alike on all ranks, on a device that collectives take.
+        local: this rank's piece, dense or sparse COO, alike on all ranks, on any device.
         rows: of it.
         keep: whether this rank wants the whole.
 
@@ -84,7 +85,7 @@ def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
     """
     if local.is_sparse:
         return _full_sparse(local, rows, keep=keep)
-    local, shape = local.detach(), local.shape[1:]
+    local, shape, device = local.detach(), local.shape[1:], carrying_device(local)
     whole = torch.empty((rows.rows if keep else 0, *shape), dtype=local.dtype)
     step = chunk_rows(local)
     for rank in range(dist.get_world_size()):
@@ -92,9 +93,9 @@ def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
         for first in range(0, length, step):
             count = min(step, length - first)
             if rank == dist.get_rank():
-                piece = local[first : first + count].contiguous()
+                piece = local[first : first + count].contiguous().to(device)
             else:
-                piece = local.new_empty((count, *shape))
+                piece = local.new_empty((count, *shape), device=device)
             dist.broadcast(piece, rank)
             if keep:
                 whole[start + first : start + first + count] = piece
@@ -114,7 +115,7 @@ def sparse_rows(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 
 def _full_sparse(local: Tensor, rows: Rows, *, keep: bool) -> Tensor:
     """What optimizers keep of sparse gradients, such as SGD's momentum."""
-    local = local.detach().coalesce()
+    local = local.detach().to(carrying_device(local)).coalesce()
     ids, values = local.indices()[0] + rows.start, local.values()
     shape = torch.Size([rows.rows if keep else 0, *local.shape[1:]])
     found: list[tuple[Tensor, Tensor]] = []

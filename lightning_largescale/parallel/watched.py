@@ -393,7 +393,8 @@ class Watched:
             self._set_gradient(self, value)
             return
         self.one.unreduced_gradient = None
-        GRADIENT.__set__(shard, value)
+        # Shards may be kept in DRAM.
+        GRADIENT.__set__(shard, None if value is None else value.to(shard.device))
 
     def hold_gradient(self, value: Tensor) -> None:
         """Assign the gradient of the parameter, to be reduced later."""

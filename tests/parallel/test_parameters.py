@@ -46,7 +46,9 @@ class Curious(Language):
                 one.data = one.data.half()
             with pytest.raises(PlanError, match=r"gradient of .* is assigned a tensor of shape \(1,\)"):
                 one.grad = torch.zeros(1)
-        assert type(self.state_dict()["blocks.0.up.weight"]) is DTensor
+        saved = self.state_dict()["blocks.0.up.weight"]
+        assert isinstance(saved, DTensor)
+        assert type(again(saved)) is type(copy.deepcopy(saved)) is DTensor
         leaf.requires_grad_(False)
         self.blocks[0].requires_grad_(False)
         loss = super().training_step(batch, index)

@@ -58,7 +58,12 @@ def install(extension: Any) -> None:
     dist.ProcessGroupNCCL = distributed_c10d.ProcessGroupNCCL = ProcessGroupNCCL
     distributed_c10d._NCCL_AVAILABLE = True
     distributed_c10d.default_pg_nccl_timeout = distributed_c10d.default_pg_timeout
-    torch._C._distributed_c10d.Backend.options = property(lambda group: _SplitOptions())
+    backend = torch._C._distributed_c10d.Backend
+    backend.options = property(lambda group: _SplitOptions())
+    # What torch puts around the aborts of several groups.
+    backend._group_start = backend._group_end = lambda group: None
+    # What a rank does that takes no part in a new group.
+    backend.perform_nocolor_split = lambda group, device: None
     torch._C._nccl_version = lambda: 2 << 32 | 29 << 16 | 7
     torch._C._nccl_version_suffix = lambda: b""
     extension.set_maker(lambda store, rank, size: _gloo("pretended split", store, rank, size))

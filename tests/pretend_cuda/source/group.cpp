@@ -240,7 +240,10 @@ class Group final : public c10d::Backend {
     return run(what, reads, writes, options.asyncOp, [&]() -> WorkPtr {
       wait_without_gil(call(summed));
       if (average)
-        for (auto one : results) one.div_(getSize());
+        for (auto one : results) {
+          if (c10::isIntegralType(one.scalar_type(), false)) one.div_(getSize(), "trunc");
+          else one.div_(getSize());
+        }
       return nullptr;
     });
   }
