@@ -38,6 +38,7 @@ KNOWN = (
         " copy reads what comes next in that memory, and nobody reads the copy",
     ),
     # What is measured there is memory.
+    *(Known(kind, "test_what_a_disk_gives_back_late", "as below") for kind in ("reuse", "pinned", "pageable")),
     Known("reuse", "take_what_was_predicted", "as above"),
     Known("reuse", "takes_what_was_predicted", "as above"),
     Known("pinned", "takes_what_was_predicted", "as above, where such a copy is still under way at the end"),
