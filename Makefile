@@ -9,11 +9,13 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constra
 example: .venv/.package
 	$(PY) examples/quickstart.py --accelerator cpu --devices 2
 
+# Those for CUDA at the same time, on one that is pretended where there is none: in a process of their own, since all of
+# torch sees the device. They are told after the others. tests/pretend_cuda/README.md
 test: .venv/.dev
-	$(PY) -m pytest -m "not slow and not gpu"
+	@log=$$(mktemp); $(PY) -m pytest --pretend-cuda -m "gpu and not slow" >"$$log" 2>&1 & pretended=$$!; \
+	$(PY) -m pytest -m "not slow and not gpu"; status=$$?; \
+	wait $$pretended || status=1; cat "$$log"; rm -f "$$log"; exit $$status
 
-# What needs a CUDA device, on one that is pretended where there is none: tests/pretend_cuda/README.md. In a process of
-# its own, since all of torch sees the device.
 pretend: .venv/.dev
 	$(PY) -m pytest --pretend-cuda -m gpu
 
