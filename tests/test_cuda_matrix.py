@@ -58,22 +58,12 @@ QUICK = {
 }
 # What needs all gradients at once is refused where they are released, and a copy of a module with tables of many ranks.
 REFUSED = {"release": {"clipping", "clipping by value", "by hand", "gradients by hand"}, "table": {"swa", "ema"}}
-_LEAVES_IN_DRAM = "what leaves for DRAM is freed, and its memory there unregistered, while it is copied"
-_UNSCALED = "GradScaler's scale is read while its copy to DRAM is under way"
-# To be emptied: what is to be mended, by plan.
-FAULTS = {
-    name: _UNSCALED if name.endswith("16-mixed, all in DRAM") and "bf16" not in name else _LEAVES_IN_DRAM
-    for name, fields in PLANS.items()
-    if fields.get("offload_activations") == "cpu"
-}
 
 
 def cells():
     for name in PLANS:
         for action in ACTIONS:
             marks = [] if QUICK.get(name) == action else [pytest.mark.slow]
-            if name in FAULTS:
-                marks.append(pytest.mark.xfail(reason=FAULTS[name], strict=True))
             yield pytest.param(name, action, id=f"{name}-{action}", marks=marks)
 
 

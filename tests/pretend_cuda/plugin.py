@@ -37,27 +37,10 @@ _PAGEABLE = (
     " are right, and wait"
 )
 KNOWN = (
-<<<<<<< HEAD
     Known("pageable", "takes_what_was_predicted", _PAGEABLE),
     Known("pageable", "take_what_was_predicted", _PAGEABLE),
+    Known("pageable", "test_what_a_disk_gives_back_late", _PAGEABLE),
     Known("pageable", "test_cuda_matrix", _PAGEABLE),
-=======
-    Known(
-        "reuse",
-        "test_cuda_holds_two_blocks",
-        "an activation whose backward comes while its copy to DRAM is under way is freed without record_stream: the"
-        " copy reads what comes next in that memory, and nobody reads the copy",
-    ),
-    # What is measured there is memory.
-    *(Known(kind, "test_what_a_disk_gives_back_late", "as below") for kind in ("reuse", "pinned", "pageable")),
-    Known("reuse", "take_what_was_predicted", "as above"),
-    Known("reuse", "takes_what_was_predicted", "as above"),
-    Known("pinned", "takes_what_was_predicted", "as above, where such a copy is still under way at the end"),
-    Known("pinned", "take_what_was_predicted", "as above, where such a copy is still under way at the end"),
-    Known("pageable", "takes_what_was_predicted", "parameters that nvme keeps, or cpu beside release, are not pinned"),
-    Known("pageable", "take_what_was_predicted", "parameters that nvme keeps, or cpu beside release, are not pinned"),
-    Known("race", "take_what_was_predicted[replicate", "replicas copy their first gradients on a stream of their own"),
->>>>>>> hc
 )
 
 
