@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lightning_largescale.apart import ApartError, run_apart
 from lightning_largescale.hardware.disks import disks
 from lightning_largescale.hardware.memory import rank_memory
 from lightning_largescale.hardware.model import Hardware
@@ -78,6 +77,9 @@ def cuda_devices(count: int) -> tuple[str, int, int, list[str]]:
     Args:
         count: of devices.
     """
+    # To measure a machine without CUDA, nothing of lightning is imported.
+    from lightning_largescale.apart import ApartError, run_apart
+
     look = partial(_look_at_devices, count)
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         # Drivers exist that were begun with otherwise: then nothing is to be kept apart any more.
