@@ -57,6 +57,8 @@ def load(config: pytest.Config) -> str:
     reports = Path(tempfile.mkdtemp(prefix="pretend_cuda_")) / "reports"
     os.environ |= pretend_cuda.environment(DEVICES, reports=str(reports))
     extension.set_report_file(str(reports))
+    # Kernels run late, on whichever thread of the host waits: what they add up is to be the same on each.
+    torch.set_num_threads(1)
     peaks.watch()
     config.pluginmanager.register(_Reports(reports), "pretend_cuda_reports")
     return ""
