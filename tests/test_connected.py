@@ -168,7 +168,12 @@ def found(environment, plan, devices=1, fits=2):
 
 @pytest.mark.parametrize(
     ("environment", "nodes", "devices"),
-    [(OfAPlatform, (1, 2), 1), (OfAUser, (1, 2), 1), (KubeflowEnvironment, (2, 1), 1), (OfAUser, (1, 2), 3)],
+    [
+        (OfAPlatform, (1, 2), 1),
+        pytest.param(OfAUser, (1, 2), 1, marks=pytest.mark.slow),
+        (KubeflowEnvironment, (2, 1), 1),
+        pytest.param(OfAUser, (1, 2), 3, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("plan", [Plan(dp_replicate=2), Plan(dp_shard=2)], ids=["replicated", "sharded"])
 def test_the_environment_knows_how_many_there_are(two, environment, nodes, devices, plan):

@@ -177,7 +177,7 @@ BESIDE_CUDA = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+@pytest.mark.parametrize("kind", ["AdamW", pytest.param("SGD", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tier", BESIDE_CUDA)
 def test_a_cuda_device_trains_as_plainly(tmp_path, tier, kind):
     run = "groups" if "release_gradients" in BESIDE_CUDA[tier] else "clipping"

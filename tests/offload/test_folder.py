@@ -153,9 +153,9 @@ def test_a_new_folder_that_another_start_removes_is_made_again(tmp_path, monkeyp
     [
         ("", 0),
         ("raise KeyError", 1),
-        ("sys.exit(3)", 3),
+        pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow),
         ("[store.write(extent, page) for _ in range(100)]", 0),
-        ("store.close()", 0),
+        pytest.param("store.close()", 0, marks=pytest.mark.slow),
         ("import os, threading; threading.Thread(target=lambda: store.write(extent, page).wait()).start()", 0),
     ],
 )

@@ -257,7 +257,7 @@ print("alike")
 _ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "torch"])
+@pytest.mark.parametrize("case", ["llama", *(pytest.param(case, marks=pytest.mark.slow) for case in ("gpt2", "torch"))])
 @pytest.mark.parametrize(
     ("device", "backend"),
     [pytest.param("cpu", "gloo", marks=pytest.mark.slow), pytest.param("cuda", "nccl", marks=_ON_CUDA)],

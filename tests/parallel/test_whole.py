@@ -189,8 +189,8 @@ def fits(plans, devices, tied=False):
     "plans",
     [
         [THREE, Plan(dp_replicate=2)],
-        [THREE, Plan(dp_shard=2, precision="bf16-mixed"), THREE],
-        [Plan(dp_replicate=2), THREE, Plan(dp_replicate=2), THREE],
+        pytest.param([THREE, Plan(dp_shard=2, precision="bf16-mixed"), THREE], marks=pytest.mark.slow),
+        pytest.param([Plan(dp_replicate=2), THREE, Plan(dp_replicate=2), THREE], marks=pytest.mark.slow),
         [THREE, "auto"],
     ],
     ids=str,
