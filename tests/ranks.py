@@ -22,7 +22,7 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_largescale import compat
-from lightning_largescale.groups import made_once
+from lightning_largescale.groups import leave_process_group, made_once
 
 # What Lightning and torch advise or deprecate among themselves, which no test here is about.
 ADVICE = (
@@ -116,6 +116,15 @@ def connected(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     finally:
         dist.destroy_process_group()
+
+
+def in_own_group(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` on a rank, which connects as it needs to and is in no process group after it."""
+    leave_process_group()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        leave_process_group()
 
 
 def mesh_of(shape: tuple[int, ...] | None = None) -> DeviceMesh:

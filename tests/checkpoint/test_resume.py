@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from models import DIM, GLOBAL_BATCH, Language, Lion, SaveLast, ScheduleFree, read_checkpoint, trainer
-from ranks import quiet
+from ranks import in_own_group, quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -438,9 +438,11 @@ def test_state_that_is_kept_elsewhere_never_comes_to_the_device(tmp_path, monkey
 def test_each_ranks_state_that_is_kept_elsewhere_never_comes_to_its_device(two, tmp_path):
     kind, path = torch.optim.AdamW, tmp_path / "saved"
     on_cuda(Plan(), kind, 1, save=path / "file")
-    two.run(on_cuda, Plan(dp_shard=2), kind, 1, save=path / "directory", devices=2)
+    two.run(in_own_group, on_cuda, Plan(dp_shard=2), kind, 1, save=path / "directory", devices=2)
     plan = Plan(dp_shard=2, offload_optimizer="cpu")
-    fresh = two.run(on_cuda, plan, kind, 1, devices=2)
+    fresh = two.run(in_own_group, on_cuda, plan, kind, 1, devices=2)
     for saved in path.iterdir():
-        for found, (_, before, _) in zip(two.run(on_cuda, plan, kind, 2, saved, devices=2), fresh, strict=True):
+        for found, (_, before, _) in zip(
+            two.run(in_own_group, on_cuda, plan, kind, 2, saved, devices=2), fresh, strict=True
+        ):
             assert found[1] <= before + 2**17

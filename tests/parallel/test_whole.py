@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from models import Language, trainer
-from ranks import quiet
+from ranks import in_own_group, quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -116,11 +115,6 @@ def test_a_loss_of_full_parameters_is_differentiated(two, plan, early):
         assert losses == pytest.approx(plain, rel=1e-5)
 
 
-def leave_group():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 ELSEWHERE = {
     "DRAM": {"offload_parameters": "cpu"},
     "DRAM in part": {"offload_parameters": "cpu", "resident_parameter_bytes": 8000},
@@ -143,9 +137,8 @@ def test_full_parameters_are_on_the_device_that_computes(tmp_path, fields):
 @pytest.mark.gpu
 def test_full_parameters_of_two_ranks_are_on_each_ones_device(two):
     plans = Plan(dp_shard=2, offload_parameters="cpu"), Plan(dp_shard=2)
-    # One that an earlier test has left may not sum what is in DRAM.
-    two.run(leave_group)
-    found, expected = (two.run(penalise, plan, 2, True, accelerator="cuda", max_steps=3) for plan in plans)
+    options = {"accelerator": "cuda", "max_steps": 3}
+    found, expected = (two.run(in_own_group, penalise, plan, 2, True, **options) for plan in plans)
     assert found == [pytest.approx(losses, rel=1e-5) for losses in expected]
 
 
