@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 import resource
 
@@ -230,7 +231,13 @@ def test_compiled_parts_run_eagerly():
     plain = Workload.trace(GPT(layers=2), tokens(), precisions=("32-true",))
     assert work.approximate == ()
     assert work.blocks == ("blocks.0", "blocks.1")
-    assert work.steps == plain.steps
+    step = work.steps["32-true"]
+    # The names of parameters tell of the compilation, and nothing else does.
+    segments = tuple(
+        dataclasses.replace(one, completed=tuple(name.replace("._orig_mod", "") for name in one.completed))
+        for one in step.segments
+    )
+    assert {"32-true": dataclasses.replace(step, segments=segments)} == plain.steps
 
 
 def test_lazy_modules_are_refused():
