@@ -120,7 +120,11 @@ def others_threads() -> list[str]:
 
 
 def run_apart(
-    function: Callable[[], _Result], *, timeout: float = _TIMEOUT_SECONDS, idle: float = _IDLE_SECONDS
+    function: Callable[[], _Result],
+    *,
+    timeout: float = _TIMEOUT_SECONDS,
+    idle: float = _IDLE_SECONDS,
+    what: str = "a batch and the step are looked at",
 ) -> _Result:
     """What `function` returns in a fork of this process, which prints nothing and is then gone.
 
@@ -131,6 +135,7 @@ def run_apart(
         function: without arguments; its result is pickled.
         timeout: seconds that it may work.
         idle: seconds that it, and what it starts, may wait.
+        what: is done there, as those who wait for it are told.
 
     Raises:
         PlanError: as `function` raises it.
@@ -148,7 +153,7 @@ def run_apart(
     writer.close()
     answer, ended = None, False
     try:
-        _wait(reader, child, timeout=timeout, idle=idle)
+        _wait(reader, child, timeout=timeout, idle=idle, what=what)
         answer = pickle.loads(reader.recv_bytes())
         ended = True
     except EOFError:
@@ -195,7 +200,7 @@ def _thread_name(folder: Path) -> str:
         return ""
 
 
-def _wait(reader: Any, child: int, *, timeout: float, idle: float) -> None:
+def _wait(reader: Any, child: int, *, timeout: float, idle: float, what: str) -> None:
     """Until there is something to read.
 
     Raises:
@@ -216,7 +221,7 @@ def _wait(reader: Any, child: int, *, timeout: float, idle: float) -> None:
         if not told and now - began > _TOLD_SECONDS:
             told = True
             rank_zero_info(
-                "lightning_largescale: a batch and the step are looked at in a fork of this process, which is ended"
+                f"lightning_largescale: {what} in a fork of this process, which is ended"
                 f" after {idle:.0f} s in which it only waits, or {timeout:.0f} s of work."
             )
 

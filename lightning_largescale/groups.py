@@ -70,6 +70,8 @@ def connect(environment: Any, backend: str, device: Any, timeout: Any) -> None:
     Ranks that left a group meet again in the store that they met in: its server lives in rank 0, where another rank
     may ask for it before rank 0 has left, and would meet what was written there for the group that is left.
     """
+    if dist.is_initialized():
+        return
     store = None
     if (left := _left.get((environment.main_address, str(environment.main_port)))) is not None:
         left.times += 1
@@ -89,7 +91,7 @@ def leave_process_group() -> None:
 
     gloo closes a connection when nobody refers to its group any longer, which modules may, also those of earlier fits
     that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would
-    wait for the collectives that are under way.
+    wait for the collectives that are under way. What the ranks met by stays: they meet again by `connect` alone.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -25,6 +25,9 @@ from lightning_largescale.plan import PlanError
 _HOP_SECONDS = {"NVLink": 3.4e-6, "PCIe": 5.7e-6, "network": 14e-6}
 _GB, _TERA = 10**9, 1e12
 
+# What CUDA's context takes of a device, the code of kernels among it, before the allocator has anything; assumed.
+CONTEXT_BYTES = 576 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
@@ -248,7 +251,7 @@ def named(text: str, nodes: int = 1) -> Hardware:
         kind="cuda",
         name=device.title,
         memory_bytes=memory_bytes,
-        memory_free_bytes=memory_bytes,
+        memory_free_bytes=memory_bytes - CONTEXT_BYTES,
         nodes=nodes,
         ranks_per_node=count,
         cores=max(1, device.node_cores * count // device.node_devices),

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # world's.
 _LOCAL_WORLD_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
+# The first start of a driver, of many devices, waits for them.
+_IDLE_SECONDS = 60.0
+
 
 def detect(
     *,
@@ -84,7 +87,7 @@ def cuda_devices(count: int) -> tuple[str, int, int, list[str]]:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         # Drivers exist that were begun with otherwise: then nothing is to be kept apart any more.
         with contextlib.suppress(ApartError):
-            return run_apart(look)
+            return run_apart(look, idle=_IDLE_SECONDS, what="CUDA's devices are looked at")
     return look()
 
 

@@ -146,7 +146,7 @@ class Hardware:
         kind: "cpu" or "cuda": what the device tier is. On "cpu" it is the process's share of DRAM.
         name: the device's own name.
         memory_bytes: the device tier of one rank, in all.
-        memory_free_bytes: what one rank may still take there.
+        memory_free_bytes: what one rank may still take there; on CUDA beside its context.
         nodes: number of machines.
         ranks_per_node: processes on each.
         cores: CPU cores of the node that this process may run on (affinity mask).

@@ -242,7 +242,7 @@ class Agreement:
     def _end_step(self) -> None:
         if self._pattern is not None:
             self._pattern.learn(self._own, same=self._same, departed=self._departed)
-        self._pattern = self._followed = None
+        self._pattern = self._followed = self._look_up_along = None
         self._leave_engine()
 
     # What this rank is about to enter
@@ -315,6 +315,8 @@ class Agreement:
         if self._position < len(self._followed) and self._followed[self._position] == entry:
             self._position += 1
             return True
+        # All ranks are past the root's gather, or have it to themselves: what they look up comes first.
+        self._before(entry)
         self._depart(self._go_along())
         return False
 
@@ -327,6 +329,7 @@ class Agreement:
         self._own.append(point)
         while self._followed is not None:
             expected = self._position < len(self._followed) and self._followed[self._position] == point
+            self._before(point)
             nearest = point if expected else self._go_along()
             if not expected and not self._is_idle:
                 self._depart(nearest)
@@ -471,8 +474,9 @@ class Agreement:
         told = own.told()
         if not wants and not told.same:
             raise self._differ(told)
-        # An idle rank cannot take part in what is none of FSDP's.
-        if told.idle and told.kinds == {EntryKind.MEET} and not told.departed and told.between[1].number == COLLECTIVE:
+        # An idle rank cannot take part in what is none of FSDP's, nor in a backward.
+        met = told.between[1].number if told.kinds == {EntryKind.MEET} and not told.departed else END_STEP
+        if told.idle and met not in (END_STEP, LOOK_UP, BEGIN_EVALUATION):
             raise self._differ(told._replace(between=(Entry(EntryKind.MEET, END_STEP), told.between[1])))
         # Ranks that depart have yet to come to where the others are.
         if told.same and entry.kind is EntryKind.MEET and not told.departed and not told.reads_same:

@@ -131,8 +131,8 @@ class FullReads(WholeNumbers):
 
         with torch.no_grad():
             result = func(*map_tensors(args, gathered), **map_tensors(kwargs, gathered))
-        if isinstance(result, np.ndarray):
-            # A copy: what is written into it would be lost.
+        if isinstance(result, np.ndarray) and shards[0].device_mesh.device_type == "cpu":
+            # A copy, of what numpy shares elsewhere: what is written into it would be lost.
             result.flags.writeable = False
         return _map_results(result, like_shards)
 

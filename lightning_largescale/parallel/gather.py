@@ -280,7 +280,7 @@ def gather_along(module: nn.Module, look_up_along: Callable[[], None] | None = N
     try:
         with state.agreement.step("evaluation", look_up_along=look_up_along or _nothing):
             # The root is gathered before ranks do anything else.
-            getattr(module, _STEP)(lambda: None)
+            getattr(module, _STEP)(partial(_with_wraps_gathered, state, _nothing))
             state.agreement.end_forward(backward=False)
     finally:
         state.stepping = False
@@ -451,9 +451,12 @@ def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result
     """
     names = () if state.whole else state.plan.wrapped_modules
     wraps = [state.groups[name] for name in names if name in state.groups]
+    # As the root's, before ranks do anything else.
+    before, state.before_gather = state.before_gather, None
     for group in wraps:
         group.set_reshard_after_forward(False, recurse=False)
         group.unshard()
+    state.before_gather = before
     try:
         return step()
     finally:

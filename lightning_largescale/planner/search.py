@@ -30,8 +30,6 @@ from lightning_largescale.workload import Workload
 # Of what a device has free, the share that a plan may use unless a budget is given: the rest is for what no model of it
 # sees.
 BUDGET_SHARE = 0.9
-# What CUDA's context takes of a device, the code of kernels among it, before the allocator has anything; assumed.
-CONTEXT_BYTES = 576 * 2**20
 # Of the plans that save the most, how many are asked whether all that may leave would make them fit, for advice.
 _ASKED = 8
 
@@ -80,7 +78,7 @@ def find_plans(
     if precision is not None and not _computes(hardware, precision):
         raise PlanError(f"precision={precision!r} was asked for and {hardware.name} cannot compute it; take '32-true'.")
     if memory_budget is None:
-        budget_bytes = int(BUDGET_SHARE * _free_bytes(hardware)) + baseline_bytes
+        budget_bytes = int(BUDGET_SHARE * hardware.memory_free_bytes) + baseline_bytes
     else:
         budget_bytes = parse_bytes(memory_budget, name="memory_budget")
     allowed = {precision} if precision else {"32-true", *allow}
@@ -100,11 +98,6 @@ def find_plans(
     any_fits = functools.partial(price.any_fits, precisions=allowed, budget_bytes=budget_bytes)
     advice = faster(report, fixed=fixed) if report.fits else would_fit(report, any_fits, allowed, fixed=fixed)
     return dataclasses.replace(report, advice=tuple(advice))
-
-
-def _free_bytes(hardware: Hardware) -> int:
-    """What a rank's tensors may have: a device that was detected has a context, which one of the catalogue lacks."""
-    return max(0, hardware.memory_free_bytes - (CONTEXT_BYTES if hardware.origin == "catalogue" else 0))
 
 
 def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:

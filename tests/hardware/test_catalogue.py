@@ -1,7 +1,7 @@
 import pytest
 
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.hardware.catalogue import DEVICES
+from lightning_largescale.hardware.catalogue import CONTEXT_BYTES, DEVICES
 from lightning_largescale.plan import PlanError
 
 GB = 10**9
@@ -10,7 +10,8 @@ GB = 10**9
 def test_a_node_of_eight():
     machine = Hardware.named("8xH100-80GB", nodes=4)
     assert (machine.kind, machine.origin, machine.world_size) == ("cuda", "catalogue", 32)
-    assert machine.memory_bytes == machine.memory_free_bytes == 80 * GB
+    assert machine.memory_bytes == 80 * GB
+    assert machine.memory_free_bytes == 80 * GB - CONTEXT_BYTES
     assert machine.interconnect == "NVLink"
     assert machine.dram_bytes == 250 * GB
     assert machine.cores == 112

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -679,6 +680,60 @@ def test_ranks_with_unequal_numbers_of_batches_evaluate_different_blocks(two, ki
 def test_rows_are_looked_up_in_evaluations_of_different_blocks(two, kind, counts):
     for rank, losses in enumerate(two.run(evaluate, kind, IN_ROWS, counts)):
         assert losses == pytest.approx(expected_losses(kind, rank, counts[rank]), rel=1e-5)
+
+
+class LooksUpFirst(LooksUp):
+    """Before blocks that all run, so that later steps follow the first, which gathers the root."""
+
+    def run(self, x, path, step):
+        x = x + self.rows(path)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class LooksUpFirstSometimes(LooksUpFirst):
+    some = True
+
+
+@pytest.mark.parametrize("wraps", [(), ("head",)], ids=["blocks", "wraps"])
+@pytest.mark.parametrize(("kind", "counts"), [(LooksUpFirst, (5, 2)), (LooksUpFirstSometimes, (4, 4))])
+def test_rows_are_looked_up_in_evaluations_that_follow_others(two, kind, counts, wraps):
+    plan = dataclasses.replace(IN_ROWS, wrapped_modules=wraps)
+    for rank, losses in enumerate(two.run(evaluate, kind, plan, counts)):
+        assert losses == pytest.approx(expected_losses(kind, rank, counts[rank]), rel=1e-5)
+
+
+class Differentiates(LooksUpFirst):
+    """Evaluates more batches on rank 0, then runs a forward and a backward where no step runs."""
+
+    def build(self):
+        self.rows = lambda path: 0
+
+    def validation_step(self, batch, index):
+        self.loss(*(part[0] for part in batch))
+
+    def val_dataloader(self):
+        rank = self.trainer.strategy.distributed_sampler_kwargs["rank"]
+        return DataLoader([draw(step, rank) for step in range(1 if rank else 3)])
+
+    def on_train_epoch_end(self):
+        self.loss(*draw(0, 0)).backward()
+        self.differentiated = float(self.head.weight.grad.full_tensor().norm())
+        self.zero_grad()
+
+
+def evaluate_and_differentiate():
+    model = Differentiates()
+    trainer(LargeScaleStrategy(ZERO3), devices=2, max_steps=STEPS, limit_val_batches=3).fit(model)
+    return model.losses, model.differentiated
+
+
+def test_a_rank_that_was_without_a_batch_goes_on_like_the_others(two):
+    wanted, _ = plain(Differentiates, 2, 1)
+    for losses, differentiated in two.run(evaluate_and_differentiate):
+        assert losses == pytest.approx(wanted, rel=1e-5)
+        assert differentiated > 0
 
 
 class LooksUpBetween(LooksUp):
