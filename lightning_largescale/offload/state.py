@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,27 @@ def as_divided(parameter: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     found: Tensor = compat.divided_as(parameter, tensor)
     return found
+
+
+class _Move:
+    """What stands for the `to` of a tensor that is loaded: it goes to where it is kept, whatever it is told.
+
+    Some optimizers load a deep copy of what they are given: then this is the copy's, whose values it has.
+
+    Args:
+        keep: puts a tensor where it is kept.
+        value: the tensor, without this.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Tensor], value: Tensor) -> None:
+        self._keep, self._value = keep, value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._keep(self._value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Move:
+        # By `memo` the two share the storage that is copied.
+        return _Move(self._keep, copy.deepcopy(self._value, memo))
 
 
 class PagedState:
@@ -250,6 +272,10 @@ class PagedState:
         found = dict(zip(indices, parameters, strict=False))
         state = {index: self._staying(found.get(index), values) for index, values in state_dict["state"].items()}
         load({**state_dict, "state": state})
+        for value in (one for parameter in parameters for one in self._optimizer.state.get(parameter, {}).values()):
+            if isinstance(value, Tensor):
+                # Of one that was taken as it is, and is saved some day.
+                vars(value).pop("to", None)
         for member in filter(None, map(self.members.get, found.values())):
             # Some have a way of their own to load.
             self._take_over(member)
@@ -260,14 +286,18 @@ class PagedState:
             return values
         member, found = self.members.get(parameter), dict(values)
         for key, value in values.items():
-            paged = self.waits if member is None else key in member.kind.dtypes and self.is_paged(member, value)
-            if paged and isinstance(value, Tensor):
+            if not isinstance(value, Tensor):
+                continue
+            if member is None:
+                # Where the number of steps is to be, the optimizer knows: fused kernels take it on the device alone.
+                keep = Tensor.cpu if self.waits and key != "step" else None
+            else:
+                paged = key in member.kind.dtypes and self.is_paged(member, value)
+                keep = partial(self._put, member, key) if paged else None
+            if keep is not None:
                 found[key] = value.detach()
-                vars(found[key])["to"] = partial(self._moved, member, key, value)
+                vars(found[key])["to"] = _Move(keep, value.detach())
         return found
-
-    def _moved(self, member: Member | None, key: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return value.cpu() if member is None else self._put(member, key, value)
 
     def view(self, member: Member, key: str) -> Tensor:
         """The state of `member` under `key`, where it is kept."""

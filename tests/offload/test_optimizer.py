@@ -586,3 +586,112 @@ def test_state_that_an_optimizer_loads_by_itself_goes_to_where_it_is_kept(tmp_pa
             assert optimizer.state[parameter]["mean"].equal(2 * saved["state"][index]["mean"])
     optimizer.load_state_dict(saved)
     assert optimizer.state[module[0].weight]["mean"].equal(2 * saved["state"][0]["mean"])
+
+
+class Copying(torch.optim.AdamW):
+    """Loads a deep copy of what it is given, and scales a part of that."""
+
+    def load_state_dict(self, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        for values in state_dict["state"].values():
+            values["exp_avg"].mul_(2)
+        super().load_state_dict(state_dict)
+
+
+def copying_hook(module):
+    optimizer = of(torch.optim.AdamW)(module)
+    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: copy.deepcopy(state_dict))
+    return optimizer
+
+
+COPYING = {
+    "own": of(Copying),
+    "fused": of(Copying, fused=True),
+    "hook": copying_hook,
+    "bitsandbytes": BUILDERS["bitsandbytes AdamW"],
+}
+
+
+@pytest.mark.parametrize("tier", ["nvme", "cpu"])
+@pytest.mark.parametrize("build", COPYING.values(), ids=COPYING)
+def test_a_copy_of_state_that_is_loaded_goes_to_where_it_is_kept(build, tier, tmp_path):
+    (module, optimizer), (expected, plain) = ((one, build(one)) for one in (model(), model()))
+    train(expected, plain, 2)
+    module.load_state_dict(expected.state_dict())
+    saved = copy.deepcopy(plain.state_dict())
+    plain.load_state_dict(saved)
+    with paged(optimizer, tmp_path if tier == "nvme" else None) as made:
+        optimizer.load_state_dict(saved)
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                kept = made.state_of(parameter, key)
+                assert kept is None or kept.data_ptr() == value.data_ptr()
+        train(module, optimizer, 2, 2)
+        train(expected, plain, 2, 2)
+        assert not difference(list(module.parameters()), list(expected.parameters()))
+        assert not difference(optimizer.state_dict(), plain.state_dict())
+
+
+class Taking(Transforming):
+    """Takes what it is given as it is; refuses to step before `trains` is set."""
+
+    trains = False
+
+    def load_state_dict(self, state_dict):
+        for index, parameter in enumerate(one for group in self.param_groups for one in group["params"]):
+            self.state[parameter] = dict(state_dict["state"].get(index, {}))
+
+    def update(self, parameter, state, group):
+        if not self.trains:
+            raise RuntimeError("set trains first")
+        super().update(parameter, state, group)
+
+
+def test_state_that_is_taken_as_it_is_can_be_saved(tmp_path):
+    module = model()
+    given, optimizer = of(Lion)(module), of(Taking)(module)
+    train(module, given, 1)
+    with paged(optimizer, tmp_path):
+        optimizer.load_state_dict(given.state_dict())
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict()["state"], file)
+        file.seek(0)
+        found = {index: values for index, values in torch.load(file).items() if values}
+        assert found
+        assert not difference(found, given.state_dict()["state"])
+        assert not any(vars(one) for values in optimizer.state.values() for one in values.values())
+
+
+class Moded(torch.optim.AdamW):
+    """Steps once `train()` was called, as schedule-free ones."""
+
+    trains = False
+
+    def train(self):
+        self.trains = True
+
+    def step(self, closure=None):
+        if not self.trains:
+            raise RuntimeError("call train() first")
+        return super().step(closure)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", [0, 2**30])
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True, "foreach": False}, {}], ids=str)
+def test_the_steps_that_are_loaded_are_where_the_optimizer_counts_them(options, resident, tmp_path):
+    build = of(Moded, **options)
+    (module, optimizer), (expected, plain) = ((one, build(one)) for one in (model().cuda(), model().cuda()))
+    plain.train()
+    with torch.device("cuda"):
+        train(expected, plain, 2)
+    module.load_state_dict(expected.state_dict())
+    with paged(optimizer, tmp_path, resident=resident, lanes=Lanes(torch.device("cuda"))):
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+        on_device = {values["step"].device.type for values in optimizer.state.values()}
+        assert on_device == {values["step"].device.type for values in plain.state.values()}
+        optimizer.train()
+        with torch.device("cuda"):
+            train(module, optimizer, 2, 2)
+            train(expected, plain, 2, 2)
+        torch.testing.assert_close(list(module.parameters()), list(expected.parameters()))
