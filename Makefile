@@ -29,7 +29,7 @@ gpu:
 	@status=0; \
 	TORCH_CUDA_SANITIZER=1 $(ON_DEVICE) 60 $(PYTHON) -m pytest -q -m "gpu and not slow" tests/offload tests/hardware || status=1; \
 	$(ON_DEVICE) 80 $(PYTHON) -m pytest -q -m "gpu and not slow" || status=1; \
-	$(ON_DEVICE) 340 $(PYTHON) benchmarks/cuda.py --minutes 5.5 --out benchmarks/results/cuda_$$(date +%F) || status=1; \
+	$(ON_DEVICE) 340 $(PYTHON) benchmarks/on_cuda.py --minutes 5.5 --out benchmarks/results/cuda_$$(date +%F) || status=1; \
 	exit $$status
 
 WHEELS := bitsandbytes docstring-parser hypothesis importlib-resources iniconfig jsonargparse markdown-it-py mdurl pluggy \

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_all_parts_find_something(tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks" / "cuda.py"
+    script = Path(__file__).parents[1] / "benchmarks" / "on_cuda.py"
     command = [sys.executable, str(script), "--small", "--minutes", "10", "--out", str(tmp_path / "found")]
     subprocess.run(command, check=True, timeout=900)
     found = json.loads((tmp_path / "found.json").read_text())

@@ -1,7 +1,7 @@
 """What a CUDA device alone can answer: are memory and seconds predicted, what does the Trainer cost, does offload reach
 the rate of the link, does a model of three times the device's memory train?
 
-    python benchmarks/cuda.py --out benchmarks/results/cuda_DATE [--small] [--minutes 6]
+    python benchmarks/on_cuda.py --out benchmarks/results/cuda_DATE [--small] [--minutes 6]
 
 Each part is a process of its own and ends with its share of the minutes: what was found until then is told. Writes
 DATE.json with all figures and DATE.md with the tables. `--small` takes models of a few megabytes, to try the script.
