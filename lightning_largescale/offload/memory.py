@@ -319,7 +319,10 @@ def _unpin(address: int, device: int, process: int) -> None:
     # A fork has the memory, and not what was registered.
     if os.getpid() != process:
         return
-    # Copies that nobody waits for may be under way.
-    torch.cuda.synchronize(device)
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    cudart.cudaHostUnregister(address)
+    try:
+        # Copies that nobody waits for may be under way.
+        torch.cuda.synchronize(device)
+    finally:
+        # Also where the device has failed: the address is other memory's soon.
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart.cudaHostUnregister(address)

@@ -23,7 +23,7 @@ from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.order import as_ordered, divided, divided_dims, full, order_of
 from lightning_largescale.parallel.parameters import name_of, writing
 from lightning_largescale.plan import PlanError
-from lightning_largescale.workload.batch import map_tensors
+from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.parts import share
 
 
@@ -119,8 +119,8 @@ class FullReads(WholeNumbers):
         shards = _shards_in(args, kwargs)
         self._note_read(func, shards)
         # Those of parameters that are offloaded are in DRAM, and what the user computes with is on the device.
-        plain = (one.device for one in _plain_in(args, kwargs) if one.device.type != "cpu")
-        device = next(plain, shards[0].device)
+        plain = (one.device for one in tensors_in((args, kwargs)) if not isinstance(one, DTensor))
+        device = next((one for one in plain if one.type != "cpu"), shards[0].device)
 
         def gathered(tensor: Tensor) -> Tensor:
             return full(tensor).to(device) if isinstance(tensor, DTensor) else tensor

@@ -4,6 +4,7 @@ import errno
 import gc
 import mmap
 import os
+import sys
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_largescale.hardware.usage import release_free_memory
-from lightning_largescale.offload.memory import Memory, Region
+from lightning_largescale.offload.memory import Memory, Region, _pin
 from lightning_largescale.offload.store import DirectFile, Store, StoreError, Transfer
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import ALIGNMENT_BYTES
@@ -468,3 +469,25 @@ def test_pinned_memory_that_goes_waits_for_its_copies(to_device):
         target.copy_(here if to_device else there, non_blocking=True)
     del memory, here, target
     assert there.eq(0 if to_device else 1).all()
+
+
+@pytest.mark.gpu
+def test_memory_is_no_longer_pinned_whatever_became_of_its_copies(monkeypatch):
+    class Owner:
+        pass
+
+    def fail(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    told = []
+    # Until torch has pinned something itself, it does not ask.
+    torch.ones(1).pin_memory()
+    tensor, owner = Memory(2**20).tensor(torch.uint8, (2**20,)), Owner()
+    _pin(owner, tensor.data_ptr(), tensor.nbytes)
+    assert tensor.is_pinned()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", fail)
+        patch.setattr(sys, "unraisablehook", lambda error: told.append(str(error.exc_value)))
+        del owner
+    assert not tensor.is_pinned()
+    assert told == ["an illegal memory access was encountered"]

@@ -346,6 +346,8 @@ class Mixing(Callback):
         weight = module.blocks[0].up.weight
         like = torch.linspace(0, 1, weight.numel(), device=module.device).view(weight.shape)
         self.seen += [(like.t() @ weight).cpu(), float((weight * like).sum()), float(torch.dist(weight, like))]
+        rows, listed = [weight, like], torch.einsum("ij,ij->j", [like, weight])
+        self.seen += [torch.cat(rows).cpu(), torch.stack(tensors=(like, weight)).cpu(), listed.cpu()]
         weight.mul_(torch.tensor(0.9, device=module.device))
         weight.add_(like, alpha=1e-2)
         weight.copy_(torch.where(like > 0.5, like, 0.1))
