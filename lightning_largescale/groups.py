@@ -9,12 +9,14 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_largescale import compat
@@ -24,18 +26,8 @@ _made: dict[Hashable, Any] = {}
 # The default group that they were made beside; beside another they are not used.
 _world: list[weakref.ref[Any]] = []
 _inherited: list[Any] = []
-
-
-@dataclass
-class _Left:
-    """The store of a process group that was left, and how often its ranks have met there again."""
-
-    store: Any
-    times: int = 0
-
-
-# By the address and the port at which their ranks met.
-_left: dict[tuple[str, str], _Left] = {}
+# How often groups were left, by the address and the port at which their ranks had met.
+_left: dict[tuple[str, str], int] = {}
 
 
 def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -64,19 +56,39 @@ def forget_groups() -> None:
     _world.clear()
 
 
-def connect(environment: Any, backend: str, device: Any, timeout: Any) -> None:
+def connect(environment: Any, backend: str, device: Any, timeout: timedelta | None) -> None:
     """Connect this process to the others of the cluster `environment`, if it is not yet.
 
-    Ranks that left a group meet again in the store that they met in: its server lives in rank 0, where another rank
-    may ask for it before rank 0 has left, and would meet what was written there for the group that is left.
+    Args:
+        environment: Lightning's.
+        backend: of torch.distributed.
+        device: of this process.
+        timeout: for the others to come; None for torch's own.
     """
     if dist.is_initialized():
         return
-    store = None
-    if (left := _left.get((environment.main_address, str(environment.main_port)))) is not None:
-        left.times += 1
-        store = dist.PrefixStore(f"largescale/{left.times}", left.store)  # type: ignore[attr-defined]
+    times = _left.get((environment.main_address, str(environment.main_port)), 0)
+    store = _met_again(environment, times, timeout or default_pg_timeout) if times else None
     compat.init_process_group(environment, backend, device, timeout, store)
+
+
+def _met_again(environment: Any, times: int, timeout: timedelta) -> Any:
+    """The store in which ranks meet that have left their group `times` times.
+
+    Its server lives in rank 0. Where that has not left yet, another rank finds the server of the group that is left,
+    with all that was written there, and loses it when rank 0 leaves: then it asks again.
+    """
+    rank, size, deadline = environment.global_rank(), environment.world_size(), monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            server, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"largescale/{times}", server)  # type: ignore[attr-defined]
+            store.set(f"here/{rank}", "")
+            store.wait([f"here/{one}" for one in range(size)], timeout)
+            return store
+        except dist.DistError:
+            if monotonic() > deadline:
+                raise
 
 
 def carrying_device(tensor: Tensor) -> torch.device:
@@ -91,13 +103,13 @@ def leave_process_group() -> None:
 
     gloo closes a connection when nobody refers to its group any longer, which modules may, also those of earlier fits
     that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would
-    wait for the collectives that are under way. What the ranks met by stays: they meet again by `connect` alone.
+    wait for the collectives that are under way.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
     forget_groups()
     endpoint = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
-    _left.setdefault(endpoint, _Left(compat.default_store()))
+    _left[endpoint] = _left.get(endpoint, 0) + 1
     if "nccl" in dist.get_backend():
         compat.abort_process_groups()
     else:
@@ -119,7 +131,7 @@ def end_groups() -> None:
 
 def _leave_in_fork() -> None:
     # Their threads and connections are the parent's: to end them here would end the process.
-    _inherited.append((dict(_made), dict(_left)))
+    _inherited.append(dict(_made))
     _left.clear()
     forget_groups()
 

@@ -88,13 +88,6 @@ def test_share_threads(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_default_store():
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    dist.PrefixStore("again", store := compat.default_store()).set("x", "1")
-    dist.destroy_process_group()
-    assert store.get("again/x") == b"1"
-
-
 def test_abort_process_groups():
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     compat.abort_process_groups()

@@ -39,16 +39,6 @@ def forget_groups_of(mesh: Any) -> None:
     getattr(mesh, "_pg_registry", {}).clear()
 
 
-def default_store() -> Any:
-    """The store that the ranks of the default process group met in.
-
-    Replaced by a public function of torch.distributed that returns it.
-    """
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
-
-
 def abort_process_groups() -> None:
     """Close all nccl communicators of this process without waiting for the collectives under way.
 
