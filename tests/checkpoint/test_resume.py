@@ -435,6 +435,7 @@ def test_state_that_is_kept_elsewhere_never_comes_to_the_device(tmp_path, monkey
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_each_ranks_state_that_is_kept_elsewhere_never_comes_to_its_device(two, tmp_path):
     kind, path = torch.optim.AdamW, tmp_path / "saved"
     on_cuda(Plan(), kind, 1, save=path / "file")

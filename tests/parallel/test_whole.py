@@ -135,6 +135,7 @@ def test_full_parameters_are_on_the_device_that_computes(tmp_path, fields):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_full_parameters_of_two_ranks_are_on_each_ones_device(two):
     plans = Plan(dp_shard=2, offload_parameters="cpu"), Plan(dp_shard=2)
     options = {"accelerator": "cuda", "max_steps": 3}
