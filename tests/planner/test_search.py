@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner.builders import MIB, hardware, segment, step, workload
 
+from lightning_largescale.hardware import Hardware
+from lightning_largescale.hardware.catalogue import CONTEXT_BYTES
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner import search
 from lightning_largescale.planner.memory import peak_memory
@@ -86,9 +88,8 @@ def test_without_a_budget_the_free_memory_counts():
     free = hardware(1, free=1000 * MIB)
     assert find_plans(workload(), free).budget_bytes == 900 * MIB
     assert find_plans(workload(), free, baseline_bytes=7).budget_bytes == 900 * MIB + 7
-    # A device that nobody has begun with has no context yet.
-    published = dataclasses.replace(hardware(2, kind="cuda", free=1576 * MIB), origin="catalogue")
-    assert find_plans(workload(), published).budget_bytes == 900 * MIB
+    published = Hardware.named("1xH100-80GB")
+    assert find_plans(workload(), published).budget_bytes == int(0.9 * (80 * 10**9 - CONTEXT_BYTES))
 
 
 def test_a_precision_that_the_hardware_cannot_compute():
