@@ -153,7 +153,7 @@ class Reading(Notes, Language):
     """Has hooks, an optimizer_step and a clipping that look; a parameter of one row, and a step that looks at all."""
 
     def __init__(self, *, manual=False):
-        super().__init__(layers=1)
+        super().__init__(layers=2)
         self.odd = nn.Linear(16, 1)
         self.automatic_optimization = not manual
         self.notes = []
