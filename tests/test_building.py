@@ -358,6 +358,39 @@ def test_a_checkpoint_loaded_into_a_module_without_values(two, tmp_path, kind, h
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+class BuiltLate(LightningModule):
+    """A language model that is made where Lightning asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = None
+
+    def configure_model(self):
+        if self.inner is None:
+            self.inner = Language()
+
+    def training_step(self, batch, index):
+        return self.inner.loss(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Tokens(), batch_size=8)
+
+
+def test_what_the_root_gathers_of_blocks_is_built(tmp_path):
+    plan = Plan(offload_parameters="nvme", precision="bf16-mixed", nvme_path=str(tmp_path))
+    model = BuiltLate()
+    trainer(LargeScaleStrategy(plan), max_steps=3).fit(model)
+    plain = BuiltLate()
+    trainer("auto", max_steps=3, precision="bf16-mixed").fit(plain)
+    for name, parameter in plain.inner.named_parameters():
+        found = model.inner.get_parameter(name)
+        full = found.full_tensor() if isinstance(found, DTensor) else found
+        torch.testing.assert_close(full, parameter, rtol=1e-2, atol=1e-4)
+
+
 class Table(Simple):
     def __init__(self):
         super().__init__()

@@ -347,6 +347,7 @@ def auto(devices):
     return finder.optimal_batch_size, model.losses, len(run.strategy._step_starts)
 
 
+@pytest.mark.slow
 def test_auto_strategy(two):
     for found, losses, timed in two.run(auto, 2):
         assert (found, timed) == (4, 4)

@@ -60,6 +60,10 @@ def _named(tensor: Any, name: str) -> Any:
     return tensor
 
 
+class Adopted(nn.Module):
+    """Where a group finds parameters of modules in other groups; what is put in the place of one is put there alone."""
+
+
 class _Parameter:
     """What leaf and shard have in common."""
 

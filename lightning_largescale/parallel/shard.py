@@ -33,6 +33,7 @@ from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
+from lightning_largescale.parallel.parameters import Adopted
 from lightning_largescale.parallel.restore import made_contiguous, restore_when_gathered
 from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over
@@ -377,7 +378,7 @@ def _shard_beside(module: nn.Module, parameters: set[nn.Parameter], mesh: Device
 @contextmanager
 def _held_by(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
     """Within, `module` has `parameters` as its own: `fully_shard` does not look for them inside other groups."""
-    holder = nn.Module()
+    holder = Adopted()
     # In the module's order, which is the same on all ranks.
     for index, parameter in enumerate(module.parameters()):
         if parameter in parameters:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.compile import traced_modules
+from lightning_largescale.parallel.parameters import Adopted
 from lightning_largescale.parallel.watched import ShardStore, Watched
 from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.parts import part_of
@@ -180,6 +181,8 @@ class _WatchedGroup:
         for one in self._parameters:
             known = one.one.leaf, one.one.shard
             for module, name in one.one.places:
+                if isinstance(module, Adopted):
+                    continue
                 found = compat.own_tensors(module)[0].get(name)
                 # Tensor parallelism puts parts there.
                 if not any(found is parameter for parameter in known) and part_of(found) is None:
