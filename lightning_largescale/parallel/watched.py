@@ -272,7 +272,9 @@ class Watched:
         """
         one, shard = self.one, self.one.shard
         self._check(value)
-        if self._computes() and self._group in self._in_graph and not one.is_gathered:
+        # What autograd saved of a leaf that was moved already is where its values would be taken first.
+        again = one.is_gathered and self._is_moved()
+        if self._computes() and (again or (self._group in self._in_graph and not one.is_gathered)):
             raise PlanError(
                 f"data of {one.name!r} is assigned between its forward and its backward, for which it is gathered anew"
                 " with other values than it had; write into it in place (`parameter.data.copy_(...)`), or assign it"

@@ -48,6 +48,8 @@ BETWEEN = {
 # place, and a forward has parts that are no leaves under tp.
 REFUSED_BY = {
     "ZeRO-3": BETWEEN,
+    # Assigned twice, the first time for the backward that is to come.
+    "ZeRO-2": {("swaps_and_swaps_back", "on_before_zero_grad")},
     "HSDP": BETWEEN,
     "offload": {("swaps_and_swaps_back", None), *BETWEEN},
     "offload on two": {("swaps_and_swaps_back", None), *BETWEEN},
