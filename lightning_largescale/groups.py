@@ -130,7 +130,9 @@ def end_groups() -> None:
 
 
 def _leave_in_fork() -> None:
-    # Their threads and connections are the parent's: to end them here would end the process.
+    # Their threads and connections are the parent's: to end them here would end the process. So would the next
+    # collection where some of them are garbage.
+    gc.freeze()
     _inherited.append(dict(_made))
     _left.clear()
     forget_groups()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
+import pytest
 import torch.distributed as dist
 from ranks import ranks
 
@@ -47,6 +48,23 @@ def ends_of_forks(folder):
     return os.waitpid(child, 0)[1]
 
 
-def test_a_fork_leaves_groups_to_its_parent(tmp_path):
+def ends_of_forks_with_garbage(folder):
+    """The same of one whose parent has not collected a group that it has left."""
+    gc.disable()
+    connect(folder, "garbage")
+    garbage = [dist.group.WORLD]
+    garbage.append(garbage)
+    dist.destroy_process_group()
+    del garbage
+    child = os.fork()
+    if not child:
+        gc.collect()
+        os._exit(0)
+    gc.enable()
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("ends", [ends_of_forks, ends_of_forks_with_garbage])
+def test_a_fork_leaves_groups_to_its_parent(tmp_path, ends):
     with ranks(2) as made:
-        assert made.run(ends_of_forks, tmp_path) == [0, 0]
+        assert made.run(ends, tmp_path) == [0, 0]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_largescale.plan import Plan
+from lightning_largescale.planner.hierarchy import kept_elsewhere
 from lightning_largescale.planner.placement import state_that_may_stay, whole_pages
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away
@@ -69,10 +70,12 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     gradients = 0 if "release" in techniques else 1
     kept = [sizes.shard(name) + gradients * size for name, size in zip(groups, trained, strict=True)]
     dram, disk = tiers.get("cpu", 0), tiers.get("nvme")
+    narrow = False
     if sum(kept) + saved + state > dram:
         if disk is None:
             return None
-        dram = max(0, dram - _staging(sizes, groups, blocks)) if "cpu" in tiers else 0
+        staging = _staging(sizes, groups, blocks) if "cpu" in tiers else 0
+        dram, narrow = max(0, dram - staging), dram < staging
     in_dram, dram = _last_within(groups, kept, dram) if "cpu" in tiers else ([], 0)
     saved_tier = "cpu" if saved <= dram and "cpu" in tiers else "nvme"
     state_in_dram = whole_pages(state, dram - (saved if saved_tier == "cpu" else 0))
@@ -97,8 +100,12 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     if blocks:
         some = tuple(blocks) if len(blocks) < len(sizes.workload.blocks) else None
         fields |= {"offload_activations": saved_tier, "offloaded_blocks": some}
+    plan = dataclasses.replace(sizes.plan, **fields)
+    # Less than may pass through DRAM at the most can be enough for this plan.
+    if narrow and kept_elsewhere(sizes.placing(plan)).get("cpu", 0) > tiers["cpu"]:
+        return None
     away = _away(sizes, groups, in_dram, {saved_tier: saved}, {"cpu": state_in_dram, "nvme": state - state_in_dram})
-    return Spread(plan=dataclasses.replace(sizes.plan, **fields), away=away)
+    return Spread(plan=plan, away=away)
 
 
 def _fields(what: str, to_disk: bool, stay: int, in_dram: int) -> dict[str, Any]:
