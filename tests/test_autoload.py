@@ -74,7 +74,9 @@ assert ours == {"lightning_largescale", "lightning_largescale._autoload"}, ours
     [
         (TORCH_FIRST + KNOWN + NO_TRACE, {}),
         ("import torch" + UNKNOWN + "import lightning_largescale" + KNOWN, {"LARGESCALE_AUTOLOAD": "0"}),
-        ("import lightning_largescale, torch" + KNOWN, {"LARGESCALE_AUTOLOAD": "0"}),
+        pytest.param(
+            "import lightning_largescale, torch" + KNOWN, {"LARGESCALE_AUTOLOAD": "0"}, marks=pytest.mark.slow
+        ),
         ("import torch" + UNKNOWN + "import lightning_largescale" + KNOWN, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
     ],
     ids=["torch first", "off, then imported", "off, imported first", "off for all of torch"],

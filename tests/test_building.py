@@ -84,7 +84,7 @@ def assert_built_alike(found, expected):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[] if one in ("gpt2", "torch") else pytest.mark.slow) for one in FAMILIES]
+    "name", [pytest.param(one, marks=[] if one == "gpt2" else pytest.mark.slow) for one in FAMILIES]
 )
 def test_numbers_of_a_plain_construction(two, name):
     expected = built(name, None, 1)

@@ -210,7 +210,7 @@ def test_two_ranks_accumulate_parameters_elsewhere_but_for_rounding(two, tmp_pat
         assert own[0] == pytest.approx(plain[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("tier", ["optimizer", "both", "all"])
+@pytest.mark.parametrize("tier", ["optimizer", pytest.param("both", marks=pytest.mark.slow), "all"])
 def test_any_plan_reads_what_is_saved_part_by_part(tmp_path, tier):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -444,7 +444,7 @@ class ByHand(Model):
         second.step()
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("clip", [pytest.param(None, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("kind", [Scaled, ScaledLate, Logged, ByHand])
 def test_gradients_on_a_disk_are_those_that_hooks_and_steps_make_of_them(tmp_path, kind, clip):
     options = {"max_steps": 8 if kind is ByHand else 4, "gradient_clip_val": None if kind is ByHand else clip}

@@ -124,7 +124,7 @@ def forks(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-QUICK = ("configure_model", "optimizer_step", "on_save_checkpoint", "teardown")
+QUICK = ("configure_model", "optimizer_step")
 
 
 def cases():

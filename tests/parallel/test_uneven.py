@@ -158,7 +158,7 @@ def fit_uneven(plan, kind, counts, accumulate):
     return model.epochs, run.global_step, float(run.callback_metrics["val_loss"])
 
 
-@pytest.mark.parametrize("kind", ["stream", "shares"])
+@pytest.mark.parametrize("kind", ["stream", pytest.param("shares", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_an_epoch_of_training_ends_on_all_ranks_together(two, plan, kind):
     for counts, accumulate in (([5, 3], 1), ([3, 4], 2)):
