@@ -10,11 +10,17 @@ example: .venv/.package
 	$(PY) examples/quickstart.py --accelerator cpu --devices 2
 
 # Those for CUDA at the same time, on one that is pretended where there is none: in a process of their own, since all of
-# torch sees the device. They are told after the others. tests/pretend_cuda/README.md
+# torch sees the device. After them, what computes on one core. They are told after the others.
+# tests/pretend_cuda/README.md
+BESIDE := tests/hardware tests/offload tests/planner tests/workload
+
 test: .venv/.dev
-	@log=$$(mktemp); $(PY) -m pytest --pretend-cuda -m "gpu and not slow" >"$$log" 2>&1 & pretended=$$!; \
-	$(PY) -m pytest -m "not slow and not gpu"; status=$$?; \
-	wait $$pretended || status=1; cat "$$log"; rm -f "$$log"; exit $$status
+	@log=$$(mktemp); { status=0; \
+	$(PY) -m pytest --pretend-cuda -m "gpu and not slow" || status=1; \
+	$(PY) -m pytest -m "not slow and not gpu" $(BESIDE) || status=1; \
+	exit $$status; } >"$$log" 2>&1 & beside=$$!; \
+	$(PY) -m pytest -m "not slow and not gpu" $(addprefix --ignore=,$(BESIDE)); status=$$?; \
+	wait $$beside || status=1; cat "$$log"; rm -f "$$log"; exit $$status
 
 pretend: .venv/.dev
 	$(PY) -m pytest --pretend-cuda -m gpu
