@@ -33,6 +33,7 @@ from lightning_largescale.offload.optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.parameters import SpilledParameters, bring_back
 from lightning_largescale.offload.places import HostPlaces, Places
+from lightning_largescale.offload.shards import ShardCopies, ShardsInDram
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.gather import Sharded, sharded_state
 from lightning_largescale.plan import Plan, PlanError
@@ -51,6 +52,9 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     _paged: Sequence[PagedOptimizer] = ()
     # Parameters whose shards FSDP2 copies from DRAM to another device.
     _in_dram: Collection[Tensor] = frozenset()
+    # Blocks whose shards are in DRAM or on a disk beside a CUDA device, and what copies those that are in DRAM.
+    _copied: Collection[nn.Module] = ()
+    _shards_in_dram: ShardsInDram | None = None
 
     @abstractmethod
     def _hardware(self) -> Hardware:
@@ -93,12 +97,18 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             )
         sizes = {name: sum(data.nbytes for _, data in compat.shards_of(group)) for name, group in blocks.items()}
         tiers = group_tiers(plan, sizes)
+        copies = None
         if self.root_device.type != "cpu":
-            in_dram = [blocks[name] for name, tier in tiers.items() if tier == "cpu"]
-            self._in_dram = {shard for group in in_dram for shard, _ in compat.shards_of(group)}
+            in_dram = {name: blocks[name] for name, tier in tiers.items() if tier == "cpu"}
+            self._in_dram = {shard for group in in_dram.values() for shard, _ in compat.shards_of(group)}
+            self._copied = [blocks[name] for name in tiers]
+            copies = ShardCopies(self.root_device)
+            if plan.dp_shard == 1:
+                # Between ranks FSDP2 copies beside what computes itself.
+                self._shards_in_dram = ShardsInDram(in_dram.values(), copies)
         on_disk = {name: blocks[name] for name, tier in tiers.items() if tier == "nvme"}
         if self._store is not None and on_disk:
-            self._spilled = SpilledParameters(on_disk, self._store, ahead=plan.prefetched_blocks)
+            self._spilled = SpilledParameters(on_disk, self._store, ahead=plan.prefetched_blocks, copies=copies)
 
     @override
     def _memory_of(self, parameter: Tensor) -> Tensor | None:
@@ -127,7 +137,9 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             for parameter, (block, _) in self._spilled.places.items():
                 members[block.name].append(parameter)
             clips = bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", self._module())
-            self._leaving = self._spilled.gradients = SpilledGradients(members, self._store, norms=clips)
+            self._leaving = self._spilled.gradients = SpilledGradients(
+                members, self._store, norms=clips, copied=self._copied
+            )
 
     def _page(self, optimizers: Sequence[Optimizer]) -> None:
         """Have optimizers step page by page where their state, or what they step on, is elsewhere."""
@@ -159,7 +171,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             )
         if plan.release_gradients:
             (paged,) = self._paged
-            self._release = Release(paged, labels, _clips_values(self._module().trainer))
+            self._release = Release(paged, labels, _clips_values(self._module().trainer), self._copied)
 
     @property
     @override
@@ -270,14 +282,15 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         if self._leaving is not None:
             self._leaving.settle()
             self._leaving.stop()
-        if self._spilled is not None:
-            self._spilled.stop()
+        for one in (self._spilled, self._shards_in_dram):
+            if one is not None:
+                one.stop()
         module = self.lightning_module
         state = None if module is None else sharded_state(module)
         if state is not None:
             state.writes.elsewhere = None
         self._paged, self._release, self._leaving, self._spilled = (), None, None, None
-        self._in_dram = frozenset()
+        self._in_dram, self._copied, self._shards_in_dram = frozenset(), (), None
         self._store = self._buffers = None
         if state is not None and not self.plan.shards:
             self._make_plain()

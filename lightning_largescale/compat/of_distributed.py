@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dis
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -397,9 +398,12 @@ def when_gathered(module: Any, parameter: Any, made: Any, dims: Any = None) -> N
     found.init_unsharded_param = init_unsharded_param
 
 
-def around_gathers(module: Any, before: Any, after: Any) -> Any:
+def around_gathers(module: Any, before: Any, after: Any, bring: Any = None) -> Any:
     """Call `before` whenever the group of `module`, which `fully_shard` was applied to, is about to be gathered, and
     `after` when it has been; what undoes it.
+
+    `bring` is called with the flat memory of each of the group's shards, and is a context in which there are copies of
+    them on the device: once a gather, when FSDP2 would make its own of shards that are in DRAM, until it has read them.
 
     Replaced by public hooks of FSDPModule.unshard, which its own hooks do not call.
     """
@@ -412,11 +416,14 @@ def around_gathers(module: Any, before: Any, after: Any) -> Any:
     def unshard_after(*args: Any, **kwargs: Any) -> None:
         if group._all_gather_result is None and not group.is_unsharded:
             before()
-        unshard(*args, **kwargs)
+        with _bringing(group, bring):
+            unshard(*args, **kwargs)
 
     def wait_before() -> None:
         begun = group._all_gather_result is not None
-        wait()
+        # On a mesh of one rank it is here that FSDP2 reads the shards.
+        with _bringing(group, bring if begun else None):
+            wait()
         if begun:
             after()
 
@@ -430,6 +437,71 @@ def around_gathers(module: Any, before: Any, after: Any) -> Any:
                 setattr(group, name, method)
 
     return undo
+
+
+class _Shard:
+    """In the place of a shard's memory while FSDP2 asks for it on its device."""
+
+    def __init__(self, copies: Any, index: int) -> None:
+        self._copies, self._index = copies, index
+
+    def to(self, device: Any, non_blocking: bool = False) -> Any:
+        """Its copy."""
+        return self._copies()[self._index]
+
+
+@contextmanager
+def _bringing(group: Any, bring: Any) -> Iterator[None]:
+    shards = [] if bring is None else [(one, one._sharded_param_data) for one in group.fsdp_params]
+    with ExitStack() as until_read:
+        copies = functools.cache(lambda: until_read.enter_context(bring([memory for _, memory in shards])))
+        for index, (one, memory) in enumerate(shards):
+            until_read.callback(setattr, one, "_sharded_param_data", memory)
+            one._sharded_param_data = _Shard(copies, index)
+        yield
+
+
+def around_reductions(module: Any, reduced: Any) -> Any:
+    """Call `reduced` whenever gradients of the group of `module`, which `fully_shard` was applied to and whose shards
+    are in DRAM beside a CUDA device, have been reduced, with their parameters and a function that waits for their
+    copies to DRAM; what undoes it. Those that no hook waits for are copied beside what computes.
+
+    Replaced by a public hook of FSDPModule's reduction, and by pinned gradients whatever memory the shards are in.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+    before_ours, post_backward = vars(group).get("post_backward"), group.post_backward
+
+    def reduce(*args: Any) -> None:
+        before = [(one, one.pin_memory, _written(one.sharded_param.grad)) for one in group.fsdp_params]
+        for one, _, _ in before:
+            # Those whom torch tells of a gradient read it at once.
+            one.pin_memory = not getattr(one.sharded_param, "_post_accumulate_grad_hooks", None)
+        try:
+            post_backward(*args)
+        finally:
+            for one, pinned, _ in before:
+                one.pin_memory = pinned
+        fresh = [one for one, _, known in before if _written(one.sharded_param.grad) != known]
+        events = [one.grad_offload_event for one in fresh if one.grad_offload_event is not None]
+        if fresh:
+            reduced([one.sharded_param for one in fresh], lambda: [event.synchronize() for event in events])
+
+    group.post_backward = reduce
+
+    def undo() -> None:
+        if before_ours is None:
+            del group.post_backward
+        else:
+            group.post_backward = before_ours
+
+    return undo
+
+
+def _written(gradient: Any) -> tuple[int, int] | None:
+    """What tells a gradient from another, and from itself before it was added to."""
+    return None if gradient is None else (id(gradient), getattr(gradient, "_local_tensor", gradient)._version)
 
 
 def differentiate_placing_twice() -> None:

@@ -32,14 +32,15 @@ class Allowance:
 
 
 class PageBuffers:
-    """At most `PAGE_BUFFERS` pieces of memory, each as large as the largest page, made when they are first needed.
+    """A few pieces of memory, each as large as the largest page, made when they are first needed.
 
     Args:
         pinned: whether CUDA copies to and from them directly.
+        most: how many there are at most.
     """
 
-    def __init__(self, *, pinned: bool = False) -> None:
-        self._pinned, self._nbytes, self._count = pinned, 0, 0
+    def __init__(self, *, pinned: bool = False, most: int = PAGE_BUFFERS) -> None:
+        self._pinned, self._most, self._nbytes, self._count = pinned, most, 0, 0
         self._free: list[Memory] = []
         self._leaving = deque[tuple[Memory, Transfer]]()
 
@@ -58,7 +59,7 @@ class PageBuffers:
         """
         if self._free:
             return self._free.pop()
-        if self._count < PAGE_BUFFERS:
+        if self._count < self._most:
             self._count += 1
             return Memory(self._nbytes, pinned=self._pinned)
         memory, transfer = self._leaving[0]

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import let_rest
@@ -36,44 +35,77 @@ from lightning_largescale.tiers import aligned
 class Arrivals:
     """Tells when the gradients of a block have arrived, until `stop`.
 
+    Those that FSDP2 copies from a CUDA device to DRAM are told of when ones of another block have come after them: the
+    copies run beside what computes meanwhile.
+
     Args:
         label_of: the block of each parameter to watch.
         arrived: is given each gradient's parameter as it comes.
         complete: is given a block when one of another has come after it.
+        copied: modules that `fully_shard` was applied to and whose shards are in DRAM beside a CUDA device.
     """
 
     def __init__(
-        self, label_of: Mapping[Tensor, str], arrived: Callable[[Tensor], None], complete: Callable[[str], None]
+        self,
+        label_of: Mapping[Tensor, str],
+        arrived: Callable[[Tensor], None],
+        complete: Callable[[str], None],
+        copied: Iterable[nn.Module] = (),
     ) -> None:
         self._label_of, self._arrived, self._complete = label_of, arrived, complete
         self._label: str | None = None
-        self._handles: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
-            for parameter in label_of
-            if parameter.requires_grad
-        ]
+        self._copying: list[tuple[Sequence[Tensor], Callable[[], object]]] = []
+        # On which its gradients came, and their memory is given back.
+        self._stream: Any = None
+        self._undo = contextlib.ExitStack()
+        told: set[Tensor] = set()
+        for module in copied:
+            self._undo.callback(compat.around_reductions(module, self._reduced))
+            told.update(parameter for parameter, _ in compat.shards_of(module))
+        for parameter in label_of:
+            if parameter.requires_grad and parameter not in told:
+                handle = parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+                self._undo.callback(handle.remove)
 
     def end(self) -> None:
         """No more are to come in this backward."""
         label, self._label = self._label, None
-        if label is not None:
+        copying, self._copying = self._copying, []
+        if label is None:
+            return
+        for parameters, wait in copying:
+            wait()
+            for parameter in parameters:
+                self._arrived(parameter)
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             self._complete(label)
 
     def forget(self) -> None:
         """The backward is over before its end."""
         self._label = None
+        self._copying.clear()
 
     def stop(self) -> None:
         """Watch no more."""
-        for handle in self._handles:
-            handle.remove()
+        self._undo.close()
 
     def _note(self, parameter: Tensor) -> None:
-        label = self._label_of[parameter]
+        self._begin(self._label_of[parameter], parameter)
+        self._arrived(parameter)
+
+    def _reduced(self, parameters: Sequence[Tensor], wait: Callable[[], object]) -> None:
+        watched = [parameter for parameter in parameters if parameter in self._label_of]
+        if watched:
+            self._begin(self._label_of[watched[0]], watched[0])
+            self._copying.append((watched, wait))
+
+    def _begin(self, label: str, parameter: Tensor) -> None:
         if self._label not in (None, label):
             self.end()
         self._label = label
-        self._arrived(parameter)
+        gradient = parameter.grad
+        on_device = gradient is not None and local_of(gradient).device.type == "cuda"
+        self._stream = torch.cuda.current_stream() if on_device else None
 
 
 class Release:
@@ -83,6 +115,7 @@ class Release:
         optimizer: of all of them.
         label_of: the block of each parameter; those of no block are left to the step that follows.
         prepare: is given parameters, whose gradients are complete, before they are updated.
+        copied: as of `Arrivals`.
     """
 
     def __init__(
@@ -90,6 +123,7 @@ class Release:
         optimizer: PagedOptimizer,
         label_of: Mapping[Tensor, str],
         prepare: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
+        copied: Iterable[nn.Module] = (),
     ) -> None:
         self._optimizer, self._prepare = optimizer, prepare
         self._waiting: list[Tensor] = []
@@ -98,7 +132,7 @@ class Release:
         self._members: dict[str, list[Tensor]] = {}
         self._last: str | None = None
         self._done: set[Tensor] = set()
-        self._arrivals = Arrivals(label_of, self._arrived, self._update)
+        self._arrivals = Arrivals(label_of, self._arrived, self._update, copied)
 
     def end_backward(self) -> None:
         """Update what is left."""
@@ -173,6 +207,7 @@ class SpilledGradients(GradientPlaces):
         blocks: the parameters of each, all with the same rank's part as their gradients.
         store: where they go.
         norms: whether the norms are to be taken.
+        copied: as of `Arrivals`.
 
     Raises:
         PlanError: the disk has not as many bytes.
@@ -180,7 +215,14 @@ class SpilledGradients(GradientPlaces):
 
     leave = True
 
-    def __init__(self, blocks: Mapping[str, Sequence[Tensor]], store: Store, *, norms: bool) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[str, Sequence[Tensor]],
+        store: Store,
+        *,
+        norms: bool,
+        copied: Iterable[nn.Module] = (),
+    ) -> None:
         self._norms = norms
         self._regions: dict[str, Region] = {}
         self._slots: dict[Tensor, tuple[Region, int]] = {}
@@ -200,6 +242,7 @@ class SpilledGradients(GradientPlaces):
             {parameter: label for parameter, label in label_of.items() if parameter in self._slots},
             self._arrived,
             self._complete,
+            copied,
         )
 
     def end_backward(self) -> None:

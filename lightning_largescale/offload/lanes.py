@@ -71,19 +71,25 @@ class Lanes:
                     # It may be let go before the copy is over.
                     if one.device.type == "cuda":
                         one.record_stream(stream)
-            return Transfer([_Copied(stream.record_event())])
+            return Transfer([Copied(stream.record_event())])
 
 
-class _Copied:
-    """A request whose end is an event of the device."""
+class Copied:
+    """A request whose end is an event of the device.
+
+    Args:
+        event: of a copy's stream, after it.
+    """
 
     def __init__(self, event: Any) -> None:
         self._event = event
 
     def done(self) -> bool:
+        """Whether it has come."""
         return bool(self._event.query())
 
     def exception(self) -> None:
+        """Until it has come."""
         self._event.synchronize()
 
 

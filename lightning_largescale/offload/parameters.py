@@ -2,7 +2,7 @@
 
 A block's shard is fetched before the block is gathered and dropped when it has been, in forward and in backward; those
 that follow are fetched meanwhile, in the order of the step before. Gradients leave as they come. With one rank the
-shard is the whole, and all else is the same.
+shard is the whole, and all else is the same. For a CUDA device a shard is read into pinned memory, and stays at rest.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 5.1 and 6.2; Pudipeddi et al. 2020, "Training Large Neural
     Networks with Constant Memory using a New Execution Algorithm" (L2L), section 3.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,9 +22,11 @@ from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import at_rest, let_rest
+from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.memory import Memory, Region
 from lightning_largescale.offload.pages import Member, Page, local_of
 from lightning_largescale.offload.places import Places, elements
+from lightning_largescale.offload.shards import ShardCopies
 from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.tiers import aligned
 from lightning_largescale.workload.kinds import is_plain
@@ -40,6 +42,7 @@ class Spilled:
         region: where the shard is.
         starts: the first byte there of each parameter, by its place among those of the block.
         transfer: that brings it, if one is under way.
+        buffer: into which it is read for a CUDA device.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Spilled:
     region: Region
     starts: Sequence[int]
     transfer: Transfer = field(default_factory=Transfer)
+    buffer: Memory | None = None
 
 
 class SpilledParameters(Places):
@@ -56,13 +60,17 @@ class SpilledParameters(Places):
         blocks: that `fully_shard` was applied to, by name, in the order in which they run.
         store: where they go.
         ahead: how many blocks are fetched before it is their turn.
+        copies: to the CUDA device that gathers them; None where DRAM is the memory of what does.
 
     Raises:
         PlanError: the disk has not as many bytes.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module], store: Store, *, ahead: int) -> None:
-        self._store, self._ahead = store, ahead
+    def __init__(
+        self, blocks: Mapping[str, nn.Module], store: Store, *, ahead: int, copies: ShardCopies | None = None
+    ) -> None:
+        self._store, self._ahead, self._copies = store, ahead, copies
+        self._buffers = PageBuffers(pinned=True, most=ahead + 1)
         self.blocks: dict[str, Spilled] = {}
         self.places: dict[Tensor, tuple[Spilled, int]] = {}
         self.gradients: GradientPlaces = GradientPlaces()
@@ -101,7 +109,9 @@ class SpilledParameters(Places):
         for block in self.blocks.values():
             self._move(block)
             before, after = partial(self._before, block), partial(self._after, block)
-            self._undo.callback(compat.around_gathers(block.module, before, after))
+            bring = None if self._copies is None else partial(self._bring, block)
+            self._undo.callback(compat.around_gathers(block.module, before, after, bring))
+        self._buffers.make_room(max((block.region.nbytes for block in self.blocks.values()), default=0))
 
     def _move(self, block: Spilled) -> None:
         shards = compat.shards_of(block.module)
@@ -139,6 +149,7 @@ class SpilledParameters(Places):
         # At rest it is the file.
         if region.in_dram:
             region.save(start, start + local_of(shard.detach()).nbytes)
+        self._drop_buffer(found[0])
 
     def settle(self) -> None:
         """Drop what was fetched for a turn that has not come."""
@@ -146,6 +157,7 @@ class SpilledParameters(Places):
             if block.region.in_dram:
                 block.transfer.wait()
                 block.region.drop()
+            self._drop_buffer(block)
         self._end_pass()
 
     def stop(self) -> None:
@@ -163,12 +175,11 @@ class SpilledParameters(Places):
         elif self._last is not None and self._last[1] != block.name:
             self._order[self._last] = block.name
         self._last = backward, block.name
-        self._fetch(block)
-        following: str | None = block.name
-        for _ in range(self._ahead):
-            following = self._order.get((backward, following or ""))
-            if following is not None:
-                self._fetch(self.blocks[following])
+        wanted = [block.name]
+        while len(wanted) <= self._ahead and (following := self._order.get((backward, wanted[-1]))) is not None:
+            wanted.append(following)
+        for name in wanted:
+            self._fetch(self.blocks[name], wanted)
         block.transfer.wait()
 
     def _end_pass(self) -> None:
@@ -177,13 +188,52 @@ class SpilledParameters(Places):
             self._order.pop(self._last, None)
         self._last = None
 
-    def _fetch(self, block: Spilled) -> None:
-        if not block.region.in_dram:
-            block.transfer = block.region.fetch()
+    def _fetch(self, block: Spilled, wanted: Collection[str] = ()) -> None:
+        if self._copies is None:
+            if not block.region.in_dram:
+                block.transfer = block.region.fetch()
+        elif block.buffer is None:
+            self._make_room(wanted)
+            block.buffer = self._buffers.take()
+            block.transfer = block.region.read_into(block.buffer, 0, block.region.nbytes)
+            block.transfer.on_failure(partial(self._return_buffer, block))
+
+    def _make_room(self, wanted: Collection[str]) -> None:
+        """Have a buffer free, where too many were read into for turns that did not come."""
+        held = [one for one in self.blocks.values() if one.buffer is not None]
+        for one in held if len(held) > self._ahead else ():
+            if one.name not in wanted:
+                self._drop_buffer(one)
+
+    @contextlib.contextmanager
+    def _bring(self, block: Spilled, shards: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Within, copies of the shards on the CUDA device, of what was read of them."""
+        assert self._copies is not None
+        # Others may have needed its room, or have written into the shards, since it was read.
+        self._fetch(block)
+        block.transfer.wait()
+        assert block.buffer is not None
+        pairs = zip(shards, block.starts, strict=True)
+        sources = [block.buffer.tensor(shard.dtype, shard.shape, start) for shard, start in pairs]
+        with self._copies.copies(sources) as (found, copied):
+            self._return_buffer(block, copied)
+            yield found
+
+    def _drop_buffer(self, block: Spilled) -> None:
+        """Let what was read of the block go, if something was."""
+        if block.buffer is not None:
+            block.transfer.wait()
+            self._return_buffer(block)
+
+    def _return_buffer(self, block: Spilled, copied: Transfer | None = None) -> None:
+        assert block.buffer is not None
+        self._buffers.give_back(block.buffer, copied or Transfer())
+        block.buffer = None
 
     def _after(self, block: Spilled) -> None:
         """What was gathered is a copy."""
-        block.region.drop()
+        if self._copies is None:
+            block.region.drop()
 
     # As the places of an optimizer's pages
 
@@ -219,6 +269,10 @@ class SpilledParameters(Places):
 
     def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
         """Begin to take the elements of the page back."""
+        for piece in page.pieces:
+            if piece.member.parameter in self.places:
+                # It is read again, with what the step has made of it.
+                self._drop_buffer(self.places[piece.member.parameter][0])
         return [
             region.write_from(buffer, start, start + aligned(length), place)
             for region, start, length, place, of_gradient in self._stretches(page, at)

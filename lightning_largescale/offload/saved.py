@@ -3,7 +3,8 @@
 To a disk: requests past the page cache want aligned memory, which tensors have not. So a few threads copy a storage, a
 piece of a request's size at a time, into a buffer that each of them has, and write that: memory that stays warm takes a
 copy at several times a disk's rate, and nothing of a storage's size is needed twice. Back from there a storage is read
-into a buffer of its size, which the tensors that come out of it view: nothing is copied.
+into a buffer of its size, which the tensors that come out of it view; a CUDA device copies it from there, beside what
+computes.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 5.1 and 6.3; torch notes, "CUDA semantics", streams and
     pinned memory.
@@ -17,6 +18,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -140,6 +142,23 @@ class Tier(ABC):
         """Its bytes, when they are there; called as often as they are used."""
 
 
+@dataclass
+class _Coming:
+    """A storage on its way back from a disk.
+
+    Attributes:
+        buffer: in DRAM, into which it is read; None when it has been copied on from there.
+        transfer: that reads it.
+        target: on a CUDA device, into which it is copied from there.
+        event: of the device, before which it may not be copied; once it is, after which it is there.
+    """
+
+    buffer: Tensor | None
+    transfer: Transfer
+    target: Tensor | None = None
+    event: Any = None
+
+
 class Disk(Tier):
     """A store.
 
@@ -155,6 +174,9 @@ class Disk(Tier):
         self._buffers = Buffers(pinned=self._cuda)
         self._taking = threading.Lock()
         self._own = threading.local()
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        # What is copied to the device, until it is.
+        self._copying: list[tuple[Any, Tensor]] = []
         self._threads = request_threads("activations")
         weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True).atexit = False
 
@@ -203,19 +225,35 @@ class Disk(Tier):
             if saved.left == 0 and not saved.wanted:
                 saved.content = None
 
-    def _begin(self, saved: Saved) -> tuple[Tensor, Transfer]:
+    def _begin(self, saved: Saved) -> _Coming:
         with self._taking:
             buffer, view = self._buffers.take(saved.nbytes)
-        return buffer, self._store.read(saved.place, view)
+        transfer = self._store.read(saved.place, view)
+        if not self._cuda:
+            return _Coming(buffer, transfer)
+        # Memory of the stream that computes, which may still compute in it.
+        target = torch.empty(buffer.nbytes, dtype=torch.uint8, device=self._device)
+        return _Coming(buffer, transfer, target, torch.cuda.current_stream(self._device).record_event())
 
     def _end(self, saved: Saved) -> Tensor:
-        buffer: Tensor
-        buffer, transfer = saved.coming
-        transfer.wait()
-        if buffer.device.type != self._device.type:
-            buffer = buffer.to(self._device)
-            saved.coming = buffer, Transfer()
-        return buffer
+        coming: _Coming = saved.coming
+        coming.transfer.wait()
+        if coming.target is None:
+            assert coming.buffer is not None
+            return coming.buffer
+        if coming.buffer is not None:
+            self._stream.wait_event(coming.event)
+            with torch.cuda.stream(self._stream):
+                coming.target.copy_(coming.buffer, non_blocking=True)
+                # It may be let go before the copy is over.
+                coming.target.record_stream(self._stream)
+                coming.event = self._stream.record_event()
+            with self._taking:
+                under_way = [(event, buffer) for event, buffer in self._copying if not event.query()]
+                self._copying = [*under_way, (coming.event, coming.buffer)]
+            coming.buffer = None
+        torch.cuda.current_stream(self._device).wait_event(coming.event)
+        return coming.target
 
 
 class Host(Tier):

@@ -301,7 +301,7 @@ def _shard_block(
         mesh=data_mesh(mesh),
         reshard_after_forward=state.plan.reshard_after_forward,
         mp_policy=_policy(gather_type),
-        offload_policy=_offload_policy(state.plan, tier),
+        offload_policy=_offload_policy(tier),
         ignored_params=left | whole,
     )
     state.groups[name] = cast(FSDPModule, block)
@@ -343,12 +343,11 @@ def _is_sharded(parameter: Tensor) -> bool:
     return is_plain(parameter) or isinstance(parameter, DTensor)
 
 
-def _offload_policy(plan: Plan, tier: str | None) -> OffloadPolicy:
+def _offload_policy(tier: str | None) -> OffloadPolicy:
     if tier is None:
         return OffloadPolicy()
-    # What a disk has behind it is no memory to pin. Into pinned memory gradients are copied beside what follows: those
-    # that are used as they come would be used too early (torch 2.11).
-    return CPUOffloadPolicy(pin_memory=tier == "cpu" and not plan.release_gradients)
+    # What a disk has behind it is no memory to pin.
+    return CPUOffloadPolicy(pin_memory=tier == "cpu")
 
 
 def _policy(gather_type: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -28,10 +28,11 @@ def state_here(sizes: Sizes) -> int:
 
 def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
     """At each segment, bytes of the shards that are fetched ahead of a pass: of the group that computes, until it has
-    been gathered, and of the next ones that have to be fetched. Beside a CUDA device these wait in DRAM.
+    been gathered, and of the next ones that have to be fetched. Beside a CUDA device these wait in DRAM, and only what
+    is gathered of one rank is there twice, for a while in which the segment holds less than at its worst.
     """
     if sizes.kind != "cpu":
-        return [0] * len(sizes.blocks)
+        return [_copied_alone(sizes, index, backward=backward) for index in range(len(sizes.blocks))]
     groups, most = sizes.placement.groups, sizes.plan.prefetched_blocks + 1
     if not groups:
         return [0] * len(sizes.blocks)
@@ -42,6 +43,17 @@ def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
             ahead = [str(block), *(name for name in ahead if name != block)][:most]
         found.append(sum(map(sizes.shard, ahead)))
     return found if backward else found[::-1]
+
+
+def _copied_alone(sizes: Sizes, index: int, *, backward: bool) -> int:
+    block, segment = sizes.blocks[index], sizes.step.segments[index]
+    kept = backward and not sizes.plan.reshard_after_forward
+    if block not in sizes.placement.groups or sizes.plan.dp_shard > 1 or kept:
+        return 0
+    rise = segment.forward_peak_bytes - segment.forward_entry_bytes
+    if backward:
+        rise = segment.backward_peak_bytes - segment.backward_entry_bytes + sizes.own_gradient(index)
+    return max(0, sizes.shard(block) - max(0, rise))
 
 
 def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
@@ -137,8 +149,9 @@ def staging_bytes(sizes: Sizes) -> int:
     """
     place, moved = sizes.placement, moved_in_step(sizes)
     passing = page_buffer_bytes(sum(moved.values()) if sizes.plan.host_optimizer_step else moved.get("nvme", 0))
-    shards = sorted((sizes.shard(name) for name, tier in place.groups.items() if tier == "nvme"), reverse=True)
-    passing += sum(shards[: sizes.plan.prefetched_blocks + 1])
+    shards = [sizes.shard(name) for name, tier in place.groups.items() if tier == "nvme"]
+    # Buffers of the size of the largest.
+    passing += (sizes.plan.prefetched_blocks + 1) * max(shards, default=0)
     if place.activations == "nvme":
         passing += sum(sorted(map(sizes.leaving_of, sizes.step.segments), reverse=True)[:_BLOCKS_OUT])
     return passing

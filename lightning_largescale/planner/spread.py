@@ -158,6 +158,6 @@ def _saved(sizes: Sizes, blocks: Sequence[str]) -> list[int]:
 
 def _staging(sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
     """The most that passes through DRAM at once on its way to a disk and back."""
-    shards = sorted(map(sizes.shard, groups), reverse=True)[: sizes.plan.prefetched_blocks + 1]
+    shards = (sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, groups), default=0)
     saved = sorted(_saved(sizes, blocks), reverse=True)[:2]
-    return PAGE_BUFFERS * PAGE_BYTES + sum(shards) + sum(saved)
+    return PAGE_BUFFERS * PAGE_BYTES + shards + sum(saved)

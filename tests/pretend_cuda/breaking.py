@@ -46,9 +46,14 @@ def _saved(name: str, old: str, new: str, scenario: str) -> Break:
     return Break(name, "offload/saved.py", old, new, scenario)
 
 
+def _shards(name: str, old: str, new: str, scenario: str) -> Break:
+    return Break(name, "offload/shards.py", old, new, scenario)
+
+
 _CURRENT = "        current = torch.cuda.current_stream(self.device)\n"
 _TO_DEVICE = "        with torch.cuda.stream(self._to_device):\n"
 _WAIT = "        self._stream.wait_stream(torch.cuda.current_stream(self._device))\n"
+_ON_COPYING = "            with torch.cuda.stream(self._stream):\n"
 _ON_STREAM = "        with torch.cuda.stream(self._stream):\n"
 _ON_ANOTHER = "        with torch.cuda.stream(torch.cuda.Stream(self._device)):\n"
 _FOUND = "        found = torch.empty(saved.nbytes, dtype=torch.uint8, device=self._device)\n"
@@ -84,8 +89,8 @@ BREAKS = (
     _lanes("what is taken is reused", "one.record_stream(stream)", "pass", "fetch"),
     _lanes(
         "the end of a transfer is recorded elsewhere",
-        "_Copied(stream.record_event())",
-        "_Copied(torch.cuda.default_stream(self.device).record_event())",
+        "Copied(stream.record_event())",
+        "Copied(torch.cuda.default_stream(self.device).record_event())",
         "host step",
     ),
     _lanes("transfers are not waited for", "        self._event.synchronize()\n", "        pass\n", "host step"),
@@ -149,6 +154,79 @@ BREAKS = (
         "disk",
     ),
     _saved("what is written is not in DRAM", "        stream.synchronize()\n", "", "disk"),
+    _saved(
+        "what is read comes into memory in use",
+        "        return _Coming(buffer, transfer, target, torch.cuda.current_stream(self._device).record_event())\n",
+        "        return _Coming(buffer, transfer, target, torch.cuda.Stream(self._device).record_event())\n",
+        "disk",
+    ),
+    _saved("what is read does not wait", "            self._stream.wait_event(coming.event)\n", "", "disk"),
+    _saved(
+        "what is read is copied on any stream",
+        _ON_COPYING + "                coming.target.copy_",
+        _ON_COPYING.replace("self._stream", "torch.cuda.Stream(self._device)") + "                coming.target.copy_",
+        "disk",
+    ),
+    _saved("what was read is reused", "                coming.target.record_stream(self._stream)\n", "", "unread"),
+    _saved(
+        "it is recorded elsewhere that it was read",
+        "                coming.event = self._stream.record_event()\n",
+        "                coming.event = torch.cuda.Stream(self._device).record_event()\n",
+        "disk",
+    ),
+    _saved(
+        "what is read is used before it came",
+        "        torch.cuda.current_stream(self._device).wait_event(coming.event)\n",
+        "",
+        "disk",
+    ),
+    _saved("what is copied from is read into", "if not event.query()", "if False", "reread"),
+    _shards("shards are gathered before they came", "        current.wait_event(copied)\n", "", "one rank"),
+    _shards(
+        "shards come on any stream",
+        "        with torch.cuda.stream(self._stream):\n",
+        "        with torch.cuda.stream(torch.cuda.Stream(self._device)):\n",
+        "one rank",
+    ),
+    _shards(
+        "it is recorded elsewhere that shards came",
+        "            copied = self._stream.record_event()\n",
+        "            copied = torch.cuda.Stream(self._device).record_event()\n",
+        "one rank",
+    ),
+    _shards(
+        "shards come into memory in use",
+        "                self._stream.wait_event(self._read)\n",
+        "                pass\n",
+        "shards",
+    ),
+    _shards(
+        "it is recorded elsewhere that shards were gathered",
+        "            self._read = current.record_event()\n",
+        "            self._read = self._stream.record_event()\n",
+        "shards",
+    ),
+    Break(
+        "buffers of shards are read into while they are copied",
+        "offload/parameters.py",
+        "            self._return_buffer(block, copied)\n",
+        "            self._return_buffer(block)\n",
+        "shards on a disk",
+    ),
+    Break(
+        "gradients are used before they came",
+        "compat/of_distributed.py",
+        "lambda: [event.synchronize() for event in events]",
+        "lambda: None",
+        "release",
+    ),
+    Break(
+        "gradients on the device are used on another stream",
+        "offload/gradients.py",
+        "        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):\n",
+        "        with torch.cuda.stream(torch.cuda.Stream()):\n",
+        "release in part",
+    ),
     Break(
         "buffers go while copies are under way",
         "offload/memory.py",
@@ -313,6 +391,51 @@ def room() -> list[float]:
     return [float(larger.numel())]
 
 
+def shards() -> list[float]:
+    """Copies of shards are read, let go, and others made in their memory."""
+    torch, _ = _lanes_here()
+    from lightning_largescale.offload.shards import ShardCopies
+
+    copies, found = ShardCopies(torch.device("cuda", 0)), []
+    for number in range(3):
+        with copies.copies([torch.full((4096,), float(number)).pin_memory()]) as ((one,), _):
+            found.append(one * 2)
+            del one
+    return [float(one.sum()) for one in found]
+
+
+def _on_a_disk(*values: float) -> tuple[Any, list[Any]]:
+    """A disk, and storages of these values that have left for it."""
+    torch, _ = _lanes_here()
+    from lightning_largescale.offload.saved import Disk, Saved
+    from lightning_largescale.offload.store import Store
+
+    tier = Disk(Store(Path.cwd()), torch.device("cuda", 0))
+    made = [Saved("a block", torch.full((65536,), one, device="cuda").untyped_storage(), 0) for one in values]
+    tier.settle(tier.send(made))
+    return tier, made
+
+
+def unread() -> list[float]:
+    """What comes back from a disk is let go on another stream, and its memory taken by what is computed next."""
+    torch, _ = _lanes_here()
+    tier, (saved,) = _on_a_disk(3.0)
+    tier.fetch(saved)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        tier.bytes_of(saved)
+    saved.coming = None
+    made = torch.zeros(65536, device="cuda").add_(4)
+    torch.cuda.synchronize()
+    return [float(made.sum())]
+
+
+def reread() -> list[float]:
+    """What comes back from a disk is read into the buffers of what came before."""
+    torch, _ = _lanes_here()
+    tier, made = _on_a_disk(1.0, 2.0, 3.0, 4.0)
+    return [float(one.sum()) for one in [tier.bytes_of(saved).view(torch.float32) * 2 for saved in made]]
+
+
 SCENARIOS: dict[str, Callable[[str], list[float]]] = {
     "state": lambda folder: fit(offload_optimizer="cpu"),
     "host step": lambda folder: fit(offload_optimizer="cpu", host_optimizer_step=True),
@@ -320,7 +443,16 @@ SCENARIOS: dict[str, Callable[[str], list[float]]] = {
     "penalty": lambda folder: fit(penalty=True, offload_parameters="cpu"),
     "scaled": lambda folder: fit(offload_parameters="cpu", precision="16-mixed"),
     "disk": lambda folder: fit(layers=5, offload_activations="nvme", nvme_path=folder),
-    **{one.__name__: lambda folder, one=one: one() for one in (bring, fetch, put, asked, unused, used, room)},
+    "one rank": lambda folder: fit(offload_parameters="cpu"),
+    "shards on a disk": lambda folder: fit(layers=5, offload_parameters="nvme", nvme_path=folder),
+    "release": lambda folder: fit(layers=5, offload_parameters="cpu", release_gradients=True),
+    "release in part": lambda folder: fit(
+        layers=5, offload_parameters="cpu", release_gradients=True, resident_parameter_bytes=9000
+    ),
+    **{
+        one.__name__: lambda folder, one=one: one()
+        for one in (bring, fetch, put, asked, unused, used, room, shards, unread, reread)
+    },
 }
 
 

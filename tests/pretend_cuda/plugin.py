@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -14,34 +14,8 @@ import pretend_cuda
 from pretend_cuda import peaks
 from pretend_cuda.sites import PACKAGE
 
-
-class Known(NamedTuple):
-    """A report that a test does not fail on yet.
-
-    Attributes:
-        kind: the report's first word.
-        test: part of the test's name.
-        why: what is to be mended.
-    """
-
-    kind: str
-    test: str
-    why: str
-
-
 # As many as the tests have ranks.
 DEVICES = 4
-# To be emptied.
-_PAGEABLE = (
-    "parameters that nvme keeps, or cpu beside release_gradients, are not pinned: FSDP2's copies of them to the device"
-    " are right, and wait"
-)
-KNOWN = (
-    Known("pageable", "takes_what_was_predicted", _PAGEABLE),
-    Known("pageable", "take_what_was_predicted", _PAGEABLE),
-    Known("pageable", "test_what_a_disk_gives_back_late", _PAGEABLE),
-    Known("pageable", "test_cuda_matrix", _PAGEABLE),
-)
 
 
 def load(config: pytest.Config) -> str:
@@ -93,7 +67,7 @@ class _Reports:
         self._path.parent.rmdir()
 
     def _check(self, item: pytest.Item) -> None:
-        wrong = [line for line in self._new() if not is_forgiven(line, item.nodeid)]
+        wrong = [line for line in self._new() if not is_forgiven(line)]
         if wrong:
             pytest.fail("the pretended device reports:\n" + "\n".join(wrong), pytrace=False)
 
@@ -107,11 +81,7 @@ class _Reports:
         return lines
 
 
-def is_forgiven(line: str, test: str) -> bool:
-    """Whether this test does not fail on this report."""
+def is_forgiven(line: str) -> bool:
+    """Whether a test does not fail on this report: what users and Lightning copy from pageable memory they may pin."""
     kind, _, text = line.partition(": ")
-    place = text.rpartition(", at ")[2]
-    # What users and Lightning copy from pageable memory is theirs to pin.
-    if kind == "pageable" and not place.startswith(f"{PACKAGE}/"):
-        return True
-    return any(kind == known.kind and known.test in test for known in KNOWN)
+    return kind == "pageable" and not text.rpartition(", at ")[2].startswith(f"{PACKAGE}/")
