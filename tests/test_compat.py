@@ -26,10 +26,10 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from ranks import run_connected
+from ranks import in_own_group, mesh_of, run_connected
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import _common_utils, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, _common_utils, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
@@ -1009,6 +1009,74 @@ def gathers_seen():
 
 def test_around_gathers(two):
     assert two.run(gathers_seen) == [(["before", "after"] * 2, ["before", "after"], 0)] * 2
+
+
+def shards_brought(size):
+    """What a module computes whose shards are brought as zeros, when FSDP2 reads them, and without that."""
+    mesh = mesh_of((size,))
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for part in (*module, module):
+        fully_shard(part, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    seen = []
+
+    @contextlib.contextmanager
+    def bring(shards):
+        seen.append([one.numel() for one in shards])
+        yield [torch.zeros_like(one) for one in shards]
+        seen.append("read")
+
+    before = module(torch.ones(2, 4))
+    undo = compat.around_gathers(module[1], lambda: seen.append("before"), lambda: seen.append("after"), bring)
+    zeros = module(torch.ones(2, 4))
+    undo()
+    return seen, not zeros.any(), torch.equal(module(torch.ones(2, 4)), before)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_around_gathers_that_bring_shards(two, size):
+    elements = [16 // size, 4 // size]
+    order = ["before", elements, "read", "after"]
+    if size == 2:
+        assert two.run(shards_brought, 2) == [(order, True, True)] * 2
+    else:
+        assert run_connected(1, shards_brought, 1) == [(order, True, True)]
+
+
+def reductions_seen(hooked):
+    """What is told of gradients of two backwards, of which the second adds; and whether they were waited for."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    compat.init_process_group(TorchElasticEnvironment(), "cpu:gloo,cuda:nccl", device, timedelta(seconds=60))
+    mesh = init_device_mesh("cuda", (2,))
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for part in (*module, module):
+        fully_shard(part, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    seen, hooks = [], []
+    if hooked:
+        module[1].weight.register_post_accumulate_grad_hook(lambda one: hooks.append(float(one.grad.to_local().sum())))
+
+    def reduced(parameters, wait):
+        wait()
+        seen.append({names[one]: float(one.grad.to_local().sum()) for one in parameters})
+
+    undo = compat.around_reductions(module[1], reduced)
+    x = torch.ones(8, 64, device=device)
+    for _ in range(2):
+        module(x).sum().backward()
+    undo()
+    module(x).sum().backward()
+    return seen, hooks, float(module[1].weight.grad.to_local().sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hooked", [False, True])
+def test_around_reductions(two, hooked):
+    for seen, hooks, last in two.run(in_own_group, reductions_seen, hooked):
+        assert [[*one] for one in seen] == [["1.weight", "1.bias"]] * 2
+        first, second = (one["1.weight"] for one in seen)
+        assert (second, last) == (pytest.approx(2 * first), pytest.approx(3 * first))
+        assert hooks == ([pytest.approx(first), pytest.approx(second), pytest.approx(last)] if hooked else [])
 
 
 def collectives_intercepted():
