@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from lightning_largescale import compat
 from lightning_largescale.console import flush, tell
-from lightning_largescale.groups import forget_groups, leave_process_group
+from lightning_largescale.groups import drop_groups, leave_process_group
 from lightning_largescale.hub import LOST, TOGETHER_SECONDS, Failure, Lines
 from lightning_largescale.waiting import PROGRESS, Wait, Waiting
 
@@ -107,7 +107,7 @@ class PeerFailures:
         finally:
             if self._together:
                 # All ranks stopped, each where it was: what it had begun in a group is met by nothing.
-                forget_groups()
+                drop_groups()
             else:
                 leave_process_group()
             self._lines.close()

@@ -5,10 +5,11 @@ A program may fit many times, on the same ranks.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from time import monotonic
 from typing import Any, TypeVar
@@ -45,7 +46,11 @@ def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
         forget_groups()
         _world.append(weakref.ref(world))
     if key not in _made:
-        _made[key] = make()
+        made = _made[key] = make()
+        if isinstance(made, DeviceMesh):
+            # Where it is forgotten a module may still have it, and nobody once that is gone.
+            groups = [weakref.ref(group) for group in made.get_all_groups()]
+            weakref.finalize(made, _end, groups, os.getpid()).atexit = False
     found: _Made = _made[key]
     return found
 
@@ -54,6 +59,28 @@ def forget_groups() -> None:
     """Let all of them go, with their connections."""
     _made.clear()
     _world.clear()
+
+
+def drop_groups() -> None:
+    """Forget all of them, and end those that no module has: what ranks that failed began there is met by nothing."""
+    for made in _made.values():
+        if isinstance(made, list):
+            _end([weakref.ref(group) for group in made if isinstance(group, dist.ProcessGroup)], os.getpid())
+    forget_groups()
+
+
+def _end(groups: Sequence[weakref.ref[Any]], process: int) -> None:
+    """Close the connections of groups beside the default one, which torch would keep for as long as that."""
+    for group in (one() for one in groups):
+        # In a fork they are the parent's, and with the default group all have ended.
+        if os.getpid() != process or not dist.is_initialized() or group in (None, dist.group.WORLD):
+            continue
+        # Of an earlier default group.
+        with contextlib.suppress(ValueError):
+            if "nccl" in dist.get_backend(group):
+                compat.abort_process_groups(group)
+            else:
+                dist.destroy_process_group(group)
 
 
 def connect(environment: Any, backend: str, device: Any, timeout: timedelta | None) -> None:

@@ -175,7 +175,11 @@ def found(environment, plan, devices=1, fits=2):
         pytest.param(OfAUser, (1, 2), 3, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("plan", [Plan(dp_replicate=2), Plan(dp_shard=2)], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(Plan(dp_replicate=2), marks=pytest.mark.slow), Plan(dp_shard=2)],
+    ids=["replicated", "sharded"],
+)
 def test_the_environment_knows_how_many_there_are(two, environment, nodes, devices, plan):
     model = Language()
     trainer(max_steps=3).fit(model)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from ranks import ranks
+from ranks import connected, ranks
+from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_largescale.groups import forget_groups, made_once
+from lightning_largescale.groups import drop_groups, forget_groups, made_once
 
 
 def connect(folder, name):
@@ -68,3 +71,35 @@ def ends_of_forks_with_garbage(folder):
 def test_a_fork_leaves_groups_to_its_parent(tmp_path, ends):
     with ranks(2) as made:
         assert made.run(ends, tmp_path) == [0, 0]
+
+
+def threads_of_gloo():
+    names = []
+    for number in os.listdir("/proc/self/task"):
+        # Others end meanwhile.
+        with contextlib.suppress(OSError):
+            names.append(Path(f"/proc/self/task/{number}/comm").read_text())
+    return len([name for name in names if "gloo" in name])
+
+
+def threads_after_dropping(times):
+    """Threads of gloo that are left each time that groups and a mesh, which a module has for longer, are dropped."""
+    found = []
+    for _ in range(times):
+        made_once("group", lambda: [dist.new_group([rank]) for rank in range(2)])
+        mesh = made_once("mesh", lambda: init_device_mesh("cpu", (2, 1)))
+        drop_groups()
+        with_mesh = threads_of_gloo()
+        mesh.get_group(0).size()
+        del mesh
+        gc.collect()
+        found.append((with_mesh, threads_of_gloo()))
+    return found
+
+
+def test_groups_that_are_dropped_leave_no_threads_behind():
+    with ranks(2) as made:
+        for first, *others in made.run(connected, threads_after_dropping, 3):
+            # Groups of one dimension have connections of their own.
+            assert first[0] > first[1]
+            assert others == [first] * 2

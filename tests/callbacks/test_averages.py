@@ -79,7 +79,6 @@ def cases():
         for plan in PLANS:
             everyday = (kind, plan) in [
                 ("swa", "ZeRO-3"),
-                ("ema", "ZeRO-2"),
                 ("average", "replicate"),
                 ("ema", "ZeRO-3"),
             ]

@@ -146,7 +146,7 @@ def failures(plan, cells, verdicts):
     return found
 
 
-@pytest.mark.parametrize("plan", [one for one in PLANS if one not in ("ZeRO-2", "DDP")])
+@pytest.mark.parametrize("plan", ["ZeRO-3", "tp", "offload"])
 def test_some_actions_are_those_of_one_process(request, tmp_path, plan):
     cells = DAILY[plan]
     assert failures(plan, cells, run(request, plan, cells, tmp_path)) == {}

@@ -18,7 +18,7 @@ pytestmark = quiet
 
 PLANS = [
     Plan(dp_shard=2),
-    Plan(dp_shard=2, reshard_after_forward=False),
+    pytest.param(Plan(dp_shard=2, reshard_after_forward=False), marks=pytest.mark.slow),
     Plan(dp_shard=2, activation_checkpointing="full"),
     Plan(dp_replicate=2),
 ]
