@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
-from lightning_largescale import compat
+from lightning_largescale import compat, groups
 from lightning_largescale.apart import run_apart
 
 
@@ -1046,7 +1046,7 @@ def reductions_seen(hooked):
     """What is told of gradients of two backwards, of which the second adds; and whether they were waited for."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    compat.init_process_group(TorchElasticEnvironment(), "cpu:gloo,cuda:nccl", device, timedelta(seconds=60))
+    groups.connect(TorchElasticEnvironment(), "cpu:gloo,cuda:nccl", device, timedelta(seconds=60))
     mesh = init_device_mesh("cuda", (2,))
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     for part in (*module, module):

@@ -55,13 +55,14 @@ class Arrivals:
         self._label_of, self._arrived, self._complete = label_of, arrived, complete
         self._label: str | None = None
         self._copying: list[tuple[Sequence[Tensor], Callable[[], object]]] = []
-        # On which its gradients came, and their memory is given back.
+        # On which gradients came that are on the device, and their memory is given back.
         self._stream: Any = None
         self._undo = contextlib.ExitStack()
         told: set[Tensor] = set()
         for module in copied:
             self._undo.callback(compat.around_reductions(module, self._reduced))
             told.update(parameter for parameter, _ in compat.shards_of(module))
+        self._copies = bool(told)
         for parameter in label_of:
             if parameter.requires_grad and parameter not in told:
                 handle = parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
@@ -77,8 +78,7 @@ class Arrivals:
             wait()
             for parameter in parameters:
                 self._arrived(parameter)
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            self._complete(label)
+        self._complete(label)
 
     def forget(self) -> None:
         """The backward is over before its end."""
@@ -90,22 +90,29 @@ class Arrivals:
         self._undo.close()
 
     def _note(self, parameter: Tensor) -> None:
-        self._begin(self._label_of[parameter], parameter)
+        self._begin(self._label_of[parameter])
+        if self._copies:
+            self._stream = torch.cuda.current_stream()
         self._arrived(parameter)
 
     def _reduced(self, parameters: Sequence[Tensor], wait: Callable[[], object]) -> None:
         watched = [parameter for parameter in parameters if parameter in self._label_of]
-        if watched:
-            self._begin(self._label_of[watched[0]], watched[0])
-            self._copying.append((watched, wait))
+        if not watched:
+            return
+        stream, self._stream = self._stream, None
+        if stream is None:
+            self._begin(self._label_of[watched[0]])
+        else:
+            # Those of the block before are on the device: their memory is that of the stream that reduced them.
+            with torch.cuda.stream(stream):
+                self._begin(self._label_of[watched[0]])
+            torch.cuda.current_stream().wait_stream(stream)
+        self._copying.append((watched, wait))
 
-    def _begin(self, label: str, parameter: Tensor) -> None:
+    def _begin(self, label: str) -> None:
         if self._label not in (None, label):
             self.end()
         self._label = label
-        gradient = parameter.grad
-        on_device = gradient is not None and local_of(gradient).device.type == "cuda"
-        self._stream = torch.cuda.current_stream() if on_device else None
 
 
 class Release:

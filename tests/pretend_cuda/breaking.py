@@ -221,10 +221,17 @@ BREAKS = (
         "release",
     ),
     Break(
+        "what is stepped on on another stream is gathered",
+        "offload/gradients.py",
+        "            torch.cuda.current_stream().wait_stream(stream)\n",
+        "",
+        "release in part",
+    ),
+    Break(
         "gradients on the device are used on another stream",
         "offload/gradients.py",
-        "        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):\n",
-        "        with torch.cuda.stream(torch.cuda.Stream()):\n",
+        "            with torch.cuda.stream(stream):\n",
+        "            with torch.cuda.stream(torch.cuda.Stream()):\n",
         "release in part",
     ),
     Break(
