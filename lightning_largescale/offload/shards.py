@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,6 @@ class ShardCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # After the last use of copies in whose memory others may be made.
-        self._read: Any = None
 
     @contextlib.contextmanager
     def copies(self, sources: Iterable[Tensor]) -> Iterator[tuple[Sequence[Tensor], Transfer]]:
@@ -41,15 +38,14 @@ class ShardCopies:
         """
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            if self._read is not None:
-                self._stream.wait_event(self._read)
             found = [source.to(self._device, non_blocking=True) for source in sources]
             copied = self._stream.record_event()
         current.wait_event(copied)
         try:
             yield found, Transfer([Copied(copied)])
         finally:
-            self._read = current.record_event()
+            # Before others are made in their memory.
+            self._stream.wait_event(current.record_event())
 
 
 class ShardsInDram:
