@@ -69,7 +69,9 @@ class Ranks:
         for rank, pipe in enumerate(self._pipes):
             try:
                 if not pipe.poll(_TIMEOUT_SECONDS):
-                    raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_SECONDS} s")
+                    answers += [other.recv() for other in self._pipes[rank + 1 :] if other.poll()]
+                    others = "".join(f"\nanother:\n{trace}" for error, trace, _ in answers if error is not None)
+                    raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_SECONDS} s{others}")
                 answers.append(pipe.recv())
             except (EOFError, TimeoutError):
                 self.end()
