@@ -60,13 +60,14 @@ def forget_cached_meshes(device_type: str) -> None:
             return tensor.clone()
 
         @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, gradient: Any) -> Any:
             clear()
             return gradient
 
     clear()
     with torch.enable_grad():
-        torch.autograd.backward(Clearing.apply(torch.zeros((), device=device_type, requires_grad=True)))
+        seen: Any = Clearing.apply(torch.zeros((), device=device_type, requires_grad=True))  # type: ignore[no-untyped-call]
+    torch.autograd.backward(seen)
 
 
 def abort_process_groups() -> None:
