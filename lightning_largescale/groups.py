@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
+import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
-from time import monotonic
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,10 @@ _world: list[weakref.ref[Any]] = []
 _inherited: list[Any] = []
 # How often groups were left, by the address and the port at which their ranks had met.
 _left: dict[tuple[str, str], int] = {}
+# The port of each where this rank had the store, until ranks meet there again.
+_ports: dict[tuple[str, str], socket.socket] = {}
+# For a rank that asks for the store: what answers at its port may be another's, or nobody.
+_ASKING, _PAUSE_SECONDS = timedelta(seconds=20), 0.1
 
 
 def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -94,9 +99,12 @@ def connect(environment: Any, backend: str, device: Any, timeout: timedelta | No
     """
     if dist.is_initialized():
         return
-    times = _left.get((environment.main_address, str(environment.main_port)), 0)
+    endpoint = environment.main_address, str(environment.main_port)
+    times = _left.get(endpoint, 0)
     store = _met_again(environment, times, timeout or default_pg_timeout) if times else None
     compat.init_process_group(environment, backend, device, timeout, store)
+    if (port := _ports.pop(endpoint, None)) is not None:
+        port.close()
 
 
 def _met_again(environment: Any, times: int, timeout: timedelta) -> Any:
@@ -105,17 +113,24 @@ def _met_again(environment: Any, times: int, timeout: timedelta) -> Any:
     Its server lives in rank 0. Where that has not left yet, another rank finds the server of the group that is left,
     with all that was written there, and loses it when rank 0 leaves: then it asks again.
     """
-    rank, size, deadline = environment.global_rank(), environment.world_size(), monotonic() + timeout.total_seconds()
+    rank, size, deadline = (
+        environment.global_rank(),
+        environment.world_size(),
+        time.monotonic() + timeout.total_seconds(),
+    )
+    asking = timeout if rank == 0 else min(timeout, _ASKING)
     while True:
         try:
-            server, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))  # type: ignore[attr-defined]
+            server, *_ = next(dist.rendezvous("env://", rank, size, timeout=asking))  # type: ignore[attr-defined]
             store = dist.PrefixStore(f"largescale/{times}", server)  # type: ignore[attr-defined]
             store.set(f"here/{rank}", "")
-            store.wait([f"here/{one}" for one in range(size)], timeout)
+            store.wait([f"here/{one}" for one in range(size)], asking)
+            server.set_timeout(timeout)
             return store
         except dist.DistError:
-            if monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise
+            time.sleep(_PAUSE_SECONDS)
 
 
 def carrying_device(tensor: Tensor) -> torch.device:
@@ -134,26 +149,50 @@ def leave_process_group() -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    forget_groups()
+    _forget_all()
     endpoint = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
     _left[endpoint] = _left.get(endpoint, 0) + 1
+    had_store = dist.get_rank() == 0
     if "nccl" in dist.get_backend():
         compat.abort_process_groups()
     else:
         dist.destroy_process_group()
-        gc.collect()
+    gc.collect()
+    if had_store:
+        _keep_port(endpoint)
+
+
+def _keep_port(endpoint: tuple[str, str]) -> None:
+    """Have the system give the port to nobody who asks for any; who asks for this one, to listen at it, has it.
+
+    It was free once, and ranks know no other: whoever is given it meanwhile keeps them from meeting again.
+
+    Source: man page socket(7), SO_REUSEADDR.
+    """
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Who still listens there keeps it, as torchrun's agent does.
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        found.bind(("", int(endpoint[1])))
+        _ports[endpoint] = found
+        return
+    found.close()
 
 
 def end_groups() -> None:
-    """End the default group of a single process, and all beside it.
+    """End the default group of a single process, and all beside it."""
+    _forget_all()
+    dist.destroy_process_group()
 
-    torch remembers meshes for as long as the process lives, and these their groups, with the threads that they have.
+
+def _forget_all() -> None:
+    """Let all groups go, for torch too: it remembers meshes for as long as the process lives, and these their groups,
+    with threads, and with the store that they met in, where others would find what was left there.
     """
     for made in _made.values():
         if isinstance(made, DeviceMesh):
             compat.forget_groups_of(made)
     forget_groups()
-    dist.destroy_process_group()
 
 
 def _leave_in_fork() -> None:
@@ -162,6 +201,9 @@ def _leave_in_fork() -> None:
     gc.freeze()
     _inherited.append(dict(_made))
     _left.clear()
+    for port in _ports.values():
+        port.close()
+    _ports.clear()
     forget_groups()
 
 

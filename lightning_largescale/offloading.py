@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -72,7 +71,6 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             _check_dense(module)
         if plan.offload_parameters is not None:
             self.connect_alone()
-            _check_backend(self.root_device)
         if "nvme" in (plan.offload_parameters, plan.offload_optimizer, plan.offload_activations):
             self.connect_alone()
             self._store = Store(nvme_folder(plan, self._hardware().disks if plan.nvme_path is None else ()))
@@ -307,16 +305,6 @@ class OffloadingStrategy(BuildingStrategy, ABC):
                     parameter.grad = shard.grad.to_local()
                 if shard in inner.state:
                     inner.state[parameter] = apply_to_collection(inner.state.pop(shard), DTensor, DTensor.to_local)
-
-
-def _check_backend(device: torch.device) -> None:
-    """Raise PlanError where ranks cannot sum what is in DRAM."""
-    backend = dist.get_backend() if dist.is_initialized() else "gloo"
-    if device.type != "cpu" and "gloo" not in backend and "cpu:" not in backend:
-        raise PlanError(
-            f"offload_parameters keeps gradients in DRAM, of which {backend} sums no norms; connect the ranks by"
-            " 'cpu:gloo,cuda:nccl' (process_group_backend, or your own init_process_group), or leave that to us."
-        )
 
 
 def _check_release(trainer: Trainer, module: LightningModule) -> None:

@@ -34,7 +34,7 @@ from lightning_largescale.parallel.equal import check_equal_structure, equal_wei
 from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import HeapWatch
 from lightning_largescale.parallel.known import KnownParameters
-from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, warn_of_distance
+from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, use_mesh, warn_of_distance
 from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
@@ -146,7 +146,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         self._shard_tables(module, plan)
         if plan.tp > 1 and self._compile is not False:
             raise PlanError(f"compile={self._compile!r} cannot be combined with tp={plan.tp}; leave one of them out.")
-        mesh = None if sharded_state(module) else build_mesh(plan, self.root_device.type)
+        mesh = None
+        if (state := sharded_state(module)) is None:
+            mesh = build_mesh(plan, self.root_device.type)
+        else:
+            use_mesh(state.mesh)
         divided = self._divided(trainer, plan) if mesh is not None else {}
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)

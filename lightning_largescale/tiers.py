@@ -30,9 +30,9 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def page_buffer_bytes(moved_bytes: int) -> int:
-    """Bytes of the buffers through which `moved_bytes` are paged in one step."""
-    return min(PAGE_BUFFERS * PAGE_BYTES, aligned(moved_bytes))
+def page_buffer_bytes(moved_bytes: int, page_bytes: int) -> int:
+    """Bytes of the buffers, for pages of `page_bytes` at most, through which `moved_bytes` are paged in one step."""
+    return min(PAGE_BUFFERS * page_bytes, aligned(moved_bytes))
 
 
 def shard_bytes(shape: Sequence[int], nbytes: int, dp_shard: int, tp: int = 1, tp_dim: int | None = None) -> int:

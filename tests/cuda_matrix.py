@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from models import DIM, Language, SaveLast, Tokens, trainer
 from torch import nn
-from torch.distributed.tensor import DTensor, debug
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -350,9 +350,8 @@ ACTIONS: dict[str, Callable[[Place], Outcome]] = {
 
 def play(action: str, place: Place) -> Outcome | str:
     """The action's outcome on this rank; the sentence by which it is refused."""
-    # Each connects its ranks as its plan wants it, and torch remembers meshes of those before for DTensors.
+    # Each connects its ranks as its plan wants it.
     leave_process_group()
-    debug._clear_sharding_prop_cache()
     with _small_pages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f"{NOISE}|GPU available but not used")
         try:

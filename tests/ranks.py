@@ -49,6 +49,7 @@ class Ranks:
         self.size = size
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
+        self._port: socket.socket | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What `function` of a module returns on each rank; the first error that a rank had is raised."""
@@ -69,7 +70,9 @@ class Ranks:
         for rank, pipe in enumerate(self._pipes):
             try:
                 if not pipe.poll(_TIMEOUT_SECONDS):
-                    raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_SECONDS} s")
+                    answers += [other.recv() for other in self._pipes[rank + 1 :] if other.poll()]
+                    others = "".join(f"\nanother:\n{trace}" for error, trace, _ in answers if error is not None)
+                    raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_SECONDS} s{others}")
                 answers.append(pipe.recv())
             except (EOFError, TimeoutError):
                 self.end()
@@ -83,12 +86,16 @@ class Ranks:
             process.join()
         self._processes.clear()
         self._pipes.clear()
+        if self._port is not None:
+            self._port.close()
 
     def start(self) -> None:
         """Fork the processes, of this one as it is now."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Held, or others are given it before the first rank listens there.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("", 0))
+        port = self._port.getsockname()[1]
         context = multiprocessing.get_context("fork")
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -104,6 +104,18 @@ def test_forget_groups_of():
     assert group() is None
 
 
+def test_forget_cached_meshes():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    one, other = (init_device_mesh("cpu", (1,), mesh_dim_names=("x",)) for _ in range(2))
+    for mesh in (one, other):
+        tensor = DTensor.from_local(torch.ones(2), mesh, [Replicate()])
+        # Of the first that was met: where that changes, nothing is to be forgotten.
+        assert (tensor + tensor).device_mesh is one
+    compat.forget_cached_meshes("cpu")
+    assert (tensor + tensor).device_mesh is other
+    dist.destroy_process_group()
+
+
 def test_check_main_guard():
     compat.check_main_guard()  # this process was not spawned
 

@@ -78,6 +78,8 @@ class Model(LightningModule):
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm = Norm()
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        # Of what needs a parameter as a whole one that is larger than what its backward leaves room for.
+        self.matrix = nn.Parameter(torch.zeros(8 * VOCAB, WIDTH)) if optimizer in ("Adafactor", *WHOLE) else None
         self.steps = 0
 
     def forward(self, x):
@@ -88,23 +90,63 @@ class Model(LightningModule):
 
     def training_step(self, batch, index):
         self.steps += 1
-        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        loss = F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        return loss if self.matrix is None else loss + self.matrix.mean()
 
     def configure_optimizers(self):
         if self.optimizer == "AdamW":
             return torch.optim.AdamW(self.parameters(), 1e-4)
+        if self.optimizer == "Adafactor":
+            return torch.optim.Adafactor(self.parameters(), 1e-4)
+        if self.optimizer in WHOLE:
+            return WHOLE[self.optimizer](self.parameters(), 1e-4)
         return torch.optim.SGD(self.parameters(), 1e-4, momentum=0.9 if self.optimizer == "momentum" else 0.0)
 
     def train_dataloader(self):
         return DataLoader(Text(), batch_size=BATCH)
 
 
+class Normalized(torch.optim.Optimizer):
+    """Momentum as long as the parameter's elements are many: a step that needs all of it."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for one in group["params"]:
+                if one.grad is not None:
+                    mean = self.state[one].setdefault("mean", torch.zeros_like(one)).mul_(0.9).add_(one.grad)
+                    one.sub_(mean / mean.norm() * one.numel() ** 0.5, alpha=group["lr"])
+        return loss
+
+
+class Factored(Normalized):
+    """The same, beside a matrix for the columns of each."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for one in group["params"]:
+                if one.grad is not None and one.dim() == 2:
+                    columns = one.grad.T @ one.grad
+                    self.state[one].setdefault("columns", torch.zeros_like(columns)).lerp_(columns, 0.1)
+        return loss
+
+
+WHOLE = {"normalized": Normalized, "factored": Factored}
+
+
 class Case(NamedTuple):
-    """What is trained: fields of a plan, and beside it an optimizer and micro-batches in a step."""
+    """What is trained: fields of a plan, and beside it an optimizer, micro-batches in a step, and bytes of a page."""
 
     plan: dict[str, Any]
     optimizer: str = "AdamW"
     accumulate: int = 1
+    page_bytes: int = 4 * MIB
 
 
 FULL = {"activation_checkpointing": "full"}
@@ -137,6 +179,13 @@ ONE_RANK = {
     "state in part": Case({**STATE, "resident_optimizer_bytes": 12 * MIB}),
     "state in DRAM, momentum": Case(STATE, "momentum"),
     "state in DRAM, recompute": Case({**STATE, **FULL}),
+    "plain, Adafactor": Case({}, "Adafactor"),
+    "state in DRAM, Adafactor": Case(STATE, "Adafactor", page_bytes=MIB // 4),
+    "state in DRAM, whole matrices": Case(STATE, "normalized", page_bytes=MIB // 4),
+    "state in part, whole matrices": Case({**STATE, "resident_optimizer_bytes": 4 * MIB}, "normalized", 1, MIB // 4),
+    "state on a disk, whole matrices": Case(DISK_STATE, "normalized", page_bytes=MIB // 4),
+    "state, release, whole matrices": Case({**STATE, **RELEASE}, "normalized", page_bytes=MIB // 4),
+    "state in DRAM, and some that no page has": Case(STATE, "factored", page_bytes=MIB // 4),
     "host step": Case({**STATE, **HOST}),
     "host step from a disk": Case({**DISK_STATE, **HOST}),
     "parameters in DRAM": Case(PARAMETERS),
@@ -249,7 +298,7 @@ def cases(found: dict[str, Case], *often: str) -> list[Any]:
 
 @pytest.mark.parametrize("case", cases(ONE_RANK, "plain", "state in DRAM", "parameters in DRAM", "all in DRAM"))
 def test_one_rank_takes_what_was_predicted(tmp_path, case):
-    check(*train(case, str(tmp_path), 4 * MIB))
+    check(*train(case, str(tmp_path), case.page_bytes))
 
 
 @pytest.mark.parametrize("case", cases(TWO_RANKS, "ZeRO-3"))

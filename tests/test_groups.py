@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
+import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from ranks import connected, ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_largescale.groups import drop_groups, forget_groups, made_once
+from lightning_largescale import groups
+from lightning_largescale.groups import connect as connect_ranks
+from lightning_largescale.groups import drop_groups, forget_groups, leave_process_group, made_once
 
 
 def connect(folder, name):
@@ -24,10 +32,10 @@ def of_two_default_groups(folder):
     found, every = [], []
     for name in ("first", "second"):
         connect(folder, name)
-        groups = [made_once("any", dist.new_group) for _ in range(3)]
-        found.append((len({*map(id, groups)}), groups[0].size()))
-        every.append(groups[0])
-        dist.barrier(groups[0])
+        made = [made_once("any", dist.new_group) for _ in range(3)]
+        found.append((len({*map(id, made)}), made[0].size()))
+        every.append(made[0])
+        dist.barrier(made[0])
         dist.destroy_process_group()
     return found, every[0] is not every[1], made_once("none", lambda: "made without a default group")
 
@@ -36,6 +44,76 @@ def test_made_once_for_a_default_group(tmp_path):
     with ranks(2) as made:
         expected = [(1, 2), (1, 2)], True, "made without a default group"
         assert made.run(of_two_default_groups, tmp_path) == [expected] * 2
+
+
+def meets_again(backend):
+    """What others are told who ask for the port of this rank's store while its group is left, and a sum after that."""
+    environment, told = TorchElasticEnvironment(), []
+    for _ in range(3):
+        connect_ranks(environment, backend, torch.device("cpu"), timedelta(seconds=60))
+        dist.barrier()
+        leave_process_group()
+        with socket.socket() as other, contextlib.suppress(OSError):
+            other.bind(("", environment.main_port))
+            told.append("was given the port")
+    connect_ranks(environment, backend, torch.device("cpu"), timedelta(seconds=60))
+    one = torch.ones(())
+    dist.all_reduce(one)
+    dist.destroy_process_group()
+    return float(one), told
+
+
+def test_ranks_that_left_meet_again_at_a_port_that_nobody_else_is_given():
+    with ranks(2) as made:
+        (total, told), _ = made.run(meets_again, "gloo")
+        # The ranks' parent holds it too, as long as they live.
+        assert (total, told) == (2.0, [])
+
+
+def goes_with_its_mesh():
+    """Whether a group goes when its ranks leave it, of whose mesh an operator's result is remembered."""
+    connect_ranks(TorchElasticEnvironment(), "gloo", torch.device("cpu"), timedelta(seconds=60))
+    mesh = made_once("mesh", lambda: init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)))
+    tensor = DTensor.from_local(torch.ones(2), mesh, [Replicate()])
+    assert (tensor + tensor).device_mesh is mesh
+    group = weakref.ref(dist.group.WORLD)
+    del mesh, tensor
+    dist.barrier()
+    leave_process_group()
+    return group() is None
+
+
+def sums():
+    dist.init_process_group("gloo")
+    one = torch.ones(())
+    dist.all_reduce(one)
+    dist.destroy_process_group()
+    return float(one)
+
+
+def test_groups_of_meshes_that_torch_remembers_go_with_their_store():
+    with ranks(2) as made:
+        assert made.run(goes_with_its_mesh) == [True, True]
+        # Where the store were still there, with what was written, they would wait for ever.
+        assert made.run(sums) == [2.0, 2.0]
+
+
+def test_a_port_is_kept_from_who_asks_for_any_and_given_to_who_asks_for_it():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    groups._keep_port(("kept", str(port)))
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port))
+    with socket.socket() as store:
+        store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        store.bind(("", port))
+        store.listen()
+        # Nothing is to be kept where somebody listens.
+        groups._keep_port(("taken", str(port)))
+    groups._keep_port(("", ""))
+    assert [*groups._ports] == [("kept", str(port))]
+    groups._ports.popitem()[1].close()
 
 
 def ends_of_forks(folder):

@@ -20,7 +20,7 @@ LAYERS = [
     {"plan_words", "units"},
     {"plan"},
     {"arithmetic", "console", "forward", "groups", "optimizing", "tiers", "waiting"},
-    {"hub"},
+    {"hub", "pageable"},
     {"apart"},
     {"hardware", "workload"},
     {"planner", "parallel", "offload", "lowbit"},

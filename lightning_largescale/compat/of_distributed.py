@@ -40,6 +40,37 @@ def forget_groups_of(mesh: Any) -> None:
     getattr(mesh, "_pg_registry", {}).clear()
 
 
+def forget_cached_meshes(device_type: str) -> None:
+    """Have DTensor look again at how operators divide, in this thread and in that of backward on the current device.
+
+    It takes meshes of one shape for one mesh, whatever their groups are, and gives what an operator returns the mesh
+    that it met first: one of groups that were left, or that lack a backend.
+
+    Replaced by meshes that are equal only where their groups are, or a public way to clear these caches.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor, debug
+
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    # Not in torch 2.11.
+    clear = getattr(debug, "_clear_sharding_prop_cache", propagator.propagate_op_sharding.cache.cache_clear)
+
+    class Clearing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: Any) -> Any:
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            clear()
+            return gradient
+
+    clear()
+    with torch.enable_grad():
+        seen: Any = Clearing.apply(torch.zeros((), device=device_type, requires_grad=True))  # type: ignore[no-untyped-call]
+    torch.autograd.backward(seen)
+
+
 def abort_process_groups(group: Any = None) -> None:
     """Close all nccl communicators of this process, or those of `group`, without waiting for the collectives under way.
 

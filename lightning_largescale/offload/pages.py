@@ -7,36 +7,19 @@ parameter is cut into several pages, small ones share one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_largescale.pageable import Kind
 from lightning_largescale.tiers import ALIGNMENT_BYTES, PAGE_BYTES, aligned
 
 # Pages end at multiples of it, whatever the size of an element: O_DIRECT takes any stretch, and kernels that treat the
 # rest of a vector apart have none in the middle of a parameter.
 _STRIDE = ALIGNMENT_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How the state of some parameters is kept.
-
-    Attributes:
-        divisible: a step on some elements of a parameter is that on all of it, as far as they go.
-        dtypes: of the state that has a parameter's shape, by its key; what else there is stays where it is.
-    """
-
-    divisible: bool
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Of the state that is paged."""
-        return sum(dtype.itemsize for dtype in self.dtypes.values())
 
 
 @dataclass(frozen=True, eq=False, slots=True)

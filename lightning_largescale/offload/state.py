@@ -18,11 +18,11 @@ from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.memory import Memory, Region
-from lightning_largescale.offload.pages import Bundle, Kind, Member, Page, Piece, bundles_of, local_of
+from lightning_largescale.offload.pages import Bundle, Member, Page, Piece, bundles_of, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
-from lightning_largescale.offload.trial import Key, ask_kinds, kind_key
 from lightning_largescale.optimizing import UntriedError, has_modes
+from lightning_largescale.pageable import Key, Kind, ask_kinds, kind_key
 from lightning_largescale.plan import PlanError
 
 

@@ -5,12 +5,17 @@ Source: torch.distributed.device_mesh; Zhao et al. 2023, "PyTorch FSDP", section
 
 from __future__ import annotations
 
+import weakref
+
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_largescale import compat
 from lightning_largescale.groups import made_once
 from lightning_largescale.plan import Plan
+
+_in_use: list[weakref.ref[DeviceMesh]] = []
 
 
 def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
@@ -31,7 +36,27 @@ def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
     axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
     kept = {name: size for name, size in axes.items() if name == "dp_shard" or size > 1}
     sizes, names = tuple(kept.values()), tuple(kept)
-    return made_once((device_type, sizes, names), lambda: init_device_mesh(device_type, sizes, mesh_dim_names=names))
+    # Of gradients in DRAM norms are summed there.
+    sums_in_dram = device_type != "cpu" and plan.offload_parameters is not None
+    backend = "cpu:gloo,cuda:nccl" if sums_in_dram and dist.get_backend() == "nccl" else None
+    mesh = made_once(
+        (device_type, sizes, names, backend),
+        lambda: init_device_mesh(
+            device_type,
+            sizes,
+            mesh_dim_names=names,
+            backend_override=dict.fromkeys(names, backend) if backend else None,
+        ),
+    )
+    use_mesh(mesh)
+    return mesh
+
+
+def use_mesh(mesh: DeviceMesh) -> None:
+    """Have what is computed from now on have the groups of `mesh`, and not those of one that is like it."""
+    if _in_use and _in_use[0]() is not mesh:
+        compat.forget_cached_meshes(mesh.device_type)
+    _in_use[:] = [weakref.ref(mesh)]
 
 
 def warn_of_distance(plan: Plan, ranks_per_node: int) -> None:

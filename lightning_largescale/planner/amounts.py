@@ -18,9 +18,9 @@ from typing import Any
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.optimizing import FUSED
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import buffer_bytes, moved_in_step
+from lightning_largescale.planner.hierarchy import buffer_bytes, largest_page, moved_in_step
 from lightning_largescale.planner.memory import allocator_share, moments_bytes
-from lightning_largescale.planner.placement import state_that_may_stay
+from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages
 from lightning_largescale.planner.runtime import beside_transfers
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMITED, Choice, Spread, spread
@@ -87,11 +87,12 @@ class Amounts:
         if techniques & {*RECOMPUTATION}:
             # All of them is a layout of its own.
             self._blocks -= 1
-        self._state = sizes.optimizer_state if "optimizer" in techniques else 0
+        paged = sizes.optimizer_state - state_without_pages(sizes, ())
+        self._state = paged if "optimizer" in techniques else 0
         self._beside: dict[int, tuple[float, Passes]] = {}
         # Without state that stays: the bytes at setup, and at the worst moment after it.
         self._peaks: dict[Choice, tuple[int, int]] = {}
-        self._moved_by_groups: dict[int, int] = {}
+        self._moved_by_groups: dict[int, tuple[int, int]] = {}
         # Who may step on state that is elsewhere: the device or, on CUDA, the host.
         self._steppers = (False, True) if self._state and _host_steps(sizes) else (False,)
         # With all that may leave gone.
@@ -169,16 +170,18 @@ class Amounts:
     def _most_state(self, groups: int) -> int:
         """Bytes of state that may stay, if so many groups do."""
         sizes = self.layout.sizes
-        return min(self._state - 1, state_that_may_stay(sizes, sizes.movable[: max(0, self._groups - groups)]))
+        away = sizes.movable[: max(0, self._groups - groups)]
+        return min(self._state - 1, state_that_may_stay(sizes, away) - state_without_pages(sizes, away))
 
     def _buffers(self, choice: Choice) -> int:
-        return buffer_bytes(self.layout.sizes.kind, self._moved(choice.groups) - choice.state_bytes)
+        moved, page = self._moved(choice.groups)
+        return buffer_bytes(self.layout.sizes.kind, moved - choice.state_bytes, page)
 
-    def _moved(self, groups: int) -> int:
-        """Bytes that the optimizer's step moves if no state stays."""
+    def _moved(self, groups: int) -> tuple[int, int]:
+        """Bytes that the optimizer's step moves if no state stays, and those of the largest page."""
         if groups not in self._moved_by_groups:
             sizes = self.layout.without(self.techniques, Choice(groups=groups, blocks=self._blocks))
-            self._moved_by_groups[groups] = sum(moved_in_step(sizes).values())
+            self._moved_by_groups[groups] = sum(moved_in_step(sizes).values()), largest_page(sizes)
         return self._moved_by_groups[groups]
 
     def _seconds(self, choice: Choice) -> float | None:
@@ -205,7 +208,7 @@ class Amounts:
         """Whether DRAM has room for what the host would step on, beside what it keeps."""
         kept = (away.parameters, away.trained, away.state, away.activations)
         in_dram = sum(sizes.get("cpu", 0) for sizes in kept)
-        return in_dram + PAGE_BUFFERS * PAGE_BYTES <= self.layout.budgets.get("cpu", 0)
+        return in_dram + PAGE_BUFFERS * largest_page(self.layout.sizes) <= self.layout.budgets.get("cpu", 0)
 
     def _without_transfers(self, blocks: int) -> tuple[float, Passes]:
         """Seconds of a step without transfers, and what these run beside."""

@@ -102,12 +102,23 @@ def page_buffers(sizes: Sizes) -> int:
     """Bytes of the device's memory in buffers through which the optimizer's step is paged; they stay from one step to
     the next. Beside a CUDA device these are pinned DRAM, `staging_bytes`.
     """
-    return buffer_bytes(sizes.kind, sum(moved_in_step(sizes).values()))
+    return buffer_bytes(sizes.kind, sum(moved_in_step(sizes).values()), largest_page(sizes))
 
 
-def buffer_bytes(kind: str, moved_bytes: int) -> int:
-    """Bytes of the device's memory in the buffers through which `moved_bytes` are paged in one step."""
-    return page_buffer_bytes(moved_bytes) if kind == "cpu" else 0
+def buffer_bytes(kind: str, moved_bytes: int, page_bytes: int) -> int:
+    """Bytes of the device's memory in the buffers through which `moved_bytes` are paged in one step, in pages of
+    `page_bytes` at most.
+    """
+    return page_buffer_bytes(moved_bytes, page_bytes) if kind == "cpu" else 0
+
+
+def largest_page(sizes: Sizes) -> int:
+    """Bytes of the largest page: more than others have where it is of a parameter that is stepped on as a whole."""
+    found = PAGE_BYTES
+    for name, (largest, state) in sizes.paging.undivided.items():
+        moves = state and (name in sizes.placement.groups or sizes.plan.host_optimizer_step)
+        found = max(found, state + (largest * (1 if sizes.plan.release_gradients else 2) if moves else 0))
+    return found
 
 
 def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
@@ -116,15 +127,21 @@ def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
     """
     in_pages: list[tuple[int, int]] = []
     at_once: list[tuple[int, int]] = []
-    state = 0
+    paging = sizes.paging
+    state, page, page_state = 0, _page_parameter_bytes(sizes), PAGE_BYTES
     for name in names:
-        if sizes.kind != "cpu" and name in sizes.placement.groups:
-            continue
-        paged = sizes.plan.offload_optimizer is not None or name in sizes.placement.groups
-        (in_pages if paged else at_once).append(sizes.stepped.get(name, (0, 0)))
-        state += sizes.state(name) if paged and sizes.kind != "cpu" else 0
-    page = _page_parameter_bytes(sizes) if in_pages else 0
-    return max(_temporaries(sizes, at_once, None), _temporaries(sizes, in_pages, page) + min(state, PAGE_BYTES))
+        if name in sizes.placement.groups:
+            # On the CPU: pages have the parameters too.
+            in_pages += [sizes.stepped.get(name, (0, 0))] if sizes.kind == "cpu" else []
+        elif sizes.plan.offload_optimizer is None:
+            at_once.append(sizes.stepped.get(name, (0, 0)))
+        else:
+            in_pages.append(paging.stepped.get(name, (0, 0)))
+            at_once.append(paging.stepped_at_once.get(name, (0, 0)))
+            state += sizes.state(name) - paging.unpaged.get(name, 0) if sizes.kind != "cpu" else 0
+        largest, largest_state = paging.undivided.get(name, (0, 0))
+        page, page_state = max(page, largest), max(page_state, largest_state)
+    return max(_temporaries(sizes, at_once, None), _temporaries(sizes, in_pages, page) + min(state, page_state))
 
 
 def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
@@ -148,7 +165,8 @@ def staging_bytes(sizes: Sizes) -> int:
     steps on is copied.
     """
     place, moved = sizes.placement, moved_in_step(sizes)
-    passing = page_buffer_bytes(sum(moved.values()) if sizes.plan.host_optimizer_step else moved.get("nvme", 0))
+    paged = sum(moved.values()) if sizes.plan.host_optimizer_step else moved.get("nvme", 0)
+    passing = page_buffer_bytes(paged, largest_page(sizes))
     shards = [sizes.shard(name) for name, tier in place.groups.items() if tier == "nvme"]
     # Buffers of the size of the largest.
     passing += (sizes.plan.prefetched_blocks + 1) * max(shards, default=0)
@@ -159,9 +177,10 @@ def staging_bytes(sizes: Sizes) -> int:
 
 def _page_parameter_bytes(sizes: Sizes) -> int:
     """Bytes of the parameters that one page is for."""
-    if sizes.plan.offload_optimizer is None or not sizes.optimizer_state:
+    state = sum(sizes.paging.state.values())
+    if sizes.plan.offload_optimizer is None or not state:
         return PAGE_BYTES // (1 if sizes.plan.release_gradients else 2)
-    return PAGE_BYTES * sizes.trained_bytes // sizes.optimizer_state
+    return int(PAGE_BYTES * sum(total for _, total in sizes.paging.stepped.values()) / state)
 
 
 def _temporaries(sizes: Sizes, groups: list[tuple[int, int]], page: int | None) -> int:

@@ -73,6 +73,14 @@ def state_that_may_stay(sizes: Sizes, away: Iterable[str]) -> int:
     return max(0, sizes.optimizer_state - of_others)
 
 
+def state_without_pages(sizes: Sizes, away: Iterable[str]) -> int:
+    """Of a rank's optimizer state, bytes that stay on the device whatever leaves, as pages have none of them, where the
+    parameters of the groups in `away` are kept elsewhere: on CUDA, theirs is with them.
+    """
+    elsewhere = frozenset() if sizes.kind == "cpu" else frozenset(away)
+    return sum(size for name, size in sizes.paging.unpaged.items() if name not in elsewhere)
+
+
 def _state_tiers(sizes: Sizes, groups: Collection[str]) -> dict[str, int]:
     plan, total = sizes.plan, sizes.optimizer_state
     if sizes.workload.stage != "fit":
@@ -80,6 +88,7 @@ def _state_tiers(sizes: Sizes, groups: Collection[str]) -> dict[str, int]:
     may_stay = state_that_may_stay(sizes, groups)
     if plan.offload_optimizer is None:
         return {"cpu": total - may_stay} if total > may_stay else {}
-    leaves = total - whole_pages(may_stay, plan.resident_optimizer_bytes)
+    stuck = state_without_pages(sizes, groups)
+    leaves = total - stuck - whole_pages(may_stay - stuck, plan.resident_optimizer_bytes)
     in_dram = leaves if plan.offload_optimizer == "cpu" else whole_pages(leaves, plan.cpu_optimizer_bytes)
     return {tier: size for tier, size in (("cpu", in_dram), ("nvme", leaves - in_dram)) if size}

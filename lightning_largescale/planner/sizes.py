@@ -13,6 +13,7 @@ from itertools import accumulate
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.as_run import divided_step, without_copies
+from lightning_largescale.planner.paging import Paging
 from lightning_largescale.planner.placement import Placement, place
 from lightning_largescale.tiers import shard_bytes
 from lightning_largescale.workload import Parameter, Segment, Step, Workload
@@ -157,17 +158,27 @@ class Sizes:
     @cached_property
     def optimizer_state(self) -> int:
         """What the rank keeps of every optimizer's state, divided as the parameters are."""
-        return int(sum(map(self._state_of, self.workload.parameters)))
+        return int(sum(map(self.state_of, self.workload.parameters)))
 
     def state(self, block: str | None) -> int:
         """What the rank keeps of every optimizer's state of one group's parameters."""
         if block not in self._states:
-            self._states[block] = math.ceil(sum(map(self._state_of, self._group(block))))
+            self._states[block] = math.ceil(sum(map(self.state_of, self._group(block))))
         return self._states[block]
 
-    def _state_of(self, parameter: Parameter) -> float:
-        share = self.local(parameter) / parameter.bytes if parameter.bytes else 1.0
-        return sum(needs.state_bytes.get(parameter.name, 0) for needs in self.workload.optimizers) * share
+    def state_of(self, parameter: Parameter) -> float:
+        """What the rank keeps of every optimizer's state of `parameter`."""
+        found = sum(needs.state_bytes.get(parameter.name, 0) for needs in self.workload.optimizers)
+        return found * self.share_of(parameter)
+
+    def share_of(self, parameter: Parameter) -> float:
+        """What the rank keeps of `parameter`, as a part of all of it."""
+        return self.local(parameter) / parameter.bytes if parameter.bytes else 1.0
+
+    @cached_property
+    def paging(self) -> Paging:
+        """What of the optimizers' step pages can have."""
+        return Paging(self)
 
     @cached_property
     def stepped(self) -> dict[str | None, tuple[int, int]]:
@@ -216,7 +227,15 @@ class Sizes:
 
     def _sharing(self, but: tuple[str, ...]) -> Sizes:
         # Computed here if it is not yet, so that it is not by each.
-        for name in ("parameters", "gradients", "optimizer_state", "full_parameters", "trained_bytes", "groups"):
+        for name in (
+            "parameters",
+            "gradients",
+            "optimizer_state",
+            "full_parameters",
+            "trained_bytes",
+            "groups",
+            "paging",
+        ):
             getattr(self, name)
         if self.gathers:
             _ = self.gathered_so_far

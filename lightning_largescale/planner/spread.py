@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import kept_elsewhere
-from lightning_largescale.planner.placement import state_that_may_stay, whole_pages
+from lightning_largescale.planner.hierarchy import kept_elsewhere, largest_page
+from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages, whole_pages
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away
-from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
+from lightning_largescale.tiers import PAGE_BUFFERS
 
 # Of blocks, one of these: their activations leave, or they run again, all of them or what is cheap.
 RECOMPUTATION = {"recomputation": "all", "cheap recomputation": "cheap"}
@@ -64,9 +64,9 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
     saved = sum(_saved(sizes, blocks))
     trained = [sizes.gradient(name, whole=False) if sizes.workload.stage == "fit" else 0 for name in groups]
-    may_stay = state_that_may_stay(sizes, groups)
-    stays = min(choice.state_bytes, may_stay) if "optimizer" in techniques else may_stay
-    state = sizes.optimizer_state - stays if sizes.workload.stage == "fit" else 0
+    may_stay, stuck = state_that_may_stay(sizes, groups), state_without_pages(sizes, groups)
+    stays = min(choice.state_bytes, may_stay - stuck) if "optimizer" in techniques else may_stay - stuck
+    state = sizes.optimizer_state - stuck - stays if sizes.workload.stage == "fit" else 0
     gradients = 0 if "release" in techniques else 1
     kept = [sizes.shard(name) + gradients * size for name, size in zip(groups, trained, strict=True)]
     dram, disk = tiers.get("cpu", 0), tiers.get("nvme")
@@ -160,4 +160,4 @@ def _staging(sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
     """The most that passes through DRAM at once on its way to a disk and back."""
     shards = (sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, groups), default=0)
     saved = sorted(_saved(sizes, blocks), reverse=True)[:2]
-    return PAGE_BUFFERS * PAGE_BYTES + shards + sum(saved)
+    return PAGE_BUFFERS * largest_page(sizes) + shards + sum(saved)

@@ -161,6 +161,9 @@ class OptimizerNeeds:
         step_temporary_largest: peak temporaries of `step()` as a multiple of the largest trainable parameter's bytes.
         step_temporary_total: the same as a multiple of all trainable bytes; one of the two is 0.
         moved_bytes: what the operations of one `step()` read and write.
+        unpaged_bytes: of `state_bytes`, those of tensors of another shape than the parameter's, as of its rows: pages
+            have none of them.
+        divisible: a step on some elements of a parameter is that on all of it, as far as they go.
     """
 
     class_name: str
@@ -168,6 +171,8 @@ class OptimizerNeeds:
     step_temporary_largest: float = 0.0
     step_temporary_total: float = 0.0
     moved_bytes: int = 0
+    unpaged_bytes: Mapping[str, int] = field(default_factory=dict)
+    divisible: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,12 +11,13 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.pageable import ask_kinds
 from lightning_largescale.workload.model import OptimizerNeeds
 from lightning_largescale.workload.steps import in_words
 from lightning_largescale.workload.tracker import Tracker
@@ -26,6 +27,24 @@ _STEP_READ = 1000.0
 # Small real parameters: up to this size an optimizer is asked with the very shape, above it with the sides of `_SIDES`.
 _SMALL = 2**16
 _SIDES = (128, 256, 512)
+
+
+class _Answer(NamedTuple):
+    """What an optimizer was seen to need, bytes.
+
+    Attributes:
+        state: of each parameter.
+        unpaged: of these, in tensors of another shape than the parameter's.
+        alone: peak of the temporaries with the largest parameter alone.
+        peak: with all.
+        moved: read and written.
+    """
+
+    state: list[int]
+    unpaged: list[int]
+    alone: int = 0
+    peak: int = 0
+    moved: int = 0
 
 
 def assumed_needs(class_name: str, sizes: Mapping[str, int]) -> OptimizerNeeds:
@@ -68,46 +87,63 @@ def optimizer_needs(
                 alike.setdefault((index, parameter.shape, parameter.dtype), {})[name] = parameter
     # One of each shape is asked and answers for those like it.
     asked = [next(iter(members.values())) for members in alike.values()]
+    numbers = [index for index, *_ in alike]
     if device_type == "cuda":
         _prefer_foreach(optimizer)
     kind = type(optimizer).__name__
     try:
         with mode:
-            state, alone, peak, moved = _asked(optimizer, asked, mode.from_tensor)
+            found = _asked(optimizer, asked, mode.from_tensor)
     except Exception as on_fakes:
         try:
             with compat.without_dispatch_modes():
-                state, alone, peak, moved = _fitted(optimizer, asked)
+                found = _fitted(optimizer, asked)
         except Exception as error:
             notes.append(f"{kind} could not be asked ({in_words(error)}), so two states a parameter are assumed")
             return assumed_needs(kind, {name: sizes[name] for members in alike.values() for name in members})
         notes.append(f"{kind} cannot step on fake tensors ({in_words(on_fakes)}); small parameters were asked instead")
-    by_largest = peak <= 1.05 * alone
+    by_largest = found.peak <= 1.05 * found.alone
     whole = sum(_bytes(p) for members in alike.values() for p in members.values())
     share = whole / (sum(map(_bytes, asked)) or 1)
     return OptimizerNeeds(
         class_name=kind,
-        state_bytes={name: size for members, size in zip(alike.values(), state, strict=True) for name in members},
-        step_temporary_largest=peak / max(sizes.values(), default=1) if by_largest else 0.0,
-        step_temporary_total=0.0 if by_largest else peak * share / (sum(sizes.values()) or 1),
-        moved_bytes=round(moved * share),
+        state_bytes={name: size for members, size in zip(alike.values(), found.state, strict=True) for name in members},
+        step_temporary_largest=found.peak / max(sizes.values(), default=1) if by_largest else 0.0,
+        step_temporary_total=0.0 if by_largest else found.peak * share / (sum(sizes.values()) or 1),
+        moved_bytes=round(found.moved * share),
+        unpaged_bytes={
+            name: size for members, size in zip(alike.values(), found.unpaged, strict=True) if size for name in members
+        },
+        divisible=_is_divisible(optimizer, [*zip(asked, numbers, strict=True)]),
     )
+
+
+def _is_divisible(optimizer: Optimizer, parameters: Sequence[tuple[torch.Tensor, int]]) -> bool:
+    """Whether pages of its state may end within a parameter; of one that does not step on small tensors here, as one
+    that has kernels for a device alone, nothing is known but that a page may hold a parameter as a whole.
+    """
+    try:
+        with compat.without_dispatch_modes():
+            kinds = ask_kinds(optimizer, parameters, torch.device("cpu")) if parameters else {}
+    except Exception:
+        return False
+    return all(kind.divisible for kind in kinds.values())
 
 
 def _asked(
     optimizer: Optimizer,
     parameters: Sequence[torch.Tensor],
     to_fake: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> tuple[list[int], int, int, int]:
-    """State bytes of each parameter; peak of the temporaries with the largest alone, and with all; bytes moved."""
+) -> _Answer:
     if not parameters:
-        return [], 0, 0, 0
+        return _Answer([], [])
     largest = max(parameters, key=_bytes)
     _set_gradients(optimizer, parameters, [largest])
     alone, _ = _second_step(optimizer, to_fake)
     _set_gradients(optimizer, parameters, parameters)
     peak, moved = _second_step(optimizer, to_fake)
-    return [_state_bytes(optimizer.state.get(p, {})) for p in parameters], alone, peak, moved
+    state, unpaged = zip(*(_state_bytes(optimizer.state.get(p, {}), p.shape) for p in parameters), strict=True)
+    return _Answer([*state], [*unpaged], alone, peak, moved)
 
 
 def _second_step(optimizer: Optimizer, to_fake: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[int, int]:
@@ -121,10 +157,10 @@ def _second_step(optimizer: Optimizer, to_fake: Callable[[torch.Tensor], torch.T
     return tracker.peak, tracker.moved
 
 
-def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> tuple[list[int], int, int, int]:
+def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> _Answer:
     """`_asked`, of copies of the optimizer over small real parameters."""
     if not parameters:
-        return [], 0, 0, 0
+        return _Answer([], [])
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     known: dict[tuple[int, torch.dtype, tuple[int, ...]], list[int]] = {}
 
@@ -136,28 +172,32 @@ def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> tuple[l
             known[key] = [*_small_step(optimizer, group, small)]  # type: ignore[index]
         return known[key]  # type: ignore[index]
 
-    state: list[int] = []
-    for parameter in parameters:
+    def fit(parameter: torch.Tensor, which: int) -> int:
         if parameter.numel() <= _SMALL:
-            state.append(ask(parameter, tuple(parameter.shape))[0])
-        else:
-            shapes = _shapes_like(parameter)
-            state.append(_predicted(parameter.shape, shapes, [ask(parameter, shape)[0] for shape in shapes]))
+            return ask(parameter, tuple(parameter.shape))[which]
+        shapes = _shapes_like(parameter)
+        return _predicted(parameter.shape, shapes, [ask(parameter, shape)[which] for shape in shapes])
+
     one = (_SIDES[0], _SIDES[0])
-    _, alone, moved = ask(parameters[0], one)
-    _, peak, _ = ask(parameters[0], *([one] * 8))
+    *_, alone, moved = ask(parameters[0], one)
+    *_, peak, _ = ask(parameters[0], *([one] * 8))
     scale = max(map(_bytes, parameters)) if peak <= 1.05 * alone else sum(map(_bytes, parameters)) / 8
     small = math.prod(one) * parameters[0].element_size()
-    return (
-        state,
+    return _Answer(
+        [fit(parameter, 0) for parameter in parameters],
+        [fit(parameter, 1) for parameter in parameters],
         round(alone * max(map(_bytes, parameters)) / small),
         round(peak * scale / small),
         round(moved * sum(map(_bytes, parameters)) / small),
     )
 
 
-def _small_step(optimizer: Optimizer, group: dict[str, Any], parameters: list[torch.Tensor]) -> tuple[int, int, int]:
-    """State bytes of the first parameter, peak of the temporaries and bytes moved, of a copy of `optimizer`."""
+def _small_step(
+    optimizer: Optimizer, group: dict[str, Any], parameters: list[torch.Tensor]
+) -> tuple[int, int, int, int]:
+    """State bytes of the first parameter, those of them that are not paged, peak of the temporaries and bytes moved,
+    of a copy of `optimizer`.
+    """
     clone = copy.copy(optimizer)
     clone.__dict__.update(optimizer.__dict__)
     # Schedulers wrap the method of the object they were given; the copy has its class's own.
@@ -166,7 +206,7 @@ def _small_step(optimizer: Optimizer, group: dict[str, Any], parameters: list[to
     clone.param_groups = [{**group, "params": parameters}]
     _set_gradients(clone, parameters, parameters)
     peak, moved = _second_step(clone, None)
-    return _state_bytes(clone.state.get(parameters[0], {})), peak, moved
+    return *_state_bytes(clone.state.get(parameters[0], {}), parameters[0].shape), peak, moved
 
 
 def _shapes_like(parameter: torch.Tensor) -> list[tuple[int, ...]]:
@@ -208,17 +248,19 @@ def _no_rows(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _prefer_foreach(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.Adafactor):
+        # It takes one parameter after the other unless told otherwise.
+        return
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused") and not group.get("differentiable"):
             group["foreach"] = True
 
 
-def _state_bytes(state: Any) -> int:
-    if isinstance(state, torch.Tensor):
-        return _bytes(state)
-    if isinstance(state, Mapping):
-        return sum(map(_state_bytes, state.values()))
-    return sum(map(_state_bytes, state)) if isinstance(state, (list, tuple)) else 0
+def _state_bytes(state: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int]:
+    """Of a parameter of `shape`: of all its state, and of what pages have none of."""
+    tensors = [leaf for leaf in compat.leaves(state) if isinstance(leaf, torch.Tensor)]
+    paged = {id(one) for one in state.values() if isinstance(one, torch.Tensor) and one.shape == shape and one.dim()}
+    return sum(map(_bytes, tensors)), sum(_bytes(one) for one in tensors if id(one) not in paged)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.pages import Kind, Member, bundles_of
+from lightning_largescale.offload.pages import Member, bundles_of
+from lightning_largescale.pageable import Kind
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.uint8]

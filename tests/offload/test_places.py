@@ -6,8 +6,9 @@ from torch import nn
 
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.memory import Memory
-from lightning_largescale.offload.pages import Kind, Member, bundles_of
+from lightning_largescale.offload.pages import Member, bundles_of
 from lightning_largescale.offload.places import Places, elements
+from lightning_largescale.pageable import Kind
 
 
 @pytest.mark.parametrize("page_bytes", [4096, 2**20])

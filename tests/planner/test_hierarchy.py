@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 from planner.builders import MIB, hardware, parameter, workload
 
+from lightning_largescale import tiers
 from lightning_largescale.plan import Plan
+from lightning_largescale.planner import hierarchy, placement
 from lightning_largescale.planner.hierarchy import (
     activations_in_flight,
     gradients_passing,
@@ -88,6 +90,34 @@ def test_a_cuda_device_is_brought_the_state_of_a_page_and_steps_on_what_is_there
     assert mib(temporaries(sizes("cuda", work=work, offload_parameters="cpu", offload_optimizer="cpu"), every)) == 16
     assert temporaries(sizes("cuda", work=work, offload_parameters="cpu"), ["blocks.1"]) == 0
     assert temporaries(sizes(work=work, offload_optimizer="nvme"), every) == 0
+
+
+def test_a_page_has_all_of_a_parameter_that_is_stepped_on_as_a_whole():
+    every = [None, *workload().blocks]
+    (needs,) = workload().optimizers
+    work = workload(optimizers=(dataclasses.replace(needs, divisible=False),))
+    for page_bytes, brought, buffers in [(32, 32, 144), (4, 16, 6 * 16)]:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (tiers, hierarchy, placement):
+                patch.setattr(module, "PAGE_BYTES", page_bytes * MIB)
+            assert mib(temporaries(sizes("cuda", work=work, offload_optimizer="cpu"), every)) == 2 * 8 + brought
+            assert mib(page_buffers(sizes(work=work, offload_optimizer="nvme"))) == buffers
+
+
+def test_state_of_other_shapes_stays_and_what_has_no_other_is_stepped_on_at_once():
+    (needs,) = workload().optimizers
+    rows = {name: size // 8 for name, size in needs.state_bytes.items()}
+    some, none = (
+        workload(optimizers=(dataclasses.replace(needs, unpaged_bytes=unpaged),))
+        for unpaged in (rows, needs.state_bytes)
+    )
+    found = sizes("cuda", work=some, offload_optimizer="cpu")
+    assert state_here(found) == sum(rows.values()) == 18 * MIB
+    assert moved_in_step(found) == {"cpu": 126 * MIB}
+    every = sizes("cuda", work=none, offload_optimizer="cpu")
+    assert state_here(every) == sum(needs.state_bytes.values())
+    assert moved_in_step(every) == {}
+    assert temporaries(every, [None, *none.blocks]) == temporaries(sizes("cuda", work=none), [None, *none.blocks])
 
 
 def test_temporaries_are_those_of_a_page_or_of_a_released_group():

@@ -94,6 +94,22 @@ def test_one_that_cannot_be_asked_is_assumed():
     assert needs.state_bytes["model.up.weight"] == 2 * 4 * WIDTH * WIDE
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "divisible"),
+    [(torch.optim.AdamW, True), (torch.optim.Adafactor, False), (NeedsData, False), (sgd_momentum, True)],
+)
+def test_what_pages_can_have(optimizer, divisible):
+    needs, _ = needs_of(optimizer)
+    assert needs.divisible == divisible
+    module = Wrapped(Shaped(), optimizer=optimizer)
+    built = module.configure_optimizers()
+    module.training_step(torch.randn(2, WIDTH), 0).backward()
+    built.step()
+    for name, parameter in module.named_parameters():
+        tensors = [one for one in built.state[parameter].values() if isinstance(one, torch.Tensor)]
+        assert needs.unpaged_bytes.get(name, 0) == sum(one.nbytes for one in tensors if one.shape != parameter.shape)
+
+
 def test_configure_optimizers_that_raises():
     def broken(parameters, lr):
         raise RuntimeError("later")

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_largescale.offload.pages import Kind
 from lightning_largescale.optimizing import UntriedError, bare_step, clone_of, hold, in_words
 from lightning_largescale.plan import PlanError
 
@@ -35,6 +35,24 @@ _CUTS, _SMALL_CUTS = (_LARGE, 3 * _LARGE), (64,)
 Key = tuple[int, int, bool, torch.dtype]
 _Values = list[list[Tensor]]
 _States = list[list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How the state of some parameters is kept.
+
+    Attributes:
+        divisible: a step on some elements of a parameter is that on all of it, as far as they go.
+        dtypes: of the state that has a parameter's shape, by its key; what else there is stays where it is.
+    """
+
+    divisible: bool
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Of the state that is paged."""
+        return sum(dtype.itemsize for dtype in self.dtypes.values())
 
 
 def kind_key(parameter: Tensor, group: int) -> Key:
