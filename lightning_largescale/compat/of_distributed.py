@@ -473,8 +473,8 @@ def around_gathers(module: Any, before: Any, after: Any, bring: Any = None) -> A
 class _Shard:
     """In the place of a shard's memory while FSDP2 asks for it on its device."""
 
-    def __init__(self, copies: Any, index: int) -> None:
-        self._copies, self._index = copies, index
+    def __init__(self, memory: Any, copies: Any, index: int) -> None:
+        self.memory, self._copies, self._index = memory, copies, index
 
     def to(self, device: Any, non_blocking: bool = False) -> Any:
         """Its copy."""
@@ -484,11 +484,13 @@ class _Shard:
 @contextmanager
 def _bringing(group: Any, bring: Any) -> Iterator[None]:
     shards = [] if bring is None else [(one, one._sharded_param_data) for one in group.fsdp_params]
+    # What is around a gather may gather the group itself, on another stream.
+    memories = [memory.memory if isinstance(memory, _Shard) else memory for _, memory in shards]
     with ExitStack() as until_read:
-        copies = functools.cache(lambda: until_read.enter_context(bring([memory for _, memory in shards])))
+        copies = functools.cache(lambda: until_read.enter_context(bring(memories)))
         for index, (one, memory) in enumerate(shards):
             until_read.callback(setattr, one, "_sharded_param_data", memory)
-            one._sharded_param_data = _Shard(copies, index)
+            one._sharded_param_data = _Shard(memories[index], copies, index)
         yield
 
 
@@ -505,7 +507,7 @@ def around_reductions(module: Any, reduced: Any) -> Any:
     before_ours, post_backward = vars(group).get("post_backward"), group.post_backward
 
     def reduce(*args: Any) -> None:
-        before = [(one, one.pin_memory, _written(one.sharded_param.grad)) for one in group.fsdp_params]
+        before = [(one, one.pin_memory, _written(one.sharded_param)) for one in group.fsdp_params]
         for one, _, _ in before:
             # Those whom torch tells of a gradient read it at once.
             one.pin_memory = not getattr(one.sharded_param, "_post_accumulate_grad_hooks", None)
@@ -514,7 +516,7 @@ def around_reductions(module: Any, reduced: Any) -> Any:
         finally:
             for one, pinned, _ in before:
                 one.pin_memory = pinned
-        fresh = [one for one, _, known in before if _written(one.sharded_param.grad) != known]
+        fresh = [one for one, _, known in before if _written(one.sharded_param) != known]
         events = [one.grad_offload_event for one in fresh if one.grad_offload_event is not None]
         if fresh:
             reduced([one.sharded_param for one in fresh], lambda: [event.synchronize() for event in events])
@@ -530,8 +532,13 @@ def around_reductions(module: Any, reduced: Any) -> Any:
     return undo
 
 
-def _written(gradient: Any) -> tuple[int, int] | None:
-    """What tells a gradient from another, and from itself before it was added to."""
+def _written(parameter: Any) -> tuple[int, int] | None:
+    """What tells the gradient of a shard from another, and from itself before it was added to."""
+    from torch import Tensor
+
+    # Not what a subclass of the package says it is.
+    descriptor: Any = Tensor.grad
+    gradient = descriptor.__get__(parameter)
     return None if gradient is None else (id(gradient), getattr(gradient, "_local_tensor", gradient)._version)
 
 

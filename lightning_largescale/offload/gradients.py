@@ -31,6 +31,8 @@ from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import aligned
 
+_GRADIENT: Any = Tensor.grad
+
 
 class Arrivals:
     """Tells when the gradients of a block have arrived, until `stop`.
@@ -77,7 +79,9 @@ class Arrivals:
         for parameters, wait in copying:
             wait()
             for parameter in parameters:
-                self._arrived(parameter)
+                # What autograd.grad was asked for has been taken since.
+                if _GRADIENT.__get__(parameter) is not None:
+                    self._arrived(parameter)
         self._complete(label)
 
     def forget(self) -> None:
@@ -296,7 +300,8 @@ class SpilledGradients(GradientPlaces):
                 _make_changes(gone)
 
     def _arrived(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
+        # Of the shard, whatever those who watch it would have its gradient be.
+        gradient = _GRADIENT.__get__(parameter)
         assert gradient is not None
         own = local_of(gradient)
         if not own.numel():
@@ -308,7 +313,7 @@ class SpilledGradients(GradientPlaces):
                 region.claim()
             memory.copy_(own)
             kept = as_divided(parameter, memory)
-            parameter.grad = kept
+            _GRADIENT.__set__(parameter, kept)
         else:
             kept = gradient
         for key in [key for key, gone in self._gone.items() if gone.parameter is parameter]:
