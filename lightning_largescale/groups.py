@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -34,6 +35,8 @@ _left: dict[tuple[str, str], int] = {}
 _ports: dict[tuple[str, str], socket.socket] = {}
 # For a rank that asks for the store: what answers at its port may be another's, or nobody.
 _ASKING, _PAUSE_SECONDS = timedelta(seconds=20), 0.1
+# For groups to end in which nothing is under way.
+_ENDING_SECONDS = 2.0
 
 
 def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -55,7 +58,7 @@ def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
         if isinstance(made, DeviceMesh):
             # Where it is forgotten a module may still have it, and nobody once that is gone.
             groups = [weakref.ref(group) for group in made.get_all_groups()]
-            weakref.finalize(made, _end, groups, os.getpid()).atexit = False
+            weakref.finalize(made, _end_later, groups, os.getpid()).atexit = False
     found: _Made = _made[key]
     return found
 
@@ -67,25 +70,36 @@ def forget_groups() -> None:
 
 
 def drop_groups() -> None:
-    """Forget all of them, and end those that no module has: what ranks that failed began there is met by nothing."""
-    for made in _made.values():
-        if isinstance(made, list):
-            _end([weakref.ref(group) for group in made if isinstance(group, dist.ProcessGroup)], os.getpid())
+    """Forget all of them, and end those beside meshes: what ranks that failed began there is met by nothing."""
+    groups = [one for made in _made.values() if isinstance(made, list) for one in made]
     forget_groups()
+    _end(groups)
 
 
-def _end(groups: Sequence[weakref.ref[Any]], process: int) -> None:
-    """Close the connections of groups beside the default one, which torch would keep for as long as that."""
-    for group in (one() for one in groups):
-        # In a fork they are the parent's, and with the default group all have ended.
-        if os.getpid() != process or not dist.is_initialized() or group in (None, dist.group.WORLD):
+def _end_later(groups: Sequence[weakref.ref[Any]], process: int) -> None:
+    """End those of `groups`, of a mesh that is no more, that there still are; in a fork they are the parent's."""
+    if os.getpid() == process:
+        _end([one() for one in groups])
+
+
+def _end(groups: list[Any]) -> None:
+    """Close the connections of groups beside the default one, which torch would keep for as long as that.
+
+    Those of nccl stay: to abort one while others have collectives under way may wait for ever.
+    """
+    for group in groups:
+        # With the default group all have ended.
+        if not dist.is_initialized() or not isinstance(group, dist.ProcessGroup) or group is dist.group.WORLD:
             continue
         # Of an earlier default group.
         with contextlib.suppress(ValueError):
-            if "nccl" in dist.get_backend(group):
-                compat.abort_process_groups(group)
-            else:
+            if "nccl" not in dist.get_backend(group):
                 dist.destroy_process_group(group)
+    group = None
+    # The last reference to one waits for what is under way there, which may be met by nothing.
+    ending = threading.Thread(target=groups.clear, daemon=True, name="lightning_largescale groups")
+    ending.start()
+    ending.join(_ENDING_SECONDS)
 
 
 def connect(environment: Any, backend: str, device: Any, timeout: timedelta | None) -> None:

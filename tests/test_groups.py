@@ -181,3 +181,20 @@ def test_groups_that_are_dropped_leave_no_threads_behind():
             # Groups of one dimension have connections of their own.
             assert first[0] > first[1]
             assert others == [first] * 2
+
+
+def drop_what_is_under_way(folder):
+    """Ranks that each wait for what the other has not sent."""
+    connect(folder, "under_way")
+    (group,) = made_once("group", lambda: [dist.new_group()])
+    rank = dist.get_rank()
+    dist.broadcast(torch.zeros(4), 1 - rank, group=group, async_op=True)
+    del group
+    drop_groups()
+    return rank
+
+
+@pytest.mark.slow
+def test_groups_are_dropped_in_which_something_is_under_way(tmp_path):
+    with ranks(2) as made:
+        assert made.run(drop_what_is_under_way, tmp_path) == [0, 1]

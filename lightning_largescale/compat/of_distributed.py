@@ -71,14 +71,14 @@ def forget_cached_meshes(device_type: str) -> None:
     torch.autograd.backward(seen)
 
 
-def abort_process_groups(group: Any = None) -> None:
-    """Close all nccl communicators of this process, or those of `group`, without waiting for the collectives under way.
+def abort_process_groups() -> None:
+    """Close all nccl communicators of this process without waiting for the collectives under way.
 
     Replaced by a public `torch.distributed.abort_process_group`; the public `destroy_process_group` waits.
     """
     from torch.distributed.distributed_c10d import _abort_process_group
 
-    _abort_process_group(group)
+    _abort_process_group()
 
 
 def calls_collective(frame: FrameType) -> bool:

@@ -145,11 +145,14 @@ class SpilledParameters(Places):
         region, start = found[0].region, found[1]
         if region.in_dram:
             found[0].transfer.wait()
-        yield
+        try:
+            yield
+        finally:
+            # It was read before.
+            self._drop_buffer(found[0])
         # At rest it is the file.
         if region.in_dram:
             region.save(start, start + local_of(shard.detach()).nbytes)
-        self._drop_buffer(found[0])
 
     def settle(self) -> None:
         """Drop what was fetched for a turn that has not come."""
