@@ -188,6 +188,8 @@ def _keep_port(endpoint: tuple[str, str]) -> None:
     # Who still listens there keeps it, as torchrun's agent does.
     with contextlib.suppress(OSError, ValueError, OverflowError):
         found.bind(("", int(endpoint[1])))
+        if (before := _ports.pop(endpoint, None)) is not None:
+            before.close()
         _ports[endpoint] = found
         return
     found.close()

@@ -429,7 +429,7 @@ def when_gathered(module: Any, parameter: Any, made: Any, dims: Any = None) -> N
     found.init_unsharded_param = init_unsharded_param
 
 
-def around_gathers(module: Any, before: Any, after: Any, bring: Any = None) -> Any:
+def around_gathers(module: Any, before: Any = lambda: None, after: Any = lambda: None, bring: Any = None) -> Any:
     """Call `before` whenever the group of `module`, which `fully_shard` was applied to, is about to be gathered, and
     `after` when it has been; what undoes it.
 

@@ -60,7 +60,7 @@ class ShardsInDram:
         self._copies = copies
         self._undo = contextlib.ExitStack()
         for module in blocks:
-            self._undo.callback(compat.around_gathers(module, _nothing, _nothing, self._bring))
+            self._undo.callback(compat.around_gathers(module, bring=self._bring))
 
     def stop(self) -> None:
         """Leave it to FSDP2."""
@@ -70,7 +70,3 @@ class ShardsInDram:
     def _bring(self, shards: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         with self._copies.copies(shards) as (found, _):
             yield found
-
-
-def _nothing() -> None:
-    """Nothing is to be done before a gather, nor after it."""

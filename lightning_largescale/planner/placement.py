@@ -78,7 +78,9 @@ def state_without_pages(sizes: Sizes, away: Iterable[str]) -> int:
     parameters of the groups in `away` are kept elsewhere: on CUDA, theirs is with them.
     """
     elsewhere = frozenset() if sizes.kind == "cpu" else frozenset(away)
-    return sum(size for name, size in sizes.paging.unpaged.items() if name not in elsewhere)
+    stays = sum(size for name, size in sizes.paging.unpaged.items() if name not in elsewhere)
+    # Each group's is rounded up.
+    return min(state_that_may_stay(sizes, elsewhere), stays)
 
 
 def _state_tiers(sizes: Sizes, groups: Collection[str]) -> dict[str, int]:

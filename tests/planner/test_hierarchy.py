@@ -21,6 +21,7 @@ from lightning_largescale.planner.hierarchy import (
     temporaries,
 )
 from lightning_largescale.planner.memory import _moments, memory_of, peak_memory, setup_terms
+from lightning_largescale.planner.placement import state_without_pages
 from lightning_largescale.planner.sizes import Sizes
 
 DISK = {"offload_parameters": "nvme", "offload_optimizer": "nvme"}
@@ -118,6 +119,19 @@ def test_state_of_other_shapes_stays_and_what_has_no_other_is_stepped_on_at_once
     assert state_here(every) == sum(needs.state_bytes.values())
     assert moved_in_step(every) == {}
     assert temporaries(every, [None, *none.blocks]) == temporaries(sizes("cuda", work=none), [None, *none.blocks])
+
+
+def test_state_of_other_shapes_is_not_more_than_there_is():
+    parameters = [parameter(f"blocks.{index}.up", f"blocks.{index}", rows=7, columns=1) for index in range(4)]
+    # Bytes that three ranks do not share evenly.
+    (needs,) = workload().optimizers
+    state = {one.name: 9 for one in parameters}
+    needs = dataclasses.replace(needs, state_bytes=state, unpaged_bytes=state)
+    work = workload(parameters=tuple(parameters), optimizers=(needs,))
+    found = sizes("cuda", work=work, dp_shard=3, offload_optimizer="cpu")
+    assert sum(found.paging.unpaged.values()) > found.optimizer_state
+    assert state_without_pages(found, ()) == found.optimizer_state
+    assert moved_in_step(found) == {}
 
 
 def test_temporaries_are_those_of_a_page_or_of_a_released_group():
