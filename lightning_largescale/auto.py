@@ -41,7 +41,7 @@ from lightning_largescale.planner.ranking import LOSSY
 from lightning_largescale.planner.search import check_allow
 from lightning_largescale.precision import asked_precision
 from lightning_largescale.record import record_plan
-from lightning_largescale.sample import ask_for_loaders_again
+from lightning_largescale.sample import ask_for_loaders_again, samples_of_rank
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
@@ -167,9 +167,12 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         ranks = self._gathered((free_bytes, held))
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
-        if self._told_samples_among not in (0, best.tp):
-            # A loader that was looked at has divided its samples for another plan.
-            ask_for_loaders_again(trainer)
+        if best.tp > 1 and not self._gives_the_same_samples(trainer, best):
+            told = "tensor parallelism is left out, since the loader gives each rank samples of its own"
+            workload = dataclasses.replace(workload, divisions={}, approximate=(*workload.approximate, told))
+            self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
+            best = self.report.best
+        self._divide_samples_for(trainer, best)
         self._planned_for = (module, trainer.state.fn)
         start_peak(kind)
         if self.is_global_zero:
@@ -233,6 +236,26 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         return dataclasses.replace(
             workload, approximate=tuple(note for note in workload.approximate if not note.startswith(unasked))
         )
+
+    def _gives_the_same_samples(self, trainer: Trainer, plan: Plan) -> bool:
+        """Whether the loaders give the ranks of tensor parallelism the same samples under `plan`: a collective."""
+        before, self.plan = self.plan, plan
+        self._divide_samples_for(trainer, plan)
+        try:
+            own = samples_of_rank(trainer)
+        except Exception:
+            # Some loaders can only be made once the run is under way, which then compares what they give.
+            own = ()
+        finally:
+            self.plan = before
+        found = self._gathered(own)
+        return all(one == found[rank - rank % plan.tp] for rank, one in enumerate(found))
+
+    def _divide_samples_for(self, trainer: Trainer, plan: Plan) -> None:
+        """Let loaders that were asked for early, and divided their samples for another plan, be asked for again."""
+        if self._told_samples_among not in (0, plan.tp):
+            ask_for_loaders_again(trainer)
+            self._told_samples_among = 0
 
     def _tp_sizes(self) -> tuple[int, ...]:
         """Numbers of ranks that tensor parallelism may have: those that divide the ranks of a node."""

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_largescale import compat
+from lightning_largescale.workload.batch import digest_of
 from lightning_largescale.workload.keep import keep
 
 # How Lightning combines several loaders that are not a CombinedLoader yet: in training, and elsewhere.
@@ -43,20 +44,72 @@ def sample_batch(trainer: Trainer, *, peek: bool = True, put_back: bool = False)
     Raises:
         Exception: what the user's loader or dataset raises.
     """
-    loop, limit = _active_loop(trainer)
-    source = compat.loader_source(loop)
-    if source is None or limit == 0:
-        return None
-    loaders = compat.request_loaders(source)
-    training = loop is trainer.fit_loop
-    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, _MODES[training])
-    peeked = [_peek(loader, put_back) if peek else (None, loader) for loader in combined.flattened]
-    combined.flattened = [loader for _, loader in peeked]
-    compat.keep_loaders(loop, source, combined if isinstance(loaders, CombinedLoader) else combined.iterables)
+    training = _active_loop(trainer)[0] is trainer.fit_loop
+    with _loaders(trainer) as combined:
+        if combined is None:
+            return None
+        peeked = [_peek(loader, put_back) if peek else (None, loader) for loader in combined.flattened]
+        combined.flattened = [loader for _, loader in peeked]
     batches = [batch for batch, _ in peeked]
     if any(batch is None for batch in batches) or not batches:
         return None
     return compat.combine_batches(combined, batches) if training else batches[0]
+
+
+def samples_of_rank(trainer: Trainer) -> tuple[object, ...]:
+    """What tells the samples of this rank from those of others: equal on ranks that are given the same.
+
+    Asks as `sample_batch` does, and every rank calls this. Of a sampler that divides a dataset it is the share, as of
+    torch's DistributedSampler; of an iterable the digest of its first batch, which the run still sees; of all else
+    nothing, since Lightning divides it.
+
+    Args:
+        trainer: whose loop is about to run.
+
+    Returns:
+        One for each loader.
+
+    Raises:
+        Exception: what the user's loader or dataset raises.
+    """
+    found: list[object] = []
+    with _loaders(trainer) as combined:
+        if combined is None:
+            return ()
+        kept = []
+        for loader in combined.flattened:
+            batch, opened = (None, loader) if _is_map_style(loader) else _peek(loader, put_back=False)
+            found.append(_share(loader) if batch is None else digest_of(batch))
+            kept.append(opened)
+        combined.flattened = kept
+    return tuple(found)
+
+
+def _share(loader: Any) -> tuple[int, int] | None:
+    """Which of how many shares of a dataset the sampler of `loader` draws from."""
+    batches = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+        among, rank = getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)
+        if isinstance(among, int) and isinstance(rank, int):
+            return rank, among
+    return None
+
+
+@contextlib.contextmanager
+def _loaders(trainer: Trainer) -> Iterator[CombinedLoader | None]:
+    """The loaders of the loop that is about to run, which it is given as they are afterwards; None: it has none to ask
+    for.
+    """
+    loop, limit = _active_loop(trainer)
+    source = compat.loader_source(loop)
+    if source is None or limit == 0:
+        yield None
+        return
+    loaders = compat.request_loaders(source)
+    training = loop is trainer.fit_loop
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, _MODES[training])
+    yield combined
+    compat.keep_loaders(loop, source, combined if isinstance(loaders, CombinedLoader) else combined.iterables)
 
 
 def ask_for_loaders_again(trainer: Trainer) -> None:
@@ -103,7 +156,7 @@ def _active_loop(trainer: Trainer) -> tuple[Any, int | float]:
 
 def _peek(loader: Any, put_back: bool) -> tuple[Any, Any]:
     """One batch of `loader`, and what the run is to iterate in its place."""
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+    if _is_map_style(loader):
         with random_state_kept(), _dataset_kept(loader) if put_back else contextlib.nullcontext():
             return _first_batch(loader), loader
     if hasattr(loader, "load_state_dict"):
@@ -114,6 +167,10 @@ def _peek(loader: Any, put_back: bool) -> tuple[Any, Any]:
     kind = _SizedOpenedLoader if hasattr(loader, "__len__") and _has_length(loader) else OpenedLoader
     opened = kind(loader, iterator, taken)
     return taken[0] if taken else None, opened
+
+
+def _is_map_style(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
 def _first_batch(loader: DataLoader[Any]) -> Any:

@@ -225,7 +225,7 @@ def _describe(frames: list[FrameType]) -> Wait:
         # Passes through what looks for reads, and is a collective of the user's, or runs what is not reading.
         function = None
     awaited = PROGRESS.awaited
-    place = f"{user.f_code.co_filename}:{user.f_lineno} ({user.f_code.co_name})"
+    place = f"{user.f_code.co_filename}:{user.f_lineno} ({_function_of(user).f_code.co_name})"
     hook = next((name for name in names if isinstance(name, str)), "")
     return Wait(
         place=place,
@@ -239,6 +239,17 @@ def _describe(frames: list[FrameType]) -> Wait:
 
 def _name(function: Any) -> str:
     return str(getattr(function, "__name__", function))
+
+
+def _function_of(frame: FrameType) -> FrameType:
+    """The frame of the function that a comprehension, a generator expression or a lambda is written in."""
+    filename, within = frame.f_code.co_filename, frame
+    while within.f_code.co_name.startswith("<"):
+        outer = within.f_back
+        if outer is None or outer.f_code.co_filename != filename:
+            return frame
+        within = outer
+    return within
 
 
 def _is_users(frame: FrameType) -> bool:

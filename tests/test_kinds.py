@@ -33,14 +33,16 @@ REFUSED = {
     "expanded": (EVERY, "is expanded"),
     "float8_parameter": (GATHERING, "float8_e4m3fn, which not every backend gathers"),
     "subclass_parameter": (GATHERING | SEVERAL, "of the class Loud"),
-    "trained_coo_parameter": (GATHERING | SEVERAL, "is sparse"),
+    "trained_coo_parameter": (EVERY - {"plain"}, "is sparse"),
     "meta_buffer": (EVERY, "is on the meta device"),
     "meta_parameter": (EVERY, "is on the meta device"),
     "lazy": (EVERY - {"plain"}, "is of a lazy module"),
     "lazy_buffers": (EVERY - {"plain"}, "is of a lazy module"),
 }
-# In blocks, tensor parallelism finds nothing to divide beside these.
-IN_BLOCKS = {kind: ({"tp"}, "tp=2 divides nothing") for kind in ("complex_most", "parameter_class")}
+# In blocks, tensor parallelism finds nothing to divide beside these; of the last four there are no fakes to find it on.
+_BESIDE = ("complex_most", "parameter_class", "nested_buffer", "jagged_buffer")
+_BESIDE += ("quantized_buffer", "channel_quantized_buffer")
+IN_BLOCKS = {kind: ({"tp"}, "tp=2 divides nothing") for kind in _BESIDE}
 # Of these torch itself loads no state.
 UNLOADABLE = {"expanded_frozen"}
 # Digits of what is computed in two halves of a batch, or summed in another order.

@@ -5,7 +5,6 @@ They compute parts of the same samples, so a loader that gives them different on
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_largescale.plan import PlanError
-from lightning_largescale.workload.batch import tensors_in
+from lightning_largescale.workload.batch import digest_of
 from lightning_largescale.workload.keep import random_state, set_random_state
 
 
@@ -23,13 +22,7 @@ def check_equal_batch(batch: Any, mesh: DeviceMesh) -> None:
     Raises:
         PlanError: on all of them, where they have not.
     """
-    digest = hashlib.sha256()
-    for tensor in tensors_in(batch):
-        digest.update(f"{tensor.shape} {tensor.dtype}".encode())
-        if tensor.layout is torch.strided:
-            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(values.numpy().tobytes())
-    own = digest.hexdigest()
+    own = digest_of(batch)
     digests = [own] * mesh.size()
     dist.all_gather_object(digests, own, group=mesh.get_group())
     others = [rank for rank, other in enumerate(digests) if other != digests[0]]

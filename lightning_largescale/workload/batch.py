@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,17 @@ def tensors_in(batch: Any) -> list[torch.Tensor]:
 
     map_tensors(batch, note)
     return found
+
+
+def digest_of(batch: Any) -> str:
+    """A digest of the tensors of `batch`: of their values, shapes and dtypes; of those without strides, shapes alone."""
+    digest = hashlib.sha256()
+    for tensor in tensors_in(batch):
+        digest.update(f"{tensor.shape} {tensor.dtype}".encode())
+        if tensor.layout is torch.strided:
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def batch_samples(batch: Any) -> int:

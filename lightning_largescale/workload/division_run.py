@@ -221,7 +221,7 @@ class DivisionRun(OnParts):
     def _look_at(self, output: Any) -> None:
         leaving = [(tensor, part) for tensor in tensors_in(output) if (part := part_of(tensor)) is not None]
         self._refuse(
-            [tensor for tensor, part in leaving if part.origins != SEQUENCE], "its result leaves the block divided"
+            [tensor for tensor, part in leaving if part.origins != SEQUENCE], "its result would have to be gathered"
         )
         for tensor, part in leaving:
             if part.origins == SEQUENCE:

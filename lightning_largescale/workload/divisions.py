@@ -161,12 +161,22 @@ def _rest(request: Request, groups: Mapping[str, Group], calls: Mapping[str, _Ca
 
 
 def _step_without(request: Request, blocks: Mapping[str, nn.Module], calls: Mapping[str, _Call]) -> Any:
-    """The step, blocks giving what they gave before."""
+    """What the step returns, and what it gives blocks: they give what they gave before."""
     before: dict[str, Any] = {name: vars(block).get("forward") for name, block in blocks.items()}
+    entering: list[Any] = []
+
+    def forward_of(name: str) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # Blocks compute with whole inputs, so what is divided there would have to be gathered.
+            entering.extend(tensors_in((args, kwargs)))
+            return copied(calls[name].output)
+
+        return forward
+
     try:
         for name, block in blocks.items():
-            block.forward = lambda *_, _name=name, **__: copied(calls[_name].output)
-        return _forward_of(request)
+            block.forward = forward_of(name)
+        return _forward_of(request), entering
     finally:
         for name, block in blocks.items():
             del block.forward

@@ -168,6 +168,9 @@ def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
         name: nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad)
         for name, parameter in block.named_parameters()
     }
+    for name, parameter in block.named_parameters():
+        # What its authors have noted on it, which its forward may read.
+        parameters[name].__dict__.update(parameter.__dict__)
     args, kwargs = map_tensors((tuple(args), dict(kwargs)), mode.from_tensor)
     given = tensors_in((args, kwargs))
     # A block may write into objects that it is given, such as caches of keys and values.
