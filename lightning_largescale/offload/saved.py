@@ -175,8 +175,10 @@ class Disk(Tier):
         self._taking = threading.Lock()
         self._own = threading.local()
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
-        # What is copied to the device, until it is.
-        self._copying: list[tuple[Any, Tensor]] = []
+        # Copies to the device that are under way: of which block, and out of which buffer.
+        self._copying: list[tuple[str, Any, Tensor]] = []
+        # The two blocks of which storages began to come back last.
+        self._names: tuple[str, ...] = ()
         self._threads = request_threads("activations")
         weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True).atexit = False
 
@@ -226,6 +228,7 @@ class Disk(Tier):
                 saved.content = None
 
     def _begin(self, saved: Saved) -> _Coming:
+        self._wait_for_others(saved.name)
         with self._taking:
             buffer, view = self._buffers.take(saved.nbytes)
         transfer = self._store.read(saved.place, view)
@@ -249,11 +252,23 @@ class Disk(Tier):
                 coming.target.record_stream(self._stream)
                 coming.event = self._stream.record_event()
             with self._taking:
-                under_way = [(event, buffer) for event, buffer in self._copying if not event.query()]
-                self._copying = [*under_way, (coming.event, coming.buffer)]
+                self._copying.append((saved.name, coming.event, coming.buffer))
             coming.buffer = None
         torch.cuda.current_stream(self._device).wait_event(coming.event)
         return coming.target
+
+    def _wait_for_others(self, name: str) -> None:
+        """Until buffers are in use for the block `name` and the one before it alone, as plans count them: the host may
+        be any number of blocks ahead of the device.
+        """
+        with self._taking:
+            if name not in self._names:
+                self._names = (*self._names[-1:], name)
+            for block, event, _ in self._copying:
+                if block not in self._names:
+                    event.synchronize()
+            # A buffer comes back only when its copy is over.
+            self._copying = [one for one in self._copying if not one[1].query()]
 
 
 class Host(Tier):

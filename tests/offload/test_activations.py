@@ -633,6 +633,25 @@ def test_cuda_holds_two_blocks(store):
 
 
 @pytest.mark.gpu
+def test_cuda_reads_back_through_the_buffers_of_two_blocks(store):
+    """However far the host is ahead of the device."""
+
+    def wide(block, x):
+        return (x @ block.weight[:, :].t() @ block.weight).exp().sqrt() / 1e3
+
+    model = probes(*[wide] * 8).cuda()
+    offload_activations(model, NVME, store, torch.device("cuda"))
+    y = torch.ones(4096, 256, device="cuda")
+    for block in model:
+        y = block(y)
+    y.sum().backward()
+    torch.cuda.synchronize()
+    # Its input, and the results of a product, `exp` and `sqrt`.
+    saved = 4 * 4096 * 256 * 4
+    assert saved <= offload_of(model).tier._buffers.nbytes <= 2 * saved
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("used", [True, False])
 def test_what_is_gone_before_it_has_left_is_not_overwritten_while_it_is_copied(used):
     tier = Host(torch.device("cuda"))

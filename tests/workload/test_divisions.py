@@ -71,6 +71,24 @@ def test_logits_that_something_else_reads_are_not_divided():
     assert not divisions(Model(loss=loss, tied=True))[""].parts
 
 
+class Projected(LightningModule):
+    """A projection whose outputs blocks need whole: to divide it costs what nothing else would."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(32, 32)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2)))
+
+    def training_step(self, batch, batch_idx):
+        return self.blocks(self.project(batch)).square().mean()
+
+
+def test_what_blocks_are_given_is_not_divided():
+    workload = Workload.trace(Projected(), torch.randn(4, 32), precisions=("32-true",), tp_sizes=(2,))
+    found = workload.divisions[2]
+    assert found[""].whole == {"project.weight": "its result would have to be gathered"}
+
+
 def test_what_blocks_use_too_stays_whole():
     model = Model()
     model.blocks[0].up.weight = model.blocks[1].up.weight
