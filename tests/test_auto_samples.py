@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -90,7 +92,7 @@ def test_ranks_that_are_given_the_same_samples_may_divide_the_model(two, kind):
     assert tp == 2
     assert not any("tensor parallelism" in note for note in told)
     assert seen == other[1]
-    assert sorted(sum(seen, [])) == [*range(ROWS)]
+    assert sorted(itertools.chain.from_iterable(seen)) == [*range(ROWS)]
     assert asked <= 2
 
 
@@ -99,5 +101,5 @@ def test_ranks_that_are_given_their_own_samples_do_not(two, kind):
     (tp, seen, asked, told), other = two.run(fit, kind)
     assert tp == 1
     assert "tensor parallelism is left out, since the loader gives each rank samples of its own" in told
-    assert sorted(sum(seen + other[1], [])) == [*range(ROWS)]
+    assert sorted(itertools.chain.from_iterable(seen + other[1])) == [*range(ROWS)]
     assert asked <= 2

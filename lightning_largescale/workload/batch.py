@@ -31,7 +31,7 @@ def tensors_in(batch: Any) -> list[torch.Tensor]:
 
 
 def digest_of(batch: Any) -> str:
-    """A digest of the tensors of `batch`: of their values, shapes and dtypes; of those without strides, shapes alone."""
+    """A digest of the tensors of `batch`: values, shapes and dtypes; of those without strides no values."""
     digest = hashlib.sha256()
     for tensor in tensors_in(batch):
         digest.update(f"{tensor.shape} {tensor.dtype}".encode())
