@@ -22,7 +22,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 import lightning_largescale as ls
 from lightning_largescale.hardware.usage import peak_bytes
-from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.planner.peak_memory import peak_memory
 
 STEPS = 6
 FULL = {"activation_checkpointing": "full"}

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lightning_largescale as ls
 from lightning_largescale.hardware.usage import peak_bytes
-from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.planner.runtime import step_time
 
 GIB = 2**30

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from lightning_largescale.offload.buffers import PageBuffers
-from lightning_largescale.offload.memory import Memory
-from lightning_largescale.offload.optimizer import PagedOptimizer
+from lightning_largescale.offload.mapped_memory import Memory
+from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.tiers import PAGE_BUFFERS
 

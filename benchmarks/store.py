@@ -23,7 +23,7 @@ from statistics import median
 
 import torch
 
-from lightning_largescale.offload.memory import Memory
+from lightning_largescale.offload.mapped_memory import Memory
 from lightning_largescale.offload.store import Extent, Store, Transfer
 from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES, REQUEST_BYTES, REQUESTS
 

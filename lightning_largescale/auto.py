@@ -35,8 +35,8 @@ from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner import Report, find_plans
+from lightning_largescale.planner.matmuls import matmul_sizes
 from lightning_largescale.planner.panel import after_fit, setup_panel
-from lightning_largescale.planner.products import matmul_sizes
 from lightning_largescale.planner.ranking import LOSSY
 from lightning_largescale.planner.search import check_allow
 from lightning_largescale.precision import asked_precision

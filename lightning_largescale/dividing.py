@@ -25,7 +25,7 @@ from lightning_largescale.parallel.user_styles import check_styles
 from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision
 from lightning_largescale.workload.divisions import check_division, division_words, share_divided
-from lightning_largescale.workload.model import Divided
+from lightning_largescale.workload.workload import Divided
 
 # Of the matrices of blocks: a plan that divides as many is not asked whether another would divide more.
 _ENOUGH = 0.9

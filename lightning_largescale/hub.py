@@ -130,7 +130,7 @@ class Lines:
 
 
 @dataclasses.dataclass
-class _Member:
+class _RankState:
     lines: Lines
     rank: int | None = None
     finished: bool = False
@@ -159,7 +159,7 @@ class Hub(threading.Thread):
         # The token keeps strangers on the network, and ranks of an earlier run, from being taken for ours.
         self._token = secrets.token_hex(16)
         self.endpoint = (address, self._server.getsockname()[1], self._token)
-        self._members: dict[socket.socket, _Member] = {}
+        self._members: dict[socket.socket, _RankState] = {}
         self._selector = selectors.DefaultSelector()
         self._first: Failure | None = None
         self._loss: tuple[float, Failure] | None = None
@@ -175,7 +175,7 @@ class Hub(threading.Thread):
             for key, _ in self._selector.select(_POLL_SECONDS):
                 if key.fileobj is self._server:
                     connection, _ = self._server.accept()
-                    self._members[connection] = _Member(Lines(connection))
+                    self._members[connection] = _RankState(Lines(connection))
                     self._selector.register(connection, selectors.EVENT_READ)
                 else:
                     gone += self._read(self._members[key.fileobj])  # type: ignore[index]
@@ -188,7 +188,7 @@ class Hub(threading.Thread):
         self._selector.close()
         self._server.close()
 
-    def _read(self, member: _Member) -> bool:
+    def _read(self, member: _RankState) -> bool:
         """Take what `member` says; True when it is gone."""
         messages = member.lines.receive()
         if messages is None:
@@ -202,7 +202,7 @@ class Hub(threading.Thread):
             self._take(member, message)
         return False
 
-    def _take(self, member: _Member, message: dict[str, Any]) -> None:
+    def _take(self, member: _RankState, message: dict[str, Any]) -> None:
         member.passed, member.told = message.get("passed", member.passed), message.get("told", member.told)
         if member.rank is None:
             if message.get("token") == self._token:

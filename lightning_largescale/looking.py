@@ -21,7 +21,7 @@ from lightning_largescale.precision import is_own
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.stepping import SteppingStrategy
 from lightning_largescale.workload import Divided, Workload
-from lightning_largescale.workload.state import Snapshot
+from lightning_largescale.workload.snapshot import Snapshot
 from lightning_largescale.workload.trace import trace_workload
 
 _Value = TypeVar("_Value")

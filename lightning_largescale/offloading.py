@@ -28,9 +28,9 @@ from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.offload.gradients import Release, SpilledGradients
 from lightning_largescale.offload.lanes import Lanes
-from lightning_largescale.offload.optimizer import PagedOptimizer
+from lightning_largescale.offload.offloaded_parameters import SpilledParameters, bring_back
+from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
-from lightning_largescale.offload.parameters import SpilledParameters, bring_back
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.shards import ShardCopies, ShardsInDram
 from lightning_largescale.offload.store import Store

@@ -27,6 +27,7 @@ from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
 from lightning_largescale.offload.activations import offload_activations
 from lightning_largescale.offloading import OffloadingStrategy
+from lightning_largescale.parallel.adapted_optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
@@ -35,7 +36,6 @@ from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import HeapWatch
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, use_mesh, warn_of_distance
-from lightning_largescale.parallel.optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from lightning_largescale.hardware import Hardware, Link
-from lightning_largescale.hardware.model import Rates
+from lightning_largescale.hardware.hardware import Rates
 
 measure = Hardware.calibrate
 

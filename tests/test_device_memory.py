@@ -21,7 +21,7 @@ from lightning_largescale.hardware.usage import peak_bytes, start_peak
 from lightning_largescale.offload import pages
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner import hierarchy, placement
-from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.workload import Workload
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
+from lightning_largescale.parallel.full_params import make_whole
 from lightning_largescale.parallel.order import divided_dims, full, order_of
-from lightning_largescale.parallel.whole import make_whole
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 

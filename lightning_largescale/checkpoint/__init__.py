@@ -2,6 +2,11 @@
 
 from lightning_largescale.checkpoint.directory import load_directory, save_directory
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file
+from lightning_largescale.checkpoint.full_state import (
+    full_module_state,
+    full_optimizer_state,
+    whole_everywhere,
+)
 from lightning_largescale.checkpoint.load import consolidate, load_checkpoint
 from lightning_largescale.checkpoint.logged import warn_of_left_out
 from lightning_largescale.checkpoint.optimizers import (
@@ -13,11 +18,6 @@ from lightning_largescale.checkpoint.optimizers import (
     saved_kinds,
 )
 from lightning_largescale.checkpoint.orders import tell_orders
-from lightning_largescale.checkpoint.whole import (
-    full_module_state,
-    full_optimizer_state,
-    whole_everywhere,
-)
 
 __all__ = [
     "StateMemory",

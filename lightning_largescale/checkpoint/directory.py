@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_largescale.hardware.usage import let_rest
-from lightning_largescale.parallel.pieces import Piece, in_boxes, is_divided, pieces_of
+from lightning_largescale.parallel.chunks import Chunk, chunks_of, in_boxes, is_divided
 from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
@@ -185,29 +185,29 @@ class _SavePlanner(DefaultSavePlanner):
 
     def _writes(self, name: str, tensor: Tensor) -> Iterator[WriteItem]:
         shape, properties = global_shape(tensor), TensorProperties(dtype=tensor.dtype)
-        boxes = [box for piece in pieces_of(tensor) for box in in_boxes(piece, _BOX_BYTES)]
+        boxes = [box for chunk in chunks_of(tensor) for box in in_boxes(chunk, _BOX_BYTES)]
         if 0 in shape and self.is_coordinator:
             # A tensor without elements is there all the same.
-            boxes = [Piece((0,) * len(shape), torch.empty(shape, dtype=tensor.dtype))]
+            boxes = [Chunk((0,) * len(shape), torch.empty(shape, dtype=tensor.dtype))]
         for box in boxes:
-            chunk = _chunk(box)
+            chunk = _metadata_of(box)
             self._boxes[name, chunk.offsets] = box.values
             data = TensorWriteData(chunk=chunk, properties=properties, size=shape)
             yield WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Reads into pieces, or bytes into `loaded`."""
+    """Reads into chunks, or bytes into `loaded`."""
 
-    def __init__(self, pieces: Sequence[Piece] = (), *, weights_only: bool | None = None) -> None:
+    def __init__(self, chunks: Sequence[Chunk] = (), *, weights_only: bool | None = None) -> None:
         super().__init__()
         self._weights_only = weights_only
-        self._pieces = {torch.Size(piece.offsets): piece.values for piece in pieces}
+        self._chunks = {torch.Size(chunk.offsets): chunk.values for chunk in chunks}
         self.loaded: Any = None
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
-        return self._pieces[index.offset]
+        return self._chunks[index.offset]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.loaded = torch.load(value, weights_only=self._weights_only)
@@ -289,14 +289,14 @@ class _Directory:
             return planner.loaded
         return Stored(stored.size, stored.properties.dtype, partial(self._read, name), self._device)
 
-    def _read(self, name: str, pieces: Sequence[Piece]) -> None:
+    def _read(self, name: str, chunks: Sequence[Chunk]) -> None:
         stored: Any = self._metadata.state_dict_metadata[name]
-        items = create_read_items_for_chunk_list(name, stored, [_chunk(piece) for piece in pieces])
-        self._reader.read_data(LoadPlan(items), _LoadPlanner(pieces)).wait()
+        items = create_read_items_for_chunk_list(name, stored, [_metadata_of(chunk) for chunk in chunks])
+        self._reader.read_data(LoadPlan(items), _LoadPlanner(chunks)).wait()
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(piece.offsets), sizes=piece.values.shape)
+def _metadata_of(chunk: Chunk) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=chunk.values.shape)
 
 
 def _taken_out(value: Any, path: tuple[str, ...], others: dict[str, Tensor]) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_largescale.checkpoint.directory import is_directory, load_directory
 from lightning_largescale.hardware.usage import expect_pages, forget_pages
-from lightning_largescale.parallel.pieces import Piece, in_boxes
+from lightning_largescale.parallel.chunks import Chunk, in_boxes
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 
@@ -210,10 +210,10 @@ def _stored_slice(data: Tensor, kind: str, shape: list[int], start: int, end: in
     return _stored(data[start:end].view(dtype).view(shape))
 
 
-def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], pieces: Sequence[Piece]) -> None:
+def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], chunks: Sequence[Chunk]) -> None:
     """Copy boxes of a mapped tensor, and have its pages back after each."""
-    for piece in pieces:
-        for box in in_boxes(piece, _BOX_BYTES):
+    for chunk in chunks:
+        for box in in_boxes(chunk, _BOX_BYTES):
             sides = zip(box.offsets, box.values.shape, strict=True)
             values = slice_of(tuple(slice(start, start + size) for start, size in sides))
             expect_pages(values)

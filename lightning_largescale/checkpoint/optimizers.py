@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from lightning_largescale.checkpoint.directory import EXTRA, OPTIMIZERS
 from lightning_largescale.checkpoint.files import listed
 from lightning_largescale.hardware.usage import let_rest
+from lightning_largescale.parallel.chunks import empty_part, write_part
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import as_ordered, order_of
-from lightning_largescale.parallel.pieces import empty_part, write_part
 from lightning_largescale.parallel.rows import global_shape, mark_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_largescale.hardware.model import Disk, Hardware, Link, Rates
+from lightning_largescale.hardware.hardware import Disk, Hardware, Link, Rates
 
 __all__ = ["Disk", "Hardware", "Link", "Rates"]

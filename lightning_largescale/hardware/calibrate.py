@@ -26,6 +26,7 @@ from lightning_largescale.console import error_console
 from lightning_largescale.hardware.cache import load_rates, store_rates
 from lightning_largescale.hardware.collectives import collective_links, hop_sizes, meet
 from lightning_largescale.hardware.detect import cpu_name
+from lightning_largescale.hardware.hardware import Hardware, Link, Rates
 from lightning_largescale.hardware.hops import lone_links
 from lightning_largescale.hardware.measure import (
     MatmulSize,
@@ -36,8 +37,7 @@ from lightning_largescale.hardware.measure import (
     matmul_rates,
     memory_bandwidth,
 )
-from lightning_largescale.hardware.memory import machine_memory
-from lightning_largescale.hardware.model import Hardware, Link, Rates
+from lightning_largescale.hardware.memory_limits import machine_memory
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.plan import PlanError
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_largescale.hardware.hardware import Link
 from lightning_largescale.hardware.measure import REPEATS, fit_link, timed
-from lightning_largescale.hardware.model import Link
 
 # Bytes that one hop of a ring carries: from what latency rules to what bandwidth rules.
 _HOP_BYTES = (2**10, 2**15, 2**19, 2**22, 2**24)

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_largescale.hardware.disks import disks
-from lightning_largescale.hardware.memory import rank_memory
-from lightning_largescale.hardware.model import Hardware
+from lightning_largescale.hardware.hardware import Hardware
+from lightning_largescale.hardware.memory_limits import rank_memory
 from lightning_largescale.plan import PlanError
 
 if TYPE_CHECKING:

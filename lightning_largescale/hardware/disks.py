@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from lightning_largescale.hardware.model import Disk
+from lightning_largescale.hardware.hardware import Disk
 from lightning_largescale.hardware.mounts import Mount, mounts
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 

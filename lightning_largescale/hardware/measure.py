@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 
 from lightning_largescale.hardware.disks import direct_file
-from lightning_largescale.hardware.model import Link
+from lightning_largescale.hardware.hardware import Link
 from lightning_largescale.hardware.probe import survives
 from lightning_largescale.tiers import REQUEST_BYTES, REQUESTS
 

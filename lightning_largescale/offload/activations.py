@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_largescale import compat
 from lightning_largescale.forward import Forward
 from lightning_largescale.offload.pages import local_of
-from lightning_largescale.offload.saved import Disk, Host, Saved, Sent, Tier
+from lightning_largescale.offload.saved import DiskTier, HostTier, Saved, Sent, Tier
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_blocks
@@ -75,9 +75,9 @@ def offload_activations(module: nn.Module, plan: Plan, store: Store | None, devi
     tier: Tier
     if plan.offload_activations == "nvme":
         assert store is not None
-        tier = Disk(store, device)
+        tier = DiskTier(store, device)
     elif device.type == "cuda":
-        tier = Host(device)
+        tier = HostTier(device)
     else:
         return lambda: None
     offload = _Offload(tier, device, plan.prefetched_blocks, _outside(module, blocks.values()))
@@ -119,17 +119,17 @@ class _Offload:
         # By storage, as long as both live.
         self.known: weakref.WeakValueDictionary[StorageWeakRef, Saved] = weakref.WeakValueDictionary()
         # Calls in their order, whose graphs live.
-        self._calls: list[weakref.ref[_Call]] = []
+        self._calls: list[weakref.ref[_BlockForward]] = []
         self._leaving: Sent = []
         # The call whose backward runs, and those of which something came back.
-        self._reached: weakref.ref[_Call] | None = None
-        self._open: weakref.WeakSet[_Call] = weakref.WeakSet()
+        self._reached: weakref.ref[_BlockForward] | None = None
+        self._open: weakref.WeakSet[_BlockForward] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Offload:
         return self
 
-    def begin(self, name: str, block: nn.Module) -> _Call:
+    def begin(self, name: str, block: nn.Module) -> _BlockForward:
         """A call of `block` begins: what the call before saved leaves."""
         with self._lock:
             self._calls = [known for known in self._calls if known() is not None]
@@ -141,11 +141,11 @@ class _Offload:
             self.tier.settle(before)
             self._leaving = sent
             tensors = chain(block.parameters(), block.buffers(), (held.get(key) for held, key in self._outside))
-            call = _Call(name, self, {place for tensor in tensors for place in _places(tensor)})
+            call = _BlockForward(name, self, {place for tensor in tensors for place in _places(tensor)})
             self._calls.append(weakref.ref(call))
             return call
 
-    def reach(self, call: _Call) -> None:
+    def reach(self, call: _BlockForward) -> None:
         """The backward of `call` runs: what it and those before it saved comes back."""
         with self._lock:
             if self._reached is not None and self._reached() is call:
@@ -166,7 +166,7 @@ class _Offload:
                     self.tier.fetch(saved)
 
 
-class _Call:
+class _BlockForward:
     """One run of a block's forward.
 
     Args:
@@ -184,10 +184,10 @@ class _Call:
         """That it saved and that are needed still, in the order in which it did."""
         return [saved for known in list(self._storages.values()) if (saved := known()) is not None]
 
-    def pack(self, tensor: Tensor) -> _Kept | _View:
+    def pack(self, tensor: Tensor) -> _ResidentTensor | _View:
         """What autograd keeps in the place of `tensor`."""
         if not self._leaves(tensor):
-            return _Kept(tensor)
+            return _ResidentTensor(tensor)
         storage = tensor.untyped_storage()
         key: StorageWeakRef = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         known = self.offload.known
@@ -211,7 +211,7 @@ class _Call:
         return not isinstance(tensor._base, nn.Parameter) and tensor.untyped_storage().data_ptr() not in self._stays
 
 
-class _Kept:
+class _ResidentTensor:
     """A saved tensor that stays."""
 
     __slots__ = ("_tensor", "_version")
@@ -230,7 +230,7 @@ class _View:
 
     __slots__ = ("_call", "_dtype", "_place", "_saved", "_version", "_versions")
 
-    def __init__(self, tensor: Tensor, saved: Saved, call: _Call) -> None:
+    def __init__(self, tensor: Tensor, saved: Saved, call: _BlockForward) -> None:
         self._saved, self._call = saved, call
         self._dtype, self._place = tensor.dtype, (tensor.storage_offset(), tensor.size(), tensor.stride())
         self._version, self._versions = compat.version(tensor), compat.versions_of(tensor)
@@ -244,7 +244,7 @@ class _View:
         return found
 
 
-def _unpack(packed: _Kept | _View) -> Tensor:
+def _unpack(packed: _ResidentTensor | _View) -> Tensor:
     return packed.unpack()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from lightning_largescale.offload.memory import Memory
+from lightning_largescale.offload.mapped_memory import Memory
 from lightning_largescale.offload.store import StoreError, Transfer
 from lightning_largescale.tiers import PAGE_BUFFERS
 

@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import let_rest
-from lightning_largescale.offload.memory import Region
-from lightning_largescale.offload.optimizer import PagedOptimizer
+from lightning_largescale.offload.mapped_memory import Region
+from lightning_largescale.offload.offloaded_parameters import GradientPlaces
+from lightning_largescale.offload.paged_optimizer import PagedOptimizer
+from lightning_largescale.offload.paged_state import as_divided
 from lightning_largescale.offload.pages import local_of
-from lightning_largescale.offload.parameters import GradientPlaces
-from lightning_largescale.offload.state import as_divided
 from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import aligned
@@ -184,7 +184,7 @@ class Release:
         self._done.update(parameters)
         for parameter in parameters:
             # Of others it is for those who compute it to say.
-            if parameter in self._optimizer.paged.members:
+            if parameter in self._optimizer.paged.entries:
                 parameter.grad = None
 
 

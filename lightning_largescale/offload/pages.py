@@ -1,6 +1,6 @@
 """An optimizer's parameters in pages: stretches of elements that are stepped on at once.
 
-The state of a parameter lies in one piece, key by key, so that it stays a tensor of the parameter's shape; a large
+The state of a parameter lies in one stretch, key by key, so that it stays a tensor of the parameter's shape; a large
 parameter is cut into several pages, small ones share one.
 """
 
@@ -23,7 +23,7 @@ _STRIDE = ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Member:
+class ParamEntry:
     """A parameter, and which group of its optimizer it is in.
 
     Attributes:
@@ -50,17 +50,17 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Piece:
+class ParamSlice:
     """Elements of a parameter in a page.
 
     Attributes:
-        member: the parameter.
+        entry: the parameter.
         start: its first element here, of this rank's part.
         stop: the one after its last.
         at: where the first lies among the elements of the bundle.
     """
 
-    member: Member
+    entry: ParamEntry
     start: int
     stop: int
     at: int
@@ -68,34 +68,34 @@ class Piece:
     @property
     def whole(self) -> bool:
         """Whether it is all of the parameter that this rank has."""
-        return self.start == 0 and self.stop == self.member.local.numel()
+        return self.start == 0 and self.stop == self.entry.local.numel()
 
 
 class Bundle:
     """Parameters whose state lies side by side: all they have under one key, then under the next.
 
     Args:
-        members: of one kind.
+        entries: of one kind.
 
     Attributes:
-        members: as given.
+        entries: as given.
         dtypes: of the state, by key.
         nbytes: of all of it.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members, self.dtypes = members, members[0].kind.dtypes
-        sizes = [_padded(member.local.numel()) for member in members]
-        self._offsets = dict(zip(map(id, members), itertools.accumulate(sizes, initial=0), strict=False))
+    def __init__(self, entries: Sequence[ParamEntry]) -> None:
+        self.entries, self.dtypes = entries, entries[0].kind.dtypes
+        sizes = [_padded(entry.local.numel()) for entry in entries]
+        self._offsets = dict(zip(map(id, entries), itertools.accumulate(sizes, initial=0), strict=False))
         self.numel = sum(sizes)
         lengths = [aligned(self.numel * dtype.itemsize) for dtype in self.dtypes.values()]
         starts = itertools.accumulate(lengths, initial=0)
         self._starts = dict(zip(self.dtypes, starts, strict=False))
         self.nbytes = sum(lengths)
 
-    def start_of(self, member: Member, key: str) -> int:
-        """The first byte of the state of `member` under `key`."""
-        return self._starts[key] + self._offsets[id(member)] * self.dtypes[key].itemsize
+    def start_of(self, entry: ParamEntry, key: str) -> int:
+        """The first byte of the state of `entry` under `key`."""
+        return self._starts[key] + self._offsets[id(entry)] * self.dtypes[key].itemsize
 
     def stretch(self, key: str, start: int, stop: int) -> tuple[int, int]:
         """First byte, and the one after the last, of elements `start` to `stop` under `key`, as O_DIRECT takes them."""
@@ -108,18 +108,18 @@ class Bundle:
         Args:
             moved_bytes: of a parameter's element, beside its state, that are elsewhere too.
         """
-        length = max(_STRIDE, PAGE_BYTES // max(1, moved_bytes + self.members[0].kind.bytes_per_element))
-        length = length // _STRIDE * _STRIDE if len(self.members) == 1 and self.members[0].kind.divisible else 0
+        length = max(_STRIDE, PAGE_BYTES // max(1, moved_bytes + self.entries[0].kind.bytes_per_element))
+        length = length // _STRIDE * _STRIDE if len(self.entries) == 1 and self.entries[0].kind.divisible else 0
         for start in range(0, self.numel, length or max(1, self.numel)):
             stop = min(self.numel, start + length) if length else self.numel
             yield Page(self, start, stop, tuple(self._pieces(start, stop)))
 
-    def _pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        for member in self.members:
-            offset, numel = self._offsets[id(member)], member.local.numel()
+    def _pieces(self, start: int, stop: int) -> Iterator[ParamSlice]:
+        for entry in self.entries:
+            offset, numel = self._offsets[id(entry)], entry.local.numel()
             first, last = max(0, start - offset), min(numel, stop - offset)
             if first < last:
-                yield Piece(member, first, last, offset + first)
+                yield ParamSlice(entry, first, last, offset + first)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -130,13 +130,13 @@ class Page:
         bundle: whose they are.
         start: the first.
         stop: the one after the last.
-        pieces: of parameters, in it.
+        slices: of parameters, in it.
     """
 
     bundle: Bundle
     start: int
     stop: int
-    pieces: tuple[Piece, ...]
+    slices: tuple[ParamSlice, ...]
 
     @property
     def state_bytes(self) -> int:
@@ -145,37 +145,39 @@ class Page:
         return sum(stop - start for start, stop in stretches)
 
 
-def bundles_of(members: Sequence[Member], moved_bytes: Callable[[Member], int] = lambda member: 0) -> Iterator[Bundle]:
-    """`members` in bundles: a large one by itself, small ones of a kind, a group and a label together.
+def bundles_of(
+    entries: Sequence[ParamEntry], moved_bytes: Callable[[ParamEntry], int] = lambda entry: 0
+) -> Iterator[Bundle]:
+    """`entries` in bundles: a large one by itself, small ones of a kind, a group and a label together.
 
     Args:
-        members: of one optimizer.
+        entries: of one optimizer.
         moved_bytes: of a parameter's element, beside its state, that are elsewhere too.
     """
-    small: dict[object, list[Member]] = {}
-    for member in members:
-        moved = moved_bytes(member)
-        per_element = max(1, moved + member.kind.bytes_per_element)
-        nbytes = member.local.numel() * per_element
+    small: dict[object, list[ParamEntry]] = {}
+    for entry in entries:
+        moved = moved_bytes(entry)
+        per_element = max(1, moved + entry.kind.bytes_per_element)
+        nbytes = entry.local.numel() * per_element
         if not nbytes:
             continue
         if 2 * nbytes > PAGE_BYTES:
-            yield Bundle([member])
+            yield Bundle([entry])
             continue
         key = (
-            member.group,
-            tuple(member.kind.dtypes.items()),
-            member.kind.divisible,
-            member.label,
-            member.local.dtype,
-            member.local.device,
+            entry.group,
+            tuple(entry.kind.dtypes.items()),
+            entry.kind.divisible,
+            entry.label,
+            entry.local.dtype,
+            entry.local.device,
             moved,
         )
         held = small.setdefault(key, [])
         if held and sum(_padded(one.local.numel()) for one in held) * per_element + nbytes > PAGE_BYTES:
             yield Bundle(held)
             small[key] = held = []
-        held.append(member)
+        held.append(entry)
     yield from map(Bundle, filter(None, small.values()))
 
 

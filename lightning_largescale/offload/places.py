@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from lightning_largescale.offload.lanes import Lanes
-from lightning_largescale.offload.memory import Memory
-from lightning_largescale.offload.pages import Member, Page, Piece, local_of
+from lightning_largescale.offload.mapped_memory import Memory
+from lightning_largescale.offload.pages import Page, ParamEntry, ParamSlice, local_of
 from lightning_largescale.offload.store import Transfer
 from lightning_largescale.tiers import aligned
 
@@ -25,16 +25,16 @@ class Places:
 
     on_host = False
 
-    def bytes_per_element(self, member: Member) -> int:
-        """What moves with an element of `member`, beside its state."""
+    def bytes_per_element(self, entry: ParamEntry) -> int:
+        """What moves with an element of `entry`, beside its state."""
         return 0
 
     def moved_bytes(self, page: Page) -> int:
         """What moves with `page`, beside its state."""
         return 0
 
-    def keeps(self, member: Member) -> bool:
-        """Whether `member` is stepped on where it is."""
+    def keeps(self, entry: ParamEntry) -> bool:
+        """Whether `entry` is stepped on where it is."""
         return True
 
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
@@ -46,10 +46,13 @@ class Places:
         return ()
 
     def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The elements of each piece of `page`, and their gradient, if they have one; views of where they are."""
-        for piece in page.pieces:
-            gradient = piece.member.parameter.grad
-            yield elements(piece.member.local, piece), None if gradient is None else elements(local_of(gradient), piece)
+        """The elements of each slice of `page`, and their gradient, if they have one; views of where they are."""
+        for span in page.slices:
+            gradient = span.entry.parameter.grad
+            yield (
+                elements(span.entry.local, span),
+                None if gradient is None else elements(local_of(gradient), span),
+            )
 
 
 class HostPlaces(Places):
@@ -66,23 +69,23 @@ class HostPlaces(Places):
     def __init__(self, lanes: Lanes, others: Places) -> None:
         self._lanes, self._others = lanes, others
 
-    def bytes_per_element(self, member: Member) -> int:
+    def bytes_per_element(self, entry: ParamEntry) -> int:
         """Of the parameter and of its gradient."""
-        return 2 * member.local.element_size() if self._copies(member) else self._others.bytes_per_element(member)
+        return 2 * entry.local.element_size() if self._copies(entry) else self._others.bytes_per_element(entry)
 
     def moved_bytes(self, page: Page) -> int:
         """Of the parameters and of their gradients."""
-        if not self._copies(page.pieces[0].member):
+        if not self._copies(page.slices[0].entry):
             return self._others.moved_bytes(page)
-        return sum(2 * _aligned_bytes(piece) for piece in page.pieces)
+        return sum(2 * _aligned_bytes(span) for span in page.slices)
 
-    def keeps(self, member: Member) -> bool:
+    def keeps(self, entry: ParamEntry) -> bool:
         """Not, where it is copied."""
-        return not self._copies(member) and self._others.keeps(member)
+        return not self._copies(entry) and self._others.keeps(entry)
 
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
         """Begin to copy parameters and gradients."""
-        if not self._copies(page.pieces[0].member):
+        if not self._copies(page.slices[0].entry):
             return self._others.read(page, buffer, at)
         here, there = super().values(page, buffer, at), self.values(page, buffer, at)
         pairs = [
@@ -95,38 +98,38 @@ class HostPlaces(Places):
 
     def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
         """Begin to copy parameters back."""
-        if not self._copies(page.pieces[0].member):
+        if not self._copies(page.slices[0].entry):
             return self._others.write(page, buffer, at)
         here, there = super().values(page, buffer, at), self.values(page, buffer, at)
         return [self._lanes.put([(given, copy) for (given, _), (copy, _) in zip(here, there, strict=True)])]
 
     def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The copies."""
-        if not self._copies(page.pieces[0].member):
+        if not self._copies(page.slices[0].entry):
             yield from self._others.values(page, buffer, at)
             return
         assert buffer is not None
-        for piece in page.pieces:
-            local, gradient = piece.member.local, piece.member.parameter.grad
-            shape = local.shape if piece.whole else (piece.stop - piece.start,)
-            length = _aligned_bytes(piece)
+        for span in page.slices:
+            local, gradient = span.entry.local, span.entry.parameter.grad
+            shape = local.shape if span.whole else (span.stop - span.start,)
+            length = _aligned_bytes(span)
             copies = [buffer.tensor(local.dtype, shape, at + place) for place in (0, length)]
             at += 2 * length
             # As the state is: some kernels walk through the memory of all of them at once.
-            values, copied = map(piece.member.laid_out, copies) if piece.whole else copies
+            values, copied = map(span.entry.laid_out, copies) if span.whole else copies
             yield values, None if gradient is None else copied
 
-    def _copies(self, member: Member) -> bool:
+    def _copies(self, entry: ParamEntry) -> bool:
         """Whether it is on the device, and its state is not."""
-        on_device = member.local.device.type == self._lanes.device.type
-        return on_device and bool(member.kind.dtypes) and self._others.keeps(member)
+        on_device = entry.local.device.type == self._lanes.device.type
+        return on_device and bool(entry.kind.dtypes) and self._others.keeps(entry)
 
 
-def _aligned_bytes(piece: Piece) -> int:
+def _aligned_bytes(span: ParamSlice) -> int:
     """Of its elements, up to where others may begin."""
-    return aligned((piece.stop - piece.start) * piece.member.local.element_size())
+    return aligned((span.stop - span.start) * span.entry.local.element_size())
 
 
-def elements(tensor: Tensor, piece: Piece) -> Tensor:
-    """Of this rank's part of a parameter, or of what has its shape, those in `piece`."""
-    return tensor if piece.whole else tensor.reshape(-1)[piece.start : piece.stop]
+def elements(tensor: Tensor, span: ParamSlice) -> Tensor:
+    """Of this rank's part of a parameter, or of what has its shape, those in `span`."""
+    return tensor if span.whole else tensor.reshape(-1)[span.start : span.stop]

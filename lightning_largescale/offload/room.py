@@ -13,7 +13,7 @@ from collections import deque
 
 from torch import Tensor
 
-from lightning_largescale.offload.memory import Memory
+from lightning_largescale.offload.mapped_memory import Memory
 from lightning_largescale.offload.store import Extent, Store
 from lightning_largescale.tiers import ALIGNMENT_BYTES, aligned
 

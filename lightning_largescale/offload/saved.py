@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_largescale.offload.memory import Memory
+from lightning_largescale.offload.mapped_memory import Memory
 from lightning_largescale.offload.room import Buffers, Extents
 from lightning_largescale.offload.store import Extent, Store, StoreError, Transfer, request_threads
 from lightning_largescale.tiers import REQUEST_BYTES, aligned
@@ -159,7 +159,7 @@ class _Coming:
     event: Any = None
 
 
-class Disk(Tier):
+class DiskTier(Tier):
     """A store.
 
     Args:
@@ -271,7 +271,7 @@ class Disk(Tier):
             self._copying = [one for one in self._copying if not one[1].query()]
 
 
-class Host(Tier):
+class HostTier(Tier):
     """Pinned DRAM, for a CUDA device: copies run on a stream of their own, and no step of the host waits for one.
 
     A storage that left is let go only after the stream that computes was told to wait for its copy: whatever that

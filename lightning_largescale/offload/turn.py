@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_largescale.offload.lanes import Lanes
-from lightning_largescale.offload.pages import Member, Piece, local_of
+from lightning_largescale.offload.paged_state import PagedState, as_divided
+from lightning_largescale.offload.pages import ParamEntry, ParamSlice, local_of
 from lightning_largescale.offload.places import elements
-from lightning_largescale.offload.state import PagedState, as_divided
 from lightning_largescale.offload.store import Transfer
 
 
@@ -29,44 +29,53 @@ class Turn:
         made: is given the state of each parameter.
     """
 
-    def __init__(self, optimizer: Optimizer, paged: PagedState, made: dict[Member, dict[str, Any]]) -> None:
+    def __init__(self, optimizer: Optimizer, paged: PagedState, made: dict[ParamEntry, dict[str, Any]]) -> None:
         self._optimizer, self._paged, self._made = optimizer, paged, made
         self._lanes: Lanes | None = None
         self._brought: list[tuple[Tensor, Tensor]] = []
-        self._held: list[tuple[Member, nn.Parameter, Tensor, Mapping[str, Tensor]]] = []
+        self._held: list[tuple[ParamEntry, nn.Parameter, Tensor, Mapping[str, Tensor]]] = []
 
     def hold(
-        self, piece: Piece, values: Tensor, gradient: Tensor, slots: Mapping[str, Tensor], lanes: Lanes | None
+        self,
+        span: ParamSlice,
+        values: Tensor,
+        gradient: Tensor,
+        slots: Mapping[str, Tensor],
+        lanes: Lanes | None,
     ) -> None:
-        """Hold a piece, whose state is in `slots`, or is brought from there by `lanes`."""
-        state = self._optimizer.state.get(piece.member.parameter)
+        """Hold a slice, whose state is in `slots`, or is brought from there by `lanes`."""
+        state = self._optimizer.state.get(span.entry.parameter)
         self._lanes = lanes or self._lanes
         # Of a first step there is nothing to bring, and what it makes is taken as it is.
         if lanes is not None and state:
             kept, slots = slots, lanes.bring(slots)
             self._brought += [(kept[key], slot) for key, slot in slots.items()]
         self._add(
-            piece.member, values, gradient, slots, self._state_of(piece, state, slots, values.device) if state else None
+            span.entry,
+            values,
+            gradient,
+            slots,
+            self._state_of(span, state, slots, values.device) if state else None,
         )
 
-    def hold_row(self, member: Member) -> None:
+    def hold_row(self, entry: ParamEntry) -> None:
         """Hold a row of zeros in the place of nothing: not all optimizers step on that."""
-        local = member.local
+        local = entry.local
         row = local.new_zeros((1, *local.shape[1:]))
-        state = self._optimizer.state.get(member.parameter, {})
-        paged = member.kind.dtypes
+        state = self._optimizer.state.get(entry.parameter, {})
+        paged = entry.kind.dtypes
         found = {key: torch.zeros_like(row, dtype=paged[key]) if key in paged else one for key, one in state.items()}
-        self._add(member, row, torch.zeros_like(row), {}, found or None)
+        self._add(entry, row, torch.zeros_like(row), {}, found or None)
 
     def end(self) -> Transfer:
         """Take what the step has made of them; what takes back what was brought."""
-        for member, part, values, slots in self._held:
+        for entry, part, values, slots in self._held:
             if values.data_ptr() != part.data_ptr():
                 # Some write a new tensor into `parameter.data`.
                 values.copy_(part.detach())
             made = self._optimizer.state.pop(part, None)
             if made is not None:
-                self._made[member] = {key: self._kept(member, key, value, slots) for key, value in made.items()}
+                self._made[entry] = {key: self._kept(entry, key, value, slots) for key, value in made.items()}
         return Transfer() if self._lanes is None else self._lanes.fetch(self._brought)
 
     def leave(self) -> None:
@@ -76,53 +85,53 @@ class Turn:
 
     def _add(
         self,
-        member: Member,
+        entry: ParamEntry,
         values: Tensor,
         gradient: Tensor,
         slots: Mapping[str, Tensor],
         state: dict[str, Any] | None,
     ) -> None:
-        part = nn.Parameter(values, requires_grad=member.parameter.requires_grad)
+        part = nn.Parameter(values, requires_grad=entry.parameter.requires_grad)
         part.grad = gradient
         if state is not None:
             self._optimizer.state[part] = state
-        self._optimizer.param_groups[self._paged.group_of[member.parameter]]["params"].append(part)
-        self._held.append((member, part, values, slots))
+        self._optimizer.param_groups[self._paged.group_of[entry.parameter]]["params"].append(part)
+        self._held.append((entry, part, values, slots))
 
     def _state_of(
-        self, piece: Piece, state: Mapping[str, Any], slots: Mapping[str, Tensor], device: torch.device
+        self, span: ParamSlice, state: Mapping[str, Any], slots: Mapping[str, Tensor], device: torch.device
     ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in state.items():
             slot = slots.get(key)
-            if slot is not None and self._paged.is_paged(piece.member, value):
-                if not self._paged.is_here(piece.member, key):
-                    slot.copy_(elements(local_of(value), piece))
+            if slot is not None and self._paged.is_paged(span.entry, value):
+                if not self._paged.is_here(span.entry, key):
+                    slot.copy_(elements(local_of(value), span))
                 found[key] = slot
             else:
-                found[key] = self._unpaged(value, piece, device) if isinstance(value, Tensor) else value
+                found[key] = self._unpaged(value, span, device) if isinstance(value, Tensor) else value
         return found
 
     @staticmethod
-    def _unpaged(value: Tensor, piece: Piece, device: torch.device) -> Tensor:
+    def _unpaged(value: Tensor, span: ParamSlice, device: torch.device) -> Tensor:
         """State that no page has, as a part is stepped on with it: plain, as the part is."""
         local = local_of(value)
         if device.type == "cpu" != local.device.type:
             # Of an earlier run, in which the device stepped.
             return local.cpu()
-        # Of several pieces each counts its steps.
-        return local if piece.whole else local.clone()
+        # Of several slices each counts its steps.
+        return local if span.whole else local.clone()
 
-    def _kept(self, member: Member, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:
+    def _kept(self, entry: ParamEntry, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:
         """What the optimizer is to have, between steps, of what it has made of a part's state."""
         slot = slots.get(key)
-        if not member.local.numel() and key in member.kind.dtypes:
-            return as_divided(member.parameter, value[:0])
+        if not entry.local.numel() and key in entry.kind.dtypes:
+            return as_divided(entry.parameter, value[:0])
         if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
             # A number is nobody's part, of a parameter that is one either.
-            return as_divided(member.parameter, value) if isinstance(value, Tensor) and value.dim() else value
+            return as_divided(entry.parameter, value) if isinstance(value, Tensor) and value.dim() else value
         if slot.device.type == "cpu" != value.device.type:
             self._brought.append((slot, value))
         elif value.data_ptr() != slot.data_ptr():
             slot.copy_(value)
-        return as_divided(member.parameter, self._paged.view(member, key))
+        return as_divided(entry.parameter, self._paged.view(entry, key))

@@ -37,7 +37,7 @@ from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import average_in_place
-from lightning_largescale.parallel.parameters import GRADIENT
+from lightning_largescale.parallel.parameter_access import GRADIENT
 from lightning_largescale.parallel.rounds import (
     BEGIN_EVALUATION,
     BEGIN_TRAINING,

@@ -20,10 +20,10 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.chunks import empty_part
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.order import as_ordered, as_whole, divided, full, order_of, whole_of
-from lightning_largescale.parallel.pieces import empty_part
 from lightning_largescale.parallel.rows import global_shape, own_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 

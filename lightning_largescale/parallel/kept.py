@@ -36,7 +36,7 @@ def keep_products() -> Contexts:
     """Contexts of a first forward, which keeps, and of those in backward, which take."""
     if torch.compiler.is_compiling():
         return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call, no-any-return]
-    kept = _Kept()
+    kept = _SavedResults()
     return _Keeping(kept), _Taking(kept)
 
 
@@ -70,7 +70,7 @@ class _Result:
         return self._versions == [compat.version(tensor) for tensor in tensors_in(self.made)]
 
 
-class _Kept:
+class _SavedResults:
     """Results by function, in the order in which they were made; None for those that are to be made again."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class _Mode(compat.DispatchMode):  # type: ignore[no-untyped-call]
     # As torch's own modes of this kind: functions that torch compiles, and those of higher order, go by.
     supports_higher_order_operators = True
 
-    def __init__(self, kept: _Kept) -> None:
+    def __init__(self, kept: _SavedResults) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = kept
 

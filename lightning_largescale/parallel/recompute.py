@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_largescale import compat
 from lightning_largescale.forward import Forward
 from lightning_largescale.parallel.kept import Contexts, keep_products
-from lightning_largescale.parallel.parameters import watched
+from lightning_largescale.parallel.parameter_access import watched
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.workload.blocks import find_blocks
 

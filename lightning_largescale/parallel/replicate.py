@@ -162,7 +162,7 @@ class Replica:
 
     def _current(self) -> DistributedDataParallel:
         if self._wrapper is None:
-            self._call = _Call(self._module, self._device)
+            self._call = _FunctionModule(self._module, self._device)
             self._wrapper = _wrap(self._call, self._known, self._device)
             watched = (one for one in self._parameters if self._watch_all or id(one) not in self._known)
             self._accumulations = Accumulations(watched)
@@ -188,7 +188,7 @@ def told_of_reentry() -> Generator[None, None, None]:
         ) from error
 
 
-def _wrap(call: _Call, known: set[int], device: torch.device) -> DistributedDataParallel:
+def _wrap(call: _FunctionModule, known: set[int], device: torch.device) -> DistributedDataParallel:
     on_cuda = device.type == "cuda"
     left_out = [name for name, one in call.named_parameters() if rows_of(one) is not None or not is_plain(one)]
     # torch tells other ranks only what is plain and dense, in every forward; what is not was made equal at setup.
@@ -226,7 +226,7 @@ def _is_sparse(part: nn.Module) -> bool:
     return isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
 
 
-class _Call(nn.Module):
+class _FunctionModule(nn.Module):
     """A module whose forward is whatever it is given, over the parameters of another."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:

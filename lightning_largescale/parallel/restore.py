@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.gather import Sharded
 from lightning_largescale.parallel.order import Whole, as_whole, memory_order
-from lightning_largescale.parallel.parameters import GRADIENT
+from lightning_largescale.parallel.parameter_access import GRADIENT
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
-from lightning_largescale.parallel.parameters import Adopted
+from lightning_largescale.parallel.parameter_access import Adopted
 from lightning_largescale.parallel.restore import made_contiguous, restore_when_gathered
 from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import let_rest
+from lightning_largescale.parallel.chunks import Chunk, chunks_of, write_part
 from lightning_largescale.parallel.deferred import active_recording
-from lightning_largescale.parallel.pieces import Piece, pieces_of, write_part
 from lightning_largescale.parallel.rows import global_shape
 
 # Where a tensor on the meta device keeps what was copied into it.
@@ -29,11 +29,11 @@ class Stored(Tensor):
     Args:
         shape: of the whole tensor.
         dtype: that it is stored in.
-        read: reads boxes of it into the values of pieces, which may be of another dtype or device.
+        read: reads boxes of it into the values of chunks, which may be of another dtype or device.
         device: that it seems to be on: the CPU, or the meta device to those who build there.
     """
 
-    _read: Callable[[Sequence[Piece]], None]
+    _read: Callable[[Sequence[Chunk]], None]
     # What was written into it since.
     _written: Tensor | None = None
     # Whether it was asked for.
@@ -41,7 +41,7 @@ class Stored(Tensor):
 
     @staticmethod
     def __new__(
-        cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Piece]], None], device: str = "cpu"
+        cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Chunk]], None], device: str = "cpu"
     ) -> Stored:
         """As the class says."""
         stored: Stored = compat.tensor_without_values(cls, tuple(shape), dtype, torch.device(device))
@@ -58,7 +58,7 @@ class Stored(Tensor):
             raise ValueError(f"the stored tensor has shape {tuple(self.shape)} and {tuple(shape)} is to be read")
         self.was_read = True
         if self._written is None:
-            self._read(pieces_of(out))
+            self._read(chunks_of(out))
         else:
             write_part(out, self._written)
 

@@ -23,8 +23,8 @@ from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.tensor_ranks import MeshRanks
 from lightning_largescale.workload.batch import map_tensors
 from lightning_largescale.workload.blocks import find_blocks
-from lightning_largescale.workload.model import Divided
 from lightning_largescale.workload.parts import SEQUENCE, OnParts, Part, as_part, cut, sequence_in
+from lightning_largescale.workload.workload import Divided
 
 
 def divide_over(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -> None:
@@ -66,7 +66,7 @@ def compute_on_parts(
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
     """
     if parts:
-        _OnParts(block, _places(block, parts), MeshRanks(mesh), share_sequence=share_sequence).replace()
+        _TensorParallelForward(block, _places(block, parts), MeshRanks(mesh), share_sequence=share_sequence).replace()
 
 
 def compute_divided(
@@ -110,7 +110,7 @@ def step_on_parts(
 
 def compute_plainly(module: nn.Module) -> None:
     """Give every block of `module` the forward it had before `compute_on_parts`."""
-    _OnParts.restore(module)
+    _TensorParallelForward.restore(module)
 
 
 def _divided(parameter: nn.Parameter, part: Part, ranks: MeshRanks, mesh: DeviceMesh) -> nn.Parameter:
@@ -168,7 +168,7 @@ class _StepOnParts:
             return _whole(engine, step())
 
 
-class _OnParts(Forward):
+class _TensorParallelForward(Forward):
     """A block's forward, its divided parameters being parts, and what comes out of it whole."""
 
     def __init__(self, block: nn.Module, places: _Places, ranks: MeshRanks, *, share_sequence: bool) -> None:

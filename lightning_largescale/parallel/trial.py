@@ -34,7 +34,7 @@ _LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class OptimizerTraits:
     """How an optimizer can step on a sharded module.
 
     Attributes:
@@ -68,7 +68,7 @@ _Layout = Callable[[_Sample, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Outcome:
+class _SteppedSamples:
     """The samples' parameters and their state after the steps; whether the loss was wanted at other parameters."""
 
     values: list[Tensor]
@@ -76,7 +76,7 @@ class _Outcome:
     evaluates_again: bool
 
 
-def ask(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> Answer:
+def ask(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> OptimizerTraits:
     """How `optimizer` can step on parameters of which some are DTensors: a collective, with one answer on all ranks.
 
     The optimizer, its parameters and their gradients stay as they are.
@@ -87,7 +87,7 @@ def ask(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> An
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(isinstance(parameter, DTensor) for parameter in parameters) or _known_to_step(optimizer, parameters):
-        return Answer()
+        return OptimizerTraits()
     device = parameters[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -103,7 +103,7 @@ def count_shards(parameter: Tensor) -> int:
     return math.prod(mesh.size(axis) for axis, one in enumerate(parameter.placements) if divided_dim(one) is not None)
 
 
-def _agreed(answer: Answer) -> Answer:
+def _agreed(answer: OptimizerTraits) -> OptimizerTraits:
     """One answer of those that ranks have, which rounding could let differ: a collective."""
     answers = [answer] * dist.get_world_size()
     dist.all_gather_object(answers, answer)
@@ -111,7 +111,7 @@ def _agreed(answer: Answer) -> Answer:
         if other.refusal is not None:
             return other
     if any(other != answers[0] for other in answers):
-        return Answer(refusal="ranks found different ways for it to step")
+        return OptimizerTraits(refusal="ranks found different ways for it to step")
     return answers[0]
 
 
@@ -125,20 +125,22 @@ def _known_to_step(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
     return kind in (Adam, AdamW) or (kind is SGD and not any(group["fused"] for group in optimizer.param_groups))
 
 
-def _tried(optimizer: Optimizer, groups: _Groups) -> Answer:
+def _tried(optimizer: Optimizer, groups: _Groups) -> OptimizerTraits:
     samples = [sample for _, members in groups for sample in members]
     try:
         whole = _steps(optimizer, groups, lambda _, tensor: tensor)
     except Exception as error:
-        return Answer(refusal=f"small tensors to try it on are not accepted ({in_words(error)})", untried=True)
+        return OptimizerTraits(refusal=f"small tensors to try it on are not accepted ({in_words(error)})", untried=True)
     if whole.evaluates_again:
-        return Answer(refusal="it evaluates the loss again within its step, and forward and backward run once a step")
+        return OptimizerTraits(
+            refusal="it evaluates the loss again within its step, and forward and backward run once a step"
+        )
     if all(torch.equal(value, sample.start) for value, sample in zip(whole.values, samples, strict=True)):
-        return Answer(refusal="it changed nothing when it was tried on small tensors", untried=True)
+        return OptimizerTraits(refusal="it changed nothing when it was tried on small tensors", untried=True)
     try:
         divided = _steps(optimizer, groups, _divide).values
         if _same(samples, whole.values, [_full(value) for value in divided]):
-            return Answer()
+            return OptimizerTraits()
         failure = "its steps on DTensors are not those on whole parameters"
     except Exception as error:
         failure = f"it does not step on DTensors ({in_words(error)})"
@@ -148,12 +150,12 @@ def _tried(optimizer: Optimizer, groups: _Groups) -> Answer:
         try:
             first, second = (_steps(optimizer, groups, partial(_half, dim, part), apart=True) for part in range(2))
         except Exception as error:
-            return Answer(refusal=f"{failure}, nor on parts of parameters ({in_words(error)})")
+            return OptimizerTraits(refusal=f"{failure}, nor on parts of parameters ({in_words(error)})")
         if not _same(samples, whole.values, _joined(dim, samples, first.values, second.values)):
-            return Answer(refusal=f"{failure}, and its step on a parameter is not that on its parts")
+            return OptimizerTraits(refusal=f"{failure}, and its step on a parameter is not that on its parts")
         equal, blocks = _sorted_keys(samples, whole, first, second)
         whole_keys, block_sizes = whole_keys | equal, block_sizes | blocks
-    return Answer(local=True, whole_keys=whole_keys - block_sizes.keys(), block_sizes=block_sizes)
+    return OptimizerTraits(local=True, whole_keys=whole_keys - block_sizes.keys(), block_sizes=block_sizes)
 
 
 def _samples(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> _Groups:
@@ -187,7 +189,7 @@ def _sample(like: Tensor, sides: tuple[int, int], shards: int, seed: int, state:
     return _Sample(like=like, start=start, noise=noise, state=state)
 
 
-def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: bool = False) -> _Outcome:
+def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: bool = False) -> _SteppedSamples:
     """Let a copy of `optimizer` step on the samples as `layout` gives them; with `apart` as
     a sharded module has it step on parts: after the closure, on tensors that are new in every step.
     """
@@ -222,7 +224,7 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
         exchange.begin()
         clone.step(**kwargs)
         exchange.end()
-    return _Outcome(
+    return _SteppedSamples(
         values=[parameter.detach() for parameter in parameters],
         states=[clone.state.get(parameter, {}) for parameter in parameters],
         evaluates_again=len(evaluated) > _STEPS or not all(evaluated),
@@ -266,7 +268,9 @@ def _full(tensor: Tensor) -> Tensor:
     return full(tensor) if isinstance(tensor, DTensor) else tensor
 
 
-def _sorted_keys(samples: list[_Sample], whole: _Outcome, *parts: _Outcome) -> tuple[frozenset[str], dict[str, int]]:
+def _sorted_keys(
+    samples: list[_Sample], whole: _SteppedSamples, *parts: _SteppedSamples
+) -> tuple[frozenset[str], dict[str, int]]:
     """Keys of the state that parts have as the whole has; and of what is neither that nor of a part's shape."""
     equal: set[str] = set()
     blocks: dict[str, int] = {}

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
-from lightning_largescale.parallel.parameters import (
+from lightning_largescale.parallel.parameter_access import (
     DATA,
     GRADIENT,
     TRAINED,

@@ -1,6 +1,6 @@
 """Pure functions of hardware and workload: what each plan needs, and which is best."""
 
-from lightning_largescale.planner.memory import MemoryEstimate, peak_memory
+from lightning_largescale.planner.peak_memory import MemoryEstimate, peak_memory
 from lightning_largescale.planner.report import Candidate, Estimate, Report
 from lightning_largescale.planner.runtime import TimeEstimate, step_time
 from lightning_largescale.planner.search import find_plans

@@ -13,7 +13,7 @@ from rich.text import Text
 from lightning_largescale.console import as_text
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import Plan, PlanError
-from lightning_largescale.planner.memory import MemoryEstimate
+from lightning_largescale.planner.peak_memory import MemoryEstimate
 from lightning_largescale.planner.runtime import TimeEstimate
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.units import format_bytes, format_seconds

@@ -16,8 +16,8 @@ from typing import Any
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
 from lightning_largescale.planner.advice import faster, would_fit
-from lightning_largescale.planner.memory import MemoryEstimate, first_excess, peak_memory
 from lightning_largescale.planner.offload_search import Offloading, least_plans, offloaded_plans
+from lightning_largescale.planner.peak_memory import MemoryEstimate, first_excess, peak_memory
 from lightning_largescale.planner.ranking import LOSSY, ranked
 from lightning_largescale.planner.report import Candidate, Estimate, Report
 from lightning_largescale.planner.runtime import step_time

@@ -17,7 +17,7 @@ from lightning_largescale.planner.paging import Paging
 from lightning_largescale.planner.placement import Placement, place
 from lightning_largescale.tiers import shard_bytes
 from lightning_largescale.workload import Parameter, Segment, Step, Workload
-from lightning_largescale.workload.model import only_blocks
+from lightning_largescale.workload.workload import only_blocks
 
 # Of a row's number, as tables are given it.
 _ID_BYTES = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_largescale.workload.blocks import Group, find_blocks, find_groups, find_wraps
-from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Segment, Step, Workload
+from lightning_largescale.workload.workload import Divided, OptimizerNeeds, Parameter, Segment, Step, Workload
 
 __all__ = [
     "Divided",

@@ -17,10 +17,10 @@ from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.blocks import Group, find_groups
 from lightning_largescale.workload.declared import declared_parts
-from lightning_largescale.workload.model import Divided, Workload
 from lightning_largescale.workload.shardable import Subject, copied, divide, divide_subject
-from lightning_largescale.workload.steps import Request, call_step
+from lightning_largescale.workload.steps import TraceRequest, call_step
 from lightning_largescale.workload.tracker import MadeUpNumbers
+from lightning_largescale.workload.workload import Divided, Workload
 
 # Of all parameters: what has less outside of blocks is not worth its communication.
 _LARGE_SHARE = 0.01
@@ -30,7 +30,7 @@ _LARGE_SHARE = 0.01
 _MUCH = 0.15
 
 
-class _Call(NamedTuple):
+class _BlockCall(NamedTuple):
     """What a block was called with, and what it returned."""
 
     args: tuple[Any, ...]
@@ -38,7 +38,7 @@ class _Call(NamedTuple):
     output: Any
 
 
-def divide_blocks(request: Request, sizes: tuple[int, ...], mode: Any) -> dict[int, dict[str, Divided]]:
+def divide_blocks(request: TraceRequest, sizes: tuple[int, ...], mode: Any) -> dict[int, dict[str, Divided]]:
     """What may be divided of each block of the module, by a number of ranks and the block's name; "" is the rest.
 
     Args:
@@ -139,7 +139,9 @@ def check_division(workload: Workload, others: Workload, ranks: int) -> None:
     )
 
 
-def _rest(request: Request, groups: Mapping[str, Group], calls: Mapping[str, _Call], ranks: int, mode: Any) -> Divided:
+def _rest(
+    request: TraceRequest, groups: Mapping[str, Group], calls: Mapping[str, _BlockCall], ranks: int, mode: Any
+) -> Divided:
     """What may be divided of what lies outside of blocks: tables and heads of a vocabulary, by its entries."""
     module = request.module
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
@@ -160,7 +162,7 @@ def _rest(request: Request, groups: Mapping[str, Group], calls: Mapping[str, _Ca
     return dataclasses.replace(found, whole={name: why for name, why in found.whole.items() if name in own})
 
 
-def _step_without(request: Request, blocks: Mapping[str, nn.Module], calls: Mapping[str, _Call]) -> Any:
+def _step_without(request: TraceRequest, blocks: Mapping[str, nn.Module], calls: Mapping[str, _BlockCall]) -> Any:
     """What the step returns, and what it gives blocks: they give what they gave before."""
     before: dict[str, Any] = {name: vars(block).get("forward") for name, block in blocks.items()}
     entering: list[Any] = []
@@ -184,15 +186,15 @@ def _step_without(request: Request, blocks: Mapping[str, nn.Module], calls: Mapp
                 block.forward = before[name]
 
 
-def _forward_of(request: Request) -> Any:
+def _forward_of(request: TraceRequest) -> Any:
     with MadeUpNumbers(), lightning_plugin(request.precision, request.device_type).forward_context():
         return call_step(request)
 
 
-def _calls(request: Request, blocks: Mapping[str, nn.Module]) -> dict[str, _Call]:
+def _calls(request: TraceRequest, blocks: Mapping[str, nn.Module]) -> dict[str, _BlockCall]:
     """What the step calls each block with, the first time, and what it returns, as far as the step comes; in order."""
     given: dict[str, tuple[Any, Any]] = {}
-    calls: dict[str, _Call] = {}
+    calls: dict[str, _BlockCall] = {}
 
     def before(name: str) -> Any:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -204,7 +206,7 @@ def _calls(request: Request, blocks: Mapping[str, nn.Module]) -> dict[str, _Call
 
     def after(name: str) -> Any:
         def hook(block: nn.Module, args: Any, output: Any) -> None:
-            calls.setdefault(name, _Call(*given[name], copied(map_tensors(output, _given))))
+            calls.setdefault(name, _BlockCall(*given[name], copied(map_tensors(output, _given))))
 
         return hook
 
@@ -239,7 +241,7 @@ def _settings(block: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _kind(block: nn.Module, call: _Call) -> Any:
+def _kind(block: nn.Module, call: _BlockCall) -> Any:
     """The same for blocks of which probably the same may be divided."""
     parameters = tuple((name, one.shape, one.requires_grad) for name, one in block.named_parameters())
     tensors = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in((call.args, call.kwargs)))

@@ -6,15 +6,15 @@ from torch import nn
 
 from lightning_largescale.workload.batch import batch_samples, tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups
-from lightning_largescale.workload.model import Segment, Step
-from lightning_largescale.workload.steps import Request, Traced
+from lightning_largescale.workload.steps import Traced, TraceRequest
+from lightning_largescale.workload.workload import Segment, Step
 
 _ITEM_BYTES = {"32-true": 4, "bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "16-true": 2, "64-true": 8}
 # Of a matrix's output, beside its input: itself, and what an activation function or normalisation after it keeps.
 _KEPT_OF_OUTPUT = 2
 
 
-def estimate(request: Request, why: str) -> Traced:
+def estimate(request: TraceRequest, why: str) -> Traced:
     """The step from matrix shapes and the number of positions in the batch.
 
     Each matrix meets every position once: `2 * numel` FLOPs forward and twice that backward; its input and twice its
@@ -38,7 +38,7 @@ def _positions(batch: object) -> int:
     return max([*integers, batch_samples(batch)])
 
 
-def _step(request: Request, positions: int, blocks: dict[str, nn.Module]) -> Step:
+def _step(request: TraceRequest, positions: int, blocks: dict[str, nn.Module]) -> Step:
     module = request.module
     shapes = dict(module.named_parameters())
     groups = find_groups(module)

@@ -126,10 +126,10 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 def _shared_memory(module: nn.Module) -> tuple[str, str] | None:
     """Names of two parameters that have elements in common and are two objects."""
-    by_storage: dict[int, list[_Extent]] = {}
+    by_storage: dict[int, list[_StorageSpan]] = {}
     for name, parameter in module.named_parameters():
         if not is_lazy(parameter) and not parameter.is_meta and is_plain(parameter) and parameter.numel():
-            extent = _Extent(name, parameter, _span(parameter))
+            extent = _StorageSpan(name, parameter, _span(parameter))
             by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(extent)
     for sharing in by_storage.values():
         for run in _overlapping_runs(sharing):
@@ -141,7 +141,7 @@ def _shared_memory(module: nn.Module) -> tuple[str, str] | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Extent:
+class _StorageSpan:
     """A parameter and the bytes of its storage from its first to its last element."""
 
     name: str
@@ -149,9 +149,9 @@ class _Extent:
     span: range
 
 
-def _overlapping_runs(extents: list[_Extent]) -> Iterator[list[_Extent]]:
+def _overlapping_runs(extents: list[_StorageSpan]) -> Iterator[list[_StorageSpan]]:
     """Those of one storage, in its order, each run reaching into one another; without those that no other reaches."""
-    run: list[_Extent] = []
+    run: list[_StorageSpan] = []
     stop = 0
     for extent in sorted(extents, key=lambda one: one.span.start):
         if extent.span.start >= stop:
@@ -164,7 +164,7 @@ def _overlapping_runs(extents: list[_Extent]) -> Iterator[list[_Extent]]:
         yield run
 
 
-def _first_shared(run: list[_Extent]) -> tuple[_Extent, _Extent] | None:
+def _first_shared(run: list[_StorageSpan]) -> tuple[_StorageSpan, _StorageSpan] | None:
     """Two of a run that have elements in common; each is compared with all before it at once."""
     start, stop = run[0].span.start, max(one.span.stop for one in run)
     taken = torch.zeros(stop - start, dtype=torch.bool)
@@ -185,7 +185,7 @@ def _span(tensor: Tensor) -> range:
     return range(first, first + (reach + 1) * size)
 
 
-def _bytes_in(taken: Tensor, extent: _Extent, start: int) -> Tensor:
+def _bytes_in(taken: Tensor, extent: _StorageSpan, start: int) -> Tensor:
     """Of `taken`, one element for each byte of a storage from `start` on, those that a parameter has."""
     size = extent.parameter.element_size()
     shape, strides = extent.parameter.shape, extent.parameter.stride()

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from lightning_largescale import compat
 from lightning_largescale.pageable import ask_kinds
-from lightning_largescale.workload.model import OptimizerNeeds
 from lightning_largescale.workload.steps import in_words
 from lightning_largescale.workload.tracker import Tracker
+from lightning_largescale.workload.workload import OptimizerNeeds
 
 # The count of steps that a step on fakes reads: past warm-up, where branches on it (RAdam's) take their usual side.
 _STEP_READ = 1000.0
@@ -29,7 +29,7 @@ _SMALL = 2**16
 _SIDES = (128, 256, 512)
 
 
-class _Answer(NamedTuple):
+class _MeasuredNeeds(NamedTuple):
     """What an optimizer was seen to need, bytes.
 
     Attributes:
@@ -134,16 +134,16 @@ def _asked(
     optimizer: Optimizer,
     parameters: Sequence[torch.Tensor],
     to_fake: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> _Answer:
+) -> _MeasuredNeeds:
     if not parameters:
-        return _Answer([], [])
+        return _MeasuredNeeds([], [])
     largest = max(parameters, key=_bytes)
     _set_gradients(optimizer, parameters, [largest])
     alone, _ = _second_step(optimizer, to_fake)
     _set_gradients(optimizer, parameters, parameters)
     peak, moved = _second_step(optimizer, to_fake)
     state, unpaged = zip(*(_state_bytes(optimizer.state.get(p, {}), p.shape) for p in parameters), strict=True)
-    return _Answer([*state], [*unpaged], alone, peak, moved)
+    return _MeasuredNeeds([*state], [*unpaged], alone, peak, moved)
 
 
 def _second_step(optimizer: Optimizer, to_fake: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[int, int]:
@@ -157,10 +157,10 @@ def _second_step(optimizer: Optimizer, to_fake: Callable[[torch.Tensor], torch.T
     return tracker.peak, tracker.moved
 
 
-def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> _Answer:
+def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> _MeasuredNeeds:
     """`_asked`, of copies of the optimizer over small real parameters."""
     if not parameters:
-        return _Answer([], [])
+        return _MeasuredNeeds([], [])
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     known: dict[tuple[int, torch.dtype, tuple[int, ...]], list[int]] = {}
 
@@ -183,7 +183,7 @@ def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> _Answer
     *_, peak, _ = ask(parameters[0], *([one] * 8))
     scale = max(map(_bytes, parameters)) if peak <= 1.05 * alone else sum(map(_bytes, parameters)) / 8
     small = math.prod(one) * parameters[0].element_size()
-    return _Answer(
+    return _MeasuredNeeds(
         [fit(parameter, 0) for parameter in parameters],
         [fit(parameter, 1) for parameter in parameters],
         round(alone * max(map(_bytes, parameters)) / small),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_largescale import compat
-from lightning_largescale.workload.model import Segment
+from lightning_largescale.workload.workload import Segment
 
 
 @dataclass(slots=True)

@@ -18,10 +18,10 @@ from lightning_largescale.arithmetic import lightning_plugin
 from lightning_largescale.plan import MATMUL_TYPE
 from lightning_largescale.workload.batch import tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups, find_wraps
-from lightning_largescale.workload.model import Segment, Step
 from lightning_largescale.workload.reads import Reads
-from lightning_largescale.workload.state import Snapshot
+from lightning_largescale.workload.snapshot import Snapshot
 from lightning_largescale.workload.tracker import CannotTraceError, Tracker
+from lightning_largescale.workload.workload import Segment, Step
 
 STAGES = {
     "training_step": "fit",
@@ -33,7 +33,7 @@ STAGES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class TraceRequest:
     """What is to be traced: the arguments of `Workload.trace`, with one precision.
 
     Attributes:
@@ -70,7 +70,7 @@ class Traced:
 
 
 def run_step(
-    request: Request, swapped: list[torch.Tensor], to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None
+    request: TraceRequest, swapped: list[torch.Tensor], to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Traced:
     """One step; call while the module is untouched, after `attach` and `swap_tensors`.
 
@@ -94,7 +94,7 @@ def run_step(
     return Traced(step=step, used=used, wraps=tracker.reads.closed, approximate=tuple(notes))
 
 
-def _run(request: Request, tracker: Tracker, blocks: dict[str, nn.Module], notes: list[str]) -> Step:
+def _run(request: TraceRequest, tracker: Tracker, blocks: dict[str, nn.Module], notes: list[str]) -> Step:
     module = request.module
     for parameter in module.parameters():
         parameter.grad = None
@@ -156,7 +156,7 @@ def _step(
     )
 
 
-def call_step(request: Request) -> Any:
+def call_step(request: TraceRequest) -> Any:
     """The step's result."""
     hook = getattr(request.module, request.step, None)
     if request.step == "forward" or hook is None or not isinstance(request.module, LightningModule):

@@ -22,14 +22,14 @@ from lightning_largescale.workload.divisions import divide_blocks
 from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.keep import MOST_OBJECTS
 from lightning_largescale.workload.kinds import find_lazy, lazy_error, why_whole
+from lightning_largescale.workload.measured_step import trace_on_samples
 from lightning_largescale.workload.metrics import forgive_metrics
-from lightning_largescale.workload.model import Divided, OptimizerNeeds, Parameter, Workload, only_blocks
 from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
-from lightning_largescale.workload.sample import trace_on_samples
+from lightning_largescale.workload.snapshot import Snapshot, has_script, swap_tensors
 from lightning_largescale.workload.stand_in import attach, optimizers_of
-from lightning_largescale.workload.state import Snapshot, has_script, swap_tensors
-from lightning_largescale.workload.steps import STAGES, Request, Traced, eager, in_words, run_step
+from lightning_largescale.workload.steps import STAGES, Traced, TraceRequest, eager, in_words, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
+from lightning_largescale.workload.workload import Divided, OptimizerNeeds, Parameter, Workload, only_blocks
 
 # Below the attributes of modules: what a run of the step may find of the run before it.
 _NEAR_OBJECTS = 1000
@@ -56,7 +56,7 @@ def trace_workload(
     _check(module, step, precisions)
     snapshot = Snapshot(module, batch, most_objects=_NEAR_OBJECTS if isolated else MOST_OBJECTS)
     requests = {
-        precision: Request(
+        precision: TraceRequest(
             module=module,
             batch=lightning_plugin(precision, device_type).convert_input(batch),
             step=step,
@@ -113,7 +113,7 @@ def _check(module: nn.Module, step: str, precisions: Sequence[str]) -> None:
         raise lazy_error(name)
 
 
-def _traced(requests: Mapping[str, Request]) -> tuple[dict[str, Traced], list[str]]:
+def _traced(requests: Mapping[str, TraceRequest]) -> tuple[dict[str, Traced], list[str]]:
     """The step in each precision that it can run in, and a sentence about each that is left out; or all estimated."""
     traced: dict[str, Traced] = {}
     failed: dict[str, str] = {}
@@ -130,7 +130,7 @@ def _traced(requests: Mapping[str, Request]) -> tuple[dict[str, Traced], list[st
     return traced, [f"{precision} is left out, since {why}" for precision, why in failed.items()]
 
 
-def _run(request: Request) -> Traced:
+def _run(request: TraceRequest) -> Traced:
     """The step on fakes, or else on a sample.
 
     Raises:
@@ -202,7 +202,7 @@ class _Fakes:
 
 
 @contextmanager
-def _holding_fakes(request: Request) -> Iterator[tuple[_Fakes, list[torch.Tensor]]]:
+def _holding_fakes(request: TraceRequest) -> Iterator[tuple[_Fakes, list[torch.Tensor]]]:
     """Within, the module holds fakes, which are listed, and is detached from the world; new tensors are fakes too."""
     fakes = _Fakes(request.device_type)
     with request.snapshot.untouched(), eager(), compat.silent_fakes():
@@ -212,7 +212,7 @@ def _holding_fakes(request: Request) -> Iterator[tuple[_Fakes, list[torch.Tensor
             yield fakes, list(new.values())
 
 
-def _trace_on_fakes(request: Request) -> Traced:
+def _trace_on_fakes(request: TraceRequest) -> Traced:
     if has_script(request.module):
         raise CannotTraceError("TorchScript runs parts of it, and may read their addresses")
     with _holding_fakes(request) as (fakes, swapped):
@@ -224,7 +224,7 @@ def _trace_on_fakes(request: Request) -> Traced:
 
 
 def _optimizers(
-    request: Request, used: frozenset[str], *, ask: bool
+    request: TraceRequest, used: frozenset[str], *, ask: bool
 ) -> tuple[tuple[OptimizerNeeds, ...], tuple[str, ...]]:
     """What the optimizers of the module need, and what is to be said about it."""
     module = request.module
@@ -248,7 +248,7 @@ def _optimizers(
     return tuple(needs), tuple(notes)
 
 
-def _divisions(request: Request, sizes: tuple[int, ...]) -> dict[int, dict[str, Divided]]:
+def _divisions(request: TraceRequest, sizes: tuple[int, ...]) -> dict[int, dict[str, Divided]]:
     if not sizes or request.batch is None or has_script(request.module):
         return {}
     with _holding_fakes(request) as (fakes, _):

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import tensor_bytes
-from lightning_largescale.workload.model import LARGE_BYTES
 from lightning_largescale.workload.reads import Reads, storage_keys
 from lightning_largescale.workload.segments import SegmentLog
+from lightning_largescale.workload.workload import LARGE_BYTES
 
 _aten = torch.ops.aten
 # Made from a constant that Python holds: the tensor that goes in is the one that comes out, and the step made it.

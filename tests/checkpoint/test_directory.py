@@ -21,7 +21,7 @@ from lightning_largescale.checkpoint.directory import load_directory, save_direc
 from lightning_largescale.checkpoint.files import stored_weights
 from lightning_largescale.checkpoint.load import consolidate
 from lightning_largescale.hardware.usage import held_bytes, let_rest, peak_bytes, release_free_memory, start_peak
-from lightning_largescale.offload.memory import Region
+from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import Plan, PlanError

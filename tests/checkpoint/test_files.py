@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file, stored_weights
 from lightning_largescale.checkpoint.weights import check_weights, read_weights
-from lightning_largescale.parallel.pieces import Piece
+from lightning_largescale.parallel.chunks import Chunk
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.plan import PlanError
 
@@ -65,7 +65,7 @@ def test_every_kind_of_file(tmp_path, kind):
 def test_slices_of_any_part(tmp_path, kind):
     one, expected = stored_weights(write(tmp_path, kind))["a.weight"], tensors()["a.weight"]
     out = torch.zeros(7, 5)
-    one._read([Piece((2, 1), out[2:5, 1:4]), Piece((6, 0), out[6:, :2])])
+    one._read([Chunk((2, 1), out[2:5, 1:4]), Chunk((6, 0), out[6:, :2])])
     assert torch.equal(out[2:5, 1:4], expected[2:5, 1:4])
     assert torch.equal(out[6, :2], expected[6, :2])
     assert out.count_nonzero() == 11

@@ -12,7 +12,7 @@ from lightning_largescale.hardware.usage import (
     release_free_memory,
     start_peak,
 )
-from lightning_largescale.offload.memory import Region
+from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.store import Store
 
 MIB = 2**20

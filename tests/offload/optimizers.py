@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.direct import DirectFile
-from lightning_largescale.offload.optimizer import PagedOptimizer
+from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.store import Store
 
 # Of the pages of these tests, so that the largest parameters of the model have several.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_largescale.offload.activations import SMALL_BYTES, offload_activations
-from lightning_largescale.offload.saved import Host, Saved
+from lightning_largescale.offload.saved import HostTier, Saved
 from lightning_largescale.offload.store import DirectFile, Store, StoreError
 from lightning_largescale.parallel.compile import compile_blocks
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
@@ -654,7 +654,7 @@ def test_cuda_reads_back_through_the_buffers_of_two_blocks(store):
 @pytest.mark.gpu
 @pytest.mark.parametrize("used", [True, False])
 def test_what_is_gone_before_it_has_left_is_not_overwritten_while_it_is_copied(used):
-    tier = Host(torch.device("cuda"))
+    tier = HostTier(torch.device("cuda"))
     source = torch.ones(65536, device="cuda")
     saved = Saved("a block", source.untyped_storage(), 0)
     sent = tier.send([saved])

@@ -18,9 +18,9 @@ from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.gradients import Arrivals, Release, SpilledGradients
 from lightning_largescale.offload.lanes import Lanes
-from lightning_largescale.offload.optimizer import PagedOptimizer
+from lightning_largescale.offload.offloaded_parameters import SpilledParameters
+from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.pages import local_of
-from lightning_largescale.offload.parameters import SpilledParameters
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.parallel.recompute import apply_recompute

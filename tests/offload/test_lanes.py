@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_largescale.offload.lanes import Lanes
-from lightning_largescale.offload.memory import Memory
+from lightning_largescale.offload.mapped_memory import Memory
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.pages import Member, bundles_of
+from lightning_largescale.offload.pages import ParamEntry, bundles_of
 from lightning_largescale.pageable import Kind
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
@@ -16,7 +16,7 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.uint8]
 
 
 @st.composite
-def members(draw):
+def entries(draw):
     """Parameters of all sizes around what a page holds, in groups and blocks."""
     found = []
     kinds = [
@@ -33,57 +33,57 @@ def members(draw):
         )
         parameter = torch.empty(shape, dtype=draw(st.sampled_from(DTYPES[:3])))
         kind, group, label = draw(st.sampled_from(kinds)), draw(st.integers(0, 1)), draw(st.sampled_from(["", "0"]))
-        found.append(Member(parameter, group, kind, label))
+        found.append(ParamEntry(parameter, group, kind, label))
     return found
 
 
-def moved(member):
+def moved(entry):
     """As if the parameters of a block were elsewhere too."""
-    return member.local.element_size() if member.label else 0
+    return entry.local.element_size() if entry.label else 0
 
 
 @settings(max_examples=100)
-@given(members(), st.sampled_from([ALIGNMENT_BYTES, 64 * 1024, 2**20]))
-def test_every_element_is_in_one_page_of_its_kind(members, page_bytes):
+@given(entries(), st.sampled_from([ALIGNMENT_BYTES, 64 * 1024, 2**20]))
+def test_every_element_is_in_one_page_of_its_kind(entries, page_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "PAGE_BYTES", page_bytes)
-        bundles = list(bundles_of(members, moved))
+        bundles = list(bundles_of(entries, moved))
         for bundle in bundles:
-            ours = bundle.members
+            ours = bundle.entries
             assert len({(one.group, one.label, one.local.dtype, moved(one)) for one in ours}) == 1
             assert len({(one.kind.divisible, *one.kind.dtypes.items()) for one in ours}) == 1
-        found = {id(member): [] for member in members}
+        found = {id(entry): [] for entry in entries}
         for bundle in bundles:
-            per_element = moved(bundle.members[0]) + bundle.members[0].kind.bytes_per_element
-            cut = list(bundle.pages(moved(bundle.members[0])))
+            per_element = moved(bundle.entries[0]) + bundle.entries[0].kind.bytes_per_element
+            cut = list(bundle.pages(moved(bundle.entries[0])))
             assert [page.start for page in cut[1:]] == [page.stop for page in cut[:-1]]
             for page in cut:
-                assert page.pieces
+                assert page.slices
                 check_size(page, per_element, page_bytes)
-                for piece in page.pieces:
-                    assert page.start <= piece.at <= piece.at + piece.stop - piece.start <= page.stop
-                    assert piece.whole or len(page.bundle.members) == 1
-                    found[id(piece.member)] += range(piece.start, piece.stop)
-    assert {key: len(elements) for key, elements in found.items()} == {id(one): one.local.numel() for one in members}
+                for span in page.slices:
+                    assert page.start <= span.at <= span.at + span.stop - span.start <= page.stop
+                    assert span.whole or len(page.bundle.entries) == 1
+                    found[id(span.entry)] += range(span.start, span.stop)
+    assert {key: len(elements) for key, elements in found.items()} == {id(one): one.local.numel() for one in entries}
     assert all(elements == list(range(len(elements))) for elements in found.values())
 
 
 def check_size(page, per_element, page_bytes):
-    members, keys = page.bundle.members, len(page.bundle.dtypes)
-    if len(members) == 1 and (not members[0].kind.divisible or page.stop - page.start <= 4096):
+    entries, keys = page.bundle.entries, len(page.bundle.dtypes)
+    if len(entries) == 1 and (not entries[0].kind.divisible or page.stop - page.start <= 4096):
         return
     # What is rounded up: the elements of each parameter to 64, the state under each key to what a request takes.
-    rounding = 64 * len(members) * max(1, per_element) + keys * ALIGNMENT_BYTES
+    rounding = 64 * len(entries) * max(1, per_element) + keys * ALIGNMENT_BYTES
     assert (page.stop - page.start) * per_element <= page_bytes + rounding
     assert page.state_bytes <= page_bytes + rounding
 
 
 @settings(max_examples=100)
-@given(members(), st.sampled_from([ALIGNMENT_BYTES, 64 * 1024]))
-def test_the_state_of_pages_is_aligned_and_apart(members, page_bytes):
+@given(entries(), st.sampled_from([ALIGNMENT_BYTES, 64 * 1024]))
+def test_the_state_of_pages_is_aligned_and_apart(entries, page_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "PAGE_BYTES", page_bytes)
-        for bundle in bundles_of(members):
+        for bundle in bundles_of(entries):
             cut = list(bundle.pages(0))
             stretches = sorted(bundle.stretch(key, one.start, one.stop) for one in cut for key in bundle.dtypes)
             assert all(number % ALIGNMENT_BYTES == 0 for stretch in stretches for number in stretch)
@@ -95,15 +95,15 @@ def test_the_state_of_pages_is_aligned_and_apart(members, page_bytes):
             )
 
 
-@given(members())
-def test_the_state_of_each_parameter_has_bytes_of_its_own(members):
-    for bundle in bundles_of(members):
+@given(entries())
+def test_the_state_of_each_parameter_has_bytes_of_its_own(entries):
+    for bundle in bundles_of(entries):
         assume(bundle.dtypes)
         spans = sorted(
-            (start, start + member.local.numel() * dtype.itemsize, dtype.itemsize)
-            for member in bundle.members
+            (start, start + entry.local.numel() * dtype.itemsize, dtype.itemsize)
+            for entry in bundle.entries
             for key, dtype in bundle.dtypes.items()
-            for start in [bundle.start_of(member, key)]
+            for start in [bundle.start_of(entry, key)]
         )
         assert all(start % 64 == 0 for start, _, _ in spans)
         assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
@@ -112,7 +112,7 @@ def test_the_state_of_each_parameter_has_bytes_of_its_own(members):
 
 def test_parameters_without_state_that_are_elsewhere_make_no_large_page():
     count = 4 * pages.PAGE_BYTES // 4
-    found = [Member(torch.empty(count // 64, device="meta"), 0, Kind(True)) for _ in range(64)]
-    sizes = [sum(one.local.nbytes for one in bundle.members) for bundle in bundles_of(found, lambda member: 4)]
+    found = [ParamEntry(torch.empty(count // 64, device="meta"), 0, Kind(True)) for _ in range(64)]
+    sizes = [sum(one.local.nbytes for one in bundle.entries) for bundle in bundles_of(found, lambda entry: 4)]
     assert max(sizes) <= pages.PAGE_BYTES
     assert len(sizes) == 4

@@ -9,7 +9,7 @@ from planner.builders import MIB, step, tiered, workload
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.amounts import Amounts, Layout
-from lightning_largescale.planner.memory import allocator_share, moments_bytes, peak_memory
+from lightning_largescale.planner.peak_memory import allocator_share, moments_bytes, peak_memory
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import OF_BLOCKS, UNLIMITED, Choice

@@ -9,8 +9,8 @@ from planner.builders import MIB, step, tiered, workload
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.amounts import Amounts
 from lightning_largescale.planner.bounds import least_seconds
-from lightning_largescale.planner.memory import peak_memory
 from lightning_largescale.planner.offload_search import TECHNIQUES, Offloading
+from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.tier_budgets import tier_budgets
 

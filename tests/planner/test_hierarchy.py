@@ -20,7 +20,7 @@ from lightning_largescale.planner.hierarchy import (
     state_here,
     temporaries,
 )
-from lightning_largescale.planner.memory import _moments, memory_of, peak_memory, setup_terms
+from lightning_largescale.planner.peak_memory import _moments, memory_of, peak_memory, setup_terms
 from lightning_largescale.planner.placement import state_without_pages
 from lightning_largescale.planner.sizes import Sizes
 

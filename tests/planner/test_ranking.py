@@ -4,7 +4,7 @@ import pytest
 from planner.builders import MIB
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.memory import MemoryEstimate
+from lightning_largescale.planner.peak_memory import MemoryEstimate
 from lightning_largescale.planner.ranking import ranked
 from lightning_largescale.planner.report import Estimate
 from lightning_largescale.planner.runtime import TimeEstimate

@@ -9,7 +9,7 @@ from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.catalogue import CONTEXT_BYTES
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner import search
-from lightning_largescale.planner.memory import peak_memory
+from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.planner.search import candidates, find_plans
 
 BOTH = ("32-true", "bf16-mixed")

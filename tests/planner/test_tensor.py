@@ -10,8 +10,8 @@ from planner.test_report import shown
 from lightning_largescale.plan import Plan, PlanError
 from lightning_largescale.planner.as_run import divided_step
 from lightning_largescale.planner.links import plan_links
-from lightning_largescale.planner.memory import peak_memory
 from lightning_largescale.planner.panel import setup_panel
+from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.planner.runtime import all_gather_seconds, all_reduce_seconds, step_time, tensor_seconds
 from lightning_largescale.planner.search import candidates, find_plans
 from lightning_largescale.planner.sizes import Sizes

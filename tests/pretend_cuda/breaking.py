@@ -208,7 +208,7 @@ BREAKS = (
     ),
     Break(
         "buffers of shards are read into while they are copied",
-        "offload/parameters.py",
+        "offload/offloaded_parameters.py",
         "            self._return_buffer(block, copied)\n",
         "            self._return_buffer(block)\n",
         "shards on a disk",
@@ -236,21 +236,21 @@ BREAKS = (
     ),
     Break(
         "buffers go while copies are under way",
-        "offload/memory.py",
+        "offload/mapped_memory.py",
         "        torch.cuda.synchronize(device)\n",
         "        pass\n",
         "room",
     ),
     Break(
         "buffers end while copies are under way",
-        "offload/memory.py",
+        "offload/mapped_memory.py",
         "        torch.cuda.synchronize(device)\n",
         "        pass\n",
         "activations",
     ),
     Break(
         "what a gradient is added to is on its way",
-        "parallel/whole.py",
+        "parallel/full_params.py",
         "            torch.cuda.synchronize(gradient.device)\n",
         "            pass\n",
         "penalty",
@@ -264,7 +264,7 @@ BREAKS = (
     ),
     Break(
         "the step does not wait for its page",
-        "offload/optimizer.py",
+        "offload/paged_optimizer.py",
         "                page, buffer, transfer = coming[0]\n                transfer.wait()\n",
         "                page, buffer, transfer = coming[0]\n",
         "host step",
@@ -360,9 +360,9 @@ def asked() -> list[float]:
 def unused() -> list[float]:
     """What comes back is let go before anything waited for it, and its memory taken by what is computed next."""
     torch, _ = _lanes_here()
-    from lightning_largescale.offload.saved import Host, Saved
+    from lightning_largescale.offload.saved import HostTier, Saved
 
-    tier = Host(torch.device("cuda", 0))
+    tier = HostTier(torch.device("cuda", 0))
     source = torch.ones(65536, device="cuda")
     saved = Saved("a block", source.untyped_storage(), 0)
     tier.settle(tier.send([saved]))
@@ -376,9 +376,9 @@ def unused() -> list[float]:
 def used() -> list[float]:
     """What leaves is used and gone before it has left, and its memory taken by what is computed next."""
     torch, _ = _lanes_here()
-    from lightning_largescale.offload.saved import Host, Saved
+    from lightning_largescale.offload.saved import HostTier, Saved
 
-    tier = Host(torch.device("cuda", 0))
+    tier = HostTier(torch.device("cuda", 0))
     saved = Saved("a block", torch.ones(65536, device="cuda").untyped_storage(), 0)
     tier.send([saved])
     total = tier.bytes_of(saved).view(torch.float32).sum()
@@ -418,10 +418,10 @@ def shards() -> list[float]:
 def _on_a_disk(*values: float) -> tuple[Any, list[Any]]:
     """A disk, and storages of these values that have left for it."""
     torch, _ = _lanes_here()
-    from lightning_largescale.offload.saved import Disk, Saved
+    from lightning_largescale.offload.saved import DiskTier, Saved
     from lightning_largescale.offload.store import Store
 
-    tier = Disk(Store(Path.cwd()), torch.device("cuda", 0))
+    tier = DiskTier(Store(Path.cwd()), torch.device("cuda", 0))
     made = [Saved("a block", torch.full((65536,), one, device="cuda").untyped_storage(), 0) for one in values]
     tier.settle(tier.send(made))
     return tier, made

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pretend_cuda
 
 if TYPE_CHECKING:
-    from lightning_largescale.planner.memory import MemoryEstimate
+    from lightning_largescale.planner.peak_memory import MemoryEstimate
 
 # Of the prediction, and bytes that small tensors are rounded up by; no tolerance is for a term that is left out.
 _SHARE, _ROUNDING = 0.02, 1 << 20

@@ -9,7 +9,7 @@ from test_device_memory import Model
 
 import pretend_cuda
 from lightning_largescale.auto import LargeScaleAutoStrategy
-from lightning_largescale.planner.memory import MemoryEstimate
+from lightning_largescale.planner.peak_memory import MemoryEstimate
 from lightning_largescale.planner.report import Report
 from pretend_cuda import peaks
 

@@ -6,13 +6,13 @@ import warnings
 import numpy
 import torch
 
-from lightning_largescale.workload.sample import trace_for_real
-from lightning_largescale.workload.state import Snapshot
-from lightning_largescale.workload.steps import Request
+from lightning_largescale.workload.measured_step import trace_for_real
+from lightning_largescale.workload.snapshot import Snapshot
+from lightning_largescale.workload.steps import TraceRequest
 
 
 def real_step(module, batch, step="training_step", precision="32-true"):
-    request = Request(
+    request = TraceRequest(
         module=module,
         batch=batch,
         step=step,

@@ -4,7 +4,7 @@ from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.workload.metrics import forgive_metrics
-from lightning_largescale.workload.state import Snapshot
+from lightning_largescale.workload.snapshot import Snapshot
 
 
 def test_a_metric_that_needs_values_is_passed_over_and_said():

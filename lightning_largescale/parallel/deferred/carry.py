@@ -13,12 +13,12 @@ from lightning_largescale import compat
 from lightning_largescale.parallel.deferred.draws import Course, DeferredError
 from lightning_largescale.parallel.deferred.portions import Portions, in_portions
 from lightning_largescale.parallel.deferred.settings import set_again, settings_now
-from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, Step, Tape, assigned
+from lightning_largescale.parallel.deferred.tape import Cell, Held, Operation, ReplayStep, Tape, assigned
 
 Keep = Callable[[Cell, torch.UntypedStorage], None]
 
 
-def carry_out(tape: Tape, steps: list[Step], *, keep: Keep | None = None) -> Course:
+def carry_out(tape: Tape, steps: list[ReplayStep], *, keep: Keep | None = None) -> Course:
     """Do `steps`, a plan of `tape`.
 
     Args:
@@ -71,7 +71,7 @@ class _Run:
         self.course = Course(keep=keep is not None)
         self._storages: dict[Cell, torch.UntypedStorage] = {}
 
-    def step(self, step: Step) -> None:
+    def step(self, step: ReplayStep) -> None:
         operation = self._tape.operations[step.place] if step.place >= 0 else None
         if step.runs and operation is not None:
             if (target := in_portions(operation)) is not None and self._goes_at_once(step, target):
@@ -92,12 +92,12 @@ class _Run:
             if self._keep is not None and storage is not None and cell in step.whole and cell.last <= step.place:
                 self._keep(cell, storage)
 
-    def _goes_at_once(self, step: Step, target: Held) -> bool:
+    def _goes_at_once(self, step: ReplayStep, target: Held) -> bool:
         """Whether what a draw fills is asked for by one taker at most, whole, and then by nobody."""
         alone = len(step.takers) <= 1 and all(held.is_same(target) for held, _ in step.takers)
         return alone and not step.loads and target.cell in step.frees and self._keep is None
 
-    def _draw_in_portions(self, step: Step, operation: Operation, target: Held) -> None:
+    def _draw_in_portions(self, step: ReplayStep, operation: Operation, target: Held) -> None:
         draw = operation.draw
         if draw is None:
             raise DeferredError(f"{operation.func} was recorded without a draw")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_largescale.parallel.chunks import Chunk, chunks_of, write_part
 from lightning_largescale.parallel.deferred.tape import Held, Operation
-from lightning_largescale.parallel.pieces import Piece, pieces_of, write_part
 
 # Draws of more bytes are made in portions, of this many elements: a multiple of the blocks of normal numbers.
 LARGE_BYTES, PORTION = 64 * 2**20, 2**20
@@ -47,15 +47,15 @@ class Portions:
 
     def read(self, out: Tensor) -> None:
         """Draw, and write into `out`, a whole tensor or some rows of it, what this rank has."""
-        pieces = pieces_of(out)
+        chunks = chunks_of(out)
         self._drawn = True
-        if not all(self._is_rows(piece) for piece in pieces):
+        if not all(self._is_rows(chunk) for chunk in chunks):
             whole = torch.empty(self._target.size, dtype=self._target.dtype, device="cpu")
             self._draw(whole)
             write_part(out, whole)
             return
         row = math.prod(self._target.size[1:])
-        kept = [(piece.offsets[0] * row, piece.values.view(-1)) for piece in pieces]
+        kept = [(chunk.offsets[0] * row, chunk.values.view(-1)) for chunk in chunks]
         for start, portion in self._portions():
             for first, values in kept:
                 low, high = max(first, start), min(first + len(values), start + len(portion))
@@ -82,10 +82,10 @@ class Portions:
             yield start, portion
             start += length
 
-    def _is_rows(self, piece: Piece) -> bool:
-        """Whether a piece is of whole rows, one after the other in memory."""
-        inner = (*piece.values.shape[1:],) == self._target.size[1:]
-        return bool(piece.offsets) and inner and not any(piece.offsets[1:]) and piece.values.is_contiguous()
+    def _is_rows(self, chunk: Chunk) -> bool:
+        """Whether a chunk is of whole rows, one after the other in memory."""
+        inner = (*chunk.values.shape[1:],) == self._target.size[1:]
+        return bool(chunk.offsets) and inner and not any(chunk.offsets[1:]) and chunk.values.is_contiguous()
 
 
 def _strides(held: Held) -> tuple[int, ...]:

@@ -127,7 +127,7 @@ Taker = Callable[[Any], None]
 
 
 @dataclass
-class Step:
+class ReplayStep:
     """What is done at one place of the tape, in the order of the fields.
 
     Attributes:
@@ -184,7 +184,7 @@ class Tape:
         for cell in {id(cell): cell for cell in _written(operation)}.values():
             cell.writers.append(place)
 
-    def plan(self, wanted: list[tuple[Held, Taker]], states: list[Point], *, whole_bytes: int = 0) -> list[Step]:
+    def plan(self, wanted: list[tuple[Held, Taker]], states: list[Point], *, whole_bytes: int = 0) -> list[ReplayStep]:
         """The least to be done for the values and the generators' states that are wanted, in order.
 
         Args:
@@ -229,16 +229,16 @@ class _Planner:
             self._draws.add(point.made_by)
             self._push(point.made_by)
 
-    def plan(self) -> list[Step]:
+    def plan(self) -> list[ReplayStep]:
         """The steps, first to last."""
-        steps: list[Step] = []
+        steps: list[ReplayStep] = []
         while self._queue:
             steps += self._step(-heapq.heappop(self._queue))
         if untouched := self._takers.pop(-1, []):
-            steps.append(Step(-1, False, [], untouched, [held.cell for held, _ in untouched], set()))
+            steps.append(ReplayStep(-1, False, [], untouched, [held.cell for held, _ in untouched], set()))
         return steps[::-1]
 
-    def _step(self, place: int) -> list[Step]:
+    def _step(self, place: int) -> list[ReplayStep]:
         operation = self._operations[place]
         written = _written(operation)
         takers = self._takers.pop(place, [])
@@ -259,7 +259,7 @@ class _Planner:
         if runs:
             right |= {cell for cell, _ in operation.reads}.difference(written)
         whole = {cell for cell in right.intersection(frees) if cell.nbytes <= self._whole_bytes}
-        return [Step(place, runs, loads, takers, frees, whole)] if runs or loads or takers else []
+        return [ReplayStep(place, runs, loads, takers, frees, whole)] if runs or loads or takers else []
 
     def _run(self, operation: Operation, place: int) -> None:
         for _, held in operation.makes:

@@ -10,14 +10,14 @@ from ranks import mesh_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_largescale.parallel.chunks import Chunk, chunks_of, in_boxes
 from lightning_largescale.parallel.order import as_ordered
-from lightning_largescale.parallel.pieces import Piece, in_boxes, pieces_of
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.workload.parts import Part
 
 
 def put_together(shape, rows, sizes, dim):
-    """A matrix divided by tensor parallelism, and by FSDP2 where the mesh has two dimensions: its pieces, by place."""
+    """A matrix divided by tensor parallelism, and by FSDP2 where the mesh has two dimensions: its chunks, by place."""
     mesh = mesh_of(shape)
     module = nn.Sequential(nn.Linear(rows, rows, bias=False))
     with torch.no_grad():
@@ -27,7 +27,7 @@ def put_together(shape, rows, sizes, dim):
     if len(shape) > 1:
         fully_shard(module, mesh=mesh["dp_shard"])
         as_ordered(module[0].weight, part)
-    return [(piece.offsets, piece.values.tolist()) for piece in pieces_of(module[0].weight)]
+    return [(chunk.offsets, chunk.values.tolist()) for chunk in chunks_of(module[0].weight)]
 
 
 CASES = [
@@ -45,8 +45,8 @@ CASES = [
 def test_the_pieces_of_all_ranks_are_the_whole(two, four, rows, sizes, dim):
     for ranks, shape in ((two, (2,)), (four, (2, 2)), (four, (1, 4))):
         whole = torch.full((rows, rows), -1.0)
-        for pieces in ranks.run(put_together, shape, rows, sizes, dim):
-            for (row, column), values in pieces:
+        for chunks in ranks.run(put_together, shape, rows, sizes, dim):
+            for (row, column), values in chunks:
                 values = torch.tensor(values)
                 box = whole[row : row + values.shape[0], column : column + values.shape[1]]
                 assert (box == -1).all()
@@ -56,10 +56,10 @@ def test_the_pieces_of_all_ranks_are_the_whole(two, four, rows, sizes, dim):
 
 def test_a_plain_tensor_is_one_piece_and_shares_its_memory():
     tensor = nn.Parameter(torch.zeros(2, 3))
-    [piece] = pieces_of(tensor)
-    piece.values.fill_(1)
-    assert (piece.offsets, tensor.sum().item()) == ((0, 0), 6)
-    [scalar] = pieces_of(torch.tensor(2.0))
+    [chunk] = chunks_of(tensor)
+    chunk.values.fill_(1)
+    assert (chunk.offsets, tensor.sum().item()) == ((0, 0), 6)
+    [scalar] = chunks_of(torch.tensor(2.0))
     assert (scalar.offsets, scalar.values.item()) == ((), 2)
 
 
@@ -70,7 +70,7 @@ def test_a_plain_tensor_is_one_piece_and_shares_its_memory():
 )
 def test_boxes_are_small_and_together_the_piece(shape, limit, offsets):
     values = torch.zeros(shape)
-    boxes = [*in_boxes(Piece(tuple(offsets[: len(shape)]), values), limit)]
+    boxes = [*in_boxes(Chunk(tuple(offsets[: len(shape)]), values), limit)]
     for box in boxes:
         assert box.values.nbytes <= max(limit, values.element_size())
         # Shifted to where it says that it stands, the box is the same memory.

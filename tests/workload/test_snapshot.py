@@ -6,7 +6,7 @@ from workload.check import assert_same, real_step, state_of
 from workload.families import GPT, Metered, Wrapped, tokens, two_tensors
 
 from lightning_largescale.workload import Workload
-from lightning_largescale.workload.state import Snapshot
+from lightning_largescale.workload.snapshot import Snapshot
 
 
 def test_books_are_left_as_they_were():

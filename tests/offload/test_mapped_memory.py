@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_largescale.hardware.usage import release_free_memory
-from lightning_largescale.offload.memory import Memory, Region, _pin
+from lightning_largescale.offload.mapped_memory import Memory, Region, _pin
 from lightning_largescale.offload.store import DirectFile, Store, StoreError, Transfer
 from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import ALIGNMENT_BYTES
@@ -406,7 +406,7 @@ def test_a_forked_process_sees_the_values(run_python):
     code = """
 import os, torch
 torch.set_num_threads(1)  # the threads of torch do not survive a fork
-from lightning_largescale.offload.memory import Region
+from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.store import Store, StoreError
 store = Store(".")
 regions = [Region(store, str(i), 2**20) for i in range(3)]
@@ -434,7 +434,7 @@ assert all(tensor.eq(3).all() for tensor in tensors)
 def test_the_interpreter_may_end_at_any_moment(run_python, tmp_path):
     code = """
 import atexit, torch
-from lightning_largescale.offload.memory import Region
+from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.store import Store, StoreError
 def late():
     assert tensor.eq(3).all()

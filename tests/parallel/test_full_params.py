@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import LargeScaleAutoStrategy, LargeScaleStrategy, Plan, PlanError
+from lightning_largescale.parallel.full_params import make_whole
 from lightning_largescale.parallel.gather import sharded_state
-from lightning_largescale.parallel.whole import make_whole
 
 pytestmark = quiet
 

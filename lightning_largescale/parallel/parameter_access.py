@@ -31,7 +31,7 @@ _DRAWS = ("normal_", "uniform_", "bernoulli_", "exponential_", "geometric_", "ca
 
 def watched(parameter: object) -> Watched | None:
     """What watches `parameter`; None where nothing does."""
-    found = vars(parameter).get(WATCHED) if isinstance(parameter, _Parameter | ShardValues) else None
+    found = vars(parameter).get(WATCHED) if isinstance(parameter, _GradientAccess | ShardValues) else None
     return None if found is None else found()
 
 
@@ -64,7 +64,7 @@ class Adopted(nn.Module):
     """Where a group finds parameters of modules in other groups; what is put in the place of one is put there alone."""
 
 
-class _Parameter:
+class _GradientAccess:
     """What leaf and shard have in common."""
 
     @property
@@ -129,7 +129,7 @@ def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
     return made
 
 
-class _Leaf(_Parameter):
+class _Leaf(_GradientAccess):
     """What is in place while a group is gathered."""
 
     @property
@@ -199,7 +199,7 @@ class ShardValues(DTensor):
         return _reduced(Tensor.detach(self), protocol)
 
 
-class ShardParameter(_Parameter, ShardValues):
+class ShardParameter(_GradientAccess, ShardValues):
     """A shard."""
 
     @property

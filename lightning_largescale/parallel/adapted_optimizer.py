@@ -24,7 +24,7 @@ from lightning_largescale.parallel.gather import reshard, settle
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.order import divided_dims, order_of
 from lightning_largescale.parallel.sparse import check_takes_rows
-from lightning_largescale.parallel.trial import Answer, ask, count_shards
+from lightning_largescale.parallel.trial import OptimizerTraits, ask, count_shards
 from lightning_largescale.plan import PlanError
 
 
@@ -53,7 +53,7 @@ class AdaptedOptimizer:
         self._known, self._in_pages = known, in_pages
         # Some make their state at once, and would miss it in a trial.
         self._initial = {parameter: dict(state) for parameter, state in self.optimizer.state.items()}
-        self._answer = Answer()
+        self._answer = OptimizerTraits()
         self._sizes: list[int] = []
         # A step may call its base class's, which calls the hooks too.
         self._depth = 0

@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 from lightning_largescale import compat
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
-from lightning_largescale.offload.memory import Memory
-from lightning_largescale.offload.pages import Member, Page
+from lightning_largescale.offload.mapped_memory import Memory
+from lightning_largescale.offload.paged_state import PagedState
+from lightning_largescale.offload.pages import Page, ParamEntry
 from lightning_largescale.offload.places import Places
-from lightning_largescale.offload.state import PagedState
 from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.offload.turn import Turn
 from lightning_largescale.optimizing import bare_step, closure_first, hold, vectorized
@@ -83,7 +83,7 @@ class PagedOptimizer:
             label_of=label_of,
         )
         # What turns have made of the state of parameters, of which others may be on their way yet.
-        self._made: dict[Member, dict[str, Any]] = {}
+        self._made: dict[ParamEntry, dict[str, Any]] = {}
         # What the groups have beside parameters, as the step began.
         self._options: list[dict[str, Any]] | None = None
         self._turns: Generator[None, None, None] | None = None
@@ -119,7 +119,7 @@ class PagedOptimizer:
         step = bare_step(self.optimizer)
         self.paged.lay_out()
         wanted = {*parameters}
-        empty = [member for member in self._empty() if member.parameter in wanted]
+        empty = [entry for entry in self._empty() if entry.parameter in wanted]
         pages = self._pages_of(wanted)
         for page in [page for page in self._expected if page not in pages]:
             # It is read again when it is its turn: buffers are few.
@@ -139,7 +139,7 @@ class PagedOptimizer:
                 self._expected[page] = self._begun(page)
 
     def _pages_of(self, parameters: Set[Tensor]) -> list[Page]:
-        return [page for page in self.paged.pages if any(one.member.parameter in parameters for one in page.pieces)]
+        return [page for page in self.paged.pages if any(one.entry.parameter in parameters for one in page.slices)]
 
     def _begun(self, page: Page) -> tuple[Memory | None, Transfer]:
         if not self.paged.moves(page):
@@ -163,10 +163,10 @@ class PagedOptimizer:
         """
         if self.paged.waits:
             return torch.device("cpu")
-        member = self.paged.members.get(parameter)
-        if member is None or key not in member.kind.dtypes or not member.local.numel():
+        entry = self.paged.entries.get(parameter)
+        if entry is None or key not in entry.kind.dtypes or not entry.local.numel():
             return None
-        return self.paged.view(member, key)
+        return self.paged.view(entry, key)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The closure, and all turns but the last, which the step that was called is left with."""
@@ -210,20 +210,20 @@ class PagedOptimizer:
             self.forget_step()
             raise
 
-    def _empty(self) -> list[Member]:
+    def _empty(self) -> list[ParamEntry]:
         """Parameters with gradients of which this rank has nothing."""
-        members = self.paged.members.values()
-        return [one for one in members if not one.local.numel() and self.paged.is_live(one)]
+        entries = self.paged.entries.values()
+        return [one for one in entries if not one.local.numel() and self.paged.is_live(one)]
 
     def _sorted(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
         """Of those with gradients, pages of which something moves, and pages that stay."""
         found: tuple[list[Page], list[Page]] = [], []
         for page in pages:
-            if any(self.paged.is_live(piece.member) for piece in page.pieces):
+            if any(self.paged.is_live(span.entry) for span in page.slices):
                 found[not (self.paged.moves(page) or self.paged.crosses(page))].append(page)
         return found
 
-    def _in_turn(self, pages: Sequence[Page], empty: Sequence[Member]) -> Generator[None, None, None]:
+    def _in_turn(self, pages: Sequence[Page], empty: Sequence[ParamEntry]) -> Generator[None, None, None]:
         """Have the optimizer hold the parameters of one page after the other, and in the end its own again."""
         moved, stay = self._sorted(pages)
         groups = self.optimizer.param_groups
@@ -278,7 +278,7 @@ class PagedOptimizer:
                     self._take_back(buffer, transfer)
 
     def _turn(
-        self, places: Sequence[tuple[Page, Memory | None]], empty: Sequence[Member] = ()
+        self, places: Sequence[tuple[Page, Memory | None]], empty: Sequence[ParamEntry] = ()
     ) -> Generator[None, None, Transfer]:
         """Have the optimizer hold what is in some pages, and what stands for parameters that are empty here; what
         takes from the device what was brought there.
@@ -290,11 +290,11 @@ class PagedOptimizer:
         turn = Turn(self.optimizer, self.paged, self._made)
         for page, buffer in places:
             lanes = self._lanes if self.paged.crosses(page) else None
-            for piece, values, gradient in self.paged.values(page, buffer):
-                if gradient is not None and self.paged.is_live(piece.member):
-                    turn.hold(piece, values, gradient, self.paged.slots(page, piece, buffer), lanes)
-        for member in empty:
-            turn.hold_row(member)
+            for span, values, gradient in self.paged.values(page, buffer):
+                if gradient is not None and self.paged.is_live(span.entry):
+                    turn.hold(span, values, gradient, self.paged.slots(page, span, buffer), lanes)
+        for entry in empty:
+            turn.hold_row(entry)
         try:
             yield
             return turn.end()
@@ -308,13 +308,13 @@ class PagedOptimizer:
         assert self._options is not None
         if not any(self.paged.by_host(page) for page, _ in places):
             return self._options
-        floating = all(piece.member.parameter.is_floating_point() for page, _ in places for piece in page.pieces)
+        floating = all(span.entry.parameter.is_floating_point() for page, _ in places for span in page.slices)
         return [vectorized(self.optimizer, options, floating=floating) for options in self._options]
 
     def _keep_state(self) -> None:
-        """Let parameters have what the turns of their pieces have made of their state."""
-        for member in filter(self._made.__contains__, self.paged.members.values()):
+        """Let parameters have what the turns of their slices have made of their state."""
+        for entry in filter(self._made.__contains__, self.paged.entries.values()):
             # The dict stays: others may hold it.
-            state = self.optimizer.state[member.parameter]
+            state = self.optimizer.state[entry.parameter]
             state.clear()
-            state.update(self._made[member])
+            state.update(self._made[entry])

@@ -5,7 +5,7 @@ import torch
 from planner.builders import workload
 from torch import nn
 
-from lightning_largescale.planner.products import matmul_sizes
+from lightning_largescale.planner.matmuls import matmul_sizes
 from lightning_largescale.workload import Workload
 
 

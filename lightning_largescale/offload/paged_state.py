@@ -17,8 +17,8 @@ from lightning_largescale import compat
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
-from lightning_largescale.offload.memory import Memory, Region
-from lightning_largescale.offload.pages import Bundle, Member, Page, Piece, bundles_of, local_of
+from lightning_largescale.offload.mapped_memory import Memory, Region
+from lightning_largescale.offload.pages import Bundle, Page, ParamEntry, ParamSlice, bundles_of, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.optimizing import UntriedError, has_modes
@@ -70,7 +70,7 @@ class PagedState:
 
     Attributes:
         pages: in the order of the optimizer's parameters.
-        members: the parameters, also those that the optimizer has no more.
+        entries: the parameters, also those that the optimizer has no more.
         group_of: the number of the group of each that it has, as it was last laid out.
     """
 
@@ -91,11 +91,11 @@ class PagedState:
         self._label_of = label_of
         self.pages: list[Page] = []
         self.group_of: dict[Tensor, int] = {}
-        self.members: dict[Tensor, Member] = {}
+        self.entries: dict[Tensor, ParamEntry] = {}
         self._regions: dict[Bundle, Region] = {}
         self._stay: set[Page] = set()
-        self._views: dict[tuple[Member, str], Tensor] = {}
-        self._bundle_of: dict[Member, Bundle] = {}
+        self._views: dict[tuple[ParamEntry, str], Tensor] = {}
+        self._bundle_of: dict[ParamEntry, Bundle] = {}
         # What was asked before hooks could switch the optimizer's modes, until it is asked again; and what was taken.
         self._asked_early: dict[Key, Kind] | None = {} if has_modes(optimizer) else None
         self._taken: list[tuple[Allowance, int]] = []
@@ -103,7 +103,7 @@ class PagedState:
     @property
     def waits(self) -> bool:
         """Whether the optimizer could not be tried yet, so that it is not known what is paged."""
-        return self._asked_early is not None and not self.members
+        return self._asked_early is not None and not self.entries
 
     def lay_out(self, *, early: bool = False) -> None:
         """Find the pages of parameters that came since, and move the state that they have; note which are in which
@@ -128,7 +128,7 @@ class PagedState:
     def _ask_again(self, answers: Mapping[Key, Kind]) -> None:
         """Forget the pages where the optimizer, as hooks have left it, has other state than it answered early."""
         self._asked_early = None
-        found = [(member.parameter, member.group) for member in self.members.values()]
+        found = [(entry.parameter, entry.group) for entry in self.entries.values()]
         if not found or self._ask(found) == answers:
             return
         for allowance, nbytes in self._taken:
@@ -136,7 +136,7 @@ class PagedState:
         self.group_of = {}
         for forgotten in (
             self.pages,
-            self.members,
+            self.entries,
             self._regions,
             self._stay,
             self._views,
@@ -149,33 +149,33 @@ class PagedState:
         before, groups = self.group_of, self._optimizer.param_groups
         self.group_of = {one: number for number, group in enumerate(groups) for one in group["params"]}
         self._check_moved([(one, number) for one, number in self.group_of.items() if before.get(one) != number])
-        fresh = [(one, number) for one, number in self.group_of.items() if one not in self.members]
+        fresh = [(one, number) for one, number in self.group_of.items() if one not in self.entries]
         if not fresh:
             return
         kinds = self._ask(fresh)
         if self._asked_early is not None:
             self._asked_early.update(kinds)
-        members = [
-            Member(
+        entries = [
+            ParamEntry(
                 parameter, number, self._kept(parameter, kinds[kind_key(parameter, number)]), self._label_of(parameter)
             )
             for parameter, number in fresh
         ]
-        self.members.update({member.parameter: member for member in members})
-        for bundle in bundles_of(members, self._places.bytes_per_element):
+        self.entries.update({entry.parameter: entry for entry in entries})
+        for bundle in bundles_of(entries, self._places.bytes_per_element):
             self._place(bundle)
-        for member in members:
-            self._take_over(member)
+        for entry in entries:
+            self._take_over(entry)
 
     def _ask(self, parameters: Sequence[tuple[Tensor, int]]) -> Mapping[Key, Kind]:
         # Where it will step, as not all optimizers do everywhere.
         return ask_kinds(self._optimizer, parameters, torch.device("cpu") if self._places.on_host else None)
 
     def _check_moved(self, found: Sequence[tuple[Tensor, int]]) -> None:
-        moved = [(one, number) for one, number in found if one in self.members and self.members[one].group != number]
+        moved = [(one, number) for one, number in found if one in self.entries and self.entries[one].group != number]
         kinds = self._ask(moved) if moved else {}
         for parameter, number in moved:
-            kind, own = kinds[kind_key(parameter, number)], self.members[parameter].kind
+            kind, own = kinds[kind_key(parameter, number)], self.entries[parameter].kind
             # What is stepped on as a whole, with no state that is paged, may have any.
             other = kind.dtypes != own.dtypes and (own.divisible or own.dtypes)
             if other or (own.divisible and not kind.divisible):
@@ -185,18 +185,18 @@ class PagedState:
                     " the groups in configure_optimizers, or leave out offload_optimizer and release_gradients."
                 )
 
-    def is_live(self, member: Member) -> bool:
+    def is_live(self, entry: ParamEntry) -> bool:
         """Whether the optimizer has it, and it has a gradient.
 
         Raises:
             PlanError: that is sparse.
         """
-        gradient = member.parameter.grad
-        if gradient is None or member.parameter not in self.group_of:
+        gradient = entry.parameter.grad
+        if gradient is None or entry.parameter not in self.group_of:
             return False
         if local_of(gradient).is_sparse:
             raise PlanError(
-                f"the gradient of a parameter of shape {tuple(member.parameter.shape)} is sparse, and optimizer state"
+                f"the gradient of a parameter of shape {tuple(entry.parameter.shape)} is sparse, and optimizer state"
                 " that is paged takes none; make its module without sparse=True, or leave out offload_optimizer."
             )
         return True
@@ -223,9 +223,9 @@ class PagedState:
 
     def _place(self, bundle: Bundle) -> None:
         """Set space for the state of `bundle` aside, as far as it does not stay in memory."""
-        moved = self._places.bytes_per_element(bundle.members[0])
+        moved = self._places.bytes_per_element(bundle.entries[0])
         pages = [*bundle.pages(moved)]
-        name = f"the optimizer state of {len(bundle.members)} parameters ({type(self._optimizer).__name__})"
+        name = f"the optimizer state of {len(bundle.entries)} parameters ({type(self._optimizer).__name__})"
         stays = self._store is None or not bundle.nbytes
         pinned = self._lanes is not None and self._lanes.pinned
         region = Region(None if stays else self._store, name, bundle.nbytes, pinned=pinned)
@@ -239,28 +239,28 @@ class PagedState:
                 self._buffers.make_room(self._page_bytes(page))
         self.pages += pages
         self._regions[bundle] = region
-        self._bundle_of.update(dict.fromkeys(bundle.members, bundle))
+        self._bundle_of.update(dict.fromkeys(bundle.entries, bundle))
 
-    def _take_over(self, member: Member) -> None:
+    def _take_over(self, entry: ParamEntry) -> None:
         """Move state that the optimizer made with its groups, before the first step, or that was loaded."""
-        state = self._optimizer.state.get(member.parameter, {})
-        stays = self._on_device(member.parameter) and not member.kind.dtypes
+        state = self._optimizer.state.get(entry.parameter, {})
+        stays = self._on_device(entry.parameter) and not entry.kind.dtypes
         for key, value in state.items():
-            if not self.is_paged(member, value):
+            if not self.is_paged(entry, value):
                 continue
-            if key in member.kind.dtypes:
-                state[key] = self._put(member, key, value)
-            elif stays and key != "step" and local_of(value).device != member.local.device:
+            if key in entry.kind.dtypes:
+                state[key] = self._put(entry, key, value)
+            elif stays and key != "step" and local_of(value).device != entry.local.device:
                 # Loaded before it was known where it is kept.
-                state[key] = as_divided(member.parameter, local_of(value).to(member.local.device))
+                state[key] = as_divided(entry.parameter, local_of(value).to(entry.local.device))
 
-    def _put(self, member: Member, key: str, value: Tensor) -> Tensor:
-        """The state of `member` under `key` where it is kept, as `value` is."""
-        view = self.view(member, key)
+    def _put(self, entry: ParamEntry, key: str, value: Tensor) -> Tensor:
+        """The state of `entry` under `key` where it is kept, as `value` is."""
+        view = self.view(entry, key)
         if view.data_ptr() != local_of(value).data_ptr():
             view.copy_(local_of(value))
             let_rest(view)
-        return as_divided(member.parameter, view)
+        return as_divided(entry.parameter, view)
 
     def load(self, load: Callable[[dict[str, Any]], None], state_dict: Mapping[str, Any]) -> None:
         """Have `load`, the optimizer's `load_state_dict`, leave what is paged where it is kept.
@@ -276,37 +276,37 @@ class PagedState:
             if isinstance(value, Tensor):
                 # Of one that was taken as it is, and is saved some day.
                 vars(value).pop("to", None)
-        for member in filter(None, map(self.members.get, found.values())):
+        for entry in filter(None, map(self.entries.get, found.values())):
             # Some have a way of their own to load.
-            self._take_over(member)
+            self._take_over(entry)
 
     def _staying(self, parameter: Tensor | None, values: Any) -> Any:
         """The state of `parameter` of which what is paged is moved to where it is kept, wherever it is told to go."""
         if parameter is None or not isinstance(values, Mapping):
             return values
-        member, found = self.members.get(parameter), dict(values)
+        entry, found = self.entries.get(parameter), dict(values)
         for key, value in values.items():
             if not isinstance(value, Tensor):
                 continue
-            if member is None:
+            if entry is None:
                 # Where the number of steps is to be, the optimizer knows: fused kernels take it on the device alone.
                 keep = Tensor.cpu if self.waits and key != "step" else None
             else:
-                paged = key in member.kind.dtypes and self.is_paged(member, value)
-                keep = partial(self._put, member, key) if paged else None
+                paged = key in entry.kind.dtypes and self.is_paged(entry, value)
+                keep = partial(self._put, entry, key) if paged else None
             if keep is not None:
                 found[key] = value.detach()
                 vars(found[key])["to"] = _Move(keep, value.detach())
         return found
 
-    def view(self, member: Member, key: str) -> Tensor:
-        """The state of `member` under `key`, where it is kept."""
-        if (member, key) not in self._views:
-            bundle = self._bundle_of[member]
-            start = bundle.start_of(member, key)
-            shape, dtype = member.local.shape, bundle.dtypes[key]
-            self._views[member, key] = member.laid_out(self._regions[bundle].tensor(dtype, shape, start))
-        return self._views[member, key]
+    def view(self, entry: ParamEntry, key: str) -> Tensor:
+        """The state of `entry` under `key`, where it is kept."""
+        if (entry, key) not in self._views:
+            bundle = self._bundle_of[entry]
+            start = bundle.start_of(entry, key)
+            shape, dtype = entry.local.shape, bundle.dtypes[key]
+            self._views[entry, key] = entry.laid_out(self._regions[bundle].tensor(dtype, shape, start))
+        return self._views[entry, key]
 
     def moves(self, page: Page) -> bool:
         """Whether anything of `page` passes through a buffer: it is elsewhere than in DRAM, or stepped on elsewhere
@@ -316,17 +316,17 @@ class PagedState:
 
     def crosses(self, page: Page) -> bool:
         """Whether its state is brought to the device, where its parameters are."""
-        member = page.pieces[0].member
-        return bool(page.bundle.dtypes) and self._on_device(member.parameter) and self._places.keeps(member)
+        entry = page.slices[0].entry
+        return bool(page.bundle.dtypes) and self._on_device(entry.parameter) and self._places.keeps(entry)
 
     def copies(self, page: Page) -> bool:
         """Whether its parameters are on the device, and are copied from there to be stepped on."""
-        member = page.pieces[0].member
-        return self._on_device(member.parameter) and not self._places.keeps(member)
+        entry = page.slices[0].entry
+        return self._on_device(entry.parameter) and not self._places.keeps(entry)
 
     def by_host(self, page: Page) -> bool:
         """Whether it is stepped on by the host's cores, beside a device."""
-        on_device = self._on_device(page.pieces[0].member.parameter)
+        on_device = self._on_device(page.slices[0].entry.parameter)
         return self._lanes is not None and (self.copies(page) or not on_device)
 
     def _page_bytes(self, page: Page) -> int:
@@ -348,7 +348,7 @@ class PagedState:
         """Begin to bring what moves with `page` into `buffer`."""
         region = self._regions[page.bundle]
         transfers = []
-        if any(self.is_here(piece.member, key) for piece in page.pieces for key in page.bundle.dtypes):
+        if any(self.is_here(span.entry, key) for span in page.slices for key in page.bundle.dtypes):
             transfers = [region.read_into(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
         return Transfer.of([*transfers, *self._places.read(page, buffer, self._after_state(page))])
 
@@ -358,31 +358,31 @@ class PagedState:
         transfers = [region.write_from(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
         return Transfer.of([*transfers, *self._places.write(page, buffer, self._after_state(page))])
 
-    def is_here(self, member: Member, key: str) -> bool:
-        """Whether the state of `member` under `key` is what the region has, and not another's tensor."""
-        value = self._optimizer.state.get(member.parameter, {}).get(key)
-        if not self.is_paged(member, value):
+    def is_here(self, entry: ParamEntry, key: str) -> bool:
+        """Whether the state of `entry` under `key` is what the region has, and not another's tensor."""
+        value = self._optimizer.state.get(entry.parameter, {}).get(key)
+        if not self.is_paged(entry, value):
             return False
-        return self._regions[self._bundle_of[member]].holds(local_of(value))
+        return self._regions[self._bundle_of[entry]].holds(local_of(value))
 
-    def is_paged(self, member: Member, value: Any) -> bool:
-        """Whether `value`, of the state of `member`, has its shape."""
-        return isinstance(value, Tensor) and member.local.numel() > 0 and local_of(value).shape == member.local.shape
+    def is_paged(self, entry: ParamEntry, value: Any) -> bool:
+        """Whether `value`, of the state of `entry`, has its shape."""
+        return isinstance(value, Tensor) and entry.local.numel() > 0 and local_of(value).shape == entry.local.shape
 
-    def values(self, page: Page, buffer: Memory | None) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
-        """Each piece of a page, its elements and their gradient."""
+    def values(self, page: Page, buffer: Memory | None) -> Iterator[tuple[ParamSlice, Tensor, Tensor | None]]:
+        """Each slice of a page, its elements and their gradient."""
         found = self._places.values(page, buffer, self._after_state(page))
-        yield from ((piece, *one) for piece, one in zip(page.pieces, found, strict=True))
+        yield from ((span, *one) for span, one in zip(page.slices, found, strict=True))
 
-    def slots(self, page: Page, piece: Piece, buffer: Memory | None) -> dict[str, Tensor]:
-        """Where the state of `piece` is while `page` is in `buffer`, by key."""
-        member = piece.member
+    def slots(self, page: Page, span: ParamSlice, buffer: Memory | None) -> dict[str, Tensor]:
+        """Where the state of `span` is while `page` is in `buffer`, by key."""
+        entry = span.entry
         if page in self._stay:
-            return {key: elements(self.view(member, key), piece) for key in page.bundle.dtypes}
+            return {key: elements(self.view(entry, key), span) for key in page.bundle.dtypes}
         assert buffer is not None
-        shape = member.local.shape if piece.whole else (piece.stop - piece.start,)
+        shape = entry.local.shape if span.whole else (span.stop - span.start,)
         found = {
-            key: buffer.tensor(dtype, shape, at + (piece.at - page.start) * dtype.itemsize)
+            key: buffer.tensor(dtype, shape, at + (span.at - page.start) * dtype.itemsize)
             for (key, _, _, at), dtype in zip(self._segments(page), page.bundle.dtypes.values(), strict=True)
         }
-        return {key: member.laid_out(slot) for key, slot in found.items()} if piece.whole else found
+        return {key: entry.laid_out(slot) for key, slot in found.items()} if span.whole else found

@@ -4,7 +4,7 @@ import pytest
 from workload.families import GPT, tokens
 
 from lightning_largescale.workload import Segment, Step, Workload
-from lightning_largescale.workload.model import combine_steps
+from lightning_largescale.workload.workload import combine_steps
 
 
 def test_json():

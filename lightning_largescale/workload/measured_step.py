@@ -9,17 +9,17 @@ from torch import nn
 
 from lightning_largescale.workload.batch import batch_bytes, batch_samples, first_samples, map_tensors
 from lightning_largescale.workload.estimate import estimate
-from lightning_largescale.workload.model import Step, combine_steps
+from lightning_largescale.workload.snapshot import swap_tensors
 from lightning_largescale.workload.stand_in import attach
-from lightning_largescale.workload.state import swap_tensors
-from lightning_largescale.workload.steps import Request, Traced, eager, run_step
+from lightning_largescale.workload.steps import Traced, TraceRequest, eager, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
+from lightning_largescale.workload.workload import Step, combine_steps
 
 # Up to these bytes a whole batch is run where no part of it can be: no machine misses a step of that size.
 _SMALL_BATCH, _SMALL_STEP = 2**20, 2**28
 
 
-def trace_on_samples(request: Request) -> Traced:
+def trace_on_samples(request: TraceRequest) -> Traced:
     """The step for real on one and on two samples, drawn out to the batch; the last of its notes says so.
 
     A step that takes neither runs on the whole batch, if that is small.
@@ -46,7 +46,7 @@ def trace_on_samples(request: Request) -> Traced:
     return dataclasses.replace(last, step=step, approximate=(*last.approximate, how))
 
 
-def _runs(request: Request, samples: int) -> dict[int, Traced]:
+def _runs(request: TraceRequest, samples: int) -> dict[int, Traced]:
     """The step on one sample and on two, as far as it takes them, or else on all; by their number."""
     runs: dict[int, Traced] = {}
     errors: list[Exception] = []
@@ -64,12 +64,12 @@ def _runs(request: Request, samples: int) -> dict[int, Traced]:
     return runs
 
 
-def _is_small(request: Request) -> bool:
+def _is_small(request: TraceRequest) -> bool:
     """Whether the whole batch can be run without a thought to memory: of convolutions the estimate knows too little."""
     return batch_bytes(request.batch) <= _SMALL_BATCH and estimate(request, "").step.peak_bytes <= _SMALL_STEP
 
 
-def trace_for_real(request: Request) -> Traced:
+def trace_for_real(request: TraceRequest) -> Traced:
     """The step for real on the batch as it is; every tensor that it overwrites is put back."""
 
     def parameter(tensor: torch.Tensor) -> torch.Tensor:

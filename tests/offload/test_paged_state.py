@@ -11,9 +11,9 @@ from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
+from lightning_largescale.offload.paged_state import PagedState, as_divided
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.places import HostPlaces, Places
-from lightning_largescale.offload.state import PagedState, as_divided
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import PlanError
 
@@ -64,7 +64,7 @@ def test_beside_a_device_what_leaves_it_stays_in_dram_as_far_as_it_may(store):
     lanes = Lanes(torch.device("cpu"))
     made = state_of(BUILDERS["AdamW"](model()), store, 300_000, dram=Allowance(2 * SMALL_PAGE), lanes=lanes)
     # Parameters as a whole stay on the device, pages of others are in DRAM.
-    stay = [member.local.numel() * 8 for member in made.members.values() if not member.kind.dtypes]
+    stay = [entry.local.numel() * 8 for entry in made.entries.values() if not entry.kind.dtypes]
     assert sum(stay) <= 300_000 < sum(stay) + 300 * 150 * 8
     in_dram = [page for page in made.pages if made.crosses(page) and not made.moves(page)]
     assert sum(page.state_bytes for page in in_dram) <= 2 * SMALL_PAGE < sum(page.state_bytes for page in made.pages)
@@ -85,14 +85,14 @@ def test_what_the_optimizer_has_made_already_moves(store):
     optimizer = BUILDERS["Adagrad"](module)
     before = {parameter: state["sum"].clone() for parameter, state in optimizer.state.items()}
     made = state_of(optimizer, store)
-    assert len(before) == len(made.members) == 9
+    assert len(before) == len(made.entries) == 9
     for parameter, state in optimizer.state.items():
         assert at_rest(state["sum"])
         assert not at_rest(state["step"])
         assert torch.equal(state["sum"], before[parameter])
-        assert made.is_here(made.members[parameter], "sum")
+        assert made.is_here(made.entries[parameter], "sum")
         state["sum"] = state["sum"].clone()
-        assert not made.is_here(made.members[parameter], "sum")
+        assert not made.is_here(made.entries[parameter], "sum")
 
 
 def test_what_is_read_is_what_was_written(store):
@@ -100,22 +100,22 @@ def test_what_is_read_is_what_was_written(store):
     optimizer, buffers = BUILDERS["AdamW"](module), PageBuffers()
     output(module, 0).sum().backward()
     made = state_of(optimizer, store, buffers=buffers)
-    for parameter, member in made.members.items():
-        optimizer.state[parameter] = {key: made.view(member, key) for key in member.kind.dtypes}
+    for parameter, entry in made.entries.items():
+        optimizer.state[parameter] = {key: made.view(entry, key) for key in entry.kind.dtypes}
     for value in (1, 2):
         for page in made.pages:
             buffer = buffers.take()
             made.read(page, buffer).wait()
-            for piece, values, gradient in made.values(page, buffer):
-                assert values.shape == (piece.member.local.shape if piece.whole else (piece.stop - piece.start,))
-                assert (gradient is None) == (piece.member.parameter.grad is None)
-                for number, slot in enumerate(made.slots(page, piece, buffer).values()):
+            for span, values, gradient in made.values(page, buffer):
+                assert values.shape == (span.entry.local.shape if span.whole else (span.stop - span.start,))
+                assert (gradient is None) == (span.entry.parameter.grad is None)
+                for number, slot in enumerate(made.slots(page, span, buffer).values()):
                     assert slot.eq(number if value == 2 else 0).all()
                     slot.fill_(number if value == 1 else -number)
             buffers.give_back(buffer, made.write(page, buffer))
         buffers.drain()
-        for member in made.members.values():
-            found = [made.view(member, key).unique().tolist() for key in member.kind.dtypes]
+        for entry in made.entries.values():
+            found = [made.view(entry, key).unique().tolist() for key in entry.kind.dtypes]
             assert found == ([[0.0], [1.0]] if value == 1 else [[0.0], [-1.0]])
 
 

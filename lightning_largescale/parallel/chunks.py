@@ -1,6 +1,6 @@
 """Where in a whole tensor this rank's elements stand: what is written to and read from files that know no mesh.
 
-A piece is a box of the whole tensor, in the user's order. Most ranks have one of a tensor; of a matrix that holds q, k
+A chunk is a box of the whole tensor, in the user's order. Most ranks have one of a tensor; of a matrix that holds q, k
 and v side by side, divided by tensor parallelism, they have one of each. Rows of a table are one.
 """
 
@@ -25,7 +25,7 @@ _Stretches = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """A box of a whole tensor.
 
     Attributes:
@@ -37,7 +37,7 @@ class Piece:
     values: Tensor
 
 
-def pieces_of(tensor: Tensor, part: Part | None = None) -> list[Piece]:
+def chunks_of(tensor: Tensor, part: Part | None = None) -> list[Chunk]:
     """The boxes that this rank holds of `tensor`, none of them empty; a tensor that is not divided is one.
 
     Args:
@@ -47,7 +47,7 @@ def pieces_of(tensor: Tensor, part: Part | None = None) -> list[Piece]:
     if not isinstance(tensor, DTensor):
         rows = rows_of(tensor)
         offsets = (0,) * tensor.dim() if rows is None else (rows.start, *(0,) * (tensor.dim() - 1))
-        return [Piece(offsets, tensor.detach())] if tensor.numel() else []
+        return [Chunk(offsets, tensor.detach())] if tensor.numel() else []
     part = part or order_of(tensor)
     dims: list[_Stretches] = [[(0, size)] for size in tensor.shape]
     mesh = tensor.device_mesh
@@ -90,26 +90,26 @@ def empty_part(
 
 def write_part(tensor: Tensor, whole: Tensor) -> None:
     """Write into `tensor` what this rank holds of it, `whole` being all of it."""
-    for piece in pieces_of(tensor):
-        box = [slice(start, start + size) for start, size in zip(piece.offsets, piece.values.shape, strict=True)]
-        piece.values.copy_(whole.detach()[tuple(box)])
+    for chunk in chunks_of(tensor):
+        box = [slice(start, start + size) for start, size in zip(chunk.offsets, chunk.values.shape, strict=True)]
+        chunk.values.copy_(whole.detach()[tuple(box)])
 
 
-def in_boxes(piece: Piece, limit_bytes: int) -> Iterator[Piece]:
-    """`piece` in boxes of at most `limit_bytes`, or of one element, along its first dimensions."""
-    values = piece.values
+def in_boxes(chunk: Chunk, limit_bytes: int) -> Iterator[Chunk]:
+    """`chunk` in boxes of at most `limit_bytes`, or of one element, along its first dimensions."""
+    values = chunk.values
     dim = next((dim for dim, size in enumerate(values.shape) if size > 1), None)
     if values.nbytes <= limit_bytes or dim is None:
-        yield piece
+        yield chunk
         return
     rows = max(1, limit_bytes * values.shape[dim] // values.nbytes)
     for start in range(0, values.shape[dim], rows):
         length = min(rows, values.shape[dim] - start)
-        offsets = tuple(offset + start * (axis == dim) for axis, offset in enumerate(piece.offsets))
-        yield from in_boxes(Piece(offsets, values.narrow(dim, start, length)), limit_bytes)
+        offsets = tuple(offset + start * (axis == dim) for axis, offset in enumerate(chunk.offsets))
+        yield from in_boxes(Chunk(offsets, values.narrow(dim, start, length)), limit_bytes)
 
 
-def _boxes(local: Tensor, dims: Sequence[_Stretches]) -> Iterator[Piece]:
+def _boxes(local: Tensor, dims: Sequence[_Stretches]) -> Iterator[Chunk]:
     """What `local` holds, its dimensions being made of stretches."""
     held = [[*_places(dim)] for dim in dims]
     for box in itertools.product(*held):
@@ -117,7 +117,7 @@ def _boxes(local: Tensor, dims: Sequence[_Stretches]) -> Iterator[Piece]:
         for axis, (own, _, length) in enumerate(box):
             values = values.narrow(axis, own, length)
         if math.prod(values.shape):
-            yield Piece(tuple(start for _, start, _ in box), values)
+            yield Chunk(tuple(start for _, start, _ in box), values)
 
 
 def _places(stretches: _Stretches) -> Iterator[tuple[int, int, int]]:

@@ -23,8 +23,8 @@ from torch.nn.parameter import is_lazy
 from lightning_largescale import compat
 from lightning_largescale.hardware.usage import at_rest, let_rest
 from lightning_largescale.offload.buffers import PageBuffers
-from lightning_largescale.offload.memory import Memory, Region
-from lightning_largescale.offload.pages import Member, Page, local_of
+from lightning_largescale.offload.mapped_memory import Memory, Region
+from lightning_largescale.offload.pages import Page, ParamEntry, local_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.shards import ShardCopies
 from lightning_largescale.offload.store import Store, StoreError, Transfer
@@ -240,31 +240,31 @@ class SpilledParameters(Places):
 
     # As the places of an optimizer's pages
 
-    def bytes_per_element(self, member: Member) -> int:
+    def bytes_per_element(self, entry: ParamEntry) -> int:
         """Of the parameter, and of its gradient where that is elsewhere too."""
-        if member.parameter not in self.places:
+        if entry.parameter not in self.places:
             return 0
-        size = member.local.element_size()
+        size = entry.local.element_size()
         return 2 * size if self.gradients.leave else size
 
     def moved_bytes(self, page: Page) -> int:
-        """What `read` brings of the page's pieces."""
+        """What `read` brings of the page's slices."""
         return sum(
-            aligned((piece.stop - piece.start) * piece.member.local.element_size()) * (1 + self.gradients.leave)
-            for piece in page.pieces
-            if piece.member.parameter in self.places
+            aligned((span.stop - span.start) * span.entry.local.element_size()) * (1 + self.gradients.leave)
+            for span in page.slices
+            if span.entry.parameter in self.places
         )
 
-    def keeps(self, member: Member) -> bool:
+    def keeps(self, entry: ParamEntry) -> bool:
         """Not, where it is elsewhere."""
-        return member.parameter not in self.places
+        return entry.parameter not in self.places
 
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
         """Begin to bring the elements of the page, and their gradients, into `buffer`."""
         transfers = []
-        for piece in page.pieces:
-            if piece.member.parameter in self.places:
-                block, _ = self.places[piece.member.parameter]
+        for span in page.slices:
+            if span.entry.parameter in self.places:
+                block, _ = self.places[span.entry.parameter]
                 block.transfer.wait()
         for region, start, length, place, _ in self._stretches(page, at):
             transfers.append(region.read_into(buffer, start, start + aligned(length), place))
@@ -272,10 +272,10 @@ class SpilledParameters(Places):
 
     def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
         """Begin to take the elements of the page back."""
-        for piece in page.pieces:
-            if piece.member.parameter in self.places:
+        for span in page.slices:
+            if span.entry.parameter in self.places:
                 # It is read again, with what the step has made of it.
-                self._drop_buffer(self.places[piece.member.parameter][0])
+                self._drop_buffer(self.places[span.entry.parameter][0])
         return [
             region.write_from(buffer, start, start + aligned(length), place)
             for region, start, length, place, of_gradient in self._stretches(page, at)
@@ -283,46 +283,46 @@ class SpilledParameters(Places):
         ]
 
     def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The elements of each piece, and their gradient."""
+        """The elements of each slice, and their gradient."""
         found = {(start, region): place for region, start, _, place, _ in self._stretches(page, at)}
-        for piece in page.pieces:
-            member, gradient = piece.member, piece.member.parameter.grad
+        for span in page.slices:
+            entry, gradient = span.entry, span.entry.parameter.grad
             own = None if gradient is None else local_of(gradient)
-            shape = member.local.shape if piece.whole else (piece.stop - piece.start,)
+            shape = entry.local.shape if span.whole else (span.stop - span.start,)
 
             def view(region: Region, start: int, like: Tensor, shape: Sequence[int] = shape) -> Tensor:
                 assert buffer is not None
                 return buffer.tensor(like.dtype, shape, found[start, region])
 
-            values = elements(member.local, piece)
-            if member.parameter in self.places:
-                block, first = self.places[member.parameter]
-                values = view(block.region, first + piece.start * values.element_size(), values)
+            values = elements(entry.local, span)
+            if entry.parameter in self.places:
+                block, first = self.places[entry.parameter]
+                values = view(block.region, first + span.start * values.element_size(), values)
             if own is None or gradient is None:
                 yield values, None
                 continue
             region = self.gradients.region_of(own)
             if region is None:
-                yield values, elements(own, piece)
+                yield values, elements(own, span)
                 continue
-            moved = view(region, region.start_of(own) + piece.start * own.element_size(), own)
+            moved = view(region, region.start_of(own) + span.start * own.element_size(), own)
             yield values, self.gradients.changed(gradient, moved)
 
     def _stretches(self, page: Page, at: int) -> Iterator[tuple[Region, int, int, int, bool]]:
         """Of a page's parameters, then of their gradients, that are elsewhere: the region, the first byte there, how
         many, the first byte in the buffer, and whether it is a gradient.
         """
-        for piece in page.pieces:
-            parameter, count = piece.member.parameter, piece.stop - piece.start
+        for span in page.slices:
+            parameter, count = span.entry.parameter, span.stop - span.start
             found: list[tuple[Region, int, int, bool]] = []
             if parameter in self.places:
-                (block, first), size = self.places[parameter], piece.member.local.element_size()
-                found.append((block.region, first + piece.start * size, count * size, False))
+                (block, first), size = self.places[parameter], span.entry.local.element_size()
+                found.append((block.region, first + span.start * size, count * size, False))
             own = None if parameter.grad is None else local_of(parameter.grad)
             region = None if own is None else self.gradients.region_of(own)
             if own is not None and region is not None:
                 size = own.element_size()
-                found.append((region, region.start_of(own) + piece.start * size, count * size, True))
+                found.append((region, region.start_of(own) + span.start * size, count * size, True))
             for one, start, length, of_gradient in found:
                 yield one, start, length, at, of_gradient
                 at += aligned(length)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_largescale.parallel.chunks import is_divided
 from lightning_largescale.parallel.order import full, order_of
-from lightning_largescale.parallel.pieces import is_divided
 from lightning_largescale.parallel.rows import full_rows, rows_of
 
 

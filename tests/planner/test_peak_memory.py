@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from planner.builders import MIB, hardware, parameter, segment, step, workload
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.memory import _moments, peak_memory
+from lightning_largescale.planner.peak_memory import _moments, peak_memory
 from lightning_largescale.planner.sizes import Sizes
 
 PLAIN = Plan()

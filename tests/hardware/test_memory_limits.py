@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_largescale.hardware.memory import cgroup_limits, machine_memory, process_limits, rank_memory
+from lightning_largescale.hardware.memory_limits import cgroup_limits, machine_memory, process_limits, rank_memory
 
 GIB = 2**30
 NO_LIMIT_V1 = "9223372036854771712"
@@ -148,7 +148,7 @@ def test_a_system_without_proc_is_asked_through_psutil(tmp_path):
 
 def test_rlimit_of_this_process():
     program = (
-        "import resource; from lightning_largescale.hardware.memory import rank_memory;"
+        "import resource; from lightning_largescale.hardware.memory_limits import rank_memory;"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({GIB}, {GIB})); print(*rank_memory(2))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
@@ -179,7 +179,7 @@ def real_cgroup(limit: int):
 def test_a_real_control_group():
     program = (
         "import os, sys; open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()));"
-        "from lightning_largescale.hardware.memory import rank_memory; print(*rank_memory(2))"
+        "from lightning_largescale.hardware.memory_limits import rank_memory; print(*rank_memory(2))"
     )
     with real_cgroup(GIB) as folder:
         out = subprocess.run(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import LargeScaleStrategy, Plan, PlanError
-from lightning_largescale.parallel.parameters import GatheredParameter, ShardParameter
+from lightning_largescale.parallel.parameter_access import GatheredParameter, ShardParameter
 
 pytestmark = quiet
 
