@@ -180,7 +180,7 @@ BREAKS = (
         "",
         "disk",
     ),
-    _saved("what is copied from is read into", "if not event.query()", "if False", "reread"),
+    _saved("what is copied from is read into", "if not one[1].query()", "if False", "reread"),
     _shards("shards are gathered before they came", "        current.wait_event(copied)\n", "", "one rank"),
     _shards(
         "shards come on any stream",
