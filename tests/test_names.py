@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_largescale"
 
 
 def repeated(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Of pairs of a name and a place, the places of each name that has several; a leading underscore is no other name."""
+    """Of pairs of a name and a place, the places of each name that has several, leading underscores aside."""
     places = defaultdict(list)
     for name, place in named:
         places[name.lstrip("_")].append(place)
