@@ -14,8 +14,9 @@ from lightning_largescale import _autoload
 if TYPE_CHECKING:
     from lightning_largescale.auto import LargeScaleAutoStrategy
     from lightning_largescale.checkpoint import consolidate
+    from lightning_largescale.errors import PlanError
     from lightning_largescale.hardware import Hardware
-    from lightning_largescale.plan import Plan, PlanError
+    from lightning_largescale.plan import Plan
     from lightning_largescale.planner import Report, find_plans
     from lightning_largescale.strategy import LargeScaleStrategy
     from lightning_largescale.workload import Workload
@@ -40,7 +41,7 @@ _HOME = {
     "LargeScaleAutoStrategy": "auto",
     "LargeScaleStrategy": "strategy",
     "Plan": "plan",
-    "PlanError": "plan",
+    "PlanError": "errors",
     "Report": "planner",
     "Workload": "workload",
     "consolidate": "checkpoint",

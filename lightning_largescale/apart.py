@@ -32,8 +32,8 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hub import describe_exit
-from lightning_largescale.plan import PlanError
 
 _Result = TypeVar("_Result")
 # Of work; a step of the largest models is traced in less.

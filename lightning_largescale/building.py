@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_largescale.checkpoint.weights import Weights, read_weights
 from lightning_largescale.dividing import DividingStrategy
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.deferred import DeferredError, Recording
 from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.materialize import (
@@ -27,7 +28,6 @@ from lightning_largescale.parallel.materialize import (
     materialize,
 )
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import PlanError
 from lightning_largescale.sample import random_state_now
 
 

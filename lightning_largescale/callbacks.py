@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.copies import find_copies
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 # Hooks of modules and of callbacks that may ask for the gradients of a step, or for what is done with them.
 _SEE_GRADIENTS = ("configure_gradient_clipping", "optimizer_step", "on_before_optimizer_step", "on_after_backward")

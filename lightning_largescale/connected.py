@@ -22,9 +22,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.groups import connect, end_groups
 from lightning_largescale.launch import watch_peers
-from lightning_largescale.plan import PlanError
 
 _Value = TypeVar("_Value")
 # Numbers of processes that Trainers of this process have asked for, and have been connected as.

@@ -30,9 +30,9 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.apart import forks_differentiate, no_collection
+from lightning_largescale.errors import PlanError
 from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, reported, told_in_one_line
 from lightning_largescale.hub import describe_exit
-from lightning_largescale.plan import PlanError
 from lightning_largescale.tuning import found, give_found
 
 

@@ -28,10 +28,10 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.console import tell
+from lightning_largescale.errors import PlanError
 from lightning_largescale.failures import GRACE_SECONDS, PeerFailures, end_process, reported, told_in_one_line
 from lightning_largescale.fork import ForkLauncher
 from lightning_largescale.hub import Failure, Hub, describe_exit
-from lightning_largescale.plan import PlanError
 
 START_METHODS = ("popen", "fork", "spawn")
 # Running these again would run the whole session again, in every rank.

@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_largescale import compat
 from lightning_largescale.apart import ApartError, StuckError, can_run_apart, run_apart
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.precision import is_own
 from lightning_largescale.sample import random_state_kept, sample_batch
 from lightning_largescale.stepping import SteppingStrategy

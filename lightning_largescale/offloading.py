@@ -22,6 +22,7 @@ from lightning_largescale import compat
 from lightning_largescale.building import BuildingStrategy
 from lightning_largescale.callbacks import needs_all_gradients
 from lightning_largescale.checkpoint import StateMemory
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
@@ -35,7 +36,7 @@ from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.shards import ShardCopies, ShardsInDram
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.gather import Sharded, sharded_state
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.tiers import group_tiers
 from lightning_largescale.workload.blocks import find_groups
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 
 # Those of torch's own whose step on the CPU may be one kernel.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)

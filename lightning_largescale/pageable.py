@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.optimizing import UntriedError, bare_step, clone_of, hold, in_words
-from lightning_largescale.plan import PlanError
 
 _STEPS = 3
 # From here on 8-bit optimizers keep state as codes, and pages may end in the middle of a parameter.

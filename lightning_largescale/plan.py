@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.plan_fields import (
     AMOUNTS,
     check_choice,
@@ -20,7 +21,6 @@ from lightning_largescale.plan_fields import (
     check_path,
     check_recomputation,
 )
-from lightning_largescale.plan_fields import PlanError as PlanError
 from lightning_largescale.plan_words import describe
 from lightning_largescale.units import parse_bytes
 
@@ -69,7 +69,7 @@ def _refusing_unknown_fields(cls: type[Plan]) -> type[Plan]:
 
 
 @_refusing_unknown_fields
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Plan:
     """How one model is trained on one set of devices. `Plan()` is the plain run on one device.
 
@@ -164,6 +164,18 @@ class Plan:
             # From JSON and YAML names come as a list.
             for name, names in check(self).items():
                 object.__setattr__(self, name, names)
+
+    def __repr__(self) -> str:
+        """As it is written, without the fields that are as in the plain run: `Plan(dp_shard=2)`."""
+        return f"Plan({', '.join(f'{name}={value!r}' for name, value in self.changed_fields().items())})"
+
+    def changed_fields(self) -> dict[str, object]:
+        """The fields that are not as in the plain run, by name."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
 
     @property
     def world_size(self) -> int:

@@ -1,16 +1,12 @@
-"""Checks of the values of a plan's fields, and the error that a user can cause by them.
-
-Errors a user can cause by a plan, or by a model and machine that fit none, are one type:
-
-    ValueError
-      PlanError: what was given, what is accepted, what to do
-"""
+"""Checks of the values of a plan's fields."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from lightning_largescale.errors import PlanError
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
@@ -22,10 +18,6 @@ AMOUNTS = {
     "cpu_parameter_bytes": ("offload_parameters", ("nvme",)),
     "cpu_optimizer_bytes": ("offload_optimizer", ("nvme",)),
 }
-
-
-class PlanError(ValueError):
-    """A plan that cannot be carried out, or a wish for one; the message gives what was found and what is accepted."""
 
 
 def check_count(name: str, value: object, of: str) -> None:

@@ -17,7 +17,8 @@ from lightning.pytorch.plugins.precision import (
 from torch import nn
 
 from lightning_largescale.arithmetic import CAST_TYPE, lightning_plugin
-from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import MATMUL_TYPE, Plan
 
 # Lightning's plugins that do what their precision says, no more.
 _STANDARD = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)

@@ -19,12 +19,13 @@ from typing_extensions import override
 from lightning_largescale import checkpoint
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.connected import ConnectedStrategy
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.adapted_optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.copies import find_copies, whole_copies
 from lightning_largescale.parallel.embedding import make_tables_whole, row_sharded, whole_tables
 from lightning_largescale.parallel.full_params import make_whole, whole_parameters
 from lightning_largescale.parallel.gather import sharded_state
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 
 class StatefulStrategy(ConnectedStrategy):

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.parallel.alike import check_equal_batch
 from lightning_largescale.parallel.copies import equal_copies, find_copies
@@ -50,7 +51,7 @@ from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica, told_of_reentry
 from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty, equal_batches, joined_look_ups
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.requeue import Requeue
 from lightning_largescale.stateful import StatefulStrategy
 

@@ -22,6 +22,7 @@ from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
 from lightning_largescale.checkpoint import warn_of_left_out
 from lightning_largescale.checkpoint.weights import Weights, check_weights
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
@@ -41,7 +42,7 @@ from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
 from lightning_largescale.parallel.tensor import compute_divided
 from lightning_largescale.parallel.user_styles import apply_styles
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
 from lightning_largescale.record import record_plan
 from lightning_largescale.tuning import finders_search_together

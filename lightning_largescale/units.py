@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from lightning_largescale.plan_fields import PlanError
+from lightning_largescale.errors import PlanError
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}

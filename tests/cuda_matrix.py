@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.groups import leave_process_group
 from lightning_largescale.offload import pages
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 STEPS = 4  # in an epoch

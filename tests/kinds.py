@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 DIM, STEPS = 4, 3

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ranks import run_connected
 
 from lightning_largescale.apart import ApartError, StuckError, can_run_apart, others_threads, run_apart
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 
 seen: list[str] = []
 

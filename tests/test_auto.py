@@ -21,8 +21,9 @@ from lightning_largescale import auto
 from lightning_largescale.apart import others_threads
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.callbacks import needs_all_gradients
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner import find_plans
 from lightning_largescale.strategy import LargeScaleStrategy
 

@@ -24,7 +24,8 @@ from ranks import quiet, ranks
 
 from lightning_largescale import connected
 from lightning_largescale.auto import LargeScaleAutoStrategy
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

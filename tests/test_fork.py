@@ -12,9 +12,9 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.fork import ForkLauncher
 from lightning_largescale.launch import watch_peers
-from lightning_largescale.plan import PlanError
 
 # Python 3.12 and later warn of forks where threads exist; torch's idle ones are what one thread a fork is for.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

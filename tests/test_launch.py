@@ -11,9 +11,9 @@ from faults.runs import END_SECONDS, TRAIN, Run, train
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.fork import ForkLauncher
 from lightning_largescale.launch import ScriptLauncher, check_start_method, choose_start_method, configure_launcher
-from lightning_largescale.plan import PlanError
 
 TORCHRUN = ("python", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
 

@@ -16,7 +16,8 @@ PACKAGE = Path(lightning_largescale.__file__).parent
 
 # A module or folder may import what stands in a line above its own. compat and units may be imported by all.
 LAYERS = [
-    {"compat", "plan_fields"},
+    {"compat", "errors"},
+    {"plan_fields"},
     {"plan_words", "units"},
     {"plan"},
     {"arithmetic", "console", "forward", "groups", "optimizing", "tiers", "waiting"},

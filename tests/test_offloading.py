@@ -20,10 +20,11 @@ from torch import nn, optim
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import at_rest, held_bytes, peak_bytes, release_free_memory
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.store import DirectFile, Store, StoreError
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

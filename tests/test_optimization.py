@@ -13,7 +13,8 @@ from ranks import quiet
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

@@ -7,8 +7,8 @@ import torch
 from offload.optimizers import BUILDERS, WHOLE, Counting, GlobalNorm, Lion, difference, model, of, output
 from torch import nn
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.pageable import ask_kinds, kind_key
-from lightning_largescale.plan import PlanError
 
 
 def asked(optimizer):

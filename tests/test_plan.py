@@ -1,14 +1,17 @@
 import dataclasses
 import inspect
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lightning_largescale
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import MATMUL_TYPE, PLAN_VERSION, Plan, PlanError
+from lightning_largescale.plan import MATMUL_TYPE, PLAN_VERSION, Plan
 
 PLANS = st.builds(
     Plan,
@@ -275,3 +278,14 @@ def test_against_the_model():
         Plan(activation_checkpointing="full").validate(None, SimpleNamespace(parameters=(1,), blocks=(), name="Linear"))
     with pytest.raises(PlanError, match="Net has no parameters"):
         Plan().validate(None, SimpleNamespace(parameters=(), blocks=(), name="Net"))
+
+
+def test_shown_as_it_is_written():
+    for plan in (Plan(), Plan(dp_shard=2), Plan(tp=2, offload_activations="nvme", offloaded_blocks=("blocks.0",))):
+        assert eval(repr(plan), {"Plan": Plan}) == plan
+    assert repr(Plan(dp_shard=2, precision="bf16-mixed")) == "Plan(dp_shard=2, precision='bf16-mixed')"
+
+
+def test_the_error_is_named_as_users_import_it():
+    assert f"{PlanError.__module__}.{PlanError.__qualname__}" == "lightning_largescale.PlanError"
+    assert lightning_largescale.PlanError is pickle.loads(pickle.dumps(PlanError))

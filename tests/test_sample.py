@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_largescale import apart, looking
 from lightning_largescale.auto import LargeScaleAutoStrategy
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 
 pytestmark = quiet
 

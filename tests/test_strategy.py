@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

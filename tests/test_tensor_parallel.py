@@ -17,9 +17,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.full_params import make_whole
 from lightning_largescale.parallel.order import divided_dims, full, order_of
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = [

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.units import format_bytes, format_flops, format_seconds, parse_bytes
 
 

@@ -46,11 +46,11 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.chunks import Chunk, chunks_of, in_boxes, is_divided
 from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.kinds import is_plain
 
 _STATE, _OPTIMIZERS, _OPTIMIZER, _SCHEDULERS = "state_dict", "optimizer_states", "optimizer_", "lr_schedulers"

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_largescale.checkpoint.directory import is_directory, load_directory
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import expect_pages, forget_pages
 from lightning_largescale.parallel.chunks import Chunk, in_boxes
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import PlanError
 
 # Bytes of a file that are in memory at once, beside what they are read into.
 _BOX_BYTES = 32 * 2**20

@@ -13,9 +13,9 @@ from lightning_largescale import compat
 from lightning_largescale.checkpoint.directory import EXTRA, load_directory
 from lightning_largescale.checkpoint.files import is_mappable, load_file
 from lightning_largescale.checkpoint.optimizers import indexed_optimizer_state
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.deferred import active_recording
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import PlanError
 
 
 def load_checkpoint(

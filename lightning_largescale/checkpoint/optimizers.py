@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 
 from lightning_largescale.checkpoint.directory import EXTRA, OPTIMIZERS
 from lightning_largescale.checkpoint.files import listed
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.chunks import empty_part, write_part
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.rows import global_shape, mark_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import PlanError
 
 _Names = dict[Tensor, str]
 # Of a parameter, and a key of its state: what this rank has of it is to be loaded there; a device for new memory of

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.order import as_ordered, order_of
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.parts import Part
 
 

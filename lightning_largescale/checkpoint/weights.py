@@ -9,8 +9,8 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from lightning_largescale.checkpoint.files import listed, stored_weights
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.rows import global_shape
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.blocks import no_such_module
 
 # A path, or paths by names of parts of the module.

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.hardware import Rates
-from lightning_largescale.plan import PlanError
 
 _log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_largescale.console import error_console
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.cache import load_rates, store_rates
 from lightning_largescale.hardware.collectives import collective_links, hop_sizes, meet
 from lightning_largescale.hardware.detect import cpu_name
@@ -39,7 +40,6 @@ from lightning_largescale.hardware.measure import (
 )
 from lightning_largescale.hardware.memory_limits import machine_memory
 from lightning_largescale.hardware.usage import release_free_memory
-from lightning_largescale.plan import PlanError
 
 _log = logging.getLogger(__name__)
 

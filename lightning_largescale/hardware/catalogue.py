@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.hardware import Hardware, Link, Rates
-from lightning_largescale.plan import PlanError
 
 _HOP_SECONDS = {"NVLink": 3.4e-6, "PCIe": 5.7e-6, "network": 14e-6}
 _GB, _TERA = 10**9, 1e12

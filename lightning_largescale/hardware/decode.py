@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 
 T = TypeVar("T")
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.disks import disks
 from lightning_largescale.hardware.hardware import Hardware
 from lightning_largescale.hardware.memory_limits import rank_memory
-from lightning_largescale.plan import PlanError
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment

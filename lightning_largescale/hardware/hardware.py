@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.decode import Reader
-from lightning_largescale.plan import PlanError
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.hardware import Link
 from lightning_largescale.hardware.measure import fit_link, timed
-from lightning_largescale.plan import PlanError
 
 _HOP_BYTES = (2**10, 2**15, 2**19, 2**22)
 _REPEATS = 5

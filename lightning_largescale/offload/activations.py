@@ -27,11 +27,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.saved import DiskTier, HostTier, Saved, Sent, Tier
 from lightning_largescale.offload.store import Store
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.workload.blocks import find_blocks
 
 # A request of fewer bytes takes as long as one of as many.

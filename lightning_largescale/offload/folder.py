@@ -17,10 +17,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Disk
 from lightning_largescale.hardware.disks import nvme_disk, over_network, refused_folder
 from lightning_largescale.offload.direct import warn
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 FILE = "tensors"
 _LOCK = "lock"

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.offloaded_parameters import GradientPlaces
@@ -28,7 +29,6 @@ from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.paged_state import as_divided
 from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.store import Store, StoreError, Transfer
-from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import aligned
 
 _GRADIENT: Any = Tensor.grad

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
@@ -23,7 +24,6 @@ from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.optimizing import UntriedError, has_modes
 from lightning_largescale.pageable import Key, Kind, ask_kinds, kind_key
-from lightning_largescale.plan import PlanError
 
 
 def as_divided(parameter: Tensor, tensor: Tensor) -> Tensor:

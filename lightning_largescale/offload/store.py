@@ -26,10 +26,10 @@ from typing import Protocol
 
 import torch
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.offload.direct import REFUSALS, DirectFile
 from lightning_largescale.offload.folder import FILE, checked, own_folder, remove
 from lightning_largescale.offload.folder import remove_stale as remove_stale
-from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import ALIGNMENT_BYTES, REQUEST_BYTES, REQUESTS, aligned
 from lightning_largescale.units import format_bytes
 

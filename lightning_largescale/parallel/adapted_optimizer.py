@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.optimizing import UntriedError, after_closure, closure_first, has_modes
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.exchange import Exchange
@@ -25,7 +26,6 @@ from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.order import divided_dims, order_of
 from lightning_largescale.parallel.sparse import check_takes_rows
 from lightning_largescale.parallel.trial import OptimizerTraits, ask, count_shards
-from lightning_largescale.plan import PlanError
 
 
 class AdaptedOptimizer:

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.parameter_access import GRADIENT
 from lightning_largescale.parallel.rounds import (
@@ -52,7 +53,6 @@ from lightning_largescale.parallel.rounds import (
     Round,
     Told,
 )
-from lightning_largescale.plan import PlanError
 
 # Agreed steps after which one is followed again, at most: a model whose ranks differ now and then is agreed on.
 _MOST_PATIENCE = 64

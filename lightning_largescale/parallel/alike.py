@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.workload.batch import digest_of
 from lightning_largescale.workload.keep import random_state, set_random_state
 

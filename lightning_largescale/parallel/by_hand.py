@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
 from lightning_largescale.parallel.parameter_access import GRADIENT, watched
 from lightning_largescale.parallel.watched import Watched
-from lightning_largescale.plan import PlanError
 
 # Where a parameter keeps what averages its gradients.
 _AVERAGE = "_largescale_average"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_largescale import compat
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.workload.blocks import find_blocks
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward
 from lightning_largescale.parallel.copies import divided_like
 from lightning_largescale.parallel.equal import check_equal_structure
 from lightning_largescale.parallel.lookups import Lookups, Table, own_parameters
 from lightning_largescale.parallel.rows import Rows, chunk_rows, full_rows, mark_rows, own_rows
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.blocks import find_blocks, no_such_module
 from lightning_largescale.workload.parts import share
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.rows import global_shape, rows_of
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.kinds import is_plain
 
 # Tensors smaller than this travel together, up to about as many bytes: a broadcast of few bytes costs as one of many.

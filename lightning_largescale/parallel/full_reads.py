@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.order import as_ordered, divided, divided_dims, full, order_of
 from lightning_largescale.parallel.parameter_access import name_of, writing
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.parts import share
 

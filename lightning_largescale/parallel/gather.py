@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.agreement import Agreement
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.by_hand import differentiate_leaves, reduce_assigned, set_gradient
@@ -32,7 +33,7 @@ from lightning_largescale.parallel.module_order import ModuleOrder
 from lightning_largescale.parallel.rounds import COLLECTIVE
 from lightning_largescale.parallel.watched import MIXED
 from lightning_largescale.parallel.writes import Writes
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 _Result = TypeVar("_Result")
 # Where the module keeps what is known of its sharding, and the method that FSDP takes for a forward.

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.gather import reshard, sharded_state
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 
 class KnownParameters:

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.rows import Rows, mark_rows, sparse_rows
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.parts import share
 
 _DONE = -1

@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest, trim_heap
 from lightning_largescale.parallel.chunks import empty_part, write_part
 from lightning_largescale.parallel.deferred import Recording
 from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.stored import Stored, forget_stored, stored_for
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 
 # Bytes of whole tensors freed between two returns of memory to the system: a return walks the heap.

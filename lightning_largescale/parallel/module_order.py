@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.waiting import PROGRESS, Awaited
 
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.order import full
 from lightning_largescale.parallel.rows import mark_rows, rows_of
-from lightning_largescale.plan import PlanError
 
 
 class WholeNumbers(TorchFunctionMode):

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.averaging import Accumulations, Seen, agree, average_gradients
 from lightning_largescale.parallel.rows import rows_of
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.kinds import EVERYWHERE, is_plain
 
 # In torch's words for a gradient that comes again after it has been reduced, or taken for one that does not come.

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.by_hand import average_assigned
@@ -37,7 +38,7 @@ from lightning_largescale.parallel.parameter_access import Adopted
 from lightning_largescale.parallel.restore import made_contiguous, restore_when_gathered
 from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.tensor import divide_over
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.tiers import group_tiers, shard_bytes
 from lightning_largescale.workload.batch import tensor_bytes
 from lightning_largescale.workload.blocks import (

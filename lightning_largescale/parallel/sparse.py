@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.optimizing import UntriedError, clone_of, in_words
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.rows import sparse_rows
-from lightning_largescale.plan import PlanError
 
 # A table in small, the rows that get a gradient, and where it is cut in two.
 _ROWS, _COLUMNS, _TOUCHED, _CUT = 8, 4, (1, 2, 6), 4

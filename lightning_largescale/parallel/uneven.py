@@ -19,10 +19,10 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.gather import gather_along, meet, sharded_state
 from lightning_largescale.parallel.rounds import LOOK_UP
-from lightning_largescale.plan import PlanError
 
 _NOTHING = object()
 

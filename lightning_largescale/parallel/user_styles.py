@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.equal import equal_weights
-from lightning_largescale.plan import PlanError
 
 
 def check_styles(module: nn.Module, styles: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
 from lightning_largescale.parallel.parameter_access import (
@@ -29,7 +30,6 @@ from lightning_largescale.parallel.parameter_access import (
     ShardValues,
     gathered_class,
 )
-from lightning_largescale.plan import PlanError
 
 # How torch complains of shards where it has plain tensors.
 MIXED = "torch.Tensor and DTensor"

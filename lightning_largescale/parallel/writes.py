@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.compile import traced_modules
 from lightning_largescale.parallel.parameter_access import Adopted
 from lightning_largescale.parallel.watched import ShardStore, Watched
-from lightning_largescale.plan import PlanError
 from lightning_largescale.workload.parts import part_of
 
 

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_largescale.console import as_text
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import MemoryEstimate
 from lightning_largescale.planner.runtime import TimeEstimate
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
@@ -209,13 +210,7 @@ def peak_words(peak_bytes: Mapping[str, int]) -> str:
 
 def plan_fields(plan: Plan) -> str:
     """The fields of `plan` that differ from the plain run's, as typed: `"dp_shard=2, precision='bf16-mixed'"`."""
-    plain = Plan()
-    changed = {
-        field.name: getattr(plan, field.name)
-        for field in dataclasses.fields(plan)
-        if getattr(plan, field.name) != getattr(plain, field.name)
-    }
-    return ", ".join(f"{name}={_typed(value)}" for name, value in changed.items()) or "Plan()"
+    return ", ".join(f"{name}={_typed(value)}" for name, value in plan.changed_fields().items()) or "Plan()"
 
 
 def _typed(value: object) -> str:

@@ -13,8 +13,9 @@ import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import MATMUL_TYPE, Plan, PlanError
+from lightning_largescale.plan import MATMUL_TYPE, Plan
 from lightning_largescale.planner.advice import faster, would_fit
 from lightning_largescale.planner.offload_search import Offloading, least_plans, offloaded_plans
 from lightning_largescale.planner.peak_memory import MemoryEstimate, first_excess, peak_memory

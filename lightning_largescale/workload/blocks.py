@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.workload.batch import tensor_bytes
 
 _CHAINS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_largescale import compat
 from lightning_largescale.arithmetic import lightning_plugin
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.blocks import Group, find_groups
 from lightning_largescale.workload.declared import declared_parts

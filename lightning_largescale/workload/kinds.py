@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 
 # Dtypes that every backend of torch.distributed takes.
 EVERYWHERE = {

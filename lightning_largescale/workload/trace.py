@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_largescale import compat
 from lightning_largescale.arithmetic import STORED_TYPE, lightning_plugin
-from lightning_largescale.plan import MATMUL_TYPE, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import MATMUL_TYPE
 from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensor_bytes, tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups, find_wraps
 from lightning_largescale.workload.divisions import divide_blocks

@@ -10,7 +10,8 @@ import torch
 from callbacks.cases import CASES, play, pruning
 from ranks import quiet
 
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 
 pytestmark = quiet
 

@@ -20,11 +20,12 @@ from torch import nn
 from lightning_largescale.checkpoint.directory import load_directory, save_directory
 from lightning_largescale.checkpoint.files import stored_weights
 from lightning_largescale.checkpoint.load import consolidate
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import held_bytes, let_rest, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file, stored_weights
 from lightning_largescale.checkpoint.weights import check_weights, read_weights
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.chunks import Chunk
 from lightning_largescale.parallel.stored import Stored
-from lightning_largescale.plan import PlanError
 
 
 def tensors():

@@ -14,7 +14,7 @@ from lightning_largescale.checkpoint.optimizers import (
     load_optimizer_state,
     named_optimizer_state,
 )
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 
 
 def stepped(kind=AdamW, order=1, split=1, **options):

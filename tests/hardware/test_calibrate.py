@@ -11,9 +11,9 @@ import torch
 from ranks import connected, ranks, run_connected
 from rates import measure
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware, Link
 from lightning_largescale.hardware.calibrate import _slowest
-from lightning_largescale.plan import PlanError
 
 SMALL = [(64, 64, 64)]
 

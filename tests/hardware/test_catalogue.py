@@ -1,8 +1,8 @@
 import pytest
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.catalogue import CONTEXT_BYTES, DEVICES
-from lightning_largescale.plan import PlanError
 
 GB = 10**9
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.detect import cpu_name, interconnect, layout
-from lightning_largescale.plan import PlanError
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +189,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_largescale as ls
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 
 warnings.filterwarnings("ignore")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Disk, Hardware, Link, Rates
-from lightning_largescale.plan import PlanError
 
 LINK = Link(latency_seconds=1e-6, bandwidth=1e9)
 

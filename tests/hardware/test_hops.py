@@ -3,8 +3,8 @@ import threading
 import pytest
 import torch
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.hops import lone_links
-from lightning_largescale.plan import PlanError
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 64])

@@ -17,12 +17,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.offload.activations import SMALL_BYTES, offload_activations
 from lightning_largescale.offload.saved import HostTier, Saved
 from lightning_largescale.offload.store import DirectFile, Store, StoreError
 from lightning_largescale.parallel.compile import compile_blocks
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 pytestmark = quiet
 

@@ -7,10 +7,11 @@ import tempfile
 import pytest
 from mounting import mounted_tmpfs
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Disk
 from lightning_largescale.offload.folder import nvme_folder, remove_stale
 from lightning_largescale.offload.store import Store
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without O_DIRECT")
 

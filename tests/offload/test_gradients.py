@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from lightning_largescale import compat
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import PageBuffers
@@ -24,7 +25,7 @@ from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.parallel.recompute import apply_recompute
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*without O_DIRECT")]
 

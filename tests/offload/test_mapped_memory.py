@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.mapped_memory import Memory, Region, _pin
 from lightning_largescale.offload.store import DirectFile, Store, StoreError, Transfer
-from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without O_DIRECT")

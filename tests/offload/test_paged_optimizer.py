@@ -24,13 +24,13 @@ from offload.optimizers import (
 )
 from torch import nn
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import Allowance
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import StoreError
 from lightning_largescale.optimizing import vectorized
-from lightning_largescale.plan import PlanError
 from lightning_largescale.tiers import PAGE_BUFFERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without O_DIRECT")

@@ -11,9 +11,10 @@ from ranks import quiet
 from torch import nn
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.compile import compile_blocks
 from lightning_largescale.parallel.recompute import apply_recompute
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

@@ -28,9 +28,10 @@ from ranks import mesh_of, quiet, ranks
 from torch import nn
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.embedding import check_embeddings, make_tables_whole, row_sharded, shard_embeddings
 from lightning_largescale.parallel.rows import Rows, rows_of
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 # What torch says of every sparse gradient that an embedding of its own makes.

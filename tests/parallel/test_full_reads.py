@@ -13,9 +13,10 @@ from ranks import mesh_of, quiet
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.full_reads import FullReads
 from lightning_largescale.parallel.order import as_ordered, divided
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.workload.parts import Part
 

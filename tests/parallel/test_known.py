@@ -11,7 +11,8 @@ from models import Language, trainer
 from ranks import quiet
 from torch import nn
 
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

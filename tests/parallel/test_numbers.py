@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.embedding import shard_embeddings
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.rows import rows_of
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

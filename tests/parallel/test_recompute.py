@@ -11,8 +11,9 @@ from models import CONTEXT, VOCAB, Language
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 
 FULL = Plan(activation_checkpointing="full")
 

@@ -12,7 +12,7 @@ from clicks import (
 from models import trainer
 from ranks import quiet
 
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.strategy import LargeScaleStrategy
 
 # What torch says of every sparse gradient that an embedding of its own makes.

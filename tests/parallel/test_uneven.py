@@ -12,7 +12,8 @@ from ranks import quiet
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = quiet

@@ -3,7 +3,7 @@
 import pytest
 from planner.builders import MIB, hardware, step, tiered, workload
 
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.planner.search import find_plans
 
 BOTH = ("32-true", "bf16-mixed")

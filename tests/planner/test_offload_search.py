@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planner.builders import MIB, hardware, parameter, segment, step, tiered, workload
 
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner.offload_search import TECHNIQUES, Offloading
 from lightning_largescale.planner.peak_memory import RUNTIME_BYTES, peak_memory
 from lightning_largescale.planner.runtime import step_time

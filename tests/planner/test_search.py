@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner.builders import MIB, hardware, segment, step, workload
 
+from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.catalogue import CONTEXT_BYTES
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner import search
 from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.planner.search import candidates, find_plans

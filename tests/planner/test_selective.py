@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner.builders import MIB, hardware, step, workload
 
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import first_excess, peak_memory
 from lightning_largescale.planner.search import find_plans
 from lightning_largescale.planner.selective import fewest_blocks

@@ -7,7 +7,8 @@ import pytest
 from planner.builders import MIB, hardware, parameter, workload
 from planner.test_report import shown
 
-from lightning_largescale.plan import Plan, PlanError
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner.as_run import divided_step
 from lightning_largescale.planner.links import plan_links
 from lightning_largescale.planner.panel import setup_panel

@@ -10,7 +10,7 @@ from workload.check import assert_same, real_step, state_of
 from workload.families import FAMILIES, GPT, Pair, Reader, Recurrent, Sample, Wrapped, tokens, two_tensors
 
 from lightning_largescale.arithmetic import lightning_plugin
-from lightning_largescale.plan import PlanError
+from lightning_largescale.errors import PlanError
 from lightning_largescale.workload import Workload, tracker
 
 # Where the real kernel keeps a normalisation's statistics in float32 and its fake in bfloat16: a few bytes a channel.
