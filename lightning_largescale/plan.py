@@ -22,6 +22,7 @@ from lightning_largescale.plan_fields import (
     check_recomputation,
 )
 from lightning_largescale.plan_words import describe
+from lightning_largescale.serialize import take_version
 from lightning_largescale.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -332,15 +333,7 @@ class Plan:
             raise PlanError(
                 f'a plan is an object of fields and this is {fields!r}; give one such as {{"dp_shard": 2}}.'
             )
-        fields = dict(fields)
-        version = fields.pop("version", PLAN_VERSION)
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise PlanError(f"version={version!r} is not accepted; give a whole number from 1 to {PLAN_VERSION}.")
-        if version > PLAN_VERSION:
-            raise PlanError(
-                f"the plan is of version {version} and this release reads up to {PLAN_VERSION};"
-                " upgrade lightning-largescale, or plan again with this one."
-            )
+        fields = take_version({"version": PLAN_VERSION, **fields}, PLAN_VERSION, "plan")
         return cls(**fields)
 
     @classmethod

@@ -17,7 +17,7 @@ PACKAGE = Path(lightning_largescale.__file__).parent
 # A module or folder may import what stands in a line above its own. compat and units may be imported by all.
 LAYERS = [
     {"compat", "errors"},
-    {"plan_fields"},
+    {"plan_fields", "serialize"},
     {"plan_words", "units"},
     {"plan"},
     {"arithmetic", "console", "forward", "groups", "optimizing", "tiers", "waiting"},

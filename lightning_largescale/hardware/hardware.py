@@ -13,12 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.hardware.decode import Reader
+from lightning_largescale.serialize import (
+    above_zero,
+    accepting,
+    at_least,
+    from_fields,
+    not_negative,
+    one_of,
+    take_version,
+)
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 HARDWARE_VERSION = 1
+_MATMUL = accepting(
+    "an object of names and numbers above 0, 'float32' among them",
+    lambda rates: "float32" in rates and all(rate > 0 for rate in rates.values()),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +49,8 @@ class Link:
     algorithms).
     """
 
-    latency_seconds: float
-    bandwidth: float
+    latency_seconds: float = field(metadata=not_negative())
+    bandwidth: float = field(metadata=above_zero())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +66,7 @@ class Disk:
 
     path: str
     filesystem: str
-    free_bytes: int
+    free_bytes: int = field(metadata=at_least(0))
     refused: str | None = None
 
 
@@ -84,19 +96,19 @@ class Rates:
         disk_write: bytes a second overwritten with O_DIRECT; None likewise.
     """
 
-    matmul: Mapping[str, float]
-    memory_bandwidth: float
-    fresh_memory: float | None = None
+    matmul: Mapping[str, float] = field(metadata=_MATMUL)
+    memory_bandwidth: float = field(metadata=above_zero())
+    fresh_memory: float | None = field(default=None, metadata=above_zero())
     all_gather: Link | None = None
     reduce_scatter: Link | None = None
     all_reduce: Link | None = None
     node_all_gather: Link | None = None
     node_reduce_scatter: Link | None = None
-    host_memory_bandwidth: float | None = None
+    host_memory_bandwidth: float | None = field(default=None, metadata=above_zero())
     host_to_device: Link | None = None
     device_to_host: Link | None = None
-    disk_read: float | None = None
-    disk_write: float | None = None
+    disk_read: float | None = field(default=None, metadata=above_zero())
+    disk_write: float | None = field(default=None, metadata=above_zero())
 
     def matmul_rate(self, dtype: str) -> float | None:
         """FLOP/s of matrix products in `dtype`; None where the device cannot compute them.
@@ -118,24 +130,7 @@ class Rates:
         Raises:
             PlanError: a field that is missing, unknown, or not of the accepted type or range.
         """
-        reader = Reader("rates", fields)
-        matmul = reader.rates("matmul")
-        if "float32" not in matmul:
-            raise PlanError(f"rates.matmul={matmul!r} lacks 'float32'; give its FLOP/s.")
-        rates = cls(
-            matmul=matmul,
-            memory_bandwidth=reader.positive("memory_bandwidth"),
-            fresh_memory=reader.optional("fresh_memory", reader.positive),
-            host_memory_bandwidth=reader.optional("host_memory_bandwidth", reader.positive),
-            disk_read=reader.optional("disk_read", reader.positive),
-            disk_write=reader.optional("disk_write", reader.positive),
-            **{
-                name: reader.optional(name, lambda name: _link(f"rates.{name}", reader.take(name)))
-                for name in _LINK_FIELDS
-            },
-        )
-        reader.finish()
-        return rates
+        return from_fields(cls, fields, "rates")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,19 +153,19 @@ class Hardware:
         origin: "detected", "catalogue" or "file".
     """
 
-    kind: str
+    kind: str = field(metadata=one_of("cpu", "cuda"))
     name: str
-    memory_bytes: int
-    memory_free_bytes: int
-    nodes: int = 1
-    ranks_per_node: int = 1
-    cores: int
-    dram_bytes: int
-    dram_available_bytes: int
+    memory_bytes: int = field(metadata=at_least(0))
+    memory_free_bytes: int = field(metadata=at_least(0))
+    nodes: int = field(default=1, metadata=at_least(1))
+    ranks_per_node: int = field(default=1, metadata=at_least(1))
+    cores: int = field(metadata=at_least(1))
+    dram_bytes: int = field(metadata=at_least(0))
+    dram_available_bytes: int = field(metadata=at_least(0))
     disks: tuple[Disk, ...] = ()
-    interconnect: str | None = None
+    interconnect: str | None = field(default=None, metadata=one_of("NVLink", "PCIe"))
     rates: Rates | None = field(default=None, repr=False)
-    origin: str = "detected"
+    origin: str = field(default="detected", metadata=one_of("detected", "catalogue", "file"))
 
     @property
     def world_size(self) -> int:
@@ -261,27 +256,9 @@ class Hardware:
             PlanError: of a newer version, or with a field that is missing, unknown, or not of the accepted type or
                 range.
         """
-        reader = Reader("hardware", fields)
-        version = reader.whole("version", least=1)
-        if version > HARDWARE_VERSION:
-            raise PlanError(
-                f"the hardware is of version {version} and this release reads up to {HARDWARE_VERSION};"
-                " upgrade lightning-largescale, or detect again with this one."
-            )
-        hardware = cls(
-            kind=reader.choice("kind", "cpu", "cuda"),
-            name=reader.text("name"),
-            nodes=reader.whole("nodes", least=1),
-            ranks_per_node=reader.whole("ranks_per_node", least=1),
-            cores=reader.whole("cores", least=1),
-            disks=tuple(_disk(f"disks[{index}]", disk) for index, disk in enumerate(reader.items("disks"))),
-            interconnect=reader.optional("interconnect", lambda name: reader.choice(name, "NVLink", "PCIe")),
-            rates=reader.optional("rates", lambda name: Rates.from_dict(reader.take(name))),
-            origin=reader.choice("origin", "detected", "catalogue", "file"),
-            **{name: reader.whole(name) for name in _BYTE_FIELDS},
-        )
-        reader.finish()
-        return hardware
+        if isinstance(fields, Mapping):
+            fields = take_version(fields, HARDWARE_VERSION, "hardware")
+        return from_fields(cls, fields, "hardware", also=("version",))
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON to `path`."""
@@ -306,34 +283,3 @@ class Hardware:
             return cls.from_dict({**fields, "origin": "file"} if isinstance(fields, dict) else fields)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
-
-
-_LINK_FIELDS = (
-    "all_gather",
-    "reduce_scatter",
-    "all_reduce",
-    "node_all_gather",
-    "node_reduce_scatter",
-    "host_to_device",
-    "device_to_host",
-)
-_BYTE_FIELDS = ("memory_bytes", "memory_free_bytes", "dram_bytes", "dram_available_bytes")
-
-
-def _link(where: str, fields: Any) -> Link:
-    reader = Reader(where, fields)
-    link = Link(latency_seconds=reader.number("latency_seconds"), bandwidth=reader.positive("bandwidth"))
-    reader.finish()
-    return link
-
-
-def _disk(where: str, fields: Any) -> Disk:
-    reader = Reader(where, fields)
-    disk = Disk(
-        path=reader.text("path"),
-        filesystem=reader.text("filesystem"),
-        free_bytes=reader.whole("free_bytes"),
-        refused=reader.optional("refused", reader.text),
-    )
-    reader.finish()
-    return disk

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lightning_largescale.serialize import from_fields
 from lightning_largescale.workload.parts.part import Part
 
 if TYPE_CHECKING:
@@ -331,28 +332,12 @@ class Workload:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Workload:
-        """The workload that `to_dict` gave, also after a round trip through JSON."""
-        return cls(
-            **{
-                **fields,
-                "parameters": tuple(
-                    Parameter(**{**p, "shape": tuple(p["shape"]), "aliases": tuple(p["aliases"])})
-                    for p in fields["parameters"]
-                ),
-                "optimizers": tuple(OptimizerNeeds(**needs) for needs in fields["optimizers"]),
-                "steps": {
-                    name: Step(**{**step, "segments": tuple(map(_segment, step["segments"]))})
-                    for name, step in fields["steps"].items()
-                },
-                "blocks": tuple(fields["blocks"]),
-                "wraps": tuple(fields["wraps"]),
-                "divisions": {
-                    int(ranks): {block: _divided(found) for block, found in blocks.items()}
-                    for ranks, blocks in fields["divisions"].items()
-                },
-                "approximate": tuple(fields["approximate"]),
-            }
-        )
+        """The workload that `to_dict` gave, also after a round trip through JSON.
+
+        Raises:
+            PlanError: a field is missing, unknown, or not of the accepted type.
+        """
+        return from_fields(cls, fields, "workload")
 
 
 def _forget_origins(found: dict[str, Any]) -> None:
@@ -361,17 +346,6 @@ def _forget_origins(found: dict[str, Any]) -> None:
         del part["origins"]
     if found["sequence"] is not None:
         _forget_origins(found["sequence"])
-
-
-def _segment(fields: Mapping[str, Any]) -> Segment:
-    return Segment(**{**fields, "completed": tuple(fields.get("completed", ()))})
-
-
-def _divided(fields: Mapping[str, Any]) -> Divided:
-    parts = {name: Part(part["dim"], tuple(part["pieces"])) for name, part in fields["parts"].items()}
-    sizes = {name: tuple(fields[name]) for name in _COMMUNICATED}
-    sequence = None if fields["sequence"] is None else _divided(fields["sequence"])
-    return Divided(**{**fields, "parts": parts, **sizes, "sequence": sequence})
 
 
 def only_blocks(step: Step, names: Collection[str]) -> Step:
