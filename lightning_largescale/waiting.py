@@ -132,7 +132,7 @@ class Waiting:
 
     def __init__(self, thread: threading.Thread) -> None:
         self._thread = thread
-        self._clock = time.pthread_getcpuclockid(thread.ident) if thread.ident and _has_clocks() else None
+        self._clock = _clock_of(thread)
         self._since = 0.0
         self._cpu = 0.0
         self._key: tuple[tuple[int, int], ...] = ()
@@ -143,7 +143,12 @@ class Waiting:
         if frame is None or self._clock is None:
             return None
         frames = [one for one, _ in traceback.walk_stack(frame)]
-        key, cpu = tuple((id(one.f_code), one.f_lasti) for one in frames), time.clock_gettime(self._clock)
+        key = tuple((id(one.f_code), one.f_lasti) for one in frames)
+        try:
+            cpu = time.clock_gettime(self._clock)
+        except OSError:
+            # It has ended since.
+            return None
         still = key == self._key and cpu - self._cpu < _STILL_CPU_SECONDS and self._sleeps()
         if not still or not compat.calls_collective(frames[0]):
             self._key, self._cpu, self._since = key, cpu, now
@@ -210,8 +215,14 @@ def _not_agreed(found: Mapping[int, Wait], *, finished: bool) -> tuple[int, str]
     )
 
 
-def _has_clocks() -> bool:
-    return hasattr(time, "pthread_getcpuclockid")
+def _clock_of(thread: threading.Thread) -> int | None:
+    """That of the processor time of `thread`; None where the system has none, and of a thread that has ended."""
+    if not hasattr(time, "pthread_getcpuclockid") or not thread.ident or not thread.is_alive():
+        return None
+    try:
+        return time.pthread_getcpuclockid(thread.ident)
+    except OSError:
+        return None
 
 
 def _describe(frames: list[FrameType]) -> Wait:

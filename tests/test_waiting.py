@@ -125,6 +125,15 @@ def seen(wait, began=None):
     return found, thread.join
 
 
+def test_a_thread_that_has_ended_waits_for_nothing():
+    thread = threading.Thread(target=int)
+    thread.start()
+    early = Waiting(thread)
+    thread.join()
+    assert early.look(0.0) is None
+    assert Waiting(thread).look(0.0) is None
+
+
 def wait_work(tensor, mesh):
     work = dist.all_reduce(tensor, async_op=True)
     work.wait()
