@@ -216,7 +216,7 @@ class Hardware:
             seconds: upper bound of the time spent measuring.
             progress: show a bar on rank 0; silent when stderr is no terminal.
             matmul_sizes: `(m, k, n)` of the matrix products whose rate is wanted, like the workload's, which
-                `planner.products.matmul_sizes` gives; None takes a cube.
+                `planner.matmuls.matmul_sizes` gives; None takes a cube.
 
         Raises:
             PlanError: the hardware was not detected here, or its ranks are not those of the process group.
