@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import Block
 from offload.optimizers import SMALL_PAGE, difference, failing
-from offload.test_parameters import batch, sharded, whole
+from offload.test_offloaded_parameters import batch, sharded, whole
 from ranks import quiet
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
