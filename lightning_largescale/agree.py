@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.hub import is_connection_loss
 
 _Result = TypeVar("_Result")
@@ -55,7 +55,7 @@ def run_together(
         RuntimeError: a rank ran out of memory; on the others in words that Lightning takes for the same.
         torch.distributed.DistError: another rank failed otherwise; that one raises its own error.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if comm.world_size() == 1:
         result, error = _attempt(function, contextlib.nullcontext())
         if error is not None:
             forget()
@@ -131,7 +131,7 @@ class _Together(compat.DispatchMode):  # type: ignore[no-untyped-call]
             name = zlib.crc32(to.encode())
             for index, number in enumerate((own, name, -name)):
                 self._numbers[index] = number
-            dist.all_reduce(self._numbers, dist.ReduceOp.MAX)
+            comm.all_reduce(self._numbers, dist.ReduceOp.MAX)
             outcome, greatest, least = self._numbers.tolist()
             self.outcome = _Outcome(max(outcome, _Outcome.GOING if greatest == -least else _Outcome.FINISHED))
         return self.outcome

@@ -15,7 +15,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -23,7 +22,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.callbacks import needs_all_gradients, shows_summary
 from lightning_largescale.checkpoint.weights import Weights
 from lightning_largescale.console import show
@@ -279,11 +278,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
 
     def _gathered(self, value: _Value) -> list[_Value]:
         """Every rank's `value`, in the order of ranks."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.world_size == 1 else comm.all_gather_object(value)
 
     def _median_step_seconds(self) -> float | None:
         """From one micro-batch's start to the next one's, times the micro-batches of a step."""

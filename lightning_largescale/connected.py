@@ -21,7 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.groups import connect, end_groups
 from lightning_largescale.launch import watch_peers
@@ -196,18 +196,18 @@ class ConnectedStrategy(ParallelStrategy, ABC):
             reset_seed()
             backend = self._process_group_backend = self._process_group_backend or self._default_backend
             connect(self.cluster_environment, backend, self.root_device, self._timeout)
-            if dist.get_world_size() != self.world_size:
+            if comm.world_size() != self.world_size:
                 raise PlanError(
                     f"{type(self.cluster_environment).__name__} has {self.world_size} processes and torch.distributed"
-                    f" connects {dist.get_world_size()}; destroy that process group before the Trainer is run, or make"
+                    f" connects {comm.world_size()}; destroy that process group before the Trainer is run, or make"
                     " it of as many."
                 )
             self._count_nodes()
             watch_peers(self)
         else:
-            if dist.is_initialized() and dist.get_world_size() not in {1, *_asked_before}:
+            if dist.is_initialized() and comm.world_size() not in {1, *_asked_before}:
                 rank_zero_warn(
-                    f"torch.distributed connects {dist.get_world_size()} processes and the Trainer trains in this one"
+                    f"torch.distributed connects {comm.world_size()} processes and the Trainer trains in this one"
                     " alone; give it the cluster environment that started them, as in"
                     " plugins=[RayLightningEnvironment()], or as many devices."
                 )
@@ -218,8 +218,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         if self._environment_ranks is None:
             _asked_before.add(self.world_size)
             return
-        nodes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(nodes, self.node_rank)
+        nodes = comm.all_gather_object(self.node_rank)
         self._ranks_per_node = math.gcd(*Counter(nodes).values())
 
     def connect_alone(self) -> None:
@@ -228,12 +227,12 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         Raises:
             PlanError: it is one of several that are connected already.
         """
-        if self.has_peers or (dist.is_initialized() and dist.get_world_size() == 1):
+        if self.has_peers or (dist.is_initialized() and comm.world_size() == 1):
             return
         if dist.is_initialized():
             raise PlanError(
                 "offload in a Trainer of one device needs a process group of one, and this process is in one of"
-                f" {dist.get_world_size()}; give the Trainer as many devices, or call"
+                f" {comm.world_size()}; give the Trainer as many devices, or call"
                 " torch.distributed.destroy_process_group() first."
             )
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -251,10 +250,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """Wait until every rank is here."""
         self._meet_peers()
         if self.has_peers and dist.is_initialized():
-            # On a device, which an earlier fit on the CPU has not.
-            on_device = self.root_device.type == "cuda" and "nccl" in dist.get_backend()
-            ids = [self.root_device.index] if on_device else None
-            dist.barrier(device_ids=ids)
+            comm.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: _Value, src: int = 0) -> _Value:
@@ -262,9 +258,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         if not (self.has_peers and dist.is_initialized()):
             return obj
         self._meet_peers()
-        objects = [obj]
-        dist.broadcast_object_list(objects, src)
-        return objects[0]
+        return comm.broadcast_object(obj, src)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -290,4 +284,4 @@ def _ranks_of(environment: ClusterEnvironment | None) -> int | None:
         return environment.world_size()
     except (KeyError, ValueError, RuntimeError):
         # What it asks was not set, as this process was not started by what it stands for, or is set no longer.
-        return dist.get_world_size() if dist.is_initialized() else None
+        return comm.world_size() if dist.is_initialized() else None

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 
 _Made = TypeVar("_Made")
 _made: dict[Hashable, Any] = {}
@@ -166,7 +166,7 @@ def leave_process_group() -> None:
     _forget_all()
     endpoint = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
     _left[endpoint] = _left.get(endpoint, 0) + 1
-    had_store = dist.get_rank() == 0
+    had_store = comm.rank() == 0
     if "nccl" in dist.get_backend():
         compat.abort_process_groups()
     else:

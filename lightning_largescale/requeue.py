@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 
 
 class Requeue:
@@ -63,7 +63,7 @@ class Requeue:
         received, any_going, any_not = self._received, going, not going
         if self._has_peers:
             numbers = torch.tensor([received, going, not going], device=self._device)
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+            comm.all_reduce(numbers, dist.ReduceOp.MAX)
             received, any_going, any_not = numbers.tolist()
         # Resumed from a sanity check, the loops would take it for a validation of the epoch.
         if received > self._heeded and not any_not and not self._trainer.sanity_checking:

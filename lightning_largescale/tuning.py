@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_setattr
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.agree import run_together
 
 # Where Lightning's finders keep what they found.
@@ -152,7 +152,7 @@ def _shortest(device: torch.device, own: Callable[[], int]) -> int:
     except NotImplementedError:
         length = math.inf
     shortest = torch.tensor(length, dtype=torch.float64, device=device)
-    dist.all_reduce(shortest, dist.ReduceOp.MIN)
+    comm.all_reduce(shortest, dist.ReduceOp.MIN)
     if math.isinf(shortest):
         raise NotImplementedError("the data of no rank has a length")
     return int(shortest)

@@ -17,7 +17,7 @@ PACKAGE = Path(lightning_largescale.__file__).parent
 # A module or folder may import what stands in a line above its own. compat and units may be imported by all.
 LAYERS = [
     {"compat", "errors"},
-    {"plan_fields", "serialize"},
+    {"comm", "plan_fields", "serialize"},
     {"plan_words", "units"},
     {"plan"},
     {"arithmetic", "console", "forward", "groups", "optimizing", "tiers", "waiting"},
@@ -126,3 +126,42 @@ def test_what_is_imported_is_required():
     missing = [name for name in sorted(names) if not required & {one.lower().replace("_", "-") for one in homes[name]}]
     assert not missing
     assert {"torch", "lightning", "safetensors"} <= names
+
+
+# What every rank of a group enters, and who a rank is among all; with the place of the group among the arguments.
+SPOKEN = {
+    **dict.fromkeys(("get_rank", "get_world_size", "barrier", "monitored_barrier"), 0),
+    **dict.fromkeys(("all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list"), 2),
+    **dict.fromkeys(("all_gather_into_tensor", "reduce_scatter_tensor", "send", "recv", "gather_object"), 2),
+    **dict.fromkeys(("reduce", "reduce_scatter", "gather", "scatter"), 3),
+    **dict.fromkeys(("all_to_all", "all_to_all_single"), 4),
+}
+SPEAKS = "comm.py"
+# The fork that stands for a rank, whose group is none: it asks for its number to make one that does nothing.
+EXEMPT = {"compat/of_distributed.py"}
+
+
+def on_the_default_group(tree: ast.AST) -> list[str]:
+    """Calls of torch.distributed that name no group."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, owner = node.func.attr, ast.unparse(node.func.value)
+        if name not in SPOKEN or owner not in ("dist", "torch.distributed"):
+            continue
+        if len(node.args) <= SPOKEN[name] and not any(one.arg == "group" for one in node.keywords):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", files().values(), ids=files().keys())
+def test_one_module_speaks_on_the_default_group(path):
+    name = str(path.relative_to(PACKAGE))
+    if name not in {SPEAKS, *EXEMPT}:
+        assert not on_the_default_group(ast.parse(path.read_text()))
+
+
+def test_a_word_on_the_default_group_is_heard():
+    said = "dist.all_reduce(x)\ndist.all_reduce(x, op, group)\ndist.barrier(group=one)\ndist.get_rank()\n"
+    assert [one.split(":")[0] for one in on_the_default_group(ast.parse(said))] == ["1", "4"]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -46,6 +45,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_largescale import comm
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.chunks import Chunk, chunks_of, in_boxes, is_divided
@@ -110,12 +110,12 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, optimizers: Seq
         _remove(replaced)
 
     try:
-        _by_rank_zero(begin)
+        comm.run_on_rank_zero(begin, "write the checkpoint")
         writer = FileSystemWriter(unfinished)
         save({**states, _OTHERS: others}, storage_writer=writer, planner=_SavePlanner())
-        _by_rank_zero(end)
+        comm.run_on_rank_zero(end, "write the checkpoint")
     finally:
-        if dist.get_rank() == 0:
+        if comm.rank() == 0:
             _remove(unfinished)
 
 
@@ -336,26 +336,6 @@ def _put_back(value: Any, named: Callable[[str], Any]) -> Any:
         items = [_put_back(one, named) for one in value]
         return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value
-
-
-def _by_rank_zero(function: Callable[[], None]) -> None:
-    """Have rank 0 do it, and no rank go on where it fails: a collective.
-
-    Raises:
-        PlanError: on the others, when rank 0 fails; there its own error is raised.
-    """
-    told: list[str | None] = [None]
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            function()
-        except Exception as error:
-            failure, told = error, [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(told, src=0)
-    if failure is not None:
-        raise failure
-    if told[0] is not None:
-        raise PlanError(f"rank 0 could not write the checkpoint ({told[0]}).")
 
 
 def _check_writable(path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_largescale import comm
 from lightning_largescale.console import error_console
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.cache import load_rates, store_rates
@@ -94,9 +95,9 @@ def _check(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize] | Non
     sizes = default_sizes(hardware.kind) if sizes is None else sizes
     if not isinstance(sizes, Sequence) or not sizes or not all(map(_is_size, sizes)):
         raise PlanError(f"matmul_sizes={sizes!r} is not accepted; give (m, k, n) of whole numbers above 0.")
-    if _grouped(hardware) and dist.get_world_size() != hardware.world_size:
+    if _grouped(hardware) and comm.world_size() != hardware.world_size:
         raise PlanError(
-            f"the hardware has {hardware.world_size} ranks and the process group {dist.get_world_size()};"
+            f"the hardware has {hardware.world_size} ranks and the process group {comm.world_size()};"
             " detect it with the group's environment, ranks_per_node or nodes."
         )
     if not _grouped(hardware) and hardware.nodes > 1:
@@ -210,7 +211,7 @@ def _disk(folder: str, seconds: float) -> Found:
 
 def _scratch(device: torch.device, most_bytes: int) -> Found:
     """Tensors for the collectives, taken here so that a rank without memory for them fails before the first one."""
-    ranks = dist.get_world_size()
+    ranks = comm.world_size()
     count = hop_sizes(ranks, most_bytes)[-1] // 4
     return {"whole": torch.zeros(ranks * count, device=device), "shard": torch.zeros(count, device=device)}
 
@@ -255,24 +256,18 @@ def _grouped(hardware: Hardware) -> bool:
 
 
 def _rank(grouped: bool) -> int:
-    return dist.get_rank() if grouped else 0
+    return comm.rank() if grouped else 0
 
 
 def _from_rank_0(get: Callable[[], Rates | None], grouped: bool) -> Rates | None:
     """What `get` returns on rank 0, on every rank."""
-    box = [get() if _rank(grouped) == 0 else None]
-    if grouped:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    own = get() if _rank(grouped) == 0 else None
+    return comm.broadcast_object(own) if grouped else own
 
 
 def _from_all(value: Any, grouped: bool) -> list[Any]:
     """Every rank's `value`, on every rank."""
-    if not grouped:
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return comm.all_gather_object(value) if grouped else [value]
 
 
 def _all_well(error: Exception | None, grouped: bool) -> None:

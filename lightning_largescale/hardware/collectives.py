@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_largescale import comm
 from lightning_largescale.hardware.hardware import Link
 from lightning_largescale.hardware.measure import REPEATS, fit_link, timed
 
@@ -44,11 +45,11 @@ def collective_links(whole: torch.Tensor, shard: torch.Tensor, seconds: float) -
     # Lightning comes with it, which a Hardware alone does without.
     from lightning_largescale.compat import all_gather_tensor, reduce_scatter_tensor
 
-    ranks = dist.get_world_size()
+    ranks = comm.world_size()
     operations: dict[str, tuple[int, Callable[[torch.Tensor, torch.Tensor], Any]]] = {
         "all_gather": (ranks - 1, all_gather_tensor),
         "reduce_scatter": (ranks - 1, lambda whole, shard: reduce_scatter_tensor(shard, whole)),
-        "all_reduce": (2 * (ranks - 1), lambda whole, shard: dist.all_reduce(whole)),
+        "all_reduce": (2 * (ranks - 1), lambda whole, shard: comm.all_reduce(whole)),
     }
     sizes = hop_sizes(ranks, 2 * whole.numel() * whole.element_size())
     links = {}
@@ -61,14 +62,14 @@ def collective_links(whole: torch.Tensor, shard: torch.Tensor, seconds: float) -
 def agree(value: int, device: torch.device) -> int:
     """Rank 0's `value`, on every rank."""
     box = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.broadcast(box, src=0)
+    comm.broadcast(box)
     return int(box.item())
 
 
 def meet(device: torch.device) -> None:
     """Return when every rank has come here. (`barrier` would warn about the device that it picks.)"""
     box = torch.zeros(1, device=device)
-    dist.all_reduce(box)
+    comm.all_reduce(box)
     box.item()
 
 
@@ -84,9 +85,9 @@ def _points(
             if not agree(int(perf_counter() + 3 * expected < deadline), whole.device):
                 break
         count = size // shard.element_size()
-        points.append((size, _seconds(whole[: count * dist.get_world_size()], shard[:count], call, deadline)))
+        points.append((size, _seconds(whole[: count * comm.world_size()], shard[:count], call, deadline)))
     slowest = torch.tensor([taken for _, taken in points], dtype=torch.float64, device=whole.device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    comm.all_reduce(slowest, dist.ReduceOp.MAX)
     return [(size, taken) for (size, _), taken in zip(points, slowest.tolist(), strict=True)]
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
+from lightning_largescale import comm
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.disks import disks
 from lightning_largescale.hardware.hardware import Hardware
@@ -204,7 +204,7 @@ def _world_size(environment: ClusterEnvironment | None) -> int | None:
     """Processes in all; None where nothing tells."""
     if environment is not None:
         return environment.world_size()
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
+    return comm.world_size() if comm.is_connected() else None
 
 
 def _local_world_size() -> int | None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_largescale import comm
 from lightning_largescale.errors import PlanError
 from lightning_largescale.workload.batch import digest_of
 from lightning_largescale.workload.keep import random_state, set_random_state
@@ -23,8 +24,7 @@ def check_equal_batch(batch: Any, mesh: DeviceMesh) -> None:
         PlanError: on all of them, where they have not.
     """
     own = digest_of(batch)
-    digests = [own] * mesh.size()
-    dist.all_gather_object(digests, own, group=mesh.get_group())
+    digests = comm.all_gather_object(own, mesh.get_group())
     others = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if others:
         ranks = mesh.mesh.tolist()
@@ -46,15 +46,11 @@ def equal_random_state(mesh: DeviceMesh, device: torch.device, data_rank: int) -
         data_rank: number of the samples that this rank sees among those of all ranks.
     """
     source = dist.get_global_rank(mesh.get_group(), 0)
-    states = [random_state()]
-    dist.broadcast_object_list(states, source, group=mesh.get_group(), device=device)
-    set_random_state(states[0])
+    set_random_state(comm.broadcast_object(random_state(), source, mesh.get_group(), device))
     if device.type == "cuda":
         # Each rank's own device, which is another one.
-        of_device = [torch.cuda.get_rng_state(device)]
-        dist.broadcast_object_list(of_device, source, group=mesh.get_group(), device=device)
-        torch.cuda.set_rng_state(of_device[0], device)
-    first = [torch.get_rng_state()]
-    dist.broadcast_object_list(first, 0, device=device)
-    if data_rank and torch.equal(first[0], torch.get_rng_state()):
+        of_device = comm.broadcast_object(torch.cuda.get_rng_state(device), source, mesh.get_group(), device)
+        torch.cuda.set_rng_state(of_device, device)
+    first = comm.broadcast_object(torch.get_rng_state(), device=device)
+    if data_rank and torch.equal(first, torch.get_rng_state()):
         torch.manual_seed(torch.initial_seed() + data_rank)

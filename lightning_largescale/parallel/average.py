@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_largescale import comm
 from lightning_largescale.parallel.mesh import data_group
 
 
@@ -16,8 +17,8 @@ from lightning_largescale.parallel.mesh import data_group
 def average_in_place(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Average `tensor`, contiguous or sparse and coalesced, over the ranks of `group`, None for all: a collective."""
     # Before they are summed, as DistributedDataParallel does: a sum of all may be too large for half precision.
-    tensor.div_(dist.get_world_size(group))
-    dist.all_reduce(tensor, group=group)
+    tensor.div_(comm.world_size(group))
+    comm.all_reduce(tensor, group=group)
 
 
 class Average:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.rows import sparse_rows
 
@@ -42,7 +42,7 @@ def agree(parameters: Sequence[nn.Parameter], reentered: Collection[int], device
     """
     own = [_seen(parameter, id(parameter) in reentered) for parameter in parameters]
     bits = torch.tensor([[bool(one & bit) for one in own] for bit in Seen], dtype=torch.uint8).to(device)
-    dist.all_reduce(bits, dist.ReduceOp.MAX)
+    comm.all_reduce(bits, dist.ReduceOp.MAX)
     found = [Seen(0)] * len(own)
     for bit, row in zip(Seen, bits.tolist(), strict=True):
         found = [one | bit if there else one for one, there in zip(found, row, strict=True)]

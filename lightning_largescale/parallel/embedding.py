@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_largescale import comm
 from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward
 from lightning_largescale.parallel.copies import divided_like
@@ -57,7 +57,7 @@ def shard_embeddings(module: nn.Module, names: Sequence[str], device: torch.devi
         part = module.get_submodule(name)
         whole = part.weight
         assert isinstance(whole, nn.Parameter)
-        rows = Rows(whole.shape[0], share(whole.shape[0], dist.get_rank(), dist.get_world_size())[0])
+        rows = Rows(whole.shape[0], share(whole.shape[0], comm.rank(), comm.world_size())[0])
         local = nn.Parameter(_scattered(whole.detach(), device), requires_grad=whole.requires_grad)
         own_parameters(part)["weight"] = mark_rows(local, rows)
         padding = part.padding_idx
@@ -194,7 +194,7 @@ def _check_table(module: nn.Module, part: nn.Module, given: str) -> None:
 
 def _scattered(whole: Tensor, device: torch.device) -> Tensor:
     """This rank's rows of rank 0's table, which goes piece by piece to those that hold it."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = comm.rank(), comm.world_size()
     start, length = share(whole.shape[0], rank, ranks)
     if whole.is_meta:
         return whole.new_empty((length, *whole.shape[1:]))
@@ -202,13 +202,13 @@ def _scattered(whole: Tensor, device: torch.device) -> Tensor:
     step = chunk_rows(whole)
     if rank:
         for first in range(0, length, step):
-            dist.recv(own[first : first + step], 0)
+            comm.receive(own[first : first + step], 0)
         return own
     own.copy_(whole[start : start + length])
     for other in range(1, ranks):
         start, length = share(whole.shape[0], other, ranks)
         for first in range(start, start + length, step):
-            dist.send(whole[first : min(first + step, start + length)].to(device).contiguous(), other)
+            comm.send(whole[first : min(first + step, start + length)].to(device).contiguous(), other)
     return own
 
 

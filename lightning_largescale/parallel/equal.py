@@ -9,11 +9,10 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.rows import global_shape, rows_of
 from lightning_largescale.workload.kinds import is_plain
@@ -34,8 +33,7 @@ def check_equal_structure(module: nn.Module) -> None:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     ]
     digest = hashlib.sha256("\n".join(own).encode()).hexdigest()
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    digests = comm.all_gather_object(digest)
     if len(set(digests)) > 1:
         different = [rank for rank, other in enumerate(digests) if other != digests[0]]
         raise PlanError(
@@ -63,7 +61,7 @@ def equal_weights(tensors: Iterable[torch.Tensor]) -> None:
             continue
         for data in map(_distinct, compat.dense_parts(tensor.detach())):
             if data.nbytes >= _BUCKET_BYTES and data.is_contiguous() and not data.is_conj() and not data.is_neg():
-                dist.broadcast(_as_bytes(data), src=0)
+                comm.broadcast(_as_bytes(data))
                 continue
             bucket.append(data)
             if sum(waiting.nbytes for waiting in bucket) >= _BUCKET_BYTES:
@@ -76,7 +74,7 @@ def _broadcast_together(bucket: list[torch.Tensor]) -> None:
     if not bucket:
         return
     flat = torch.cat([_as_bytes(tensor) for tensor in bucket])
-    dist.broadcast(flat, src=0)
+    comm.broadcast(flat)
     start = 0
     for tensor in bucket:
         # Bytes begin anywhere, and elements of a dtype only at multiples of their size.

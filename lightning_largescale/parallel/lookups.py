@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.rows import Rows, mark_rows, sparse_rows
 from lightning_largescale.workload.parts import share
@@ -94,7 +94,7 @@ class Lookups:
         self.before_late: Callable[[], None] = lambda: None
         # Of their own, since a backward reduces other gradients at the same time.
         self._group = dist.new_group()
-        self._ranks = dist.get_world_size()
+        self._ranks = comm.world_size()
         # Whether other ranks may be looking up what this one has not joined.
         self._apart = True
 

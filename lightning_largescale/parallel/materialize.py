@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest, trim_heap
 from lightning_largescale.parallel.chunks import empty_part, write_part
@@ -78,9 +77,8 @@ def find_unmade(module: nn.Module, recordings: Iterable[Recording]) -> Unmade | 
 def agree_on_values(unmade: Unmade | None) -> bool:
     """Let all ranks make what rank 0 does, if they have recorded the same; whether they have: a collective."""
     recordings = [] if unmade is None else unmade.recordings
-    told: list[Any] = [None] * dist.get_world_size()
     own = [(recording.digest(), recording.random_state) for recording in recordings]
-    dist.all_gather_object(told, (unmade is None, own))
+    told = comm.all_gather_object((unmade is None, own))
     digests = [(nothing, [digest for digest, _ in states]) for nothing, states in told]
     if any(one != digests[0] for one in digests):
         return False

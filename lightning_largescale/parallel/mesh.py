@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.groups import made_once
 from lightning_largescale.plan import Plan
 
@@ -106,7 +106,7 @@ def _own_group(purpose: str, parts: list[list[int]], backend: str | None) -> dis
     groups: list[dist.ProcessGroup] = made_once(
         key, lambda: [dist.new_group(ranks, backend=backend) for ranks in parts]
     )
-    return next(group for group, ranks in zip(groups, parts, strict=True) if dist.get_rank() in ranks)
+    return next(group for group, ranks in zip(groups, parts, strict=True) if comm.rank() in ranks)
 
 
 def tensor_mesh(mesh: DeviceMesh) -> DeviceMesh | None:

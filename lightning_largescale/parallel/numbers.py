@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_largescale import compat
+from lightning_largescale import comm, compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.order import full
 from lightning_largescale.parallel.rows import mark_rows, rows_of
@@ -110,15 +109,15 @@ def _norm(
     own: Tensor = torch.linalg.vector_norm(torch.cat([values, values.new_zeros(1)]), order, dtype=dtype)
     if order == torch.inf:
         # The greatest of NaN and a number is the number where a backend compares them.
-        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, own)
+        every = [torch.empty_like(own) for _ in range(comm.world_size())]
+        comm.all_gather(every, own)
         return torch.stack(every).max()
     if order == 0:
         # A number of elements.
-        dist.all_reduce(own)
+        comm.all_reduce(own)
         return own
     total = own.pow(order)
-    dist.all_reduce(total)
+    comm.all_reduce(total)
     return total.pow(1 / order)
 
 

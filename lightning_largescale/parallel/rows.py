@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_largescale import comm
 from lightning_largescale.groups import carrying_device
 from lightning_largescale.workload.parts import share
 
@@ -62,7 +62,7 @@ def own_rows(full: Tensor, rows: Rows) -> Tensor:
         full: equal on all ranks, of shape (rows, ...), dense or sparse COO; on any device.
         rows: of this rank's piece.
     """
-    _, length = share(rows.rows, dist.get_rank(), dist.get_world_size())
+    _, length = share(rows.rows, comm.rank(), comm.world_size())
     if not full.is_sparse:
         # Or the whole would stay in memory behind the piece.
         return full.narrow(0, rows.start, length).clone(memory_format=torch.contiguous_format)
@@ -88,15 +88,15 @@ def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
     local, shape, device = local.detach(), local.shape[1:], carrying_device(local)
     whole = torch.empty((rows.rows if keep else 0, *shape), dtype=local.dtype)
     step = chunk_rows(local)
-    for rank in range(dist.get_world_size()):
-        start, length = share(rows.rows, rank, dist.get_world_size())
+    for rank in range(comm.world_size()):
+        start, length = share(rows.rows, rank, comm.world_size())
         for first in range(0, length, step):
             count = min(step, length - first)
-            if rank == dist.get_rank():
+            if rank == comm.rank():
                 piece = local[first : first + count].contiguous().to(device)
             else:
                 piece = local.new_empty((count, *shape), device=device)
-            dist.broadcast(piece, rank)
+            comm.broadcast(piece, rank)
             if keep:
                 whole[start + first : start + first + count] = piece
     return whole
@@ -119,14 +119,14 @@ def _full_sparse(local: Tensor, rows: Rows, *, keep: bool) -> Tensor:
     ids, values = local.indices()[0] + rows.start, local.values()
     shape = torch.Size([rows.rows if keep else 0, *local.shape[1:]])
     found: list[tuple[Tensor, Tensor]] = []
-    for rank in range(dist.get_world_size()):
+    for rank in range(comm.world_size()):
         count = torch.tensor([len(ids)], device=ids.device)
-        dist.broadcast(count, rank)
-        mine = rank == dist.get_rank()
+        comm.broadcast(count, rank)
+        mine = rank == comm.rank()
         their_ids = ids if mine else ids.new_empty(int(count))
         their_values = values if mine else values.new_empty((int(count), *values.shape[1:]))
-        dist.broadcast(their_ids, rank)
-        dist.broadcast(their_values, rank)
+        comm.broadcast(their_ids, rank)
+        comm.broadcast(their_values, rank)
         if keep:
             found.append((their_ids.cpu(), their_values.cpu()))
     if not keep:

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_largescale import comm
 from lightning_largescale.optimizing import clone_of, closure_first, in_words
 from lightning_largescale.parallel.exchange import Exchange
 from lightning_largescale.parallel.order import divided, divided_dim, divided_dims, full
@@ -105,8 +105,7 @@ def count_shards(parameter: Tensor) -> int:
 
 def _agreed(answer: OptimizerTraits) -> OptimizerTraits:
     """One answer of those that ranks have, which rounding could let differ: a collective."""
-    answers = [answer] * dist.get_world_size()
-    dist.all_gather_object(answers, answer)
+    answers = comm.all_gather_object(answer)
     for other in answers:
         if other.refusal is not None:
             return other

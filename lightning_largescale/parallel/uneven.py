@@ -19,6 +19,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_largescale import comm
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.gather import gather_along, meet, sharded_state
@@ -93,9 +94,9 @@ def equal_batches(loader: Any, device: torch.device) -> Any:
         `loader` itself where all ranks have the same number, else something that iterates, and has its attributes.
     """
     own = sized_len(loader)
-    lengths = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    lengths = torch.empty(comm.world_size(), dtype=torch.int64, device=device)
     own_length = torch.tensor([-1 if own is None else own], device=device)
-    dist.all_gather([*lengths.unsqueeze(1)], own_length)
+    comm.all_gather([*lengths.unsqueeze(1)], own_length)
     known = lengths.tolist()
     if min(known) == max(known) >= 0:
         return loader
@@ -174,5 +175,5 @@ class _StatefulEqualBatches(EqualBatches):
 def any_rank(value: bool, device: torch.device) -> bool:
     """Whether `value` is true on any rank: a collective."""
     flag = torch.tensor(int(value), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    comm.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
