@@ -83,6 +83,8 @@ class SteppingStrategy(StatefulStrategy):
         super().__init__(**kwargs)
         # What reads for the user's code that is under way, the innermost last.
         self._reads: list[FullReads] = []
+        # Those of the optimizer's step that is under way, where they are whole.
+        self._numbers_of_step: contextlib.ExitStack | None = None
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -218,22 +220,21 @@ class SteppingStrategy(StatefulStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """The optimizer's, what scales gradients before it finding numbers whole; then holes in the heap are given
-        back, where the plan has them given back.
+        """The optimizer's; what scales or clips gradients before it, and hooks after it, find numbers whole. Then holes
+        in the heap are given back, where the plan has them given back.
 
         Raises:
             PlanError: the gradients are this rank's alone.
         """
         if not self._module().automatic_optimization:
             self._check_reduced(optimizer)
-        with self._not_reading(), contextlib.ExitStack() as numbers, optimizing(self._module()) as in_step:
+        with self._not_reading(), self._optimizer_steps(), optimizing(self._module()) as in_step:
 
             def run() -> Any:
-                numbers.close()
+                self._leave_numbers()
                 result = in_step(closure)
                 self._check_reduced(optimizer)
-                if self._is_divided():
-                    numbers.enter_context(self._numbers())
+                self._enter_numbers()
                 return result
 
             result = super().optimizer_step(optimizer, run, *args, **kwargs)
@@ -248,6 +249,26 @@ class SteppingStrategy(StatefulStrategy):
                 " own; run one backward of one loss in a `backward` of your own, or, under manual optimization, call"
                 " self.manual_backward(loss), which averages them over the ranks."
             )
+
+    @contextlib.contextmanager
+    def _optimizer_steps(self) -> Generator[None, None, None]:
+        """Within, `_enter_numbers` and `_leave_numbers` say where numbers about gradients are whole."""
+        before = self._numbers_of_step
+        with contextlib.ExitStack() as self._numbers_of_step:
+            try:
+                yield
+            finally:
+                self._numbers_of_step = before
+
+    def _enter_numbers(self) -> None:
+        """Numbers about gradients that are divided are whole from now on, until they are left or the step ends."""
+        if self._numbers_of_step is not None and self._is_divided():
+            self._numbers_of_step.enter_context(self._numbers())
+
+    def _leave_numbers(self) -> None:
+        """What the optimizer computes, and what pages its state, is computed with the tensors as they are."""
+        if self._numbers_of_step is not None:
+            self._numbers_of_step.close()
 
     def _numbers(self) -> contextlib.AbstractContextManager[Any]:
         """Within, numbers about gradients that are divided are whole."""

@@ -348,7 +348,16 @@ class LargeScaleStrategy(OffloadingStrategy):
         self._adapted = (
             []
             if known is None
-            else [AdaptedOptimizer(optimizer, known, in_pages=self._pages) for optimizer in optimizers]
+            else [
+                AdaptedOptimizer(
+                    optimizer,
+                    known,
+                    in_pages=self._pages,
+                    before_step=self._leave_numbers,
+                    after_step=self._enter_numbers,
+                )
+                for optimizer in optimizers
+            ]
         )
         for adapted in self._adapted:
             self._undo.callback(adapted.undo)

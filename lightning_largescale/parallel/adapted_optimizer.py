@@ -7,7 +7,6 @@ and checkpoints need not know how it steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +38,9 @@ class AdaptedOptimizer:
         optimizer: with the same groups on all ranks.
         known: the parameters that it may hold.
         in_pages: another has it step on this rank's parts, and has seen to it that it can.
+        before_step: called when forward, backward and the hooks after them are over, before the optimizer steps on
+            plain tensors.
+        after_step: called after every step.
 
     Attributes:
         optimizer: as given, without Lightning's wrapper.
@@ -48,9 +50,18 @@ class AdaptedOptimizer:
             the module's.
     """
 
-    def __init__(self, optimizer: Optimizer, known: KnownParameters, *, in_pages: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        known: KnownParameters,
+        *,
+        in_pages: bool = False,
+        before_step: Callable[[], None] = lambda: None,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
         self.optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         self._known, self._in_pages = known, in_pages
+        self._before_step, self._after_step = before_step, after_step
         # Some make their state at once, and would miss it in a trial.
         self._initial = {parameter: dict(state) for parameter, state in self.optimizer.state.items()}
         self._answer = OptimizerTraits()
@@ -118,7 +129,7 @@ class AdaptedOptimizer:
         """The closure where it must come first, then the shards."""
         given = None
         if self._depth == 0:
-            given = args, kwargs = after_closure(args, kwargs, partial(settle, self._known.module))
+            given = args, kwargs = after_closure(args, kwargs, self._after_backward)
             if (lookups := row_sharded(self._known.module)) is not None:
                 lookups.check_sent()
             if self._asked_early and (asked := self._ask_again(args, kwargs)) is not None:
@@ -129,6 +140,11 @@ class AdaptedOptimizer:
                 self._exchange.begin()
         self._depth += 1
         return given
+
+    def _after_backward(self) -> None:
+        settle(self._known.module)
+        if self._in_pages or self._answer.local:
+            self._before_step()
 
     def _ask_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the optimizer be asked as hooks have left it, those around backward too; arguments of its first step."""
@@ -143,6 +159,7 @@ class AdaptedOptimizer:
         if self._depth == 0:
             self._exchange.end()
             reshard(self._known.module)
+            self._after_step()
 
     def _decide(self) -> None:
         """Check the parameters, and ask how to step on them when there are others than before."""
