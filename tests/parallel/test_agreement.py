@@ -668,8 +668,14 @@ def expected_losses(kind, rank, count):
     return [model.loss(*draw(step, rank)).item() for step in range(count)]
 
 
-@pytest.mark.parametrize("kind", [Expert, LayerDrop, Tower])
-@pytest.mark.parametrize("plan", [ZERO3, ZERO2], ids=["zero3", "zero2"])
+@pytest.mark.parametrize(
+    ("kind", "plan"),
+    [
+        pytest.param(kind, plan, marks=() if quick else pytest.mark.slow, id=f"{kind.__name__}-{name}")
+        for kind, quicks in ((Expert, (True, False)), (LayerDrop, (False, True)), (Tower, (True, False)))
+        for (name, plan), quick in zip({"zero3": ZERO3, "zero2": ZERO2}.items(), quicks, strict=True)
+    ],
+)
 def test_ranks_with_unequal_numbers_of_batches_evaluate_different_blocks(two, kind, plan):
     counts = [2, 5]
     for rank, losses in enumerate(two.run(evaluate, kind, plan, counts)):

@@ -263,7 +263,13 @@ REENTRANT = [Reentrant, ReentrantTwice, ReentrantWhole, ReentrantDropped, OwnFun
 QUICK = (ByRank, Reentrant)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, Manual, *REENTRANT])
+RARE = (FrozenInTheMidst, ReentrantWhole, ReentrantDropped)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in RARE else ()) for kind in [*KINDS, Manual, *REENTRANT]],
+)
 def test_one_process_and_two_train_alike(two, kind):
     check(two, kind)
 

@@ -72,7 +72,14 @@ def test_what_stays_whole_is_right(two, case):
     assert two.run(divided_and_trained, case, 2) == ([3, 3] if case == "an odd number of heads" else [0, 0])
 
 
-@pytest.mark.parametrize("case", ["gpt", "llama", "bert", "gpt2", "torch", "halves of one matrix"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama",
+        "torch",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("gpt", "bert", "gpt2", "halves of one matrix")),
+    ],
+)
 def test_blocks_on_four_ranks(four, case):
     assert set(four.run(divided_and_trained, case, 4)) != {0}
 

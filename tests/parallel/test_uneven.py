@@ -102,8 +102,14 @@ def evaluate_all(count):
     return float(run.callback_metrics["metric"])
 
 
-@pytest.mark.parametrize("kind", ["stream", "shares"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("plan", "kind"),
+    [
+        pytest.param(plan, kind, marks=() if kind == quick else pytest.mark.slow)
+        for plan, quick in zip(PLANS, ("stream", "shares", "stream"), strict=True)
+        for kind in ("stream", "shares")
+    ],
+)
 def test_every_sample_is_evaluated_once(two, plan, kind):
     metric = evaluate_all(6)
     for method, counts in (("validate", [4, 2]), ("test", [1, 5])):
