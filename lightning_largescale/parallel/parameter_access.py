@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_largescale import compat
+
 if TYPE_CHECKING:
     from lightning_largescale.parallel.watched import Watched
 
@@ -81,7 +83,9 @@ class _GradientAccess:
         if found is None or found.reducing:
             GRADIENT.__set__(self, value)
         else:
-            found.set_gradient(value)
+            # Modes by which the user's code reads shards would take what is computed here for the user's.
+            with compat.without_function_modes():
+                found.set_gradient(value)
 
     @grad.deleter
     def grad(self) -> None:
