@@ -143,7 +143,9 @@ class AdaptedOptimizer:
 
     def _after_backward(self) -> None:
         settle(self._known.module)
-        if self._in_pages or self._answer.local:
+        # Where GradScaler leaves its scale to a fused step, that copies it to the host without waiting for it.
+        scaled = getattr(self.optimizer, "grad_scale", None) is not None
+        if (self._in_pages or self._answer.local) and not scaled:
             self._before_step()
 
     def _ask_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
