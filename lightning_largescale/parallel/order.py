@@ -138,9 +138,9 @@ def has_order(part: Part | None, tensor: DTensor) -> bool:
 
 
 def _levels(tensor: DTensor) -> list[tuple[int, int] | None]:
-    """Return, by mesh axis, the dimension that it shards and that dimension's size on this rank before it does.
+    """Return, by mesh axis, the dimension that it shards and its size on this rank after the later axes sharded it.
 
-    None stands for an axis that replicates.
+    The entry of an axis that replicates is None.
     """
     mesh, shape = tensor.device_mesh, [*tensor.shape]
     levels: list[tuple[int, int] | None] = [None] * mesh.ndim

@@ -273,7 +273,7 @@ def _sorted_keys(
 ) -> tuple[frozenset[str], dict[str, int]]:
     """Return the keys of state that is equal for shards and the full parameter, and the block sizes of other state.
 
-    State of the parameter's own shape is in neither.
+    State of the parameter's own shape, and state that is no tensor, is in neither.
     """
     equal: set[str] = set()
     blocks: dict[str, int] = {}

@@ -65,7 +65,7 @@ class Stream:
 
     @property
     def first_state(self) -> Tensor:
-        """The generator's state at the begin of the recording."""
+        """The state that draws start from: the generator's at the start of the recording, or the one set here."""
         state = self.points[0].state
         return self._began if state is None else state
 
@@ -84,7 +84,7 @@ class Stream:
             self.show()
 
     def leave(self) -> None:
-        """Set the generator back to its state at the begin of the recording."""
+        """Set the generator back to its state at the start of the recording."""
         if self._followed:
             try:
                 self.look()
@@ -135,8 +135,8 @@ class Stream:
     def finish(self, before: Tensor, *, random: bool) -> None:
         """Set the generator's state after a replay.
 
-        The state is that of the construction's end if `random` is true and the generator was, and the replay started,
-        at the state at the begin of the recording; else it is `before`.
+        With `random` this is the state at the construction's end, provided that `before` and `first_state` are the
+        state at the start of the recording. Otherwise it is `before`.
         """
         end = self.current.state
         ours = random and torch.equal(before, self._began) and torch.equal(self.first_state, self._began)

@@ -36,7 +36,7 @@ def makes_empty(func: Any) -> bool:
 
 
 def reads_shape_only(func: Any) -> bool:
-    """Whether an operator reads only shape and dtype of its first tensor."""
+    """Whether an operator uses its first tensor as a template, without reading its elements."""
     return _name(func) in _LIKE
 
 

@@ -225,7 +225,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             return places.get(id(tensor)) or places.setdefault(id(tensor), self.tape.held(tensor))
 
         held_args, held_kwargs = (map_arguments(tree, Tensor, place) for tree in (args, _on(_CPU, kwargs)))
-        # Generators are of the CPU, and the meta device does not accept them.
+        # Generators are CPU generators, so the call on the meta device goes without.
         out = func(*args, **{name: one if name != "generator" else None for name, one in _on(_META, kwargs).items()})
         made = self._made(func, out)
         targets = flat_held(effects.targets(func, held_args, held_kwargs))

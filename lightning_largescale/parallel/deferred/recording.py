@@ -90,7 +90,7 @@ class Recording:
 
     @property
     def random_state(self) -> Tensor:
-        """The state of the CPU's generator at the begin of the recording, from which draws are made.
+        """The state of the CPU's generator at the start of the recording, from which draws are made.
 
         If another state is set, such as rank 0's, a replay leaves the generator as it was.
 
@@ -112,8 +112,8 @@ class Recording:
     def left_out(self, taken: Sequence[Tensor]) -> bool:
         """Whether code keeps recorded tensors other than those `taken`; these would get no values.
 
-        Objects other than modules, sets, closures, caches or gradients may hold them. Tensors that share the memory of
-        taken ones count too. Call this after `record()` has ended and the code under it has returned.
+        Sets, closures, caches, objects other than modules, and gradients of parameters may hold them. Tensors that
+        share the memory of taken ones count too. Call this after `record()` has ended and the code under it returned.
         """
         recorder = self._made()
         if not recorder.left_out(taken):
@@ -131,7 +131,7 @@ class Recording:
                 the unread source, if one was assigned last; or a source for a large draw, which must be read at most
                 once and during the call.
             random: whether to make all draws and leave generators as the plain construction does; generators whose
-                state is no longer the one at the begin of the recording keep it. If False, only the draws that the
+                state is no longer the one at the start of the recording keep it. If False, only the draws that the
                 values need are made, and generators are restored.
 
         Raises:
