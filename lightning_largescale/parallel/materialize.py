@@ -1,7 +1,7 @@
-"""Values for a module that was built without: each rank makes, or reads, its own parts, and no rank holds all.
+"""Materialize a module that was built on the meta device; each rank makes or reads only its own shards.
 
-A module is divided while its parameters are on the meta device. Then the recorded construction is carried out, one
-tensor at a time, and each rank keeps its part of it. Numbers are those of a plain construction on the CPU.
+The module is sharded while its parameters are on the meta device. Then the recorded construction is replayed, one
+tensor at a time, and each rank keeps its shard. The values equal those of a plain construction on the CPU.
 
 Source: torch.distributed.fsdp.fully_shard, which takes modules on the meta device; `parallel.deferred`.
 """
@@ -28,18 +28,18 @@ from lightning_largescale.parallel.order import as_ordered, order_of
 from lightning_largescale.parallel.stored import Stored, forget_stored, stored_for
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 
-# Bytes of whole tensors freed between two returns of memory to the system: a return walks the heap.
+# Bytes of full tensors to free before memory is returned to the system: each return walks the heap.
 _RELEASE_BYTES = 64 * 2**20
 
 
 @dataclass(eq=False, kw_only=True)
 class Unmade:
-    """What of a module has no values yet.
+    """The tensors of a module that have no values yet.
 
     Attributes:
-        recordings: of its construction, where it was recorded.
-        tensors: by name, as they were recorded: parameters and buffers, tied ones under their first name.
-        others: the tensors that parts of the module have as plain attributes, or in lists and dicts of these.
+        recordings: the recordings of its construction.
+        tensors: parameters and buffers by name, as recorded; tied ones under their first name.
+        others: tensors in plain attributes of its submodules, or in lists, tuples and dicts there.
     """
 
     recordings: list[Recording]
@@ -48,10 +48,10 @@ class Unmade:
 
 
 def find_unmade(module: nn.Module, recordings: Iterable[Recording]) -> Unmade | None:
-    """What of `module` was recorded, or loaded from files, and not made yet; None where all of it has values.
+    """Return the tensors of `module` that are recorded or stored in files and not made yet; None if all have values.
 
     Raises:
-        PlanError: a parameter or buffer is on the meta device, and nobody knows its values.
+        PlanError: a parameter or buffer is on the meta device, and neither a recording nor a file has its values.
     """
     every = [*recordings]
 
@@ -75,7 +75,7 @@ def find_unmade(module: nn.Module, recordings: Iterable[Recording]) -> Unmade | 
 
 
 def agree_on_values(unmade: Unmade | None) -> bool:
-    """Let all ranks make what rank 0 does, if they have recorded the same; whether they have: a collective."""
+    """Set rank 0's random state on all ranks if their recordings are equal; return whether they are. A collective."""
     recordings = [] if unmade is None else unmade.recordings
     own = [(recording.digest(), recording.random_state) for recording in recordings]
     told = comm.all_gather_object((unmade is None, own))
@@ -96,15 +96,15 @@ def materialize(
     random: bool = True,
     memory_of: Callable[[Tensor], Tensor | None] = lambda target: None,
 ) -> None:
-    """Give `module` values on `device`; what is divided gets this rank's part of them.
+    """Materialize `module` on `device`; sharded tensors get this rank's shard.
 
     Args:
-        module: whole, or divided on the meta device.
-        unmade: of `module` before it was divided.
-        device: of this rank.
-        given: names whose values come from elsewhere, and are only allocated.
-        random: make all draws, so that the generator ends as after a plain construction.
-        memory_of: where this rank's part of a parameter is to be made; None for memory of its own.
+        module: the module, unsharded or sharded on the meta device.
+        unmade: the tensors without values, found before `module` was sharded.
+        device: this rank's device.
+        given: names of tensors to allocate only, since their values come from elsewhere.
+        random: whether to make all draws, so that the generator ends as after a plain construction.
+        memory_of: returns the memory for this rank's shard of a parameter; None to allocate it.
     """
     current = dict(_named_tensors(module))
     made = _Made(device, memory_of)
@@ -115,17 +115,17 @@ def materialize(
             take(None if name in given else stored_for(recorded))
         else:
             takers.append((recorded, take))
-    # Attributes stay where the code that uses them has them.
+    # Plain attributes are made on the CPU, where the code that uses them expects them.
     takers += [(one, partial(made.take_all, one)) for one in unmade.others]
     for recording in unmade.recordings:
         recording.replay([(one, take) for one, take in takers if recording.holds(one)], random=random)
     _replace(module, made.tensors)
-    # What was drawn and is gone has left holes.
+    # Freed draws leave holes in the heap.
     trim_heap()
 
 
 def make_again(module: nn.Module, unmade: Unmade, names: Collection[str]) -> None:
-    """Give tensors of `module` that were only allocated the values of its construction."""
+    """Write the constructed values into tensors of `module` that `materialize` only allocated."""
     current = dict(_named_tensors(module))
     for recording in unmade.recordings:
         recording.replay(
@@ -139,14 +139,14 @@ def make_again(module: nn.Module, unmade: Unmade, names: Collection[str]) -> Non
 
 
 def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write whole tensors, stored or not, into parameters and buffers of `module` by name, each rank its part."""
+    """Write full tensors, stored or not, into parameters and buffers of `module` by name, each rank its shard."""
     current = dict(_named_tensors(module))
     for name, value in values.items():
         _write(current[name], value)
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:
-    """Move `module` to `device`, but for what has no values, and for shards, which are where they are to be."""
+    """Move `module` to `device`, except meta tensors and shards, which are already on their device."""
     stays = [tensor.is_meta or isinstance(tensor, DTensor) for _, tensor in _named_tensors(module)]
     if device.type == "meta" or not any(stays):
         module.to(device)
@@ -157,16 +157,16 @@ def to_device(module: nn.Module, device: torch.device) -> None:
 
 
 class _Made:
-    """What was made, by the id of what it stands for."""
+    """Materialized tensors by the id of the meta tensor that they replace."""
 
     def __init__(self, device: torch.device, memory_of: Callable[[Tensor], Tensor | None]) -> None:
         self.tensors: dict[int, Tensor] = {}
         self._device, self._memory_of = device, memory_of
-        # Bytes of whole tensors that have gone since memory was last given back.
+        # Bytes of full tensors freed since memory was last returned to the system.
         self._gone = 0
 
     def take(self, target: Tensor, values: Any) -> None:
-        """Make what stands for `target`, on the meta device, of the values of all of it, or what reads these."""
+        """Materialize the meta tensor `target` from its full values, or from a source that reads them."""
         if self._gone >= _RELEASE_BYTES:
             self._gone = 0
             trim_heap()
@@ -187,14 +187,14 @@ class _Made:
         self.tensors[id(target)] = tensor
 
     def take_all(self, target: Tensor, values: Any) -> None:
-        """The same on the CPU, of what is no parameter or buffer."""
+        """Materialize `target`, which is no parameter or buffer, in full on the CPU."""
         whole = empty_part(target, device=torch.device("cpu"))
         _write(whole, values)
         self.tensors[id(target)] = whole
 
 
 def _write(tensor: Tensor, values: Any) -> None:
-    """Write a whole tensor, or what reads one, into this rank's part of it."""
+    """Write a full tensor, or a source that reads one, into this rank's shard."""
     if not isinstance(values, Tensor) or isinstance(values, Stored):
         values.read(tensor)
     else:
@@ -203,7 +203,7 @@ def _write(tensor: Tensor, values: Any) -> None:
 
 
 def _replace(module: nn.Module, made: Mapping[int, Tensor]) -> None:
-    """Put what was made in all places of what it was made for."""
+    """Put the materialized tensors in all places of the tensors that they replace."""
     for part in module.modules():
         for own in compat.own_tensors(part):
             own.update({name: made[id(tensor)] for name, tensor in own.items() if id(tensor) in made})
@@ -213,14 +213,14 @@ def _replace(module: nn.Module, made: Mapping[int, Tensor]) -> None:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, but for those of lazy modules, of which nothing is known."""
+    """Yield parameters and buffers by name, except uninitialized ones of lazy modules."""
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if not is_lazy(tensor):
             yield name, tensor
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Any], str, Any]]:
-    """Attributes of all parts of `module` that may be, or have, tensors and are neither parameters nor buffers."""
+    """Yield the attributes of submodules that may be or hold tensors and are neither parameters nor buffers."""
     for part in module.modules():
         registered = [id(own) for own in compat.own_tensors(part)]
         for key, value in [*vars(part).items()]:

@@ -1,4 +1,4 @@
-"""The DeviceMesh of a Plan.
+"""The DeviceMesh of a plan, and its process groups.
 
 Source: torch.distributed.device_mesh; Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid sharding).
 """
@@ -19,24 +19,24 @@ _in_use: list[weakref.ref[DeviceMesh]] = []
 
 
 def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
-    """The mesh that parameters are sharded over, or None where the plan gathers nothing.
+    """Return the mesh that parameters are sharded over; None if the plan gathers nothing.
 
-    Creates process groups if there were none of its kind yet, so it is a collective of all ranks.
+    Creates the process groups unless an equal mesh was built before, so it is a collective of all ranks.
 
     Args:
-        plan: its sizes multiply to the number of processes.
+        plan: the plan; its sizes multiply to the world size.
         device_type: "cpu" or "cuda".
 
     Returns:
-        Axes ("dp_replicate", "dp_shard", "tp"): ranks of one node are neighbours along the last. The first only where
-        there is more than one replica, since FSDP2 reduces gradients over every axis it is given; the last likewise.
+        A mesh with the axes ("dp_replicate", "dp_shard", "tp"); ranks of one node are neighbours along the last.
+        "dp_replicate" and "tp" exist only if their size is above 1, since FSDP2 reduces gradients over every axis.
     """
     if not plan.gathers:
         return None
     axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
     kept = {name: size for name, size in axes.items() if name == "dp_shard" or size > 1}
     sizes, names = tuple(kept.values()), tuple(kept)
-    # Of gradients in DRAM norms are summed there.
+    # Norms of gradients in DRAM are reduced there, which needs gloo.
     sums_in_dram = device_type != "cpu" and plan.offload_parameters is not None
     backend = "cpu:gloo,cuda:nccl" if sums_in_dram and dist.get_backend() == "nccl" else None
     mesh = made_once(
@@ -53,14 +53,14 @@ def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
 
 
 def use_mesh(mesh: DeviceMesh) -> None:
-    """Have what is computed from now on have the groups of `mesh`, and not those of one that is like it."""
+    """Make later DTensor operations use the process groups of `mesh`, not those of an equal mesh built before."""
     if _in_use and _in_use[0]() is not mesh:
         compat.forget_cached_meshes(mesh.device_type)
     _in_use[:] = [weakref.ref(mesh)]
 
 
 def warn_of_distance(plan: Plan, ranks_per_node: int) -> None:
-    """Say so where the ranks of tensor parallelism are not all on one node.
+    """Warn if the tensor-parallel ranks are not all on one node.
 
     Source: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 3.2.
     """
@@ -72,13 +72,13 @@ def warn_of_distance(plan: Plan, ranks_per_node: int) -> None:
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes of `mesh` whose ranks see other data; FSDP2 divides over these."""
+    """Return the data-parallel axes of `mesh`, over which FSDP2 replicates and shards."""
     names = mesh.mesh_dim_names or ()
     return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
 
 
 def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The ranks that together see each sample once, this one among them: a collective where there are replicas."""
+    """Return the process group of this rank's data-parallel ranks; a collective if there are replicas."""
     if "dp_replicate" not in (mesh.mesh_dim_names or ()):
         group: dist.ProcessGroup = mesh.get_group("dp_shard")
         return group
@@ -86,12 +86,12 @@ def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
 
 
 def agreement_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The same ranks, in a gloo group of its own, where they tell one another what they do: a collective."""
+    """Return a separate gloo group of the data-parallel ranks, to exchange what they are about to do; a collective."""
     return _group_over_data(mesh, "agreement", backend="gloo")
 
 
 def tensor_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The ranks that compute parts of the same samples, in a gloo group of its own: a collective."""
+    """Return a separate gloo group of this rank's tensor-parallel ranks; a collective."""
     return _own_group("order", mesh.mesh.reshape(-1, mesh.size(-1)).tolist(), backend="gloo")
 
 
@@ -101,7 +101,7 @@ def _group_over_data(mesh: DeviceMesh, purpose: str, backend: str | None = None)
 
 
 def _own_group(purpose: str, parts: list[list[int]], backend: str | None) -> dist.ProcessGroup:
-    """That of `parts` in which this rank is, as a group; all of them are made."""
+    """Create a process group for each of `parts`, and return the one that has this rank."""
     key = purpose, tuple(map(tuple, parts))
     groups: list[dist.ProcessGroup] = made_once(
         key, lambda: [dist.new_group(ranks, backend=backend) for ranks in parts]
@@ -110,5 +110,5 @@ def _own_group(purpose: str, parts: list[list[int]], backend: str | None) -> dis
 
 
 def tensor_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """The axis of `mesh` whose ranks compute parts of the same samples; None where there is none."""
+    """Return the tensor-parallel axis of `mesh`; None if it has none."""
     return mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else None

@@ -1,13 +1,13 @@
-"""The ranks of tensor parallelism run the same modules in the same order.
+"""Check that tensor-parallel ranks run the same modules in the same order.
 
-They compute parts of the same samples, with collectives inside of modules: ranks that run different ones (by a random
-number of each rank's own, or by its number) would add parts of unlike things, or wait for ever. Unlike data-parallel
-ranks they cannot serve one another, so the run ends.
+These ranks compute shards of the same samples, with collectives inside of modules. Ranks that run different modules
+(chosen by a rank's own random number, or by the rank) would sum unrelated tensors or deadlock. Unlike data-parallel
+ranks they cannot take part in each other's collectives, so the run ends with an error.
 
-Modules are compared by name as they are entered, in the first step and after any change of what all of them run. In
-between each rank compares its own with those of the step before, which costs no communication; a rank that is about to
-enter another asks the others, who either are about to do the same, however late, or have gone on as in the step before.
-Of the latter it is told by the hub, which knows how far each rank has come.
+In the first step, and after any change of the order, the ranks exchange the index of each module as they enter it. In
+other steps each rank compares its order with that of the step before, without communication. A rank that is about to
+deviate asks the others. They either are about to enter the same module, possibly later, or have gone on as in the step
+before. In that case the hub, which knows each rank's progress, notifies the asking rank.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from lightning_largescale.waiting import PROGRESS, Awaited
 
 
 class ModuleOrder:
-    """Compares the modules that ranks run, until `stop`.
+    """Compares the order in which tensor-parallel ranks run modules, until `stop`.
 
     Args:
-        modules: by name.
-        ranks: those that compute the same samples, this one among them, in a gloo group of their own.
+        modules: modules by name.
+        ranks: a separate gloo group of this rank's tensor-parallel ranks.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], ranks: dist.ProcessGroup) -> None:
@@ -43,27 +43,27 @@ class ModuleOrder:
         self._number, self._step = PROGRESS.begin(), 0
         self._peers = tuple(dist.get_process_group_ranks(ranks))
         self._handles: list[RemovableHandle] = [
-            # Ahead of what gathers its parameters.
+            # Ahead of the hook that gathers the module's parameters.
             module.register_forward_pre_hook(partial(self._enter_module, index), prepend=True)
             for index, module in enumerate(modules.values())
         ]
 
     def stop(self) -> None:
-        """Compare no more."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def forget(self) -> None:
-        """Know nothing of the steps before."""
+        """Discard the orders of the steps before."""
         self._followed.clear()
         self._known, self._entered = None, []
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """A step of this name, in which modules run in the order of the one before, or in one that all agree on.
+        """Context of a step: modules run in the order of the last step of this name, or in one that all ranks share.
 
         Raises:
-            PlanError: they run in different orders.
+            PlanError: the ranks run modules in different orders.
         """
         self._known, self._entered = self._followed.get(name), []
         self._step += 1
@@ -77,7 +77,7 @@ class ModuleOrder:
         self._known = None
 
     def _enter_module(self, index: int, module: nn.Module, args: Any) -> None:
-        # What is run again in a backward follows from what ran before.
+        # Modules that are recomputed in backward follow from those that ran in forward.
         if compat.current_node_sequence() is None:
             self._enter(index)
 
@@ -89,7 +89,7 @@ class ModuleOrder:
         PROGRESS.passed = self._number, self._step, place + 1
 
     def _ask(self, index: int, place: int) -> None:
-        """Make sure that all ranks are about to enter the same, where this one is not known to."""
+        """Make sure that all ranks are about to enter module `index`, which deviates from the known order."""
         expected, self._known = self._known, None
         others = "no more" if expected is None or place >= len(expected) else self._name(expected[place])
         gone_on = self._differ(self._name(index), f"{others}, as in the step before")
@@ -100,7 +100,7 @@ class ModuleOrder:
             raise self._differ(*map(self._name, found))
 
     def _told(self, index: int) -> tuple[int, int]:
-        """The least and the greatest index that any rank is about to enter."""
+        """Return the least and the greatest module index that any rank is about to enter."""
         numbers = torch.tensor([-index, index], device="cpu")
         dist.all_reduce(numbers, dist.ReduceOp.MAX, self._ranks)
         return -int(numbers[0]), int(numbers[1])

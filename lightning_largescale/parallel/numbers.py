@@ -1,8 +1,8 @@
-"""Numbers about a model that is spread over ranks, as torch's and Lightning's own functions take them of plain tensors.
+"""Let torch's and Lightning's functions compute global norms and scalars of sharded tensors.
 
-`lightning.pytorch.utilities.grad_norm` makes plain tensors of norms, `torch.nn.utils.clip_grad_norm_` takes gradients
-together of which some are DTensors and some are not, a GradScaler likewise: none of them can. Nor do they take sparse
-gradients, as those of row-sharded tables are, of which each rank has its rows.
+`lightning.pytorch.utilities.grad_norm` makes plain tensors of norms, and `torch.nn.utils.clip_grad_norm_` and
+GradScaler take DTensor and plain gradients in one list: without this mode all of them fail. They also fail on the
+sparse gradients of row-sharded tables, of which each rank has its own rows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lightning_largescale.parallel.rows import mark_rows, rows_of
 
 
 class WholeNumbers(TorchFunctionMode):
-    """Within, a number that torch makes of a DTensor, or a norm of the gradient of a row-sharded table, is a plain
-    tensor, equal on all ranks; making it is a collective.
+    """Function mode that makes scalars of DTensors, and norms of row-sharded gradients, plain tensors.
 
-    Functions that take several gradients take those divided and those whole together. A number that is copied from a
-    device to DRAM is there at once. What torch.compile traces is computed as without.
+    The scalars are equal on all ranks; computing one is a collective. Functions that take a list of gradients accept
+    sharded and unsharded ones together. A scalar that is copied from a device to DRAM is complete when the copy
+    returns. Functions that torch.compile traces are left alone.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`, with what it cannot take taken apart."""
+        """Call `func`, or the replacement for arguments that it cannot take."""
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
-            # A graph would break at every function that is looked up; blocks compute with gathered, plain tensors.
+            # Each lookup of a function would break the graph; blocks compute with gathered, plain tensors.
             return func(*args, **kwargs)
         kind = compat.foreach_kind(func)
         if kind is not None and any(isinstance(tensor, DTensor) or _has_rows(tensor) for tensor in args[0]):
@@ -51,7 +51,7 @@ class WholeNumbers(TorchFunctionMode):
 def _wait_for(source: Tensor, copy: Tensor) -> None:
     """Wait until a copy in DRAM has the values of its source on a device.
 
-    GradScaler and fused optimizers copy their scale without blocking, and kernels of the CPU read it then.
+    GradScaler and fused optimizers copy their scale without blocking, and CPU kernels then read it.
     """
     if source.is_cuda and not copy.is_cuda:
         torch.cuda.current_stream(source.device).synchronize()
@@ -66,18 +66,18 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _has_rows(tensor: object) -> bool:
-    """Whether it is the gradient of a row-sharded table."""
+    """Whether `tensor` is the gradient of a row-sharded table."""
     return isinstance(tensor, Tensor) and rows_of(tensor) is not None and tensor.is_sparse
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """What each rank's elements are in, sharing storage."""
+    """Return this rank's elements of `tensor`, sharing storage."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     if not _has_rows(tensor):
         return tensor
     if not tensor.is_coalesced():
-        # Gradients are when they are marked; torch has it that `mul_` leaves them so no more, and `add_` may not.
+        # Gradients are coalesced when they are marked; `mul_` clears torch's flag, and `add_` may.
         with torch.no_grad():
             tensor.copy_(tensor.coalesce())
     return tensor.values()
@@ -91,10 +91,10 @@ def _norm(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The norm of all rows, each counted once.
+    """Return the norm over the rows of all ranks; a collective.
 
     Raises:
-        PlanError: another norm is asked for than one of all elements, of an order that zeros do not change.
+        PlanError: the order is negative or a string, or arguments ask for something other than a norm of all elements.
     """
     order = kwargs.pop("ord", kwargs.pop("p", order))
     order = 2.0 if order in (None, "fro") else order
@@ -105,15 +105,15 @@ def _norm(
             f"{f' and {unlike}' if unlike else ''}; give an order of 0 or more, without dim, keepdim and out."
         )
     values = _values(tensor).flatten()
-    # Of no element there is no largest.
+    # The infinity norm of an empty tensor raises, hence the additional zero.
     own: Tensor = torch.linalg.vector_norm(torch.cat([values, values.new_zeros(1)]), order, dtype=dtype)
     if order == torch.inf:
-        # The greatest of NaN and a number is the number where a backend compares them.
+        # A backend's MAX may drop a NaN.
         every = [torch.empty_like(own) for _ in range(comm.world_size())]
         comm.all_gather(every, own)
         return torch.stack(every).max()
     if order == 0:
-        # A number of elements.
+        # The counts of nonzero elements add up.
         comm.all_reduce(own)
         return own
     total = own.pow(order)
@@ -128,10 +128,10 @@ def _norms(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> list[Tensor]:
-    """Norms of each, with one collective for those of one mesh, and one for each table."""
+    """Return the norm of each tensor, with one collective per mesh and one per row-sharded table."""
     order = kwargs.get("ord", order)
     if order == torch.inf:
-        # Of shards the norm would be the greatest of the ranks', and lose a NaN; of one that is empty there is none.
+        # The maximum over the ranks' shards would lose a NaN, and the norm of an empty shard raises.
         tensors = [_full(tensor) for tensor in tensors]
     found: dict[int, Tensor] = {
         index: _norm(function, tensor, order, dtype=dtype) for index, tensor in enumerate(tensors) if _has_rows(tensor)
@@ -152,22 +152,22 @@ def _unscale(function: Callable[..., Any], tensors: Sequence[Tensor], *args: Any
 
 
 def _in_place(function: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """Element by element, so that each rank does its own."""
+    """Apply an element-wise in-place function to this rank's elements."""
     others = [leaf for leaf in compat.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(isinstance(other, DTensor) or other.is_sparse for other in others):
-        # Such as are of other rows than the first.
+        # Their elements may not match those of `tensors`, as where sparse operands have other rows.
         return function(tensors, *args, **kwargs)
     return function([_values(tensor) for tensor in tensors], *args, **kwargs)
 
 
 def _clamp(function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What is not there is zero, and stays it where zero lies within the bounds."""
+    """Clamp the stored rows; the others are zero and stay so if the bounds include zero."""
     function(_values(tensor), *args, **kwargs)
     return tensor
 
 
 def _alike(function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What is again the gradient of the table's rows: it itself, a copy, or one times a number."""
+    """Call `function`, and mark its result with the table's rows if it is a view, a copy or a scalar multiple."""
     rows = rows_of(tensor)
     assert rows is not None
     result = function(tensor, *args, **kwargs)
@@ -182,14 +182,14 @@ _OF_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.clamp_: _clamp,
     Tensor.data.__get__: _alike,  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.detach, torch.clone, Tensor.clone), _alike),
-    # Operators come as these.
+    # The operators * and / dispatch as these.
     **dict.fromkeys((torch.mul, Tensor.mul, torch.div, Tensor.div), _alike),
 }
 _CALLS: dict[str, Callable[..., Any]] = {"norms": _norms, "unscale": _unscale, "in place": _in_place}
 
 
 def _by_mesh(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of tensors that can be taken together, in an order that is the same on all ranks."""
+    """Group the indices of tensors that one call can take, in the same order on all ranks."""
     groups: dict[object, list[int]] = {}
     for index, tensor in enumerate(tensors):
         kind = tensor.device_mesh if isinstance(tensor, DTensor) else "table" if _has_rows(tensor) else None

@@ -1,8 +1,8 @@
-"""Full tensors of what is divided, and back: also where a rank's part is of several stretches of the whole.
+"""Convert sharded tensors to full tensors and back, also if a rank's shard consists of several stretches.
 
-Of a matrix that holds q, k and v side by side each rank of tensor parallelism has some of each. Its DTensor, and those
-of its gradient and optimizer state, thus stand for a tensor whose elements are in another order than the user's, which
-the parameter is told of. Whatever leaves or enters the ranks as a whole goes through here.
+Each tensor-parallel rank has some of q, k and v of a matrix that holds them side by side. Its DTensor, and those of its
+gradient and optimizer state, therefore have another element order than the user's tensor. The parameter is marked with
+this order. All code that converts between shards and full tensors uses this module.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ _Tensor = TypeVar("_Tensor", bound=Tensor)
 
 
 def as_ordered(parameter: _Tensor, part: Part | None) -> _Tensor:
-    """`parameter`, a DTensor, told that its ranks have parts as `part` says."""
+    """Mark the DTensor `parameter` with its tensor-parallel `part` if that changes the element order; return it."""
     if part is not None and len(part.pieces) > 1:
         setattr(parameter, _ATTRIBUTE, part)
     return parameter
 
 
 def order_of(parameter: object) -> Part | None:
-    """The parts that the ranks have of a parameter, where these change the order of its elements."""
+    """Return the tensor-parallel part of a parameter if it changes the element order, else None."""
     return getattr(parameter, _ATTRIBUTE, None)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """The dimensions of `tensor` as they lie in memory, the outermost first; None where that is their own order."""
+    """Return the dimensions of `tensor` in memory order, outermost first; None if they lie in their own order."""
     if tensor.is_contiguous():
         return None
     strides = tensor.stride()
-    # Of equal strides the first dimension first.
+    # The sort is stable: among equal strides the first dimension comes first.
     dims = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     return None if dims == [*range(tensor.dim())] else tuple(dims)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What the whole is like that a sharded parameter stands for, beside its values.
+    """Memory order and class of the full parameter that a shard stands for.
 
     Attributes:
-        dims: how it lies in memory, as `memory_order` says.
-        kind: its class.
+        dims: the result of `memory_order` for the full parameter.
+        kind: the class of the full parameter.
     """
 
     dims: tuple[int, ...] | None = None
     kind: type[nn.Parameter] = nn.Parameter
 
     def laid_out(self, values: Tensor) -> Tensor:
-        """`values`, of the whole, in memory as it was; itself where they are."""
+        """Return the full `values` laid out in memory order `dims`, or `values` itself if `dims` is None."""
         if self.dims is None:
             return values
         back = map(self.dims.index, range(len(self.dims)))
         return values.permute(*self.dims).contiguous().permute(*back)
 
     def parameter(self, values: Tensor, shard: nn.Parameter) -> nn.Parameter:
-        """The whole of `shard`, with its attributes."""
+        """Return a full parameter of `values`, with the attributes of `shard`."""
         made = nn.Parameter(self.laid_out(values), requires_grad=shard.requires_grad)
         made.__class__ = self.kind
         vars(made).update({name: value for name, value in vars(shard).items() if name not in (_ATTRIBUTE, _WHOLE)})
@@ -71,23 +71,23 @@ class Whole:
 
 
 def as_whole(parameter: _Tensor, whole: Whole) -> _Tensor:
-    """`parameter`, a DTensor, told what the whole of it is like."""
+    """Mark the DTensor `parameter` with the layout and class of its full parameter; return it."""
     if whole != Whole():
         setattr(parameter, _WHOLE, whole)
     return parameter
 
 
 def whole_of(parameter: object) -> Whole:
-    """What the whole of a parameter is like."""
+    """Return the layout and class of the full parameter."""
     return getattr(parameter, _WHOLE, Whole())
 
 
 def full(tensor: Tensor, part: Part | None = None) -> Tensor:
-    """All of `tensor`, a DTensor, in the user's order: a collective.
+    """Return the full tensor of a DTensor, in the user's element order; a collective.
 
     Args:
-        tensor: a parameter, its gradient or its state; divided by the last axis of its mesh first, then by the others.
-        part: `order_of` the parameter, where `tensor` is not told itself.
+        tensor: a parameter, its gradient or its state, sharded over the last mesh axis first, then over the others.
+        part: `order_of` the parameter, if `tensor` is not marked itself.
     """
     assert isinstance(tensor, DTensor)
     part = part or order_of(tensor)
@@ -107,11 +107,10 @@ def full(tensor: Tensor, part: Part | None = None) -> Tensor:
 
 
 def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
-    """`whole`, equal on all ranks and in the user's order, divided as `like` is and on its device, without
-    communication.
+    """Shard `whole` as `like` is, onto its device, without communication.
 
     Args:
-        whole: all of it.
+        whole: the full tensor, equal on all ranks and in the user's element order.
         like: a parameter, its gradient or its state.
         part: `order_of` the parameter.
     """
@@ -125,21 +124,24 @@ def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
             assert part is not None
             pieces = part
         local = cut(local, pieces, mesh.get_local_rank(axis), mesh.size(axis))
-    # Or the whole would stay in memory behind the part.
+    # A view would keep the full tensor in memory.
     local = local if local is whole else local.clone()
     shape, stride = whole.shape, whole.contiguous().stride()
-    # It goes to the device of the mesh, which parameters that are offloaded are not on.
+    # `from_local` moves it to the mesh's device, where offloaded parameters are not.
     made = DTensor.from_local(local, mesh, like.placements, run_check=False, shape=shape, stride=stride)
     return made.to(like.device)  # type: ignore[return-value]
 
 
 def has_order(part: Part | None, tensor: DTensor) -> bool:
-    """Whether `tensor`, of a parameter that is in the order of `part`, is itself."""
+    """Whether `tensor`, a parameter, gradient or state, has the element order of the parameter's `part`."""
     return part is not None and tensor.dim() > part.dim and tensor.shape[part.dim] == part.size
 
 
 def _levels(tensor: DTensor) -> list[tuple[int, int] | None]:
-    """By axis of the mesh, the dimension that it divides and its size as the axes after it leave it to this rank."""
+    """Return, by mesh axis, the dimension that it shards and its size on this rank after the later axes sharded it.
+
+    The entry of an axis that replicates is None.
+    """
     mesh, shape = tensor.device_mesh, [*tensor.shape]
     levels: list[tuple[int, int] | None] = [None] * mesh.ndim
     for axis, placement in reversed([*enumerate(tensor.placements)]):
@@ -150,7 +152,7 @@ def _levels(tensor: DTensor) -> list[tuple[int, int] | None]:
 
 
 def _replicated(tensor: DTensor) -> Tensor:
-    """The full tensor, by one axis of the mesh after the other; all at once torch warns that it does so."""
+    """Return the full tensor, redistributed one mesh axis at a time, since torch warns if it is all of them at once."""
     for axis in range(tensor.device_mesh.ndim):
         placements = [*tensor.placements]
         placements[axis] = Replicate()
@@ -159,14 +161,14 @@ def _replicated(tensor: DTensor) -> Tensor:
 
 
 def divided_dim(placement: Placement) -> int | None:
-    """The dimension that `placement` divides; None where it does not.
+    """Return the dimension that `placement` shards; None if it replicates.
 
-    That of FSDP2 where tensor parallelism has divided the same dimension is no `Shard`.
+    The placement of FSDP2 for a dimension that tensor parallelism also shards is no `Shard`, but has a `dim`.
     """
     return getattr(placement, "dim", None)
 
 
 def divided_dims(tensor: Tensor) -> list[int]:
-    """The dimensions in which `tensor` is divided, one as often as it is."""
+    """Return the dimensions that `tensor` is sharded along, one per sharding mesh axis."""
     placements = tensor.placements if isinstance(tensor, DTensor) else ()
     return [dim for placement in placements if (dim := divided_dim(placement)) is not None]

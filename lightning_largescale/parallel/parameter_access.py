@@ -1,9 +1,9 @@
-"""The classes of a sharded module's parameters, as the code of users finds them.
+"""The classes of a sharded module's parameters, as user code sees them.
 
-A parameter is two objects. The shard, a DTensor, is the optimizer's; while its group is gathered a leaf of autograd
-takes its place, whose memory goes when the group is resharded. These classes make both the same parameter: what is
-written into the leaf is copied to the shard before that, what is assigned to `data` or `requires_grad` of either goes
-to both, and so do gradients (`parallel.by_hand`).
+A parameter is two objects. The optimizer has the shard, a DTensor. While its FSDP group is unsharded, an autograd leaf
+takes the shard's place; its memory is freed at reshard. These classes make both behave as one parameter. Values that
+are written into the leaf are copied to the shard before reshard. Assignments to `data` or `requires_grad` of either
+apply to both, and so do gradients (`parallel.by_hand`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lightning_largescale import compat
 if TYPE_CHECKING:
     from lightning_largescale.parallel.watched import Watched
 
-# Where a parameter keeps what watches it.
+# Attribute in which a parameter keeps a weak reference to its `Watched`.
 WATCHED = "_largescale_watched"
-# Where a tensor that is made of a parameter keeps its name.
+# Attribute in which a tensor that is derived from a parameter keeps its name.
 _NAME = "_largescale_name"
 DATA: Any = Tensor.data
 GRADIENT: Any = Tensor.grad
@@ -32,13 +32,13 @@ _DRAWS = ("normal_", "uniform_", "bernoulli_", "exponential_", "geometric_", "ca
 
 
 def watched(parameter: object) -> Watched | None:
-    """What watches `parameter`; None where nothing does."""
+    """Return the `Watched` of `parameter`; None if it is not watched."""
     found = vars(parameter).get(WATCHED) if isinstance(parameter, _GradientAccess | ShardValues) else None
     return None if found is None else found()
 
 
 def name_of(tensor: DTensor) -> str:
-    """Of the parameter that `tensor` is, or whose values or gradient; else what it is by its shape."""
+    """Return the name of the parameter that `tensor` is, or is derived from; else a description by its shape."""
     found = watched(tensor)
     if found is not None:
         return found.one.name
@@ -47,7 +47,7 @@ def name_of(tensor: DTensor) -> str:
 
 @contextlib.contextmanager
 def writing(tensors: Sequence[Any]) -> Iterator[None]:
-    """Within, shards of parameters, and their values, among `tensors` are written into by one operation of them all."""
+    """Context in which one operation writes into the shards, or shard values, among `tensors`."""
     with contextlib.ExitStack() as every:
         for tensor in tensors:
             found = watched(tensor) if isinstance(tensor, ShardValues) else None
@@ -63,15 +63,15 @@ def _named(tensor: Any, name: str) -> Any:
 
 
 class Adopted(nn.Module):
-    """Where a group finds parameters of modules in other groups; what is put in the place of one is put there alone."""
+    """Holder through which a group has parameters of other groups' modules; the group replaces them only here."""
 
 
 class _GradientAccess:
-    """What leaf and shard have in common."""
+    """Gradient access that leaf and shard share."""
 
     @property
     def grad(self) -> Tensor | None:
-        """Of the parameter, wherever it is."""
+        """The parameter's gradient, whether the leaf or the shard has it."""
         found = watched(self)
         if found is None or found.reducing:
             return GRADIENT.__get__(self)  # type: ignore[no-any-return]
@@ -105,7 +105,7 @@ class _GradientAccess:
             found.train(trained)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze or unfreeze it."""
+        """Freeze or unfreeze the parameter."""
         self.requires_grad = requires_grad
         return self
 
@@ -123,7 +123,7 @@ def _reduced(tensor: Any, protocol: Any) -> Any:
 
 
 def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
-    """A parameter of torch's own class with the same values, or a copy of them."""
+    """Return a parameter of the user's class with the same values, or with a copy of them and of the gradient."""
     values = Tensor.detach(parameter)
     made = nn.Parameter(values.clone() if copied else values, requires_grad=TRAINED.__get__(parameter))
     if isinstance(parameter, GatheredParameter):
@@ -134,11 +134,11 @@ def _plain(parameter: Any, *, copied: bool = False) -> Tensor:
 
 
 class _Leaf(_GradientAccess):
-    """What is in place while a group is gathered."""
+    """The autograd leaf that is in place while a group is unsharded."""
 
     @property
     def data(self) -> Tensor:
-        """Its values."""
+        """The leaf's values."""
         found = watched(self)
         return DATA.__get__(self) if found is None else found.leaf_data()
 
@@ -151,11 +151,11 @@ class _Leaf(_GradientAccess):
             found.assign_leaf(value)
 
     def detach(self) -> Tensor:
-        """Its values."""
+        """Return the leaf's values."""
         return Tensor.detach(_exposed(self))
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """Its values."""
+        """Return the leaf's values as an array."""
         return Tensor.numpy(_exposed(self), *args, **kwargs)
 
 
@@ -167,10 +167,10 @@ def _exposed(leaf: Any) -> Any:
 
 
 class GatheredParameter(_Leaf, nn.Parameter):
-    """A parameter that is gathered.
+    """The leaf of an unsharded parameter.
 
     Attributes:
-        kind: the class that it has elsewhere.
+        kind: the user's class of the parameter.
     """
 
     kind: type[nn.Parameter] = nn.Parameter
@@ -178,16 +178,16 @@ class GatheredParameter(_Leaf, nn.Parameter):
 
 @functools.cache
 def gathered_class(kind: type[nn.Parameter]) -> type[GatheredParameter]:
-    """The class of a parameter of the user's class `kind` that is gathered."""
+    """Return the leaf class for parameters of the user's class `kind`."""
     return GatheredParameter if kind is nn.Parameter else type(kind.__name__, (GatheredParameter, kind), {"kind": kind})
 
 
 class GatheredShard(_Leaf, DTensor):
-    """A parameter that is gathered and still divided by tensor parallelism."""
+    """The leaf of a parameter that stays sharded by tensor parallelism when its group is unsharded."""
 
 
 class ShardValues(DTensor):
-    """Values of a shard, into which is written as into those of the whole parameter."""
+    """Values of a shard; writes into them take the values of the full parameter."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         found = watched(self)
@@ -204,11 +204,11 @@ class ShardValues(DTensor):
 
 
 class ShardParameter(_GradientAccess, ShardValues):
-    """A shard."""
+    """The shard of a parameter."""
 
     @property
     def data(self) -> Tensor:
-        """Its values."""
+        """The shard's values."""
         found, values = watched(self), DATA.__get__(self)
         return values if found is None else found.hand_out(values, data=True)
 
@@ -221,7 +221,7 @@ class ShardParameter(_GradientAccess, ShardValues):
             found.assign_shard(value)
 
     def detach(self) -> Any:
-        """Its values."""
+        """Return the shard's values."""
         found, values = watched(self), Tensor.detach(self)
         return values if found is None else found.hand_out(values, data=False)
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep a block's input, run its forward again in backward.
+"""Activation checkpointing: keep a block's input and recompute its forward in backward.
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4; torch.utils.checkpoint.
 """
@@ -25,13 +25,14 @@ from lightning_largescale.workload.blocks import find_blocks
 
 
 def apply_recompute(module: nn.Module, plan: Plan) -> None:
-    """Make the repeated blocks of `module` that `plan` names, or all, recompute their activations.
+    """Make the repeated blocks of `module` that `plan` names, or all of them, recompute their activations.
 
-    Numbers are those of the plain run bit for bit, dropout and running statistics included. The module is changed in
-    place, its names and state_dict keys are not; doing it twice is doing it once, and `remove_recompute` undoes it.
+    Results equal those of the plain run bit for bit, including dropout and running statistics. The module is changed
+    in place; its names and state_dict keys stay. Calling this twice has the effect of one call, and
+    `remove_recompute` undoes it.
 
     Raises:
-        PlanError: the plan asks for it and `module` has no repeated blocks, or none of a name that the plan has.
+        PlanError: the plan asks for recompute, and `module` has no repeated blocks or lacks one that the plan names.
     """
     remove_recompute(module)
     if plan.activation_checkpointing == "none":
@@ -49,13 +50,13 @@ def apply_recompute(module: nn.Module, plan: Plan) -> None:
 
 
 def remove_recompute(module: nn.Module) -> None:
-    """Give every block of `module` the forward it had before `apply_recompute`; then it can be copied and pickled."""
+    """Undo `apply_recompute`: restore every block's forward, so that `module` can be copied and pickled again."""
     _Recomputed.restore(module)
 
 
-# The copy of a buffer at one of its versions.
+# Copies of buffers, each with the version that was copied.
 _Copies = MutableMapping[Tensor, tuple[int, Tensor]]
-# Their kernels write into buffers without counting it as a version.
+# The kernels of these modules write into buffers without raising the version counter.
 _WRITES_UNSEEN = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -70,9 +71,13 @@ _WRITES_UNSEEN = (
 class _Recomputed(Forward):
     """A block's forward under activation checkpointing.
 
-    What the forward does to buffers (running statistics, codebooks) it does once: it runs again on copies of them as
-    they were. `copies` are shared by all blocks, so that a constant is copied once. `keeps`: results of products, which
-    are not computed again.
+    The forward updates buffers (running statistics, codebooks) only once: the recomputed forward runs on copies of
+    their earlier values.
+
+    Args:
+        block: the block.
+        copies: copies of buffers, shared by all blocks so that a constant is copied once.
+        keeps: whether to keep the results of matrix products instead of recomputing them.
     """
 
     def __init__(self, block: nn.Module, copies: _Copies, *, keeps: bool) -> None:
@@ -93,7 +98,7 @@ class _Recomputed(Forward):
         if not torch.compiler.is_compiling():
             contexts = partial(_writing_once, contexts, self._module)
         elif contexts is noop_context_fn:
-            # torch.compile takes no contexts that do nothing.
+            # torch.compile does not accept contexts that do nothing.
             return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
@@ -108,13 +113,13 @@ class _Recomputed(Forward):
 
 
 def _writing_once(contexts: Callable[[], Contexts], block: nn.Module) -> Contexts:
-    """`contexts`, the second of which refuses writes into the parameters of `block`."""
+    """Return `contexts`, the second of which raises on writes into the parameters of `block`."""
     first, again = contexts()
     return first, _WritesOnce(block, again)
 
 
 class _WritesOnce:
-    """Around a forward that runs again, and around `inner`: what it writes into parameters it would write twice."""
+    """Context of a recomputed forward, around `inner`: raises on writes into parameters, which would happen twice."""
 
     def __init__(self, block: nn.Module, inner: AbstractContextManager[Any]) -> None:
         self._block, self._inner = block, inner
@@ -125,7 +130,7 @@ class _WritesOnce:
 
     def __exit__(self, *error: Any) -> None:
         self._inner.__exit__(*error)
-        # Also where it ends by an error, as it does when all is there that backward needs.
+        # Also on an error, since recompute stops with one once backward has all it needs.
         for name, count in self._writes().items():
             if count != self._before.get(name, count):
                 raise PlanError(
@@ -135,7 +140,7 @@ class _WritesOnce:
                 )
 
     def _writes(self) -> dict[str, object]:
-        """By name of a parameter, what changes when it is written into."""
+        """Return, by parameter name, a value that changes with each write into the parameter."""
         counts: dict[str, object] = {}
         for name, parameter in self._block.named_parameters():
             found = watched(parameter)
@@ -147,13 +152,13 @@ _Buffers = dict[tuple[nn.Module, str], Tensor]
 
 
 def _bound_in_backward(contexts: Callable[[], Contexts], before: _Buffers) -> Contexts:
-    """`contexts`, within the second of which modules have the buffers of `before`."""
+    """Return `contexts`, within the second of which modules have the buffers of `before`."""
     first, again = contexts()
     return first, _Bound(before, again)
 
 
 class _Bound:
-    """Within, and within `inner`, modules have these buffers in the place of their own; in each backward anew."""
+    """Context, around `inner`, in which modules have `buffers` in place of their own; entered in each backward."""
 
     def __init__(self, buffers: _Buffers, inner: AbstractContextManager[Any]) -> None:
         self._buffers, self._inner = buffers, inner
@@ -166,12 +171,12 @@ class _Bound:
         self._set({place: self._again(*place, tensor) for place, tensor in self._buffers.items()})
 
     def __exit__(self, *error: Any) -> None:
-        # First, whatever the other one's end raises.
+        # First, since the inner context may raise.
         self._set(self._present)
         self._inner.__exit__(*error)
 
     def _again(self, owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
-        """What the block runs again on: what it writes into must be there for the next backward."""
+        """Return the buffer to recompute with: a copy if the block writes into it, since a later backward needs it."""
         present = self._present[owner, name]
         constant = present is self._first[owner, name] and compat.version(present) == self._versions[owner, name]
         return tensor if constant and not isinstance(owner, _WRITES_UNSEEN) else tensor.clone()

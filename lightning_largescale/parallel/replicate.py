@@ -1,8 +1,9 @@
-"""The whole module on every device, gradients averaged: torch's DistributedDataParallel, and what it leaves out.
+"""Replicate the module on every device and average gradients, by torch's DistributedDataParallel and beyond it.
 
-DistributedDataParallel averages the gradients of the parameters that it knew to be trainable when it was made, each of
-which is to come once in a backward. It is given those that have been seen to be so; all others, those that become
-trainable within a step and those of reentrant activation checkpointing, are averaged after backward.
+DistributedDataParallel averages the gradients of the parameters that were trainable when it was made, and expects each
+gradient once in a backward. It gets only parameters that were seen to fit this. The gradients of all others, such as
+parameters that become trainable within a step and those of reentrant activation checkpointing, are averaged after
+backward.
 
 Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
 """
@@ -25,25 +26,25 @@ from lightning_largescale.parallel.averaging import Accumulations, Seen, agree, 
 from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.workload.kinds import EVERYWHERE, is_plain
 
-# In torch's words for a gradient that comes again after it has been reduced, or taken for one that does not come.
+# Part of torch's error for a gradient that comes after it was reduced, or after it was taken for unused.
 _CAME_AGAIN = "mark a variable ready only once"
 
 
 class Replica:
-    """Averages the gradients of a module over all ranks in backward; kept beside the module, which stays as it is.
+    """Averages the gradients of a module over all ranks in backward; the module itself is not changed.
 
-    Every parameter that has a gradient after a backward on any rank has the average of all ranks', and the others keep
-    none, as in a plain run: which are trainable and used may be others in each step, and on each rank.
+    A parameter that has a gradient after a backward on any rank gets the average over all ranks. The others get none,
+    as in a plain run. The trainable and used parameters may differ between steps and between ranks.
 
     Args:
-        module: on `device`, its values equal on all ranks.
-        device: of this rank.
-        watch_all: note backwards that are not announced by `prepare`.
+        module: the module on `device`, its values equal on all ranks.
+        device: this rank's device.
+        watch_all: whether to detect backwards that `prepare` does not announce.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, *, watch_all: bool = False) -> None:
         self._module, self._device, self._watch_all = module, device, watch_all
-        # Rows of tables are each rank's own, and so are their gradients.
+        # Row-sharded tables and their gradients are local to each rank.
         self._parameters = [one for one in module.parameters() if rows_of(one) is None and _is_differentiable(one)]
         self._known: set[int] = set()
         self._wrapper: DistributedDataParallel | None = None
@@ -51,17 +52,17 @@ class Replica:
         self._forget()
 
     def run(self, step: Callable[[], Any]) -> Any:
-        """Run `step`, the module's; gradients are averaged in the backward that `prepare` announces, within or after.
+        """Run `step`; its gradients are averaged during or after the backward that `prepare` announces.
 
         Args:
-            step: a step without arguments.
+            step: a step of the module, without arguments.
         """
         wrapper = self._current()
         synchronizes = wrapper.require_backward_grad_sync
 
         def prepared_later() -> Any:
             result = step()
-            # Or the wrapper would expect a backward from the output, and complain when none came.
+            # Otherwise the wrapper would expect a backward from the output, and raise when none came.
             wrapper.require_backward_grad_sync = False
             return result
 
@@ -71,7 +72,7 @@ class Replica:
             wrapper.require_backward_grad_sync = synchronizes
 
     def prepare(self, loss: Tensor) -> None:
-        """Make ready for a backward from `loss`, which `finish` follows."""
+        """Prepare for a backward from `loss`, which `finish` follows."""
         wrapper = self._current()
         self._accumulations.start(loss)
         anchor = self._call.anchor()
@@ -79,7 +80,7 @@ class Replica:
         self._anchored = anchor if wrapper.require_backward_grad_sync else None
 
     def finish(self) -> None:
-        """Average what the backward has left to be averaged: a collective, but within `no_reduction`."""
+        """Average the gradients that backward has not averaged; a collective, except within `no_reduction`."""
         self._accumulations.end()
         anchored, self._anchored = self._anchored, None
         if anchored is None:
@@ -91,34 +92,35 @@ class Replica:
             self._average(others)
 
     def finish_within(self) -> None:
-        """At the end of a backward that has accumulated gradients, `finish`, for what the user's own `backward` does to
-        them after it.
+        """Call `finish` at the end of a backward that accumulated gradients.
+
+        The user's own `backward` may use the gradients after that.
         """
         if self._anchored is not None and self._accumulations.has_any:
             self.finish()
 
     def look_again(self) -> None:
-        """Let the next backward find out which parameters are trained from now on."""
+        """Make the next backward find out again which parameters are trained."""
         self._looks_again = True
 
     @property
     def unreduced(self) -> bool:
-        """Whether there are gradients of a backward that was not announced; only known where all are watched."""
+        """Whether there are gradients of a backward that was not announced; always False without `watch_all`."""
         wrapper = self._current()
         return self._watch_all and self._accumulations.outside and wrapper.require_backward_grad_sync
 
     def forget_step(self) -> None:
-        """Make ready for a step after one that ended halfway."""
+        """Prepare for a step after one that failed."""
         self._forget()
-        # Until the old wrapper is gone its hooks would join in the next backward.
+        # The old wrapper's hooks would run in the next backward.
         gc.collect()
 
     def close(self) -> None:
-        """Leave nothing at the parameters."""
+        """Remove all hooks from the parameters."""
         self._know(set())
 
     def no_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Within, backward keeps its gradients unreduced, without communication."""
+        """Return a context in which backward leaves its gradients unreduced, without communication."""
         return self._current().no_sync()
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
@@ -138,25 +140,25 @@ class Replica:
         """Whether gradients of a parameter are to be averaged within backward from now on."""
         if parameter in self._reentered or parameter in self._sparse:
             return False
-        # Where some are of reentrant checkpointing, those that were not used may be so as well.
+        # Where some parameters are in reentrant checkpointing, unused ones may be too.
         expected = parameter in self._known or not self._reentered
         return seen.used or (Seen.TRAINABLE in seen and expected)
 
     def _forget(self) -> None:
         self._reentered: set[int] = set()
-        # DistributedDataParallel wants these gradients of every rank in every step.
+        # DistributedDataParallel needs sparse gradients from every rank in every step.
         self._sparse = {id(part.weight) for part in self._module.modules() if _is_sparse(part)}
         self._looks_again = True
         self._anchored = None
         self._know(set())
 
     def _know(self, known: set[int]) -> None:
-        """Let the wrapper be made again, of these parameters."""
+        """Discard the wrapper; the next one averages the gradients of the parameters `known`, given by id."""
         if self._wrapper is not None:
             self._accumulations.stop()
             self._wrapper = None
             if self._known:
-                # Its gradients would have their memory twice until then.
+                # The gradients in its buckets would have their memory twice until then.
                 gc.collect()
         self._known = known
 
@@ -171,7 +173,7 @@ class Replica:
 
 @contextlib.contextmanager
 def told_of_reentry() -> Generator[None, None, None]:
-    """Within, a backward that reenters what DistributedDataParallel has been given ends in a sentence.
+    """Context that turns DistributedDataParallel's error about a reentrant backward into a PlanError.
 
     Raises:
         PlanError: in place of torch's error.
@@ -191,10 +193,10 @@ def told_of_reentry() -> Generator[None, None, None]:
 def _wrap(call: _FunctionModule, known: set[int], device: torch.device) -> DistributedDataParallel:
     on_cuda = device.type == "cuda"
     left_out = [name for name, one in call.named_parameters() if rows_of(one) is not None or not is_plain(one)]
-    # torch tells other ranks only what is plain and dense, in every forward; what is not was made equal at setup.
+    # torch broadcasts buffers in every forward, only plain and dense ones; the others were made equal at setup.
     left_out += [name for name, one in call.named_buffers() if not is_plain(one) or one.dtype not in EVERYWHERE]
     compat.ignore_parameters(call, left_out)
-    # On the stream that computes: gradients that are there already are copied to the buckets here.
+    # On the compute stream: this copies existing gradients to the buckets.
     with _trainable(call.module.parameters(), known):
         return DistributedDataParallel(
             call,
@@ -207,7 +209,7 @@ def _wrap(call: _FunctionModule, known: set[int], device: torch.device) -> Distr
 
 @contextlib.contextmanager
 def _trainable(parameters: Iterable[nn.Parameter], known: set[int]) -> Generator[None, None, None]:
-    """Within, those that are `known` are trainable, and no others: DistributedDataParallel takes what is."""
+    """Context in which only the `known` parameters are trainable: DistributedDataParallel takes the trainable ones."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters if _is_differentiable(parameter)]
     for parameter, _ in before:
         parameter.requires_grad_(id(parameter) in known)
@@ -227,7 +229,7 @@ def _is_sparse(part: nn.Module) -> bool:
 
 
 class _FunctionModule(nn.Module):
-    """A module whose forward is whatever it is given, over the parameters of another."""
+    """A module whose forward calls the function that it receives, with another module's parameters as its own."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -240,9 +242,9 @@ class _FunctionModule(nn.Module):
         return function()
 
     def anchor(self) -> Tensor:
-        """What a backward is to come from after that of the loss.
+        """Return a tensor to run backward from after the loss's backward.
 
-        Without any gradient of its parameters DistributedDataParallel would leave the other ranks waiting.
+        If none of its parameters got a gradient, DistributedDataParallel would leave the other ranks waiting.
         """
         self.always_used.grad = None
         return self.always_used.sum()

@@ -1,6 +1,6 @@
-"""Parameters that are gathered from shards as they were before: attributes, class, and order of dimensions in memory.
+"""Restore attributes, class and memory layout on parameters that FSDP2 gathers from shards.
 
-FSDP2 shards contiguous tensors, and what it gathers is contiguous and has no attributes.
+FSDP2 shards contiguous tensors; the parameters that it gathers are contiguous and have no attributes.
 """
 
 from __future__ import annotations
@@ -20,36 +20,40 @@ from lightning_largescale.parallel.parameter_access import GRADIENT
 
 @dataclass(frozen=True)
 class Before:
-    """What a parameter was like before it was sharded, beside its values."""
+    """Layout, class and attributes of a parameter before it was sharded."""
 
     whole: Whole
     attributes: Mapping[str, Any]
 
     @classmethod
     def of(cls, parameter: nn.Parameter) -> Before:
-        """What `parameter` is like, but for what this package has told it."""
+        """Return those of `parameter`, without the attributes that this package set."""
         attributes = {name: value for name, value in vars(parameter).items() if not name.startswith("_largescale")}
         kind = nn.Parameter if isinstance(parameter, DTensor) else type(parameter)
         return cls(Whole(memory_order(parameter), kind), attributes)
 
     def tell(self, shard: nn.Parameter) -> None:
-        """Let the shard of the parameter be told of it."""
+        """Set them on the shard of the parameter."""
         vars(as_whole(shard, self.whole)).update(self.attributes)
 
     def come_back(self, full: nn.Parameter) -> None:
-        """Make what is gathered from shards like it."""
+        """Restore them on `full`, the parameter gathered from shards."""
         if self.whole.kind is not nn.Parameter and not isinstance(full, DTensor):
             full.__class__ = self.whole.kind
         vars(full).update(self.attributes)
         if self.whole.dims is not None:
             trained = full.requires_grad
-            # Autograd lays a gradient out as its parameter is, and FSDP reduces what is contiguous.
+            # Autograd gives a gradient its parameter's layout, and FSDP reduces contiguous gradients.
             full.requires_grad_().register_post_accumulate_grad_hook(_make_contiguous)  # type: ignore[no-untyped-call]
             full.requires_grad_(trained)
 
 
 def made_contiguous(module: nn.Module, but: set[nn.Parameter]) -> dict[str, Before]:
-    """Lay parameters of `module` out in memory as FSDP takes them; what they were like before, by name."""
+    """Make the parameters of `module`, except those in `but`, contiguous for FSDP.
+
+    Returns:
+        Layout, class and attributes by name, of parameters where these are not the defaults.
+    """
     before: dict[str, Before] = {}
     for name, parameter in module.named_parameters():
         if parameter not in but:
@@ -60,7 +64,7 @@ def made_contiguous(module: nn.Module, but: set[nn.Parameter]) -> dict[str, Befo
 
 
 def restore_when_gathered(state: Sharded, before: Mapping[str, Before]) -> None:
-    """Have what is gathered be like it was before it was sharded."""
+    """Register the restoring of gathered parameters: FSDP2 gathers them as they were before they were sharded."""
     groups = {shard: group for group in state.every_group() for shard, _ in compat.shards_of(group)}
     for name, one in before.items():
         shard = cast(nn.Module, state.groups[""]).get_parameter(name)

@@ -1,6 +1,6 @@
-"""What data-parallel ranks tell one another before they enter collectives: one all-reduce of a few numbers on the CPU.
+"""The exchange of data-parallel ranks before they enter collectives: one all-reduce of a few numbers on the CPU.
 
-Each number is a fact that holds on any of the ranks, so their maximum is what all of them know afterwards.
+Each number states a fact of one rank. All ranks receive the maximum, so a fact that holds on any rank is known to all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Points where all ranks meet, by what a rank does there.
+# Points where all ranks meet, described by the rank's action there.
 POINTS = (
     "begins a training step",
     "begins a step of an evaluation",
@@ -27,15 +27,15 @@ POINTS = (
     "looks up rows of a table after a block",
 )
 BEGIN_TRAINING, BEGIN_EVALUATION, END_FORWARD, END_STEP, END_BACKWARD, COLLECTIVE, LOOK_UP = range(len(POINTS))
-# Numbers that every exchange has: two of the entry, whether a rank departs, the kinds of entries, two of the reads, and
-# whether a rank is idle.
+# Numbers in every exchange: two for the entry, one for whether a rank departs, one per kind of entry, two for the reads
+# and one for whether a rank is idle.
 _KINDS, _IDLE, _HEAD = 3, 8, 9
-# Less than the code of any entry, and than what is greater the less it is.
+# Less than the code of any entry, and less than any negated code.
 _NO_CODE = -(1 << 62)
 
 
 class EntryKind(IntEnum):
-    """Of what a rank is about to enter."""
+    """The kind of collective that a rank is about to enter."""
 
     UNSHARD = 0
     REDUCE = 1
@@ -43,8 +43,12 @@ class EntryKind(IntEnum):
 
 
 class Entry(NamedTuple):
-    """What a rank is about to enter: the all-gather or the reduction of a group, of some of its parameters, or a point
-    where all meet, by its number.
+    """The collective that a rank is about to enter.
+
+    Attributes:
+        kind: the all-gather or the reduction of a group, or a point where all ranks meet.
+        number: the index of the group or of the point.
+        parameters: the parameters of the group that take part.
     """
 
     kind: EntryKind
@@ -53,28 +57,29 @@ class Entry(NamedTuple):
 
     @property
     def code(self) -> int:
-        """A number that tells it from all others; of the greater part of it `Entry.of` makes it again."""
+        """A number that identifies the entry; its upper bits are kind and number, from which `Entry.of` restores it."""
         return (self.kind << 16 | self.number) << 32 | zlib.crc32(repr(self.parameters).encode())
 
     @classmethod
     def of(cls, code: int) -> Entry:
-        """The entry of a code, but for its parameters."""
+        """Return the entry of a code, without its parameters."""
         place = code >> 32
         return cls(EntryKind(place >> 16), place & 0xFFFF)
 
 
 class Told(NamedTuple):
-    """What the ranks told one another.
+    """The result of a round, equal on all ranks.
 
     Attributes:
-        between: two of the entries that they are about to enter, different ones if there are such.
-        same: all are about to enter the same.
-        departed: a rank is about to enter another than the step that is followed has.
-        kinds: of what they are about to enter.
-        reads_same: they have read the same sharded tensors.
-        idle: a rank has nothing to compute and meets the others wherever they do.
-        wanted: indices of groups that any of them wants to gather.
-        complete: parameters with a gradient to reduce on any rank, by index of a group that none awaits more of.
+        between: two entries that ranks are about to enter; different ones if the ranks differ.
+        same: whether all ranks are about to enter the same collective.
+        departed: whether a rank departs from the step that is followed.
+        kinds: the kinds of all ranks' entries.
+        reads_same: whether all ranks have read the same sharded tensors.
+        idle: whether a rank has nothing to compute and meets the others at any point.
+        wanted: indices of groups that any rank wants to gather.
+        complete: by index of a group for which no rank awaits more gradients, the parameters with a gradient to reduce
+            on any rank.
     """
 
     between: tuple[Entry, Entry]
@@ -88,22 +93,22 @@ class Told(NamedTuple):
 
 
 class Round:
-    """One time that ranks tell one another what they are about to enter.
+    """One exchange of the entries that ranks are about to enter.
 
     Args:
-        entry: of this rank.
-        sizes: how many parameters each group has; the same in all rounds, since gloo ends the process where ranks send
-            unequal numbers, as ranks do that are at unlike places.
+        entry: this rank's entry.
+        sizes: number of parameters per group; the same in all rounds, since gloo ends the process if ranks at different
+            places send tensors of different sizes.
         departs: whether this rank departs from the step that is followed.
-        reads: a number of all sharded tensors that this rank has read.
-        idle: `entry` is a point where all meet, and this rank has nothing to compute, so it meets them at any.
+        reads: a number that identifies all sharded tensors that this rank has read.
+        idle: whether `entry` is a meeting point and this rank has nothing to compute, so it meets the others at any.
     """
 
     def __init__(
         self, entry: Entry, sizes: Sequence[int], *, departs: bool = False, reads: int = 0, idle: bool = False
     ) -> None:
         self._sizes = sizes
-        # The device that a step may have made the default is not gloo's.
+        # A step may have changed the default device, and gloo needs the CPU.
         self._numbers = torch.zeros(_HEAD + 2 * len(sizes) + sum(sizes), dtype=torch.int64, device="cpu")
         greatest, negated = (_NO_CODE, _NO_CODE) if idle else (entry.code, -entry.code)
         self._numbers[0], self._numbers[1], self._numbers[2] = greatest, negated, int(departs)
@@ -111,24 +116,24 @@ class Round:
         self._numbers[_IDLE - 2], self._numbers[_IDLE - 1], self._numbers[_IDLE] = reads, -reads, int(idle)
 
     def want(self, group: int) -> None:
-        """Tell that this rank is about to gather a group, as soon as all ranks do."""
+        """Announce that this rank is about to gather a group, as soon as all ranks do."""
         self._parts[0][group] = 1
 
     def await_more(self, group: int) -> None:
-        """Tell that this rank's backward will give a group more gradients."""
+        """Announce that this rank's backward will give a group more gradients."""
         self._parts[1][group] = 1
 
     def offer(self, group: int, parameters: Sequence[int]) -> None:
-        """Tell that this rank has gradients to reduce, of some parameters of a group."""
+        """Announce that this rank has gradients to reduce for these parameters of a group."""
         start = sum(self._sizes[:group])
         self._parts[2][[start + parameter for parameter in parameters]] = 1
 
     def begin(self, ranks: dist.ProcessGroup) -> Any:
-        """Send what this rank tells, without waiting; what to wait for before `told`."""
+        """Start the all-reduce asynchronously; return the work to wait for before calling `told`."""
         return dist.all_reduce(self._numbers, dist.ReduceOp.MAX, ranks, async_op=True)
 
     def told(self) -> Told:
-        """What all ranks told."""
+        """Return the result of the exchange."""
         greatest, least, departed, *kinds, most_read, least_read, idle = self._numbers[:_HEAD].tolist()
         told = Told(
             between=(Entry.of(-least), Entry.of(greatest)),
@@ -150,7 +155,7 @@ class Round:
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """By group whether it is to be gathered and whether more gradients come; by parameter whether it has one."""
+        """Flags per group for a gather and for awaited gradients, and flags per parameter for a gradient."""
         groups = len(self._sizes)
         gathers, awaits, gradients = self._numbers[_HEAD:].tensor_split((groups, 2 * groups))
         return gathers, awaits, gradients

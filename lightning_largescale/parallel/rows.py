@@ -1,7 +1,7 @@
-"""Rows of a table that one rank holds: a plain local parameter, marked with which piece of the whole it is.
+"""Row-sharded tables: a rank's rows are a plain local parameter, marked with their place in the full table.
 
-The mark is an attribute of the tensor, as the gradient of such a parameter has it too. Whatever leaves or enters the
-ranks as a whole (checkpoints, full parameters) goes through `full_rows` and `own_rows`.
+The mark is an attribute of the tensor, since gradients of such parameters carry it too. Checkpoints and full parameters
+convert by `full_rows` and `own_rows`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_largescale.groups import carrying_device
 from lightning_largescale.workload.parts import share
 
 _ATTRIBUTE = "_largescale_rows"
-# Rows travel in pieces of about as many bytes, so that no rank holds much beside its own.
+# Bytes per broadcast of rows, so that no rank holds much beside its own rows.
 CHUNK_BYTES = 16 * 2**20
 
 _Tensor = TypeVar("_Tensor", bound=Tensor)
@@ -25,11 +25,11 @@ _Tensor = TypeVar("_Tensor", bound=Tensor)
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Which rows of a table a local tensor has, as many as it is long.
+    """The place of a local tensor's rows in the full table.
 
     Attributes:
-        rows: of the whole table.
-        start: number of the first of this rank.
+        rows: number of rows of the full table.
+        start: index of this rank's first row.
     """
 
     rows: int
@@ -37,34 +37,35 @@ class Rows:
 
 
 def rows_of(tensor: object) -> Rows | None:
-    """What piece of a table `tensor`, a parameter or its gradient, is; None where it is whole, or no tensor."""
+    """Return the rows that `tensor`, a parameter or its gradient, has; None if it is not row-sharded or no tensor."""
     mark = getattr(tensor, _ATTRIBUTE, None)
     return None if mark is None else Rows(*mark)
 
 
 def mark_rows(tensor: _Tensor, rows: Rows) -> _Tensor:
-    """`tensor`, told that it is a piece of a table."""
-    # Numbers, which torch.load takes for safe, and knows in a process without this package.
+    """Mark `tensor` as `rows` of a table; return it."""
+    # Plain numbers, which torch.load considers safe and can load without this package.
     setattr(tensor, _ATTRIBUTE, (rows.rows, rows.start))
     return tensor
 
 
 def global_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the table that `tensor` is a piece of; its own where it is none."""
+    """Return the shape of the full table that `tensor` has rows of; its own shape if it is not row-sharded."""
     rows = rows_of(tensor)
     return tensor.shape if rows is None else torch.Size([rows.rows, *tensor.shape[1:]])
 
 
 def own_rows(full: Tensor, rows: Rows) -> Tensor:
-    """This rank's rows of `full`, a table or its row-wise state, without communication.
+    """Return this rank's rows of `full`, without communication.
 
     Args:
-        full: equal on all ranks, of shape (rows, ...), dense or sparse COO; on any device.
-        rows: of this rank's piece.
+        full: a table or its row-wise state of shape (rows, ...), equal on all ranks, dense or sparse COO, on any
+            device.
+        rows: the place of this rank's rows.
     """
     _, length = share(rows.rows, comm.rank(), comm.world_size())
     if not full.is_sparse:
-        # Or the whole would stay in memory behind the piece.
+        # A view would keep the full table in memory.
         return full.narrow(0, rows.start, length).clone(memory_format=torch.contiguous_format)
     full = full.coalesce()
     ids = full.indices()[0]
@@ -73,15 +74,15 @@ def own_rows(full: Tensor, rows: Rows) -> Tensor:
 
 
 def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
-    """The whole table, or its row-wise state, that ranks have pieces of: a collective.
+    """Gather a full row-sharded table, or its row-wise state; a collective.
 
     Args:
-        local: this rank's piece, dense or sparse COO, alike on all ranks, on any device.
-        rows: of it.
-        keep: whether this rank wants the whole.
+        local: this rank's rows, dense or sparse COO (the same layout on all ranks), on any device.
+        rows: the place of these rows.
+        keep: whether this rank needs the full table.
 
     Returns:
-        A dense or sparse tensor of shape (rows, ...) on the CPU; without `keep` one that is empty.
+        A dense or sparse tensor of shape (rows, ...) on the CPU; an empty one without `keep`.
     """
     if local.is_sparse:
         return _full_sparse(local, rows, keep=keep)
@@ -103,18 +104,18 @@ def full_rows(local: Tensor, rows: Rows, *, keep: bool = True) -> Tensor:
 
 
 def chunk_rows(table: Tensor) -> int:
-    """How many rows of `table` travel together."""
+    """Return the number of rows of `table` per broadcast."""
     row_bytes = table.shape[1:].numel() * table.element_size()
     return max(1, CHUNK_BYTES // max(1, row_bytes))
 
 
 def sparse_rows(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """A sparse tensor of rows, each once: `values` (k, ...) at the places `ids` (k), which are sorted."""
+    """Return a coalesced sparse tensor with rows `values` (k, ...) at the sorted, distinct indices `ids` (k)."""
     return torch.sparse_coo_tensor(ids.unsqueeze(0), values, shape, check_invariants=False, is_coalesced=True)
 
 
 def _full_sparse(local: Tensor, rows: Rows, *, keep: bool) -> Tensor:
-    """What optimizers keep of sparse gradients, such as SGD's momentum."""
+    """Gather sparse row-wise state, such as SGD's momentum of sparse gradients."""
     local = local.detach().to(carrying_device(local)).coalesce()
     ids, values = local.indices()[0] + rows.start, local.values()
     shape = torch.Size([rows.rows if keep else 0, *local.shape[1:]])

@@ -1,7 +1,7 @@
-"""FSDP2 over the repeated blocks: parameters, gradients and optimizer state divided, gathered block by block.
+"""FSDP2 over the repeated blocks: shard parameters, gradients and optimizer state, and all-gather block by block.
 
-One group a block, one each of the modules that a plan wraps, and the module itself as the root, which keeps its
-parameters gathered from the start of a step to the end of its backward.
+Each block is an FSDP group, and so is each module in the plan's `wrapped_modules`. The module itself is the root group,
+whose parameters stay unsharded from the start of a step to the end of its backward.
 
 Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully_shard.
 """
@@ -52,7 +52,7 @@ from lightning_largescale.workload.blocks import (
 from lightning_largescale.workload.kinds import is_plain
 from lightning_largescale.workload.parts import Part
 
-# Bytes of full copies freed between two returns of memory to the system: a return walks the heap.
+# Bytes of full copies to free before memory is returned to the system: each return walks the heap.
 _RELEASE_BYTES = 256 * 2**20
 
 
@@ -68,33 +68,35 @@ def shard_module(
     divided: Callable[[Sharded], None] | None = None,
     make: Callable[[], None] | None = None,
 ) -> None:
-    """Divide `module`, the same on every rank but for its values, among the ranks of `mesh`: a collective.
+    """Shard `module` over the ranks of `mesh`; a collective.
 
-    Ranks get slices of rank 0's values. Block by block the parameters move to `device`, are divided, and their full
-    copy is freed. Names stay as they are, and so do attributes of parameters, which become DTensors; those that lie in
-    memory in another order of dimensions than their own are gathered to that order. A parameter without dimensions, or
-    without elements, cannot be divided: it stays whole, its gradient averaged over all ranks. So do, under manual
-    optimisation, the parameters that the module itself holds. Groups are of one dtype each: of the root's trainable
-    parameters those of each further dtype are a group that is gathered with it. What has no values yet is divided on
-    the meta device, and made then. With that device the module is divided, and no more: no step can run there.
+    The module is the same on every rank except for its values; the shards are slices of rank 0's values. Block by
+    block, the parameters move to `device`, are sharded, and their full copy is freed. Parameters become DTensors and
+    keep their names and attributes. A parameter whose dimensions lie in memory in another order is gathered to that
+    order. A parameter without dimensions or without elements cannot be sharded: it stays replicated, and its gradient
+    is averaged over all ranks. Under manual optimization the same holds for the module's own direct parameters. An
+    FSDP group has one dtype: the root's trainable parameters of each further dtype form a group that is gathered with
+    the root. Tensors without values are sharded on the meta device and materialized afterwards. If `device` is the
+    meta device, the module is only sharded: no step can run there.
 
-    Under mixed precision blocks gather their matrices in `gather_type`, what autocast makes of them anyway; vectors
-    (norms, biases) and the root's parameters are gathered in float32, so that numbers are those of autocast alone.
+    Under mixed precision blocks gather their matrices in `gather_type`, to which autocast casts them anyway. Vectors
+    (norms, biases) and the root's parameters are gathered in float32, so the results equal those of autocast alone.
 
     Args:
-        module: on any device.
-        plan: one that gathers.
-        mesh: as `build_mesh` makes it.
-        device: of this rank.
-        gather_type: of the matrices of blocks; None for that they are stored in.
-        parts: by block, and name in it, what tensor parallelism divides; the rest is of the block "".
-        on_parts: runs a step where it divides some of the rest.
-        divided: is told of what was divided, before it has values where it had none.
-        make: gives values to what has none, once it is divided.
+        module: the module to shard, on any device.
+        plan: a plan that gathers.
+        mesh: the mesh from `build_mesh`.
+        device: this rank's device.
+        gather_type: the dtype to gather the blocks' matrices in; None for their storage dtype.
+        parts: the tensor-parallel division of parameters, by block and by name in the block; those outside of blocks
+            are under the block "".
+        on_parts: runs a step where tensor parallelism shards parameters outside of blocks.
+        divided: called with the sharding state, before meta tensors are materialized.
+        make: materializes meta tensors after they are sharded.
 
     Raises:
-        PlanError: no parameters, embeddings with sparse gradients whose rows are not divided already, or
-            `wrapped_modules` that are no modules of `module`, are never called, or overlap blocks or each other.
+        PlanError: `module` has no parameters, or embeddings with sparse gradients that are not row-sharded; or
+            `wrapped_modules` names modules that do not exist, are never called, or overlap blocks or each other.
     """
     groups = _groups(module, plan)
     _warn_of_hooks(module)
@@ -102,11 +104,11 @@ def shard_module(
         matrices = [tensor_bytes(parameter) for parameter in module.parameters() if parameter.dim() > 1]
         map_from(min(matrices, default=0))
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
-    # Rows of tables are each rank's own already.
+    # Row-sharded tables are already local to each rank.
     rows = {parameter for parameter in module.parameters() if rows_of(parameter) is not None}
     whole = {one for one in module.parameters() if not _is_sharded(one) or one.dim() == 0 or one.numel() == 0}
     if not getattr(module, "automatic_optimization", True):
-        # After the first backward of a step they would be shards: no forward gathers what the module itself holds.
+        # They would be shards after the first backward of a step: no forward gathers the root's direct parameters.
         whole |= {*module.parameters(recurse=False)} - rows
     before = made_contiguous(module, whole | rows)
     root_too: set[nn.Parameter] = set()
@@ -116,7 +118,7 @@ def shard_module(
     for name, group in groups.items():
         if name:
             wraps = name in plan.wrapped_modules
-            # Tensor parallelism knows blocks and the rest.
+            # Tensor parallelism keeps the parts of wrapped modules under the block "".
             own = {path: rest.pop(path) for path in group.parameters if wraps and path in rest}
             freed += _shard_block(
                 module,
@@ -149,7 +151,7 @@ def shard_module(
     for others in beside:
         state.beside.append(_shard_beside(module, others, data_mesh(mesh)))
     for name, block in state.groups.items():
-        # Last, since moving what is sharded makes other parameters of it.
+        # Last, since moving sharded parameters replaces them by new ones.
         for path, parameter in cast(nn.Module, block).named_parameters():
             as_ordered(parameter, parts.get(name, {}).get(path))
     for name, one in before.items():
@@ -160,13 +162,13 @@ def shard_module(
     if make is not None:
         make()
         for part in module.modules():
-            # Their states are no buffers.
+            # The states of metrics are not buffers.
             if isinstance(part, Metric):
                 part.to(device)
     scalars = [module.get_parameter(name) for name in names]
     for index, scalar in enumerate(scalars):
         trained = scalar.requires_grad
-        # It may be frozen for now, and torch takes hooks of what is trained.
+        # It may be frozen for now, and torch registers hooks only on tensors that require gradients.
         average = partial(_average, state, index)
         handle = scalar.requires_grad_().register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
         state.hooks.append(handle)
@@ -184,13 +186,13 @@ def shard_module(
 
 
 def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
-    """Let `module`, sharded by an earlier plan, go on under `plan`, if that divides it in the same way on `device`."""
+    """Switch the sharded `module` to `plan` if both plans shard it the same way on `device`; return whether they do."""
     state = sharded_state(module)
     assert state is not None
     before = state.plan
     alike = ["dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules", "row_sharded_embeddings"]
     if device.type != "cpu":
-        # FSDP2 has been told which shards are in DRAM.
+        # FSDP2's offload policies, which say which shards are in DRAM, are fixed.
         alike += ["offload_parameters", "resident_parameter_bytes", "cpu_parameter_bytes", "release_gradients"]
     if any(getattr(before, name) != getattr(plan, name) for name in alike):
         return False
@@ -200,10 +202,10 @@ def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
 
 
 def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
-    """What is gathered together, by name.
+    """Return the FSDP groups by name.
 
     Raises:
-        PlanError: as `shard_module`.
+        PlanError: as for `shard_module`.
     """
     if not any(True for _ in module.parameters()):
         raise PlanError(
@@ -215,7 +217,7 @@ def _groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
 
 
 def in_order(module: nn.Module, groups: Mapping[str, Group]) -> dict[str, Group]:
-    """`groups` as they stand in `module`, which is how plans count those that stay on a device; the root last."""
+    """Sort `groups` by their place in `module`, the root last: plans count resident groups in this order."""
     places = {path: place for place, (path, _) in enumerate(module.named_parameters())}
     first = {name: min((places[path] for path in group.parameters), default=0) for name, group in groups.items()}
     return {name: groups[name] for name in sorted(groups, key=lambda name: (not name, first[name]))}
@@ -275,9 +277,10 @@ def _shard_block(
     parts: Mapping[str, Part],
     tier: str | None,
 ) -> int:
-    """Divide one block, but for parameters in `whole` and what is added to `root_too`; the bytes of its full copy.
+    """Shard one block, and return the bytes of its full copy.
 
-    Its shards go to DRAM on their way to `tier`, where it is another than the device's.
+    Parameters in `whole` are skipped, and so are those that this adds to `root_too`. If `tier` is not None, FSDP2
+    offloads the shards to DRAM, from where they go to `tier`.
     """
     block = group.modules[0]
     to_device(block, device)
@@ -288,7 +291,7 @@ def _shard_block(
     own = {parameter: module.get_parameter(parameter) for parameter in group.parameters}
     left = {module.get_parameter(parameter) for parameter in group.shared}
     if not {*trained_dtypes(own.values())} <= {torch.float32, torch.float16, torch.bfloat16}:
-        # Of the others autocast makes nothing.
+        # Autocast does not cast other dtypes.
         gather_type = None
     if gather_type is not None:
         left |= {parameter for parameter in own.values() if parameter.dim() < 2}
@@ -317,14 +320,14 @@ def block_tiers(
     parts: Mapping[str, Mapping[str, Part]],
     gather_type: torch.dtype | None,
 ) -> Mapping[str, str]:
-    """By name of a group whose shards leave the device, their tier.
+    """Return the tier of each group whose shards are offloaded, by name.
 
     Args:
-        module: not divided yet.
-        plan: by which it will be.
-        groups: what is gathered together, by name.
+        module: the module before it is sharded.
+        plan: the plan that it will be sharded by.
+        groups: the FSDP groups by name.
         parts: as for `shard_module`.
-        gather_type: likewise.
+        gather_type: as for `shard_module`.
     """
     sizes: dict[str, int] = {}
     for name in filter(None, groups):
@@ -340,14 +343,14 @@ def block_tiers(
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP shards what is of its kind; styles of the user's have made DTensors of some."""
+    """Whether FSDP shards this kind of parameter; the user's ParallelStyles may have made it a DTensor."""
     return is_plain(parameter) or isinstance(parameter, DTensor)
 
 
 def _offload_policy(tier: str | None) -> OffloadPolicy:
     if tier is None:
         return OffloadPolicy()
-    # What a disk has behind it is no memory to pin.
+    # Memory that a file backs cannot be pinned.
     return CPUOffloadPolicy(pin_memory=tier == "cpu")
 
 
@@ -358,16 +361,19 @@ def _policy(gather_type: torch.dtype | None) -> MixedPrecisionPolicy:
 
 
 def _other_dtypes(module: nn.Module, parameters: set[nn.Parameter]) -> list[set[nn.Parameter]]:
-    """Trainable ones of `parameters` in other dtypes than most of their bytes: one set a dtype, alike on all ranks."""
+    """Return the trainable `parameters` that are not of the main dtype (by bytes), one set per dtype.
+
+    All ranks return the sets in the same order.
+    """
     ordered = [parameter for parameter in module.parameters() if parameter in parameters]
     others = trained_dtypes(ordered)[1:]
     return [{one for one in ordered if one.dtype == dtype and one.requires_grad} for dtype in others]
 
 
 def _shard_beside(module: nn.Module, parameters: set[nn.Parameter], mesh: DeviceMesh) -> FSDPModule:
-    """A group of `parameters` of the root `module`, which FSDP lets have no two."""
+    """Shard `parameters` of the root `module` as a group beside it, since FSDP allows one group per module."""
     owner = nn.Module()
-    # Where FSDP finds the places of what it gathers.
+    # FSDP looks up the places of the parameters through this attribute.
     owner.module = module
     with _held_by(owner, set(parameters)):
         fully_shard(owner, mesh=mesh, reshard_after_forward=False)
@@ -377,7 +383,7 @@ def _shard_beside(module: nn.Module, parameters: set[nn.Parameter], mesh: Device
 
 @contextmanager
 def _held_by(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
-    """Within, `module` has `parameters` as its own: `fully_shard` does not look for them inside other groups."""
+    """Context in which `module` owns `parameters`: `fully_shard` does not look for them inside other groups."""
     holder = Adopted()
     # In the module's order, which is the same on all ranks.
     for index, parameter in enumerate(module.parameters()):
@@ -393,7 +399,7 @@ def _held_by(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]
 
 
 def _average(state: Sharded, index: int, parameter: Tensor) -> None:
-    """Average the gradient of a parameter that FSDP ignores, the `index`-th of them, when the others are reduced."""
+    """Average the gradient of the `index`-th parameter that FSDP ignores, when the other gradients are reduced."""
     if parameter.grad is None or not parameter.numel():
         return
     if state.agreement is not None:

@@ -1,6 +1,6 @@
-"""Whether an optimizer can step on the rows of a table that a rank has: asked of the optimizer itself.
+"""Check whether an optimizer can step on a row-sharded table, by a trial on a small table.
 
-It must take sparse gradients, treat rows one by one, and keep state of the table's shape, or numbers for all of it.
+It must accept sparse gradients, treat rows independently, and keep state of the table's shape or scalars.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_largescale.optimizing import UntriedError, clone_of, in_words
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.rows import sparse_rows
 
-# A table in small, the rows that get a gradient, and where it is cut in two.
+# A small table, its rows that get a gradient, and the row at which it is split in two.
 _ROWS, _COLUMNS, _TOUCHED, _CUT = 8, 4, (1, 2, 6), 4
 _STEPS = 2
 _LEARNING_RATE = 1e-2
@@ -27,15 +27,15 @@ _LEARNING_RATE = 1e-2
 def check_takes_rows(
     optimizer: Optimizer, lookups: Lookups | None, initial: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:
-    """Make sure that `optimizer` can step on the row-sharded tables that it holds; it stays as it is.
+    """Make sure that `optimizer` can step on the row-sharded tables among its parameters; it is not changed.
 
     Args:
-        optimizer: of any parameters.
-        lookups: of the module's tables; None where it has none.
+        optimizer: an optimizer of any parameters.
+        lookups: the lookups of the module's row-sharded tables; None if it has none.
         initial: the state that parameters had before the first step.
 
     Raises:
-        PlanError: it cannot, and which can.
+        PlanError: it cannot; the message names optimizers that can.
     """
     names = {} if lookups is None else {id(table.weight): table.name for table in lookups.tables}
     for group in optimizer.param_groups:
@@ -73,7 +73,7 @@ def _refusal(
 def _stepped(
     optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, initial: Mapping[str, Any], rows: range
 ) -> tuple[Tensor, dict[str, Any]]:
-    """These rows of a small table, and their state, after steps of a copy of `optimizer`."""
+    """Let a copy of `optimizer` step on `rows` of a small table; return these rows and their state."""
     noise = torch.rand((_STEPS, _ROWS, _COLUMNS), generator=torch.Generator().manual_seed(0)) + 0.5
     noise = noise.to(parameter.device, parameter.dtype)
     table = nn.Parameter(noise[0, rows.start : rows.stop].clone())

@@ -1,4 +1,4 @@
-"""Tensors that are in a file, read when and as far as they are asked for: each rank reads its part."""
+"""Tensors stored in files that are read on demand; each rank reads only its shard."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from lightning_largescale.parallel.chunks import Chunk, chunks_of, write_part
 from lightning_largescale.parallel.deferred import active_recording
 from lightning_largescale.parallel.rows import global_shape
 
-# Where a tensor on the meta device keeps what was copied into it.
+# Attribute in which a tensor on the meta device keeps the stored tensor that was copied into it.
 _SOURCE = "_largescale_stored"
 
 
 class Stored(Tensor):
-    """A tensor in a file, for which a CPU tensor passes: it has a shape and a dtype, and its values when needed.
+    """A tensor in a file that acts as a CPU tensor: shape and dtype are known, values are read when needed.
 
-    `tensor.copy_(stored)` reads as much of it as the rank holds of `tensor`, which is how modules load a state_dict.
-    Whatever else is computed of it reads all of it.
+    `tensor.copy_(stored)`, by which modules load a state_dict, reads only this rank's shard of `tensor`. Any other
+    computation reads the full tensor.
 
     Args:
-        shape: of the whole tensor.
-        dtype: that it is stored in.
-        read: reads boxes of it into the values of chunks, which may be of another dtype or device.
-        device: that it seems to be on: the CPU, or the meta device to those who build there.
+        shape: shape of the full tensor.
+        dtype: dtype in the file.
+        read: reads boxes of the tensor into the values of chunks, which may have another dtype or device.
+        device: device that the tensor reports: the CPU, or the meta device for code that builds there.
     """
 
     _read: Callable[[Sequence[Chunk]], None]
-    # What was written into it since.
+    # The full values, once something is written into the tensor.
     _written: Tensor | None = None
-    # Whether it was asked for.
+    # Whether `read` was called.
     was_read = False
 
     @staticmethod
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, read: Callable[[Sequence[Chunk]], None], device: str = "cpu"
     ) -> Stored:
-        """As the class says."""
+        """Create the tensor; the arguments are those of the class."""
         stored: Stored = compat.tensor_without_values(cls, tuple(shape), dtype, torch.device(device))
         stored._read = read
         return stored
 
     def read(self, out: Tensor) -> None:
-        """Read into `out`, a parameter or its state, what this rank holds of it.
+        """Read this rank's shard into `out`, a parameter or its state.
 
         Raises:
-            ValueError: `out` has another shape.
+            ValueError: the global shape of `out` is not the stored tensor's.
         """
         if (shape := global_shape(out)) != self.shape:
             raise ValueError(f"the stored tensor has shape {tuple(self.shape)} and {tuple(shape)} is to be read")
@@ -63,7 +63,7 @@ class Stored(Tensor):
             write_part(out, self._written)
 
     def _copy_into(self, out: Tensor) -> None:
-        """Read into `out`, or have it made of this where it has no values yet."""
+        """Read into `out`; if it has no values yet, make this tensor the source of its values."""
         recording = active_recording()
         if recording is not None and recording.holds(out):
             recording.assign(out, self)
@@ -75,7 +75,7 @@ class Stored(Tensor):
                 let_rest(out.to_local() if isinstance(out, DTensor) else out)
 
     def whole(self) -> Tensor:
-        """All of it, as a plain tensor."""
+        """Return the full values as a plain tensor."""
         if self._written is not None:
             return self._written
         values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
@@ -86,7 +86,7 @@ class Stored(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Read what is copied into a tensor; the rest is as of any tensor."""
+        """Read on `copy_` into another tensor and on access to values; call other functions as for any tensor."""
         if func is Tensor.copy_ and len(args) > 1 and isinstance(args[1], Stored) and not isinstance(args[0], Stored):
             args[1]._copy_into(args[0])
             return args[0]
@@ -98,10 +98,10 @@ class Stored(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Compute with all of the values; where they are written into, they are kept."""
+        """Compute with the full values, which are kept if `func` writes into them."""
         kwargs = dict(kwargs or {})
         written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in compat.mutated_arguments(func)]
-        # Through what shares its memory it may be written into as well.
+        # Views that share the memory may be written into as well.
         shared = list(args) if compat.returns_views(func) else []
         for one in (*written, *shared):
             if isinstance(one, Stored):
@@ -111,29 +111,29 @@ class Stored(Tensor):
         return changed[0] if changed else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """All of it."""
+        """Copy the full values."""
         return self.whole().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As all of it is pickled."""
+        """Pickle the full values."""
         return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """What it is, without reading it."""
+        """Return shape and dtype, without reading values."""
         return f"Stored(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-# By which code reads the values of a tensor past torch's operations.
+# Functions that read the values of a tensor without dispatching an operator.
 _READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.cpu, Tensor.contiguous)
 
 
 def stored_for(tensor: Tensor) -> Stored | None:
-    """What was copied into `tensor`, which is on the meta device and in no recording."""
+    """Return the stored tensor that was copied into `tensor`, which is on the meta device and in no recording."""
     return getattr(tensor, _SOURCE, None)
 
 
 def forget_stored(tensor: Tensor) -> None:
-    """Let `tensor`, whose values are read, hold no file any more."""
+    """Drop the reference of `tensor`, whose values are read, to its stored tensor."""
     vars(tensor).pop(_SOURCE, None)
 
 

@@ -1,7 +1,7 @@
-"""Tensor parallelism: a block's matrices divided among ranks, as `workload.shardable` found that they can be.
+"""Tensor parallelism: shard a block's matrices over ranks, as `workload.shardable` found possible.
 
-The block's own code runs, on local tensors, each rank computing its part of what lies between the matrices; sizes are
-those of the whole, so that a number of heads that the code holds means what it meant.
+The block's own code runs on local tensors, and each rank computes its shard of the values between the matrices. The
+code sees the full sizes, so that, for example, its number of heads keeps its meaning.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 """
@@ -28,21 +28,20 @@ from lightning_largescale.workload.workload import Divided
 
 
 def divide_over(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -> None:
-    """Divide parameters of `block` over `mesh`, of one dimension; `compute_on_parts` lets its forward take them.
+    """Shard parameters of `block` over `mesh`; `compute_on_parts` makes its forward compute with the shards.
 
-    Each rank takes its part of the values that it has. Divided parameters are DTensors from now on, whose elements may
-    stand in another order than the user's (`parallel.order`); the others stay as they are. Names and `state_dict` keys
-    stay.
+    Each rank keeps its shard of the values that it has. Sharded parameters become DTensors, whose element order may
+    differ from the user's (`parallel.order`); the others are not changed. Names and `state_dict` keys stay.
 
     Args:
-        block: its parameters equal on all ranks, on the device of the mesh.
-        parts: by name in the block.
-        mesh: of the ranks that it is divided among.
+        block: the block, its parameters equal on all ranks and on the mesh's device.
+        parts: the division of its parameters by name in the block.
+        mesh: a one-dimensional mesh of the tensor-parallel ranks.
 
     Source: the module's docstring.
     """
     ranks = MeshRanks(mesh)
-    # One that stands in several places stays one.
+    # A tied parameter stays tied.
     made = {
         id(parameter): _divided(parameter, parts[name], ranks, mesh)
         for name, parameter in block.named_parameters()
@@ -56,12 +55,16 @@ def divide_over(block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh) -
 def compute_on_parts(
     block: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh, *, share_sequence: bool = False
 ) -> None:
-    """Let the forward of `block` compute with parts of those of its parameters that are divided when it is called.
+    """Make the forward of `block` compute with tensor-parallel shards of its sharded parameters.
 
-    Outside of its forward tensors are plain: what it is given must be equal on all ranks, and so is what it returns.
-    Arguments as of `divide_over`; without any parts the block is left as it is. With `share_sequence` each rank
-    computes a part of the sequence where it would compute the same as the others, in calls whose sequence they can
-    share.
+    The inputs of the forward must be plain tensors, equal on all ranks, and so are its outputs.
+
+    Args:
+        block: as for `divide_over`.
+        parts: as for `divide_over`; the block is not changed if there are none.
+        mesh: as for `divide_over`.
+        share_sequence: whether each rank computes a shard of the sequence where ranks would repeat the same
+            computation, in calls whose sequence can be sharded.
 
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
     """
@@ -77,10 +80,14 @@ def compute_divided(
     share_sequence: bool,
     wraps: Sequence[str] = (),
 ) -> Callable[[Callable[[], Any]], Any] | None:
-    """Let the blocks of `module` compute with parts, as `divided` has them by name, and what `step_on_parts` gives.
+    """Make the blocks of `module` compute with tensor-parallel shards; return the result of `step_on_parts`.
 
-    Arguments as of `compute_on_parts`, of whose blocks those that can share the sequence do. What modules in `wraps`
-    have is there only while they run.
+    Args:
+        module: the module.
+        divided: the division of each block by name; "" is the rest of the module.
+        mesh: as for `compute_on_parts`.
+        share_sequence: as for `compute_on_parts`, in blocks that support it.
+        wraps: modules whose parameters are in place only while they run.
     """
     blocks = find_blocks(module)
     for name, found in divided.items():
@@ -93,9 +100,9 @@ def compute_divided(
 def step_on_parts(
     module: nn.Module, parts: Mapping[str, Part], mesh: DeviceMesh, *, wraps: Sequence[str] = ()
 ) -> Callable[[Callable[[], Any]], Any] | None:
-    """What runs a step of `module` with parts of what is divided outside of its blocks; None without any parts.
+    """Return a runner of steps of `module` with tensor-parallel shards outside of its blocks; None without `parts`.
 
-    Modules that have such a parameter also compute with its part when they are called outside of a step.
+    Modules that own such parameters also compute with their shards when they are called outside of a step.
     """
     if not parts:
         return None
@@ -109,12 +116,12 @@ def step_on_parts(
 
 
 def compute_plainly(module: nn.Module) -> None:
-    """Give every block of `module` the forward it had before `compute_on_parts`."""
+    """Undo `compute_on_parts`: restore every block's forward."""
     _TensorParallelForward.restore(module)
 
 
 def _divided(parameter: nn.Parameter, part: Part, ranks: MeshRanks, mesh: DeviceMesh) -> nn.Parameter:
-    # A copy, or the whole would stay in memory behind its part.
+    # A copy, since a view would keep the full tensor in memory.
     local = cut(parameter.detach(), part, ranks.rank, ranks.size).clone()
     placed = DTensor.from_local(
         local, mesh, [Shard(part.dim)], run_check=False, shape=parameter.shape, stride=parameter.stride()
@@ -126,7 +133,7 @@ _Places = list[tuple[nn.Module, str, Part]]
 
 
 def _places(block: nn.Module, parts: Mapping[str, Part]) -> _Places:
-    """Where the modules of `block` have what is divided."""
+    """Return the modules and names under which `block` has the sharded parameters."""
     by_id = {id(parameter): parts[name] for name, parameter in block.named_parameters() if name in parts}
     return [
         (module, name, by_id[id(parameter)])
@@ -138,7 +145,7 @@ def _places(block: nn.Module, parts: Mapping[str, Part]) -> _Places:
 
 @contextmanager
 def _parts(places: _Places) -> Iterator[None]:
-    """Within, modules have parts in the place of what is divided; where it is gathered whole, they have that."""
+    """Context in which modules have local shards in place of sharded parameters; full parameters stay in place."""
     local: dict[int, Tensor] = {}
     before: list[tuple[MutableMapping[str, Any], str, Any]] = []
     try:
@@ -158,7 +165,7 @@ def _parts(places: _Places) -> Iterator[None]:
 
 
 class _StepOnParts:
-    """Runs steps of a module, and gives whole tensors for what they return."""
+    """Runs steps of a module with tensor-parallel shards, and returns full tensors."""
 
     def __init__(self, places: _Places, ranks: MeshRanks) -> None:
         self._places, self._ranks = places, ranks
@@ -169,7 +176,7 @@ class _StepOnParts:
 
 
 class _TensorParallelForward(Forward):
-    """A block's forward, its divided parameters being parts, and what comes out of it whole."""
+    """A block's forward with tensor-parallel shards of its parameters and full outputs."""
 
     def __init__(self, block: nn.Module, places: _Places, ranks: MeshRanks, *, share_sequence: bool) -> None:
         super().__init__(block)
@@ -182,7 +189,7 @@ class _TensorParallelForward(Forward):
             if hidden is None:
                 with engine.scope(None):
                     output = self.original(*args, **kwargs)
-                # In a step what comes after may compute with parts as well.
+                # Within a step later code may compute with shards as well.
                 return _whole(engine, output) if outermost else output
             length = hidden.shape[1]
             part = Part(1, (length,), SEQUENCE)
@@ -195,7 +202,7 @@ class _TensorParallelForward(Forward):
 
 
 def _whole(engine: OnParts, output: Any) -> Any:
-    """`output` with whole tensors for the parts in it."""
+    """Return `output` with full tensors in place of shards."""
     with compat.without_function_modes():
         return map_tensors(output, engine.whole)
 
@@ -208,7 +215,7 @@ _running = _Running()
 
 
 class _Engine(OnParts):
-    """The engine of code on this thread; what torch calls back, such as forwards in a backward, starts its own."""
+    """The engine of this thread; code that torch calls back, such as forwards in a backward, starts its own engine."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -222,7 +229,7 @@ class _Engine(OnParts):
 
 @contextmanager
 def _engine(ranks: MeshRanks) -> Iterator[OnParts]:
-    """The engine that runs on this thread, or else a new one for the time being."""
+    """Context with the engine that runs on this thread, or with a new one until the context ends."""
     if _running.engine is not None:
         yield _running.engine
         return

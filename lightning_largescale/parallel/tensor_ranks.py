@@ -1,4 +1,4 @@
-"""How the ranks of tensor parallelism communicate: differentiable, on plain local tensors.
+"""Differentiable collectives of tensor-parallel ranks on plain local tensors.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (f and g); Korthikanti et al. 2022, "Reducing Activation
     Recomputation in Large Transformer Models", section 4.2.2 (g-bar: gathers whose gradients are reduced, and back).
@@ -20,15 +20,15 @@ from lightning_largescale.workload.parts import Part, cut, join, share
 
 
 class MeshRanks:
-    """The ranks along an axis of a mesh.
+    """The ranks along one axis of a mesh.
 
     Args:
-        mesh: its process groups carry the collectives.
-        axis: of the mesh.
+        mesh: the mesh, whose process groups run the collectives.
+        axis: index of the mesh axis.
 
     Attributes:
-        size: how many there are.
-        rank: this process's place among them.
+        size: number of ranks along the axis.
+        rank: this process's rank along the axis.
     """
 
     def __init__(self, mesh: DeviceMesh, axis: int = 0) -> None:
@@ -39,52 +39,52 @@ class MeshRanks:
         return self
 
     def enter(self, tensor: Tensor) -> Tensor:
-        """`tensor`; its gradient is the sum of all ranks'."""
+        """Return `tensor`; backward all-reduces its gradient."""
         return _linear(tensor, lambda given: given.view_as(given), self._reduce_copy)
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' `tensor`, in its place; its gradient is that of the sum."""
+        """All-reduce `tensor` in place; backward passes the gradient through."""
         return _linear(tensor, self._sum_in_place, self.enter)
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
-        """The whole of `local`; its gradient is this rank's part of that of the whole."""
+        """All-gather `local`; backward takes this rank's shard of the gradient."""
         return _linear(local, lambda given: self.whole(given, part), lambda gradient: self.own(gradient, part))
 
     def own(self, whole: Tensor, part: Part) -> Tensor:
-        """This rank's part of `whole`, which all ranks have made alike; its gradient is the whole of all ranks'."""
+        """Return this rank's shard of `whole`, which is equal on all ranks; backward all-gathers the gradient."""
         return _linear(whole, lambda given: self._cut(given, part), lambda gradient: self.gather(gradient, part))
 
     def gather_entering(self, local: Tensor, part: Part) -> Tensor:
-        """The whole of `local`; its gradient is this rank's part of the sum of all ranks' gradients."""
+        """All-gather `local`; backward reduce-scatters the gradient."""
         return _linear(
             local, lambda given: self.whole(given, part), lambda gradient: self.reduce_to_part(gradient, part)
         )
 
     def reduce_to_part(self, tensor: Tensor, part: Part) -> Tensor:
-        """This rank's part of the sum of all ranks' `tensor`; its gradient is the whole of that of the part."""
+        """Reduce-scatter `tensor`; backward all-gathers the gradient."""
         return _linear(
             tensor, lambda given: self._summed_part(given, part), lambda gradient: self.gather_entering(gradient, part)
         )
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' `tensor`, a new one, without a gradient."""
+        """Return the sum of all ranks' `tensor` as a new tensor, without a gradient."""
         summed = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed, group=self._group)
         return summed
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """The largest of all ranks' `tensor`, element by element, without a gradient."""
+        """Return the element-wise maximum of all ranks' `tensor`, without a gradient."""
         largest = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return largest
 
     def whole(self, local: Tensor, part: Part) -> Tensor:
-        """The whole tensor of which `local` is this rank's part, without a gradient."""
+        """All-gather the full tensor of which `local` is this rank's shard, without a gradient."""
         lengths = [sum(share(piece, rank, self.size)[1] for piece in part.pieces) for rank in range(self.size)]
         longest = max(lengths)
         sent = local.detach()
         if lengths[self.rank] < longest:
-            # All ranks send as much.
+            # The all-gather needs equal sizes on all ranks.
             shape = [*local.shape]
             shape[part.dim] = longest - lengths[self.rank]
             sent = torch.cat([sent, sent.new_zeros(shape)], part.dim)
@@ -94,7 +94,7 @@ class MeshRanks:
         return join([one.narrow(part.dim, 0, length) for one, length in zip(received, lengths, strict=True)], part)
 
     def check(self, condition: Tensor, message: str) -> None:
-        """Raise an IndexError, or have the device stop, unless `condition`, of one element, is true."""
+        """Raise an IndexError, or trigger a device-side assert on a GPU, unless the one-element `condition` is true."""
         if condition.device.type == "cpu":
             if not condition:
                 raise IndexError(message)
@@ -103,14 +103,14 @@ class MeshRanks:
 
     @contextmanager
     def own_random(self, device: torch.device) -> Iterator[None]:
-        """Within, random numbers are other ones on each rank; afterwards they go on as before, equal on all."""
+        """Context with a different random state on each rank; afterwards the state before, equal on all, continues."""
         seed = int(torch.empty((), dtype=torch.int64).random_(2**62))
         with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
             torch.manual_seed(seed + self.rank)
             yield
 
     def _reduce_copy(self, tensor: Tensor) -> Tensor:
-        """As `reduce`, of what others may use as well."""
+        """Like `reduce`, but out of place, since other code may use `tensor`."""
         return _linear(tensor, self.sum, self.enter)
 
     def _sum_in_place(self, tensor: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _linear(tensor: Tensor, operation: _Map, adjoint: _Map) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear operation among ranks; its gradient is another, differentiable itself."""
+    """A linear collective operation; its backward is the adjoint operation, which is differentiable itself."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, operation: _Map, adjoint: _Map) -> Tensor:

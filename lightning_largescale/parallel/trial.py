@@ -1,7 +1,7 @@
-"""How an optimizer can step on a sharded module: asked of the optimizer itself, on small tensors.
+"""Find out how an optimizer can step on a sharded module, by a trial on small tensors.
 
-Most optimizers treat the elements of a parameter one by one: a step on each rank's part is then a step on the whole.
-Others mix elements (factored moments, trust ratios, orthogonalisation): they must be able to step on DTensors.
+Most optimizers are element-wise: a step on each rank's shard equals a step on the full parameter. Others mix elements
+(factored moments, trust ratios, orthogonalization): they must be able to step on DTensors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lightning_largescale.optimizing import clone_of, closure_first, in_words
 from lightning_largescale.parallel.exchange import Exchange
 from lightning_largescale.parallel.order import divided, divided_dim, divided_dims, full
 
-# Rows and columns, small enough for milliseconds: of what is treated as small, and of what is treated as large also in
-# half, as 8-bit states are from 4096 elements on.
+# Rows and columns, small enough for milliseconds: of a tensor that optimizers treat as small, and of one that they
+# treat as large even when it is halved, as 8-bit optimizers do from 4096 elements on.
 _SIDES = ((16, 8), (256, 128))
 _STEPS = 3
-# Of the change that the steps make: rounding is below it, even in bfloat16 as Muon's, and a mix of elements far above.
+# Relative to the change by the steps: rounding, even Muon's in bfloat16, is below it; mixing of elements is far above.
 _TOLERANCE = 1e-2
-# Whatever the user's, which may be zero at first, or drown the change in rounding.
+# Used in place of the user's, which may be zero at first, or so small that rounding hides the change.
 _LEARNING_RATE = 1e-2
 
 
@@ -38,12 +38,12 @@ class OptimizerTraits:
     """How an optimizer can step on a sharded module.
 
     Attributes:
-        local: on the plain tensors of this rank's shards; else on the parameters as they are.
-        refusal: why it can do neither; None where it can.
-        untried: it was refused since a copy did not step at all.
-        whole_keys: state that is the same for a part of a parameter as for the whole, such as a count of steps.
-        block_sizes: state of blocks of elements, such as the scales of 8-bit codes, and how many to a block; 0 where
-            that cannot be told.
+        local: whether it steps on the plain tensors of this rank's shards, else on the parameters themselves.
+        refusal: why it can do neither; None if it can.
+        untried: whether it was refused because a copy of it did not step at all.
+        whole_keys: state that is equal for a shard and for the full parameter, such as a step count.
+        block_sizes: by key, the number of elements per block of blockwise state, such as the scales of 8-bit codes; 0
+            if unknown.
     """
 
     local: bool = False
@@ -55,7 +55,7 @@ class OptimizerTraits:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
-    """What stands for parameters of one kind in one group: a small tensor, and noise for its gradient in each step."""
+    """A small tensor that stands for parameters of one kind in one group, with noise for its gradient in each step."""
 
     like: Tensor
     start: Tensor
@@ -69,7 +69,7 @@ _Layout = Callable[[_Sample, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class _SteppedSamples:
-    """The samples' parameters and their state after the steps; whether the loss was wanted at other parameters."""
+    """The samples' values and state after the steps, and whether a step evaluated the loss again or at other values."""
 
     values: list[Tensor]
     states: list[dict[str, Any]]
@@ -77,12 +77,12 @@ class _SteppedSamples:
 
 
 def ask(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> OptimizerTraits:
-    """How `optimizer` can step on parameters of which some are DTensors: a collective, with one answer on all ranks.
+    """Return how `optimizer` can step if some of its parameters are DTensors; a collective, equal on all ranks.
 
-    The optimizer, its parameters and their gradients stay as they are.
+    The optimizer, its parameters and their gradients are not changed.
 
     Args:
-        optimizer: with the same groups on all ranks.
+        optimizer: the optimizer, with the same groups on all ranks.
         initial: the state that parameters had before the first step.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -96,7 +96,7 @@ def ask(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> Op
 
 
 def count_shards(parameter: Tensor) -> int:
-    """How many parts `parameter` is divided into."""
+    """Return the number of shards of `parameter`."""
     if not isinstance(parameter, DTensor):
         return 1
     mesh = parameter.device_mesh
@@ -104,7 +104,7 @@ def count_shards(parameter: Tensor) -> int:
 
 
 def _agreed(answer: OptimizerTraits) -> OptimizerTraits:
-    """One answer of those that ranks have, which rounding could let differ: a collective."""
+    """Agree on one of the ranks' answers, which may differ by rounding; a collective."""
     answers = comm.all_gather_object(answer)
     for other in answers:
         if other.refusal is not None:
@@ -115,7 +115,7 @@ def _agreed(answer: OptimizerTraits) -> OptimizerTraits:
 
 
 def _known_to_step(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
-    """Whether a trial would only cost time."""
+    """Whether the optimizer is known to step on DTensors, so that a trial is needless."""
     meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in parameters}
     options = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
     if len(meshes) > 1 or any(isinstance(value, Tensor) for value in options):
@@ -158,7 +158,7 @@ def _tried(optimizer: Optimizer, groups: _Groups) -> OptimizerTraits:
 
 
 def _samples(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) -> _Groups:
-    """Groups with each set of options once, and in them each kind of parameter once."""
+    """Return groups of samples: one group per set of options, one sample per kind of parameter and size."""
     groups: dict[str, tuple[dict[str, Any], dict[Any, _Sample]]] = {}
     shards = max(count_shards(parameter) for group in optimizer.param_groups for parameter in group["params"])
     for group in optimizer.param_groups:
@@ -176,11 +176,11 @@ def _samples(optimizer: Optimizer, initial: Mapping[Tensor, Mapping[str, Any]]) 
 
 
 def _sample(like: Tensor, sides: tuple[int, int], shards: int, seed: int, state: Mapping[str, Any]) -> _Sample:
-    # As many rows as divide among the ranks, and in half.
+    # A number of rows that is divisible by the ranks, and by two.
     rows, columns = 2 * shards * math.ceil(sides[0] / (2 * shards)), sides[1]
     shape = {0: (), 1: (rows * columns,)}.get(like.dim(), (rows, columns, *[2] * (like.dim() - 2)))
     generator = torch.Generator().manual_seed(seed)
-    # Rows of very different sizes, or their means would be alike in all parts.
+    # Rows of very different magnitudes; otherwise their means would be alike in all shards.
     scale = torch.logspace(-2, 1, shape[0] if shape else 1).view(-1, *[1] * (len(shape) - 1)).expand(shape or 1)
     scales = [scale, *[scale.flip(0)] * _STEPS]
     start, *noise = (torch.randn(shape, generator=generator) * one.view(shape) for one in scales)
@@ -189,8 +189,9 @@ def _sample(like: Tensor, sides: tuple[int, int], shards: int, seed: int, state:
 
 
 def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: bool = False) -> _SteppedSamples:
-    """Let a copy of `optimizer` step on the samples as `layout` gives them; with `apart` as
-    a sharded module has it step on parts: after the closure, on tensors that are new in every step.
+    """Let a copy of `optimizer` step on the samples in the given `layout`.
+
+    With `apart` it steps as on the shards of a sharded module: after the closure, on new tensors in every step.
     """
     parameters: dict[Tensor, _Sample] = {}
     param_groups = []
@@ -211,7 +212,7 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
         def closure(step: int = step, before: dict[Tensor, Tensor] = before) -> Tensor:
             evaluated.append(all(isinstance(old, DTensor) or torch.equal(old, new) for new, old in before.items()))
             for parameter, sample in parameters.items():
-                # What depends on the parameter tells whether it is evaluated where the step began.
+                # The gradient depends on the parameter, so the result shows where it was evaluated.
                 parameter.grad = layout(sample, sample.noise[step]) + 0.1 * parameter.detach()
             return torch.ones((), requires_grad=True)
 
@@ -231,7 +232,7 @@ def _steps(optimizer: Optimizer, groups: _Groups, layout: _Layout, *, apart: boo
 
 
 def _small(value: Any, sample: _Sample, parameter: Tensor) -> Any:
-    """State from before the first step, as the sample would have it."""
+    """Return state from before the first step in the sample's shape."""
     if not isinstance(value, Tensor):
         return value
     return torch.zeros_like(parameter, requires_grad=False) if value.shape == sample.like.shape else value.clone()
@@ -255,7 +256,7 @@ def _joined(dim: int, samples: list[_Sample], first: list[Tensor], second: list[
 
 
 def _same(samples: list[_Sample], expected: list[Tensor], found: list[Tensor]) -> bool:
-    """Whether two ways to step have made the same change, but for rounding."""
+    """Whether two ways to step made the same change, up to rounding."""
     for sample, one, other in zip(samples, expected, found, strict=True):
         change = (one - sample.start).norm()
         if not bool((other - one).norm() <= _TOLERANCE * change):
@@ -270,7 +271,10 @@ def _full(tensor: Tensor) -> Tensor:
 def _sorted_keys(
     samples: list[_Sample], whole: _SteppedSamples, *parts: _SteppedSamples
 ) -> tuple[frozenset[str], dict[str, int]]:
-    """Keys of the state that parts have as the whole has; and of what is neither that nor of a part's shape."""
+    """Return the keys of state that is equal for shards and the full parameter, and the block sizes of other state.
+
+    State of the parameter's own shape, and state that is no tensor, is in neither.
+    """
     equal: set[str] = set()
     blocks: dict[str, int] = {}
     for index, sample in enumerate(samples):

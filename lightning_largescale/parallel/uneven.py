@@ -1,9 +1,8 @@
-"""Ranks that run out of batches at different times.
+"""Handle ranks that run out of batches at different times.
 
-Each step of a sharded module gathers parameters, and each training step reduces gradients, which takes all ranks. In
-evaluation a rank that is out of batches gathers along without computing, so every batch counts once; so it does where
-tables are looked up that lie on all ranks. In training an epoch ends on all ranks at the first batch that one of them
-lacks.
+Each step of a sharded module gathers parameters, and each training step reduces gradients; both need all ranks. In
+evaluation a rank without batches takes part in the all-gathers, and in the look-ups of row-sharded tables, without
+computing, so every batch counts once. In training an epoch ends on all ranks at the first batch that one of them lacks.
 """
 
 from __future__ import annotations
@@ -29,19 +28,20 @@ _NOTHING = object()
 
 
 class UnevenSteps:
-    """The steps of one evaluation of a module that is sharded, or has row-sharded tables: `start` before each of this
-    rank's, `end` after the last.
+    """The steps of one evaluation of a sharded module, or of one with row-sharded tables.
+
+    Call `start` before each step of this rank, and `end` after its last.
 
     Args:
-        module: divided, or whole where ranks are to meet before each step all the same.
-        any_going: given whether this rank has a step to run, tells whether any rank has: a collective.
+        module: the module; it may be unsharded if ranks are to meet before each step anyway.
+        any_going: receives whether this rank has a step to run, and returns whether any rank has; a collective.
     """
 
     def __init__(self, module: nn.Module, any_going: Callable[[bool], bool]) -> None:
         self._module, self._any_going = module, any_going
 
     def start(self) -> None:
-        """Tell the others that this rank is about to run a step."""
+        """Announce that this rank is about to run a step."""
         self._any_going(True)
 
     def end(self) -> None:
@@ -54,7 +54,7 @@ class UnevenSteps:
 
 @contextmanager
 def joined_look_ups(module: nn.Module) -> Iterator[None]:
-    """A step of `module`, which ends when no rank looks up rows any more; so does what comes before each gather."""
+    """Context of a step of `module` that joins other ranks' look-ups before each gather and at the end of the step."""
     lookups, sharded = row_sharded(module), sharded_state(module)
     if lookups is None:
         yield
@@ -73,12 +73,12 @@ def joined_look_ups(module: nn.Module) -> Iterator[None]:
 
 
 def check_not_empty(exhausted: bool, device: torch.device) -> None:
-    """Refuse to evaluate where this rank or another has no batch: it would not log what the others wait for.
+    """Refuse to evaluate if only some ranks have a batch: the logging of the others would wait for the rest.
 
     A collective.
 
     Raises:
-        PlanError: on all ranks, `exhausted` being true on one of them and not on all.
+        PlanError: `exhausted` is true on some ranks but not on all; raised on all ranks.
     """
     if any_rank(exhausted, device) and any_rank(not exhausted, device):
         raise PlanError(
@@ -88,10 +88,10 @@ def check_not_empty(exhausted: bool, device: torch.device) -> None:
 
 
 def equal_batches(loader: Any, device: torch.device) -> Any:
-    """`loader`, ended on all ranks at the first batch that one of them lacks: a collective.
+    """Make `loader` end on all ranks at the first batch that one of them lacks; a collective.
 
     Returns:
-        `loader` itself where all ranks have the same number, else something that iterates, and has its attributes.
+        `loader` itself if all ranks have the same number of batches, else a wrapper with its attributes.
     """
     own = sized_len(loader)
     lengths = torch.empty(comm.world_size(), dtype=torch.int64, device=device)
@@ -112,12 +112,13 @@ def equal_batches(loader: Any, device: torch.device) -> Any:
 
 
 class EqualBatches:
-    """A loader that has as many batches as those of the other ranks.
+    """A loader that yields the same number of batches on all ranks.
 
     Args:
-        loader: of this rank; its attributes are this one's too.
-        length: how many all ranks have, None where one of them does not know: then they ask before each batch.
-        device: of this rank.
+        loader: this rank's loader; its attributes are available on the wrapper.
+        length: the number of batches that all ranks have; None if one of them does not know its number, in which case
+            the ranks communicate before each batch.
+        device: this rank's device.
     """
 
     def __init__(self, loader: Any, length: int | None, device: torch.device) -> None:
@@ -153,7 +154,7 @@ class EqualBatches:
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":
-            # Asked by copiers, before there is one.
+            # Copying asks for attributes before `_loader` is set.
             raise AttributeError(name)
         return getattr(vars(self)["_loader"], name)
 
@@ -162,7 +163,7 @@ class EqualBatches:
 
 
 class _StatefulEqualBatches(EqualBatches):
-    """The same of a loader that is saved with the loop: what is looked for by name on the class."""
+    """An `EqualBatches` whose loader's state is saved with the loop, which looks for these methods on the class."""
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self._loader.state_dict()
@@ -173,7 +174,7 @@ class _StatefulEqualBatches(EqualBatches):
 
 
 def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on any rank: a collective."""
+    """Return whether `value` is true on any rank; a collective."""
     flag = torch.tensor(int(value), device=device)
     comm.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)

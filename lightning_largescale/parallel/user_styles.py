@@ -1,4 +1,4 @@
-"""Tensor parallelism as the user has it: torch's ParallelStyle objects by the names of modules.
+"""Tensor parallelism by the user's plan: torch's ParallelStyle objects by module name.
 
 Source: torch.distributed.tensor.parallel.parallelize_module.
 """
@@ -22,10 +22,10 @@ from lightning_largescale.parallel.equal import equal_weights
 
 
 def check_styles(module: nn.Module, styles: Mapping[str, Any]) -> None:
-    """Make sure that each name of `styles`, which may hold wildcards, is one of modules, and each value a style.
+    """Make sure that each key of `styles`, which may have wildcards, matches a module, and each value is a style.
 
     Raises:
-        PlanError: one is not.
+        PlanError: a key matches no module, or a value is no ParallelStyle.
     """
     names = [name for name, _ in module.named_modules() if name]
     for pattern, style in styles.items():
@@ -45,9 +45,9 @@ def check_styles(module: nn.Module, styles: Mapping[str, Any]) -> None:
 def apply_styles(
     module: nn.Module, styles: Mapping[str, ParallelStyle], mesh: DeviceMesh, device: torch.device
 ) -> None:
-    """Divide `module` over `mesh`, of one dimension, as `styles` say: a collective of all ranks.
+    """Shard `module` over the one-dimensional `mesh` by `styles`; a collective of all ranks.
 
-    Ranks get parts of rank 0's values; tied parameters stay tied.
+    Ranks get shards of rank 0's values; tied parameters stay tied.
 
     Raises:
         PlanError: a style does not fit its module.
@@ -68,7 +68,7 @@ def apply_styles(
                 f"tensor_parallel_plan has {type(style).__name__} for {pattern!r}, which does not take it ({error});"
                 " give a style that fits the module, or leave it out."
             ) from error
-    # torch makes a new parameter for each place.
+    # torch makes a new parameter for each place, which unties tied ones.
     for tied in places.values():
         owner, name = next((place for place in tied if _is_divided(*place)), tied[0])
         for part, other in tied:

@@ -1,6 +1,6 @@
-"""A parameter of a sharded module, watched: what is written into its leaf is taken to its shard.
+"""Watch a parameter of a sharded module: writes into its leaf are copied to its shard.
 
-Each rank keeps its own slices of what it writes, so all ranks are to write the same.
+Each rank keeps only its own slice of the values that it writes, so all ranks have to write the same values.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from lightning_largescale.parallel.parameter_access import (
     gathered_class,
 )
 
-# How torch complains of shards where it has plain tensors.
+# Part of torch's error for operations that mix shards and plain tensors.
 MIXED = "torch.Tensor and DTensor"
 
 
 class ShardStore(Protocol):
-    """What keeps shards in another tier, at fixed addresses."""
+    """A store that keeps shards in another tier, at fixed addresses."""
 
     def keeps_shard(self, shard: Tensor) -> bool:
-        """Whether it keeps this one."""
+        """Whether the store keeps `shard`."""
 
     def writing(self, shard: Tensor) -> AbstractContextManager[None]:
-        """Within, what is written into the memory of the shard stays."""
+        """Return a context in which writes into the memory of `shard` persist."""
 
 
 class Watched:
@@ -50,19 +50,19 @@ class Watched:
 
     Args:
         one: the parameter.
-        group: whose group it is in.
-        elsewhere: tells what keeps shards in another tier, if anything does.
-        others: all parameters of the module.
-        average: of gradients, over the ranks.
-        set_gradient: assigns a gradient that is no shard of one.
-        computes: tells whether a step runs, or its backward is still to come.
-        in_graph: groups that this backward is to come to.
-        stale: is given `group` where its leaves are not what its shards are.
+        group: the module that owns its FSDP group.
+        elsewhere: returns the store that keeps shards in another tier; None if there is none.
+        others: all watched parameters of the module.
+        average: averages gradients over the ranks.
+        set_gradient: assigns a gradient that is not a shard.
+        computes: returns whether a step runs, or its backward is still to come.
+        in_graph: groups that a backward is still to reach.
+        stale: set of groups whose leaves and shards differ; `group` is added to it.
 
     Attributes:
-        one: as given.
-        average: as given.
-        reducing: FSDP2 reads and drops the leaf's gradient.
+        one: the parameter.
+        average: averages gradients over the ranks.
+        reducing: whether FSDP2 is reading and dropping the leaf's gradient.
     """
 
     def __init__(
@@ -82,16 +82,16 @@ class Watched:
         self._computes, self._in_graph, self._stale = computes, in_graph, stale
         self._group, self._elsewhere, self._set_gradient = group, elsewhere, set_gradient
         self._others, self.average = others, average
-        # Shares the leaf's memory and not its count of versions, as what `data` gives in plain torch.
+        # Shares the leaf's memory but not its version counter, like the result of `data` in plain torch.
         self._values: Tensor | None = None
-        # What `versions` gave when the leaf was last looked at.
+        # The result of `versions` at the last `look`.
         self._seen: tuple[int, ...] = ()
-        # Somebody has had a way to write into the leaf that no version counts.
+        # `_exposed`: code got access to the leaf's memory that bypasses the version counters.
         self._exposed = self._is_foreign = self._is_stale = False
         self._handed: Callable[[], object] = lambda: None
 
     def adopt(self, *, leaf: bool, shard: bool) -> None:
-        """Watch the objects that there are now, of these two."""
+        """Watch the current leaf and shard objects, as far as `leaf` and `shard` ask for it."""
         divided = self.one.shard
         if shard and type(divided) is DTensor:
             divided.__class__ = ShardParameter
@@ -108,33 +108,33 @@ class Watched:
             vars(gathered)[WATCHED] = weakref.ref(self)
 
     def look(self) -> None:
-        """Take the leaf as it is now for what the shard has."""
-        # What is of another class is not told who asks it for its data.
+        """Record that leaf and shard are equal now."""
+        # A leaf of a foreign class does not report accesses to its data.
         self._seen, self._exposed, self._is_stale = self.versions(), self._is_foreign, False
 
     def settle(self) -> None:
-        """Have the shard know what was written into the leaf since `look`, if it is gathered.
+        """Copy values written into a gathered leaf since `look` to the shard.
 
         Raises:
-            PlanError: that cannot be.
+            PlanError: the leaf has a lower precision than the shard.
         """
         if self.one.is_gathered and not self._is_stale:
             if self.is_written():
                 self.keep()
-            # The shard may change from here on: what is compared with it then is another.
+            # The shard may change from here on, so a later comparison needs a new record.
             self.look()
 
     def is_written(self) -> bool:
-        """Whether the leaf, gathered, was written into since `look`."""
+        """Whether the gathered leaf was written into since `look`."""
         if self._is_moved() or self.versions() != self._seen:
             return True
         return self._exposed and not self._equals_shard()
 
     def keep(self) -> None:
-        """Copy this rank's slice of the leaf, gathered, to the shard.
+        """Copy this rank's slice of the gathered leaf to the shard.
 
         Raises:
-            PlanError: the leaf is of fewer bits than the shard.
+            PlanError: the leaf has a lower precision than the shard.
         """
         one = self.one
         if one.is_cast:
@@ -159,17 +159,18 @@ class Watched:
 
     @contextmanager
     def writing_shard(self, moved: Tensor | None = None) -> Iterator[None]:
-        """Within, the shard is written into, also where it is gathered: in a step the leaf has it after it, elsewhere
-        in the next step.
+        """Context for writes into the shard, gathered or not.
+
+        If the parameter is gathered, the leaf gets the new values after the context in a step, else in the next step.
 
         Args:
-            moved: assigned to `data`; what autograd has saved of the leaf keeps the memory that it had.
+            moved: the tensor assigned to `data`, if any; tensors that autograd saved of the leaf keep their old memory.
         """
         self.settle()
         leaf, before = self.one.leaf, compat.version(self.one.shard)
         with self._writing():
             yield
-        # Not of what is written through `data`. A backward that needs what was there before raises then.
+        # Writes through `data` are not counted. With the raised version a backward that needs the old values raises.
         counted = compat.version(self.one.shard) != before
         if counted and leaf is not None and self._computes():
             both = (leaf, compat.local_tensor(leaf)) if isinstance(leaf, DTensor) else (leaf,)
@@ -187,14 +188,14 @@ class Watched:
             self._values, self._is_stale = None, False
 
     def versions(self) -> tuple[int, ...]:
-        """What changes when the leaf is written into: the versions of the tensors that have its memory."""
+        """Return the version counters of the tensors that share the leaf's memory; a write changes them."""
         leaf = self.one.leaf
         local = compat.version(compat.local_tensor(leaf)) if isinstance(leaf, DTensor) else 0
-        # Of values that nobody has asked for yet as of those that nobody has written into.
+        # 0 for values that were not handed out yet, as for values without writes.
         return compat.version(leaf), local, 0 if self._values is None else compat.version(self._values)
 
     def _is_moved(self) -> bool:
-        """Whether something was assigned to `data` of the leaf."""
+        """Whether a tensor was assigned to `data` of the leaf."""
         leaf = self.one.leaf
         local = compat.local_tensor(leaf) if isinstance(leaf, DTensor) else leaf
         moved: bool = local.data_ptr() != self.one.gathered_memory.data_ptr()
@@ -203,27 +204,28 @@ class Watched:
     def _equals_shard(self) -> bool:
         own, memory = self.one.own_memory, self.one.memory
         memory = memory.to(own.device, own.dtype)
-        # Of not-a-numbers too.
+        # Compared as bytes, so that NaNs are equal.
         return torch.equal(own.view(torch.uint8), memory.view(torch.uint8)) if own.numel() else True
 
-    # What code asks of the leaf
+    # Access to the leaf
 
     def leaf_data(self) -> Tensor:
-        """What `data` of the leaf gives, in which writes are counted."""
+        """Return the result of the leaf's `data`; its version counter shows writes."""
         self._exposed = True
         if self._values is None:
             self._values = DATA.__get__(self.one.leaf)
         return self._values.detach()
 
     def expose(self) -> None:
-        """Somebody gets a way to write into the leaf that is not counted."""
+        """Record that code gets access to the leaf's memory that bypasses the version counters."""
         self._exposed = True
 
     def assign_leaf(self, value: Tensor) -> None:
         """Assign to `data` of the leaf.
 
         Raises:
-            PlanError: it would be of another kind.
+            PlanError: `value` has another shape or dtype or shares another parameter's memory, or the leaf has a lower
+                precision than the shard.
         """
         one = self.one
         if not one.is_gathered:
@@ -248,14 +250,14 @@ class Watched:
         DATA.__set__(one.leaf, value)
         self._values = None
 
-    # What code asks of the shard
+    # Access to the shard
 
     def hand_out(self, values: Tensor, *, data: bool) -> Tensor:
-        """`values` of the shard, into which may be written.
+        """Return `values` as a tensor whose writes are watched.
 
         Args:
-            values: of the shard's memory.
-            data: its `data` gives them, which may be assigned to it again.
+            values: a tensor on the shard's memory.
+            data: whether it is the result of `data`, which code may assign to `data` again.
         """
         values.__class__ = ShardValues
         vars(values)[WATCHED] = weakref.ref(self)
@@ -264,15 +266,16 @@ class Watched:
         return values
 
     def assign_shard(self, value: Tensor) -> None:
-        """Assign to `data` of the shard: it has the memory of `value` from now on, as far as that can be.
+        """Assign to `data` of the shard, which takes over the memory of `value` where possible.
 
         Raises:
-            PlanError: it would be of another kind; its backward is still to come, which computes with what it had; or
-                its memory is in another tier, where it stays, and is still read under its old name.
+            PlanError: `value` has another shape or dtype, or would be copied and shares another parameter's memory; a
+                backward that needs the old values is still to come; or the memory is fixed in another tier while an
+                earlier result of `data` is still in use.
         """
         one, shard = self.one, self.one.shard
         self._check(value)
-        # What autograd saved of a leaf that was moved already is where its values would be taken first.
+        # Autograd's saved tensors of a leaf that was moved already have the memory that `settle` would copy first.
         again = one.is_gathered and self._is_moved()
         if self._computes() and (again or (self._group in self._in_graph and not one.is_gathered)):
             raise PlanError(
@@ -303,10 +306,10 @@ class Watched:
             compat.place_shard(self._group, shard, local.view(-1))
 
     def write(self, function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call `function`, which writes into `values` of the shard, with this rank's slices of full tensors.
+        """Call `function`, which writes into the shard's `values`, with this rank's slices of full arguments.
 
         Raises:
-            PlanError: it takes a plain tensor of another shape.
+            PlanError: an argument is a plain tensor of another shape.
         """
 
         def slice_of(one: Any) -> Any:
@@ -327,7 +330,7 @@ class Watched:
             ) from error
 
     def write_item(self, values: Tensor, index: Any, value: Any) -> None:
-        """Write `value` to `index` of the parameter, whose shard has `values`: a collective."""
+        """Write `value` to `index` of the full parameter, whose shard has `values`; a collective."""
         shard = self.one.shard
         self.settle()
         with torch.no_grad():
@@ -338,9 +341,7 @@ class Watched:
                 compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def draw(self, method: str, values: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Fill the shard, that has `values`, with its slice of random numbers for all of the parameter, as a plain run
-        draws them.
-        """
+        """Fill the shard, which has `values`, with its slice of the random numbers that a plain run draws."""
         shard = self.one.shard
         whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
         getattr(whole, method)(*args, **kwargs)
@@ -357,7 +358,7 @@ class Watched:
         return local
 
     def _check_own(self, local: Tensor) -> None:
-        """Make sure that `local`, of which a copy is made, is no memory of another parameter, which would be shared."""
+        """Make sure that `local` is not another parameter's memory, since it is copied and thus would not be shared."""
         if compat.storage_users(local.untyped_storage()) == 1:
             return
         storage = local.untyped_storage().data_ptr()
@@ -382,7 +383,7 @@ class Watched:
     # Gradients
 
     def gradient(self) -> Tensor | None:
-        """Of the parameter: what is not reduced yet, else the shard's."""
+        """Return the parameter's unreduced gradient if there is one, else the shard's gradient."""
         unreduced: Tensor | None = self.one.unreduced_gradient
         return GRADIENT.__get__(self.one.shard) if unreduced is None else unreduced
 
@@ -395,16 +396,16 @@ class Watched:
             self._set_gradient(self, value)
             return
         self.one.unreduced_gradient = None
-        # Shards may be kept in DRAM.
+        # Shards may be offloaded to DRAM.
         GRADIENT.__set__(shard, None if value is None else value.to(shard.device))
 
     def hold_gradient(self, value: Tensor) -> None:
-        """Assign the gradient of the parameter, to be reduced later."""
+        """Assign an unreduced gradient, to be reduced later."""
         self.set_gradient(None)
         self.one.unreduced_gradient = value
 
     def train(self, trained: bool) -> None:
-        """Freeze or unfreeze both."""
+        """Freeze or unfreeze leaf and shard."""
         for parameter in (self.one.leaf, self.one.shard):
             if parameter is not None:
                 TRAINED.__set__(parameter, trained)

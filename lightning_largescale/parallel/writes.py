@@ -1,4 +1,4 @@
-"""What the code of users writes into gathered parameters, taken to the shards before the optimizer steps on these."""
+"""Copy the user code's writes into gathered parameters to the shards before the optimizer steps on them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Writes:
 
     Args:
         groups: the modules that `fully_shard` was applied to, by name.
-        average: of gradients, over the ranks.
-        set_gradient: assigns a gradient that is no shard of one to a parameter.
-        computes: tells whether a step runs, or its backward is still to come.
-        in_graph: groups that this backward is to come to.
+        average: averages gradients over the ranks.
+        set_gradient: assigns a gradient that is not a shard to a parameter.
+        computes: returns whether a step runs, or its backward is still to come.
+        in_graph: groups that a backward is still to reach.
 
     Attributes:
-        elsewhere: what keeps shards in another tier; None while nothing does.
+        elsewhere: the store that keeps shards in another tier; None if there is none.
         groups: the watched parameters by name of their group.
     """
 
@@ -75,26 +75,26 @@ class Writes:
             )
 
     def keep(self) -> None:
-        """Take to the shards what was written into the leaves that are gathered now, which stay gathered.
+        """Copy writes into gathered leaves to their shards; the leaves stay gathered.
 
         Raises:
-            PlanError: that cannot be.
+            PlanError: a leaf that was written into has a lower precision than its shard.
         """
         for found in self.groups.values():
             for one in found:
                 one.settle()
 
     def drop_stale(self) -> None:
-        """Let groups be gathered anew whose shards were written into while they were gathered."""
+        """Reshard groups whose shards were written into while they were gathered, so that they are gathered anew."""
         while self._stale:
             cast(FSDPModule, self._stale.pop()).reshard()
 
     @contextlib.contextmanager
     def sharded_in_place(self, group: nn.Module) -> Iterator[None]:
-        """Within, parameters of `group` are shards, also where they are gathered.
+        """Context in which the shards of `group` are in place, even if the group is gathered.
 
         Raises:
-            PlanError: something was put in the place of one.
+            PlanError: a parameter of the group was replaced.
         """
         watching = self._watching[group]
         if not watching.is_gathered:
@@ -106,24 +106,24 @@ class Writes:
             watching.check_places()
 
     def forget(self) -> None:
-        """Let what was written be lost with the leaves."""
+        """Discard the writes into gathered leaves."""
         for found in self.groups.values():
             for one in found:
                 if one.one.is_gathered:
                     one.look()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._undo.close()
 
 
 class _WatchedGroup:
-    """The parameters that are gathered together, and what is done about them then.
+    """The watched parameters of one FSDP group, with the hooks around its unshard, reshard and reduction.
 
     Args:
-        parameters: of the group.
+        parameters: the parameters of the group.
         traced: modules that torch.compile traces, where parameters must be of torch's own classes.
-        shards: whether it traces none of the code that finds shards.
+        shards: whether to watch shards, which torch.compile must not trace.
     """
 
     def __init__(self, parameters: Sequence[Watched], traced: Collection[nn.Module], *, shards: bool) -> None:
@@ -132,12 +132,12 @@ class _WatchedGroup:
 
     @property
     def is_gathered(self) -> bool:
-        """Whether the leaves have the place of the shards."""
+        """Whether the leaves are in place of the shards."""
         return bool(self._parameters) and self._parameters[0].one.is_gathered
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Around the leaves' taking the place of the shards."""
+        """Context around the replacement of the shards by the leaves."""
         self.check_places()
         yield
         self._adopt()
@@ -145,14 +145,14 @@ class _WatchedGroup:
             one.look()
 
     def resharding(self) -> None:
-        """Before the shards take the place of the leaves again."""
+        """Hook before the shards replace the leaves."""
         self.check_places()
         for one in self._parameters:
             one.settle()
 
     @contextlib.contextmanager
     def reducing(self) -> Iterator[None]:
-        """While FSDP2 reduces the gradients of the leaves."""
+        """Context while FSDP2 reduces the gradients of the leaves."""
         for one in self._parameters:
             one.settle()
             one.reducing = True
@@ -170,12 +170,12 @@ class _WatchedGroup:
             )
 
     def check_places(self) -> None:
-        """Make sure that the module has its own parameters.
+        """Make sure that the modules still have the group's leaves or shards.
 
         Raises:
-            PlanError: something was put in the place of one.
+            PlanError: a parameter was replaced.
         """
-        # A step that failed is cleared up with what it has left behind; loops end by a StopIteration.
+        # After a failed step, leftovers are cleaned up without this check; loops end with a StopIteration.
         if sys.exc_info()[0] not in (None, StopIteration):
             return
         for one in self._parameters:
@@ -184,7 +184,7 @@ class _WatchedGroup:
                 if isinstance(module, Adopted):
                     continue
                 found = compat.own_tensors(module)[0].get(name)
-                # Tensor parallelism puts parts there.
+                # Tensor parallelism puts local shards there.
                 if not any(found is parameter for parameter in known) and part_of(found) is None:
                     raise PlanError(
                         f"{one.one.name!r} was replaced, by functional_call or an assignment, and what gathers it puts"

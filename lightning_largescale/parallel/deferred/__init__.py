@@ -1,4 +1,4 @@
-"""Constructions that are recorded, and carried out later: exact initialisation of what is never held whole."""
+"""Record a module's construction and replay it later: exact initialization without ever holding the full module."""
 
 from lightning_largescale.parallel.deferred.draws import DeferredError
 from lightning_largescale.parallel.deferred.recording import Recording, Source, active_recording

@@ -1,4 +1,4 @@
-"""Steps of a tape, carried out for real on the CPU; a storage lives from the first step that needs it to the last."""
+"""Replay steps of a tape on the CPU; each storage lives from the first step that needs it to the last."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Keep = Callable[[Cell, torch.UntypedStorage], None]
 
 
 def carry_out(tape: Tape, steps: list[ReplayStep], *, keep: Keep | None = None) -> Course:
-    """Do `steps`, a plan of `tape`.
+    """Carry out `steps`, a plan of `tape`.
 
     Args:
         tape: the operations.
-        steps: emptied on the way, so that takers and what they hold live no longer than needed.
-        keep: called with what a cell that is no longer needed holds, if that is all as the last operation of the tape
-            leaves it; generators' states are then kept on the way, too.
+        steps: the plan; it is emptied on the way, so that takers and their references live no longer than needed.
+        keep: called with a cell that is no longer needed and its storage, if the storage is complete and final on the
+            tape; if given, generator states on the way are kept too.
 
     Raises:
-        DeferredError: an operation makes another layout than it said on the meta device.
+        DeferredError: an operation's result has another layout than on the meta device.
     """
     run = _Run(tape, keep)
     settings = settings_now()
@@ -43,7 +43,7 @@ def carry_out(tape: Tape, steps: list[ReplayStep], *, keep: Keep | None = None) 
 
 
 def map_arguments(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Arguments of an operator with `change(one)` in place of each `kind`; lists are new."""
+    """Return arguments of an operator with `change(one)` in place of each instance of `kind`; lists are new."""
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, (list, tuple)):
@@ -54,12 +54,12 @@ def map_arguments(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """A copy of what is stored."""
+    """Return a copy of `storage`."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()
 
 
 def flat_leaves(tree: Any) -> list[Any]:
-    """What nested lists and tuples hold, in order, tensors or not."""
+    """Return the leaves of nested lists and tuples, in order."""
     if isinstance(tree, (list, tuple)):
         return [leaf for one in tree for leaf in flat_leaves(one)]
     return [tree]
@@ -81,7 +81,7 @@ class _Run:
             self._operate(operation, unused)
         for cell in step.loads:
             if cell.known is not None:
-                # Nothing is written any more into what the last operation left.
+                # After its last operation a cell is not written into any more, so no copy is needed.
                 known = cell.known[1]
                 self._storages[cell] = known if cell.last == step.place else clone_storage(known)
         for held, taker in step.takers:
@@ -93,7 +93,7 @@ class _Run:
                 self._keep(cell, storage)
 
     def _goes_at_once(self, step: ReplayStep, target: Held) -> bool:
-        """Whether what a draw fills is asked for by one taker at most, whole, and then by nobody."""
+        """Whether a draw's target has at most one taker, of the full target, and is freed in this step."""
         alone = len(step.takers) <= 1 and all(held.is_same(target) for held, _ in step.takers)
         return alone and not step.loads and target.cell in step.frees and self._keep is None
 
@@ -113,7 +113,7 @@ class _Run:
     def _tensor(self, held: Held) -> Tensor:
         storage = self._storages.get(held.cell)
         if storage is None:
-            # Nothing that is needed was written into it before.
+            # No value that is needed was written into the cell before.
             storage = torch.empty(held.cell.nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
             self._storages[held.cell] = storage
         return held.among(storage)
@@ -145,7 +145,7 @@ class _Run:
 
     @staticmethod
     def _made(operation: Operation, result: Tensor, held: Held, taken: set[int]) -> torch.UntypedStorage:
-        """The storage for the cell of `held`, of which `result` is what the operation returned."""
+        """Return the storage for the cell of `held`, whose values the operation returned as `result`."""
         laid_out = tuple(result.shape) == held.size and result.dtype == held.dtype
         if not laid_out or _steps(held.size, result.stride()) != _steps(held.size, held.stride):
             raise DeferredError(f"{operation.func} makes another layout on the CPU than on the meta device")
@@ -165,5 +165,5 @@ class _Run:
 
 
 def _steps(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    """The strides that matter: where there is but one element, the meta device may say another."""
+    """Return the strides that matter; those of dimensions of size 1 may differ on the meta device."""
     return [] if 0 in size else [step for count, step in zip(size, stride, strict=True) if count != 1]

@@ -1,7 +1,8 @@
-"""The states that generators pass through while a construction is recorded, and later carried out.
+"""Track the states of generators while a construction is recorded, and restore them in the replay.
 
-Nothing is drawn while recording. A generator shows a marked state instead, by which it is known again when code that
-saved it sets it back, and by which a draw past the recording is found out. Code may seed a generator, and fork it.
+Nothing is drawn while recording. Instead the generator is set to a marked state. The mark identifies the state when
+code saves it and sets it again, and a state that differs reveals a draw that bypassed the recording. Code may seed and
+fork generators.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from lightning_largescale import compat
 
 
 class DeferredError(RuntimeError):
-    """A construction does what cannot be deferred exactly; build the module for real."""
+    """A construction cannot be deferred exactly; build the module without deferring."""
 
 
 class Point:
     """A state of one generator.
 
     Attributes:
-        state: None where only drawing shows it.
-        made_by: place on the tape of the draw that leads here; None where `state` was given.
-        kept: whether code went back to it.
+        state: the generator's state; None if only drawing yields it.
+        made_by: place on the tape of the draw that leads here; None if `state` was given.
+        kept: whether code set the generator back to this state.
     """
 
     __slots__ = ("kept", "made_by", "number", "root", "state")
@@ -39,16 +40,16 @@ class Point:
         self.kept = False
 
 
-# A mark tells the stream, too, of all that there are in the process: a state may be set in another generator, or later.
+# A mark also identifies the stream within the process, since code may set a state in another generator, or later.
 _numbers = itertools.count()
 _POINTS = 2**32
 
 
 class Stream:
-    """One generator's way through a recording.
+    """The sequence of one generator's states in a recording.
 
     Raises:
-        DeferredError: the generator is where another one was while recording, at a state that only drawing shows.
+        DeferredError: the generator is set to another one's marked state, whose real state only drawing yields.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -64,7 +65,7 @@ class Stream:
 
     @property
     def first_state(self) -> Tensor:
-        """The state at which recording began."""
+        """The state that draws start from: the generator's at the start of the recording, or the one set here."""
         state = self.points[0].state
         return self._began if state is None else state
 
@@ -77,13 +78,13 @@ class Stream:
         self.points[0].state = state.clone()
 
     def enter(self) -> None:
-        """Show marked states from here on."""
+        """Set the generator to marked states from now on."""
         self._followed = torch.equal(self.generator.get_state(), self._began)
         if self._followed:
             self.show()
 
     def leave(self) -> None:
-        """Show the state again that it had when recording began."""
+        """Set the generator back to its state at the start of the recording."""
         if self._followed:
             try:
                 self.look()
@@ -91,10 +92,10 @@ class Stream:
                 self._put(self._began)
 
     def look(self) -> None:
-        """Find out whether code has seeded the generator or set it back.
+        """Detect whether code seeded the generator or set it back to an earlier state.
 
         Raises:
-            DeferredError: it did another thing to it.
+            DeferredError: the state changed in any other way.
         """
         if not self._followed:
             raise DeferredError("random numbers are asked of a generator that changed between two recordings")
@@ -106,7 +107,7 @@ class Stream:
         self.show()
 
     def draw(self, place: int) -> tuple[Point, Point]:
-        """The states before and after the draw that stands at `place` of the tape."""
+        """Record the draw at `place` of the tape; return the states before and after it."""
         self.look()
         before = self.current
         self.current = Point(len(self.points), made_by=place, root=before.root)
@@ -115,30 +116,34 @@ class Stream:
         return before, self.current
 
     def resume(self) -> None:
-        """Have the generator at the current state, which is known."""
+        """Set the generator to the current real state, which must be known."""
         if self.current.state is None:
             raise DeferredError("the draws that lead to a generator's state were not made")
         self.generator.set_state(self.current.state)
 
     def drawn(self) -> None:
-        """Take the state at which the generator is as the next one: it was drawn from."""
+        """Record the generator's real state as the next one, after a real draw."""
         self._drew = True
         self.current = Point(len(self.points), state=self.generator.get_state(), root=None)
         self.points.append(self.current)
         self.show()
 
     def show(self) -> None:
-        """Give the generator the state that stands for the current one."""
+        """Set the generator to the marked state of the current point."""
         self._put(self._face(self.current))
 
     def finish(self, before: Tensor, *, random: bool) -> None:
-        """Leave the generator as the construction does, was it where recording began, else as it was `before`."""
+        """Set the generator's state after a replay.
+
+        With `random` this is the state at the construction's end, provided that `before` and `first_state` are the
+        state at the start of the recording. Otherwise it is `before`.
+        """
         end = self.current.state
         ours = random and torch.equal(before, self._began) and torch.equal(self.first_state, self._began)
         self.generator.set_state(end if ours and end is not None else before)
 
     def shows(self, state: Tensor) -> bool:
-        """Whether `state` stands for one of this stream, and is not the one that is kept here."""
+        """Whether `state` is a marked state of this stream, other than the tensor that the stream keeps itself."""
         number = compat.mark_of(state)
         return number is not None and number // _POINTS * _POINTS == self._mark and state is not self._shown
 
@@ -147,7 +152,7 @@ class Stream:
         self._shown = state
 
     def _face(self, point: Point) -> Tensor:
-        # Also where other numbers are to be drawn later, the generator shows its own seed.
+        # The seed shown is the generator's own, even if the replay draws from another state.
         root = self._began if point.root is self.points[0] else point.root.state
         if point.root is point and root is not None:
             return root
@@ -171,28 +176,28 @@ class Stream:
 
 
 def check_kept_states(streams: Iterable[Stream]) -> None:
-    """Find out whether code keeps a state that stands for another one: set later, it gives no random numbers.
+    """Make sure that code keeps no marked state: draws after setting it later would not be random.
 
     Raises:
-        DeferredError: it does.
+        DeferredError: code keeps one.
     """
     drawn = [stream for stream in streams if len(stream.points) > 1]
     if drawn and _finds_shown(drawn):
-        # Perhaps only in a cycle that nobody needs.
+        # It may be in an unreachable reference cycle only.
         gc.collect()
         if _finds_shown(drawn):
             raise DeferredError("a generator's state is kept, which was asked for after a draw")
 
 
 def _finds_shown(streams: list[Stream]) -> bool:
-    """Whether a state lives that one of `streams` has shown."""
-    # Without isinstance(), which asks objects that only stand for others what they are; there may be a million.
+    """Whether a tensor with a marked state of one of `streams` is alive."""
+    # By type(), since isinstance() calls into proxy objects; there may be a million objects.
     tensors = [one for one in gc.get_objects() if type(one) is Tensor]
     return any(is_marked(one) and any(stream.shows(one) for stream in streams) for one in tensors)
 
 
 def is_marked(one: Any) -> bool:
-    """Whether something is a state that stands for another one."""
+    """Whether `one` is a tensor with a marked generator state."""
     if type(one) is not Tensor or one.dtype != torch.uint8 or one.layout is not torch.strided:
         return False
     return one.device.type == "cpu" and one.shape == _state_shape() and compat.mark_of(one) is not None
@@ -204,7 +209,7 @@ def _state_shape() -> torch.Size:
 
 
 class Draw:
-    """A draw on the tape: of which stream, from where to where."""
+    """A draw on the tape: its stream, and the states before and after it."""
 
     __slots__ = ("after", "before", "stream")
 
@@ -214,10 +219,10 @@ class Draw:
 
 
 class Course:
-    """Generators while a tape is carried out.
+    """The states of generators while a tape is replayed.
 
     Args:
-        keep: keep every state on the way, to draw from it again.
+        keep: whether to keep every state on the way, so that later replays can draw from it.
     """
 
     def __init__(self, *, keep: bool) -> None:
@@ -225,7 +230,7 @@ class Course:
         self._at: dict[Stream, Point] = {}
 
     def before(self, draw: Draw) -> None:
-        """Have the generator at the state from which `draw` draws."""
+        """Set the generator to the state before `draw`."""
         if self._at.get(draw.stream) is not draw.before:
             state = draw.before.state
             if state is None:
@@ -233,12 +238,12 @@ class Course:
             draw.stream.generator.set_state(state)
 
     def after(self, draw: Draw) -> None:
-        """Note that `draw` has drawn."""
+        """Record that `draw` was made."""
         self._at[draw.stream] = draw.after
         if self._keep or draw.after.kept or draw.after is draw.stream.current:
             draw.after.state = draw.stream.generator.get_state()
 
     @property
     def streams(self) -> list[Stream]:
-        """Of which something was drawn."""
+        """The streams that were drawn from."""
         return list(self._at)

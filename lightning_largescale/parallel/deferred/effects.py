@@ -1,4 +1,4 @@
-"""What operators read and write of what they are given, as far as their schemas do not say it."""
+"""The reads, writes and layouts of operators that their schemas do not state."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LIKE = _EMPTY.union(
     ["zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"],
     ["new_zeros", "new_ones", "new_full"],
 )
-# What they return on the meta device is not laid out as what they return on the CPU, or not quantized.
+# Operators whose results on the meta device have another layout than on the CPU, or are not quantized.
 _QUANTIZES = (_aten.quantize_per_tensor, _aten.quantize_per_tensor_dynamic, _aten.quantize_per_channel)
 _OTHERWISE_LAID_OUT = (_aten._linalg_svd, _aten.linalg_eig, _aten._fft_r2c, _aten._fft_c2r, _aten.max_unpool2d)
 _OTHER_LAYOUT = frozenset(packet.default for packet in (*_OTHERWISE_LAID_OUT, _aten.nonzero_static, *_QUANTIZES))
-# The same, where an input's channels come last.
+# The same if an input is in channels-last format.
 _OTHER_LAYOUT_OF_CHANNELS_LAST = frozenset(
     {_aten.convolution.default, _aten.native_batch_norm.default, _aten._native_batch_norm_legit.default}
 )
@@ -31,49 +31,49 @@ _LIFTS = frozenset({_aten.lift_fresh.default, _aten.lift.default})
 
 
 def makes_empty(func: Any) -> bool:
-    """Whether nothing is in what an operator makes."""
+    """Whether an operator returns uninitialized memory."""
     return _name(func) in _EMPTY
 
 
 def reads_shape_only(func: Any) -> bool:
-    """Whether an operator makes a tensor like the first one that it is given."""
+    """Whether an operator uses its first tensor as a template, without reading its elements."""
     return _name(func) in _LIKE
 
 
 def lifts(func: Any) -> bool:
-    """Whether an operator takes in a tensor that was made of Python's numbers or arrays."""
+    """Whether an operator lifts a tensor that was made from Python numbers or arrays."""
     return func in _LIFTS
 
 
 def is_elsewhere_laid_out(func: Any, args: Any) -> bool:
-    """Whether the meta device does not tell the strides of what a call of an operator makes on the CPU."""
+    """Whether the result of a call has, or may have, another layout on the CPU than on the meta device."""
     if func in _OTHER_LAYOUT_OF_CHANNELS_LAST:
         return any(isinstance(one, Tensor) and not one.is_contiguous() for one in args[:2])
     return func in _OTHER_LAYOUT
 
 
 def draws(func: Any) -> bool:
-    """Whether an operator may ask a generator for random numbers."""
+    """Whether an operator may draw random numbers from a generator."""
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def overwrites(func: Any) -> bool:
-    """Whether nothing of what was there stays in, or follows into, what an operator writes."""
+    """Whether an operator overwrites its targets completely and without reading them."""
     return _name(func) in _FILLS or bool(_outs(func))
 
 
 def targets(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The arguments into which a call writes."""
+    """Return the arguments that a call writes into."""
     if not compat.is_operator(func):
         return []
     if func is _aten.native_batch_norm.default:
-        # Its schema does not say that it keeps running statistics.
+        # Its schema does not state that it updates the running statistics.
         return [one for one in args[3:5] if one is not None] if args[5] else []
     return written(func, args, kwargs)
 
 
 def sources(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments whose elements a call reads, what it only changes included."""
+    """Return the arguments whose elements a call reads, including those that it updates."""
     fills = _name(func) in _FILLS or reads_shape_only(func)
     return [args[1:] if fills else args, [one for name, one in kwargs.items() if name not in _outs(func)]]
 
@@ -85,6 +85,6 @@ def _name(func: Any) -> str:
 
 @functools.cache
 def _outs(func: Any) -> frozenset[str]:
-    """Names of the arguments into which an operator puts its results."""
+    """Return the names of an operator's `out` arguments."""
     names = compat.mutated_arguments(func) if compat.is_operator(func) else ()
     return frozenset(name for name in names if isinstance(name, str))

@@ -1,6 +1,7 @@
-"""A function mode under which tensors without values look as on the CPU, to code that asks them.
+"""A function mode under which tensors without values appear to user code as CPU tensors.
 
-Below torch's functions they are on the meta device. Their values, asked for past an operation, are made on the spot.
+Below torch's functions they are on the meta device. If code reads their values outside of operators, they are computed
+immediately.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _Handler = Callable[[Recorder, Any, Any, dict[str, Any]], Any]
 
 
 class Guise(TorchFunctionMode):
-    """Stands before the tensors of `recorder`."""
+    """Makes the tensors of `recorder` appear as CPU tensors."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, other than as it is where it tells the meta device from the CPU."""
+        """Call `func`, or its replacement if it behaves differently on the meta device and the CPU."""
         kwargs = kwargs or {}
         try:
             if torch.is_autocast_enabled("cpu") and _holds(self._recorder, [args, list(kwargs.values())]):
@@ -47,10 +48,10 @@ class Guise(TorchFunctionMode):
 
 
 class Elsewhere(TorchFunctionMode):
-    """Refuses, in a thread beside the one that `recorder` records, what is done with tensors without values.
+    """Refuses operations on tensors without values in threads other than the one that `recorder` records.
 
     Attributes:
-        active: whether it still records.
+        active: whether the recording is under way.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -59,7 +60,7 @@ class Elsewhere(TorchFunctionMode):
         self.active = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, unless it is of such tensors."""
+        """Call `func`; raise if an argument is a tensor without values."""
         kwargs = kwargs or {}
         if self.active and _holds(self._recorder, [args, list(kwargs.values())]):
             raise self._recorder.refuse("another thread works on tensors that were made while recording")
@@ -71,7 +72,7 @@ def _holds(recorder: Recorder, tree: Any) -> bool:
 
 
 def _says(answer: Any) -> _Handler:
-    """What a tensor on the CPU says."""
+    """Return a handler that gives `answer`, a CPU tensor's, for tensors without values."""
 
     def handle(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return answer if _holds(recorder, args[0]) else func(*args, **kwargs)
@@ -87,7 +88,7 @@ def _type(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> A
 
 
 def _to(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """To the CPU, which a tensor seems to be on, is to where it is; to another tensor is to that one's dtype."""
+    """Handle `to`: a move to the CPU, where the tensor appears to be, is none; another tensor stands for its dtype."""
     tensor, others = args[0], [*args[1:], *kwargs.values()]
     held = recorder.holds(tensor)
     if not held and not _holds(recorder, others):
@@ -118,7 +119,7 @@ def _type_as(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -
 
 
 def _read(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call `func` of the values."""
+    """Call `func` with real values in place of tensors without values."""
     if not _holds(recorder, [args, list(kwargs.values())]):
         return func(*args, **kwargs)
 
@@ -133,7 +134,7 @@ def _read(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> A
 
     out = func(*values(args), **values(kwargs))
     if isinstance(out, np.ndarray) and not out.flags.owndata:
-        # Of what is written into it the tensor would know nothing, and it nothing of what the tensor gets.
+        # Writes into the array would not reach the tensor, nor the tensor's writes the array.
         out.flags.writeable = False
         recorder.tape.held(args[0]).cell.arrays.append(weakref.ref(out))
     return out
@@ -142,7 +143,7 @@ def _read(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> A
 def _as_tensor(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     if isinstance(given, torch.UntypedStorage):
-        # As safetensors takes in a file; torch does not know storages under a dispatch mode.
+        # safetensors loads files so; torch does not handle storages under a dispatch mode.
         with compat.without_dispatch_modes():
             return func(*args, **kwargs)
     if not (isinstance(given, Tensor) and recorder.holds(given)):
@@ -162,12 +163,12 @@ def _new_tensor(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]
 
 
 def _set_item(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Indices and values of Python's own become tensors here: torch would make them past operations."""
+    """Convert Python indices and values to tensors here: torch would convert them without dispatching operators."""
     tensor, index, *values = args
     if not recorder.holds(tensor):
         return func(*args, **kwargs)
     if isinstance(index, list) and not all(isinstance(one, (int, np.integer)) for one in index):
-        # Torch may take it for a tuple.
+        # torch may treat it as a tuple.
         raise DeferredError("a tensor is asked for elements by a list of more than numbers")
     parts = index if isinstance(index, tuple) else (index,)
     index = tuple(_index(one) if isinstance(one, (list, tuple, range, np.ndarray)) else one for one in parts)
@@ -176,7 +177,7 @@ def _set_item(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) 
 
 
 def _index(given: Any) -> Tensor:
-    """Places that are listed, as torch takes them: of an empty list, none."""
+    """Return listed indices as a tensor; an empty list gives an empty integer tensor, as in torch."""
     if isinstance(given, np.ndarray):
         return torch.as_tensor(given)
     found = torch.as_tensor([*given])
@@ -197,7 +198,7 @@ def _set_data(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) 
         return func(*args, **kwargs)
     if type(tensor) not in (Tensor, nn.Parameter):
         raise DeferredError(f"a {type(tensor).__name__} takes values of its own, or gives them up")
-    # Torch refuses this across devices.
+    # torch refuses to assign `data` across devices.
     attributes = dict(tensor.__dict__)
     other = value.detach().requires_grad_(tensor.requires_grad)
     other = other if type(tensor) is Tensor else nn.Parameter(other, tensor.requires_grad)
@@ -210,7 +211,7 @@ def _set_data(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) 
 
 
 def _empty(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """torch.load begins with a tensor of no elements where the storage is, which it gives that storage."""
+    """Make the empty CPU tensors of torch.load for real: it sets a real storage on them."""
     if args == ((0,),) and isinstance(device := kwargs.get("device"), torch.device) and device.type == "cpu":
         with compat.without_dispatch_modes():
             return func(*args, **kwargs)
@@ -232,23 +233,23 @@ def _refuse(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) ->
 
 
 def _whole(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Written down as one: of what operations it is made depends on the device, and on modes."""
+    """Record `func` as one operation, since its decomposition depends on the device and on active modes."""
     given = [*args, *kwargs.values()]
     if not _holds(recorder, given):
-        # Of nothing but values those without draws are made as they are past the recording.
+        # Functions without draws, called with real values only, run as they do outside of the recording.
         plain = compat.without_dispatch_modes() if func in _UNDRAWN else nullcontext()
         with plain:
             return func(*args, **kwargs)
     if kwargs.get("out") is not None:
         raise DeferredError(f"{func.__name__} puts its result into a tensor")
-    # Those that drop out are told its probability.
+    # Functions with dropout get its probability as a float.
     draws = func not in _UNDRAWN and any(isinstance(one, float) and one > 0 for one in given)
     with compat.without_function_modes():
         return recorder.write_down_whole(func, args, kwargs, draws=draws)
 
 
 def _group_norm(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """It leaves channels last where they are on the CPU only."""
+    """Refuse non-contiguous inputs: `group_norm` preserves channels-last format on the CPU only."""
     given = args[0] if args else kwargs["input"]
     if recorder.holds(given) and not given.is_contiguous():
         raise DeferredError("group_norm is called of a tensor that is not contiguous")
@@ -256,7 +257,7 @@ def _group_norm(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]
 
 
 def _deepcopy(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """As Tensor.__deepcopy__ does for the CPU: what shares a storage shares its copy, too."""
+    """Copy as Tensor.__deepcopy__ does on the CPU: tensors that share a storage share its copy."""
     tensor, memo = args
     if tensor.device.type == "cpu":
         with compat.without_dispatch_modes():
@@ -288,14 +289,14 @@ _READS = (
     Tensor.__format__,
     torch.tensor,
 )
-# On the meta device all storages begin at address 0, so code that asks for addresses would take all tensors for tied.
+# On the meta device all storages begin at address 0, so code that compares addresses would consider all tensors tied.
 _MEMORY: tuple[Any, ...] = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_)
 _MEMORY += (Tensor.pin_memory, Tensor.__dlpack__, Tensor.apply_)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-# It multiplies batches by one matrix as one product, or batch by batch: which, depends on whether a mode is active.
+# matmul of batches by one matrix is one product or one per batch, depending on whether a mode is active.
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.linalg.matmul)
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-# They leave out singular or eigenvectors, unless the device is the meta device or a mode is active.
+# These skip singular vectors or eigenvectors, unless the device is the meta device or a mode is active.
 _SPECTRAL = (
     torch.linalg.svdvals,
     torch.linalg.eigvalsh,

@@ -1,6 +1,6 @@
-"""Large draws, a portion at a time: a table of many gigabytes is never whole where each rank keeps some of its rows.
+"""Make large draws portion by portion, so that no rank holds a full table of many gigabytes to keep some of its rows.
 
-The numbers are those of one draw: torch's generator on the CPU gives them in order, normal ones in blocks of 16.
+The numbers equal those of one draw: torch's CPU generator yields them in order, normal ones in blocks of 16.
 
 Source: torch's `normal_fill` of aten/src/ATen/native/cpu/DistributionTemplates.h, whose blocks these are.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from lightning_largescale.parallel.chunks import Chunk, chunks_of, write_part
 from lightning_largescale.parallel.deferred.tape import Held, Operation
 
-# Draws of more bytes are made in portions, of this many elements: a multiple of the blocks of normal numbers.
+# Draws of more than LARGE_BYTES are made in portions of PORTION elements: a multiple of the normal numbers' block size.
 LARGE_BYTES, PORTION = 64 * 2**20, 2**20
 _DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
 _DTYPES = (torch.float32, torch.float64)
 
 
 def in_portions(operation: Operation) -> Held | None:
-    """What `operation` draws, if it does so into all of a large tensor and can do it a portion at a time."""
+    """Return the target of `operation` if it is a draw that fills a large storage and can be made in portions."""
     if operation.func not in _DRAWS or operation.grad is not None:
         return None
     target = operation.args[0]
@@ -34,11 +34,11 @@ def in_portions(operation: Operation) -> Held | None:
 
 
 class Portions:
-    """The values of a large draw, for which a source passes: made when they are read, once.
+    """A source for the values of a large draw, made when they are read, once.
 
     Args:
-        target: what is drawn.
-        draw: draws into a tensor.
+        target: the tensor to draw.
+        draw: draws into the tensor that it receives.
     """
 
     def __init__(self, target: Held, draw: Callable[[Tensor], Any]) -> None:
@@ -46,7 +46,7 @@ class Portions:
         self._drawn = False
 
     def read(self, out: Tensor) -> None:
-        """Draw, and write into `out`, a whole tensor or some rows of it, what this rank has."""
+        """Draw, and write this rank's shard into `out`."""
         chunks = chunks_of(out)
         self._drawn = True
         if not all(self._is_rows(chunk) for chunk in chunks):
@@ -63,15 +63,15 @@ class Portions:
                     values[low - first : high - first].copy_(portion[low - start : high - start])
 
     def finish(self) -> None:
-        """Draw, if nobody has: the generator moves on all the same."""
+        """Draw if nothing was read, since the generator has to advance anyway."""
         if not self._drawn:
             for _ in self._portions():
                 pass
 
     def _portions(self) -> Iterator[tuple[int, Tensor]]:
-        """Stretches of the flat tensor, each with its first element.
+        """Draw the flat tensor in portions; yield each with the index of its first element.
 
-        The last is longer: where its last block is not full, torch draws the last 16 numbers anew.
+        The last portion may be longer, since torch redraws the last 16 numbers if the last block is not full.
         """
         count = math.prod(self._target.size)
         start = 0
@@ -83,11 +83,11 @@ class Portions:
             start += length
 
     def _is_rows(self, chunk: Chunk) -> bool:
-        """Whether a chunk is of whole rows, one after the other in memory."""
+        """Whether a chunk consists of full rows that are contiguous in memory."""
         inner = (*chunk.values.shape[1:],) == self._target.size[1:]
         return bool(chunk.offsets) and inner and not any(chunk.offsets[1:]) and chunk.values.is_contiguous()
 
 
 def _strides(held: Held) -> tuple[int, ...]:
-    """Of a contiguous tensor of its size."""
+    """Return the strides of a contiguous tensor of the same size."""
     return torch.empty(held.size, device="meta").stride()

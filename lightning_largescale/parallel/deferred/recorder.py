@@ -1,7 +1,7 @@
-"""A dispatch mode under which operations are written down on a tape, and tensors come out without values.
+"""A dispatch mode that records operations on a tape and returns tensors without values.
 
-What is made of nothing but tensors with values is made for real, unless it is random; and where code reads a value,
-the operations behind it are carried out.
+Operations on tensors with values only are run for real, unless they are random. If code reads a value, the operations
+that lead to it are replayed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lightning_largescale.workload.tracker import writes
 _aten = torch.ops.aten
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
-# Values that are read, and those behind them, are kept up to this size, the last so many: else loops that read the next
-# value each time would make all before it again.
+# Maximum bytes and number of values to keep, of those read and those that lead to them: otherwise a loop that reads one
+# value after the other would recompute all earlier ones each time.
 _KNOWN_BYTES, _KNOWN_CELLS = 2**20, 64
 
 
 class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down what runs under it.
+    """Records the operations that run under it.
 
     Attributes:
-        tape: what it wrote.
-        streams: of the generators that were drawn from, by identity; the CPU's own first.
-        failure: why the construction cannot be deferred; it stays, should code catch the exception.
+        tape: the recorded operations.
+        streams: streams of the generators that were drawn from, by identity; the CPU's default generator first.
+        failure: why the construction cannot be deferred; it stays even if code catches the exception.
     """
 
     def __init__(self) -> None:
@@ -51,24 +51,24 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         self._constants: dict[Any, Tensor] = {}
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether the values of `tensor` are still to be made."""
+        """Whether `tensor` has no values yet and is on the tape."""
         with compat.without_function_modes():
             return tensor.layout is torch.strided and self.tape.cell(tensor) is not None
 
     def left_out(self, taken: Iterable[Tensor]) -> bool:
-        """Whether tensors without values live that are not among `taken`."""
+        """Whether tensors without values are alive that are not among `taken`."""
         known = {id(one): one for one in (*taken, *self._constants.values())}
         users = Counter(id(one.untyped_storage()) for one in known.values() if self.holds(one))
         return any(compat.storage_users(cell.storage) > users[key] for key, cell in self.tape.cells.items())
 
     def refuse(self, message: str) -> DeferredError:
-        """The exception to raise; what it says is kept."""
+        """Return the exception to raise, which is the first failure; record it."""
         self.failure = self.failure or DeferredError(message)
         return self.failure
 
     @contextmanager
     def on_meta(self) -> Iterator[None]:
-        """Within, code asks for tensors on the meta device itself."""
+        """Context in which code asks for meta tensors itself."""
         before, self._makes_meta = self._makes_meta, True
         try:
             yield
@@ -76,7 +76,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             self._makes_meta = before
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The values of `tensor` as they are now; not to be written into."""
+        """Return the current values of `tensor`, which must not be written into."""
         with compat.without_dispatch_modes(), compat.without_function_modes():
             held = self.tape.held(tensor)
             known = held.cell.known
@@ -87,7 +87,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             return found[0]
 
     def write_down_whole(self, func: Any, args: Any, kwargs: Any, *, draws: bool) -> Any:
-        """Write down a call of `func` as one operation, though it is made of several."""
+        """Record a call of `func` as one operation, although it consists of several."""
         self._pauses = True
         try:
             return self._record(func, args, kwargs, draws=draws)
@@ -95,12 +95,12 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             self._pauses = False
 
     def assign(self, target: Tensor, source: Any) -> None:
-        """Write down that `source` writes its values into `target`."""
+        """Record that `source` writes its values into `target`."""
         held = self.tape.held(target.detach())
         self._append(read_source, (held, source), {}, writes=[(held.cell, held.span, held.dense)])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Write `func` down, or run it."""
+        """Record `func`, or run it."""
         with compat.without_function_modes():
             try:
                 return self._call(func, types, args, kwargs or {})
@@ -155,10 +155,10 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
             return self._run_really(func, args, kwargs, draws=draws)
 
     def _call_real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call what is given tensors with values only."""
+        """Call `func`, whose tensor arguments all have values."""
         draws = effects.draws(func)
         if effects.lifts(func):
-            # What Python holds too, as an array may, stays what it is.
+            # Memory that Python shares, such as an array's, is not copied to the tape.
             return self._constant(args[0]) if args[0].untyped_storage().resizable() else func(*args, **kwargs)
         if writes(func):
             return self._run_really(func, args, kwargs, draws=draws)
@@ -179,7 +179,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
     def _run_really(
         self, func: Any, args: Any, kwargs: dict[str, Any], *, draws: bool, targets: Sequence[Tensor] = ()
     ) -> Any:
-        """Run `func` for real; what it makes is held as a constant, and so is what it leaves in `targets`."""
+        """Run `func` for real; record its results, and its writes into `targets`, as constants."""
         copies = {id(one): self._value(one).clone() for one in targets}
 
         def value(tensor: Tensor) -> Tensor:
@@ -221,11 +221,11 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         places: dict[int, Held] = {}
 
         def place(tensor: Tensor) -> Held:
-            # One that is given twice is one: functions may ask.
+            # A tensor that is passed twice stays one object, since functions may compare identities.
             return places.get(id(tensor)) or places.setdefault(id(tensor), self.tape.held(tensor))
 
         held_args, held_kwargs = (map_arguments(tree, Tensor, place) for tree in (args, _on(_CPU, kwargs)))
-        # Generators are for the CPU.
+        # Generators are CPU generators, so the call on the meta device goes without.
         out = func(*args, **{name: one if name != "generator" else None for name, one in _on(_META, kwargs).items()})
         made = self._made(func, out)
         targets = flat_held(effects.targets(func, held_args, held_kwargs))
@@ -290,7 +290,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
-        """`tensor`, or what holds a copy of its values on the tape."""
+        """Return `tensor` if it is on the tape, else a constant with a copy of its values."""
         if self.tape.cell(tensor) is not None:
             return tensor
         copied = copy_as_it_lies(tensor.detach().resolve_conj().resolve_neg())
@@ -300,7 +300,7 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         return self._constants[key]
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        """What holds the values of `tensor`, into which nothing is written from here on."""
+        """Add a constant with the values of `tensor`, which must not be written into any more; return its stand-in."""
         if not _plain(tensor) or tensor.is_conj() or tensor.is_neg():
             raise DeferredError("a constant is not dense")
         storage = torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8, device=_META).untyped_storage()
@@ -321,19 +321,19 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def copy_as_it_lies(tensor: Tensor) -> Tensor:
-    """A copy with the strides of `tensor`; with its whole storage where its elements are not all that is there."""
+    """Copy `tensor` with its strides, offset and full storage."""
     copied = torch.empty(0, dtype=tensor.dtype)
     return copied.set_(clone_storage(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def digest_of(tensor: Tensor) -> str:
-    """Of the bytes of the storage of `tensor`."""
+    """Return a digest of the bytes in the storage of `tensor`."""
     content = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     return hashlib.blake2b(content.numpy().data).hexdigest()
 
 
 def flat_held(tree: Any) -> list[Held]:
-    """The places of tensors in nested arguments."""
+    """Return the `Held` instances in nested arguments."""
     return [one for one in flat_leaves(tree) if isinstance(one, Held)]
 
 

@@ -1,8 +1,8 @@
-"""Exact initialisation of a model that is never held whole.
+"""Exact initialization of a model that is never held in full.
 
-The code that builds a model runs once and allocates nothing: operations are written down, and carried out later in
-their order, so that random numbers are those of a plain construction on the CPU, bit for bit. A tensor has values from
-the last write that matters until it is taken, and then goes.
+The code that builds a model runs once and allocates nothing. Its operations are recorded and replayed later in the same
+order, so that random numbers equal those of a plain construction on the CPU, bit for bit. The replay frees each tensor
+once it is taken.
 
 Source: torchdistx.deferred_init, archived in 2023, which keeps a graph for each tensor, but not the order of draws.
 """
@@ -30,28 +30,28 @@ from lightning_largescale.parallel.deferred.guise import Elsewhere, Guise
 from lightning_largescale.parallel.deferred.recorder import Recorder, digest_of
 from lightning_largescale.parallel.deferred.tape import Held
 
-# That which records at this moment.
+# The recording that is under way.
 _active: Recording | None = None
 
 
 def active_recording() -> Recording | None:
-    """The recording that is under way; None where nothing is recorded."""
+    """Return the recording that is under way; None if there is none."""
     return _active
 
 
 class Source(Protocol):
-    """Values that are somewhere else, such as a slice of a file."""
+    """A source of values, such as a slice of a file."""
 
     def read(self, out: Tensor) -> None:
-        """Write them into `out`, a tensor on the CPU of the shape and dtype of that which they were assigned to."""
+        """Write the values into `out`, a CPU tensor of the shape and dtype of the tensor that the source is for."""
 
 
 class Recording:
-    """A construction that is recorded, and carried out later, tensor by tensor.
+    """A construction that is recorded and replayed later, tensor by tensor.
 
-    Values, and the state of the CPU's random number generator in the end, are those of running the same code plainly on
-    the CPU. Tensors that the code makes look to it as on the CPU and have no values; what it reads of them is made on
-    the spot. Tensors that come with values, such as those from arrays, keep them, and so do copies of those.
+    The values, and the final state of the CPU's random number generator, equal those of running the same code plainly
+    on the CPU. Tensors that the code makes appear as CPU tensors and have no values; values that it reads are computed
+    immediately. Tensors that have values from the start, such as those from arrays, keep them, and so do their copies.
     """
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class Recording:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Within, what is called is recorded; may be entered again later, by what changes a module.
+        """Context in which calls are recorded; it can be entered again later, by code that changes the module.
 
         Raises:
-            DeferredError: the code does what cannot be deferred exactly, or fails: the plain construction tells.
-            RuntimeError: a recording is under way already, this or another; that one then raises a DeferredError, since
+            DeferredError: the code cannot be deferred exactly, or fails; a plain construction shows which.
+            RuntimeError: this or another recording is under way already; that one then raises a DeferredError, since
                 the code under it fails.
         """
         global _active
@@ -85,17 +85,17 @@ class Recording:
             raise recorder.failure
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` was made while recording, so has no values yet."""
+        """Whether `tensor` was made while recording and has no values yet."""
         return self._recorder is not None and self._recorder.holds(tensor)
 
     @property
     def random_state(self) -> Tensor:
-        """The state of the CPU's generator at which recording began; draws are made from it.
+        """The state of the CPU's generator at the start of the recording, from which draws are made.
 
-        Where another one is set, such as rank 0's, a replay leaves the generator as it was.
+        If another state is set, such as rank 0's, a replay leaves the generator as it was.
 
         Raises:
-            DeferredError: another one is set, and values were read that follow from this.
+            DeferredError: another state is set, but values that depend on this one were read already.
         """
         return self._made().streams[compat.generator_key(torch.default_generator)].first_state.clone()
 
@@ -104,39 +104,39 @@ class Recording:
         self._made().streams[compat.generator_key(torch.default_generator)].first_state = state
 
     def assign(self, target: Tensor, source: Source) -> None:
-        """From here on the values of `target`, which is held, are those of `source`."""
+        """Record that `target`, which has no values yet, takes its values from `source`."""
         if not self.holds(target):
             raise ValueError("target has values already; assign to a tensor that was made while recording")
         self._made().assign(target, source)
 
     def left_out(self, taken: Sequence[Tensor]) -> bool:
-        """Whether code keeps tensors that were made while recording, and that are not `taken`: they get no values.
+        """Whether code keeps recorded tensors other than those `taken`; these would get no values.
 
-        Objects other than modules may have them, sets, closures and caches, or parameters as their gradients. Tensors
-        count that share the memory of those taken. Call it past `record()`, once what ran there has returned.
+        Sets, closures, caches, objects other than modules, and gradients of parameters may hold them. Tensors that
+        share the memory of taken ones count too. Call this after `record()` has ended and the code under it returned.
         """
         recorder = self._made()
         if not recorder.left_out(taken):
             return False
-        # Perhaps only in a cycle that nobody needs.
+        # They may be in an unreachable reference cycle only.
         gc.collect()
         return recorder.left_out(taken)
 
     def replay(self, takers: Sequence[tuple[Tensor, Callable[[Any], None]]], *, random: bool = True) -> None:
-        """Make the values of tensors, in the order in which they are final, and hand them over.
+        """Compute the values of tensors, in the order in which they become final, and pass them to the takers.
 
         Args:
-            takers: tensors that are held, each with what is called once with its values: a tensor on the CPU of its
-                shape, strides and dtype, which is not to be written into and is freed unless kept; or the source
-                itself, unread, where that is what was assigned to it last; what stands for a large draw likewise is to
-                be read once, there and then.
-            random: make all draws, and leave generators as the plain construction does, those whose state is no longer
-                the one at which recording began left alone. If False, draws are made as far as values need them, and
-                generators are put back.
+            takers: pairs of a tensor without values and a function that is called once with its values. These are a
+                CPU tensor of its shape, strides and dtype, which must not be written into and is freed unless kept; or
+                the unread source, if one was assigned last; or a source for a large draw, which must be read at most
+                once and during the call.
+            random: whether to make all draws and leave generators as the plain construction does; generators whose
+                state is no longer the one at the start of the recording keep it. If False, only the draws that the
+                values need are made, and generators are restored.
 
         Raises:
-            DeferredError: an operation makes on the CPU what it did not say it would.
-            ValueError: a tensor is not held.
+            DeferredError: an operation's result has another layout on the CPU than on the meta device.
+            ValueError: a tensor has values already.
         """
         recorder = self._made()
         if recorder.failure is not None:
@@ -157,7 +157,7 @@ class Recording:
                 stream.finish(state, random=random and ended)
 
     def digest(self) -> str:
-        """Equal for recordings of the same operations on the same shapes, numbers and constants, whatever the seed."""
+        """Return a digest of the operations, shapes, numbers and constants, independent of the seed."""
         recorder = self._made()
         numbers = {key: number for number, key in enumerate(recorder.streams)}
         total = hashlib.blake2b()
@@ -191,7 +191,7 @@ class Recording:
 
 @contextmanager
 def _no_fast_path(recorder: Recorder) -> Iterator[None]:
-    """Refuse what modules compute in another way under a function mode than without."""
+    """Refuse modules that compute differently under a function mode: those with a fast path in evaluation."""
 
     def check(module: nn.Module, _: Any) -> None:
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and not module.training:
@@ -206,12 +206,12 @@ def _no_fast_path(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _no_threads(recorder: Recorder) -> Iterator[None]:
-    """Refuse what threads that are started within do with the tensors: modes are each thread's own."""
+    """Refuse operations on recorded tensors in threads started within, since modes are thread-local."""
     mode = Elsewhere(recorder)
     start = threading.Thread.start
 
     def start_under_mode(thread: threading.Thread) -> None:
-        # Of the instance, so that it is found also where a class has a `run` of its own.
+        # Set on the instance, so that it applies even if the class overrides `run`.
         thread.run = partial(_run_under, mode, thread.run)  # type: ignore[method-assign]
         start(thread)
 
@@ -225,7 +225,7 @@ def _no_threads(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _imports_aside() -> Iterator[None]:
-    """Have modules that are imported within make their tensors for real: they are there for all that comes later."""
+    """Make Python modules that are imported within create their tensors for real, since they outlive the recording."""
     execute = SourceFileLoader.exec_module
 
     def execute_aside(loader: SourceFileLoader, module: ModuleType) -> None:
@@ -233,7 +233,7 @@ def _imports_aside() -> Iterator[None]:
             execute(loader, module)
 
     with compat.without_dispatch_modes():
-        # It imports what it needs when it is entered first, which may not happen within that import.
+        # Its first entry imports modules, which must not happen within `execute_aside`.
         pass
     SourceFileLoader.exec_module = execute_aside  # type: ignore[method-assign, assignment]
     try:
@@ -252,11 +252,11 @@ def _function(function: Any) -> str:
 
 
 def _describe(leaf: Any, streams: dict[int, int]) -> str:
-    """What is equal in equal recordings."""
+    """Return a description of `leaf` that is equal in equal recordings."""
     if isinstance(leaf, Held):
         return f"{leaf.cell.number} {leaf.cell.nbytes} {leaf.layout}"
     if hasattr(leaf, "read"):
-        # A source, whose values are the same wherever they are read.
+        # A source, whose values are equal on all ranks.
         return f"source {getattr(leaf, 'shape', None)} {getattr(leaf, 'dtype', None)}"
     if isinstance(leaf, Tensor):
         return f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype} {digest_of(leaf)}"
@@ -264,7 +264,7 @@ def _describe(leaf: Any, streams: dict[int, int]) -> str:
         return f"generator {streams.get(compat.generator_key(leaf))}"
     if isinstance(leaf, Draw):
         root = leaf.before.root
-        # Where the CPU's own generator begins is each rank's.
+        # The first state of the CPU's default generator may differ between ranks.
         seeded = root is not leaf.stream.points[0] or streams[compat.generator_key(leaf.stream.generator)] > 0
         state = digest_of(root.state) if seeded and root.state is not None else ""
         return f"{streams[compat.generator_key(leaf.stream.generator)]} {leaf.before.number} {state}"

@@ -1,4 +1,4 @@
-"""Settings of the process on which the numbers of an operation depend, kept with each operation that is recorded."""
+"""Process-wide torch settings that affect an operation's results, kept with each recorded operation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.backends import cuda, mkldnn
 from torch.utils import deterministic
 
 Settings = tuple[Any, ...]
-# Modules whose attributes ask and set, as no stub says.
+# The stubs lack these modules' attributes, which read and write settings.
 _mkldnn: Any = mkldnn
 _deterministic: Any = deterministic
 
@@ -20,7 +20,7 @@ def _attribute(holder: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any
     return partial(getattr, holder, name), partial(setattr, holder, name)
 
 
-# How to ask for each, and how to set it. What says cuda counts on the CPU, too.
+# A getter and a setter for each setting. Those of `cuda` affect the CPU too.
 _EVERY: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
@@ -37,17 +37,17 @@ _EVERY: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 
 def settings_now() -> Settings:
-    """As they are."""
+    """Return the current settings."""
     return tuple(ask() for ask, _ in _EVERY)
 
 
 def set_again(settings: Settings) -> None:
-    """Have them as they were."""
+    """Restore `settings`."""
     for (ask, have), value in zip(_EVERY, settings, strict=True):
         if ask() != value:
             have(value)
 
 
 def fills_memory() -> bool:
-    """Whether torch writes into memory that nobody has written into."""
+    """Whether torch fills uninitialized memory."""
     return torch.are_deterministic_algorithms_enabled() and bool(_deterministic.fill_uninitialized_memory)

@@ -1,19 +1,19 @@
-"""Sets of bytes, as sorted intervals that do not touch."""
+"""Sets of byte positions, as sorted intervals that do not touch."""
 
 from __future__ import annotations
 
-# From the first byte to before the last.
+# First byte, and the byte after the last.
 Span = tuple[int, int]
 Spans = list[Span]
 
 
 def meets(spans: Spans, span: Span) -> bool:
-    """Whether `span` has bytes of `spans`."""
+    """Whether `span` overlaps `spans`."""
     return any(low < span[1] and span[0] < high for low, high in spans)
 
 
 def union(spans: Spans, span: Span) -> Spans:
-    """`spans` with the bytes of `span`."""
+    """Return the union of `spans` and `span`."""
     low, high = span
     if low >= high:
         return spans
@@ -24,7 +24,7 @@ def union(spans: Spans, span: Span) -> Spans:
 
 
 def without(spans: Spans, span: Span) -> Spans:
-    """`spans` less the bytes of `span`."""
+    """Return `spans` without the bytes of `span`."""
     low, high = span
     if low >= high:
         return spans

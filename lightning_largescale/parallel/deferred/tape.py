@@ -1,7 +1,7 @@
-"""Operations on tensors that are written down instead of carried out, and what is needed of them for some values.
+"""A tape of recorded operations on tensors, and plans of the operations that given values need.
 
-A tensor stands on the tape as a place in a storage, so views need no operation. The bytes that are needed are followed
-backwards through the tape: an operation is carried out if it writes some of them, and then it needs what it reads.
+The tape stores a tensor as a place in a storage, so views need no operation. A plan follows the needed bytes backwards
+through the tape: an operation runs if it writes some of them, and then the bytes that it reads are needed too.
 
 Source: liveness analysis, as in Aho et al. 2006, "Compilers: Principles, Techniques, and Tools", section 9.2.5.
 """
@@ -28,10 +28,10 @@ class Cell:
     """A storage that has no values yet.
 
     Attributes:
-        storage: its stand-in on the meta device, kept so that its identity stays its own.
-        writers: places on the tape of the operations that write into it, in order.
-        known: its values after one of these, if they were read.
-        arrays: references to what code was given that shares memory with its values.
+        storage: the stand-in on the meta device, kept alive so that its id stays unique.
+        writers: places on the tape of the operations that write into the storage, in order.
+        known: the place of one of these and the values after it, if they were read.
+        arrays: weak references to arrays handed to code that share memory with the values.
     """
 
     __slots__ = ("arrays", "known", "nbytes", "number", "storage", "writers")
@@ -44,13 +44,13 @@ class Cell:
 
     @property
     def last(self) -> int:
-        """Place of the last operation that writes into it; -1 where none does."""
+        """Place of the last operation that writes into the cell; -1 if there is none."""
         return self.writers[-1] if self.writers else -1
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor as a place in a cell."""
+    """A tensor described by its place in a cell."""
 
     cell: Cell
     size: tuple[int, ...]
@@ -63,7 +63,7 @@ class Held:
 
     @cached_property
     def span(self) -> Span:
-        """Its bytes, and those between."""
+        """The bytes from the tensor's first element to its last, including gaps."""
         if 0 in self.size:
             return 0, 0
         width = self.dtype.itemsize
@@ -72,7 +72,7 @@ class Held:
 
     @cached_property
     def dense(self) -> bool:
-        """Whether it has every byte of its span, each once."""
+        """Whether the tensor has every byte of its span exactly once."""
         expected = 1
         for stride, size in sorted(zip(self.stride, self.size, strict=True)):
             if size != 1 and stride != expected:
@@ -81,7 +81,7 @@ class Held:
         return True
 
     def among(self, storage: torch.UntypedStorage) -> Tensor:
-        """The tensor at this place of `storage`."""
+        """Return the tensor at this place of `storage`."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor.set_(storage, self.offset, self.size, self.stride)
         if self.conjugate:
@@ -89,12 +89,12 @@ class Held:
         return torch.ops.aten._neg_view(tensor) if self.negative else tensor
 
     def is_same(self, other: Held) -> bool:
-        """Whether `other` has the same elements of the same cell, and in the same places."""
+        """Whether `other` has the same cell and layout."""
         return self.cell is other.cell and self.layout == other.layout
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """Its place in the cell."""
+        """The tensor's place in the cell."""
         return (self.size, self.stride, self.offset, self.dtype, self.conjugate, self.negative)
 
 
@@ -103,12 +103,13 @@ class Operation:
     """A call of `func` whose arguments hold `Held` in place of tensors.
 
     Attributes:
-        reads: what it reads, what it only changes included.
-        writes: what it writes into, and whether it leaves nothing of what was there.
-        makes: the tensors that it returns, by place among what it returns.
-        touches: cells of all its arguments and results.
-        settings: torch's, when it was called.
-        grad: whether gradients were recorded then; None for what lies below autograd.
+        reads: the bytes that it reads, including those that it updates.
+        writes: the bytes that it writes, and whether it overwrites them completely.
+        makes: the new tensors that it returns, with their index among its results.
+        touches: the cells of all its arguments and results.
+        settings: torch's settings when it was called.
+        draw: its draw of random numbers, if any.
+        grad: whether grad mode was enabled then; None for operators below autograd.
     """
 
     func: Callable[..., Any]
@@ -128,10 +129,10 @@ Taker = Callable[[Any], None]
 
 @dataclass
 class ReplayStep:
-    """What is done at one place of the tape, in the order of the fields.
+    """The actions at one place of the tape, in the order of the fields.
 
     Attributes:
-        whole: those of the cells that go whose every byte is right then.
+        whole: the freed cells of which every byte is valid at this place.
     """
 
     place: int
@@ -144,27 +145,27 @@ class ReplayStep:
 
 @dataclass
 class Tape:
-    """Operations in order.
+    """Recorded operations in order.
 
     Attributes:
-        cells: by identity of their stand-ins.
+        cells: cells by the id of their stand-ins.
     """
 
     operations: list[Operation] = field(default_factory=list)
     cells: dict[int, Cell] = field(default_factory=dict)
 
     def cell(self, tensor: Tensor) -> Cell | None:
-        """Where the values of `tensor` will be; None where it has some."""
+        """Return the cell of `tensor`; None if it is not on the tape."""
         return self.cells.get(id(tensor.untyped_storage())) if tensor.is_meta else None
 
     def add_cell(self, tensor: Tensor) -> Cell:
-        """A new cell, whose stand-in is the storage of `tensor`."""
+        """Add a cell whose stand-in is the storage of `tensor`; return it."""
         storage = tensor.untyped_storage()
         cell = self.cells[id(storage)] = Cell(storage, len(self.cells))
         return cell
 
     def held(self, tensor: Tensor) -> Held:
-        """The place of `tensor`, whose cell is known."""
+        """Return the place of `tensor`, which must have a cell."""
         cell = self.cells[id(tensor.untyped_storage())]
         return Held(
             cell,
@@ -178,19 +179,19 @@ class Tape:
         )
 
     def append(self, operation: Operation) -> None:
-        """Write `operation` down."""
+        """Append `operation`, and add its place to the cells that it writes."""
         place = len(self.operations)
         self.operations.append(operation)
         for cell in {id(cell): cell for cell in _written(operation)}.values():
             cell.writers.append(place)
 
     def plan(self, wanted: list[tuple[Held, Taker]], states: list[Point], *, whole_bytes: int = 0) -> list[ReplayStep]:
-        """The least to be done for the values and the generators' states that are wanted, in order.
+        """Return the minimal steps, in order, that lead to the wanted values and generator states.
 
         Args:
-            wanted: tensors, and what is to be called with their values.
-            states: of generators.
-            whole_bytes: of cells up to this size everything is made, if anything.
+            wanted: tensors, each with the function to call with its values.
+            states: the generator states.
+            whole_bytes: cells of up to this many bytes are computed in full, if at all.
         """
         planner = _Planner(self.operations, whole_bytes)
         for held, taker in wanted:
@@ -205,7 +206,7 @@ def _written(operation: Operation) -> list[Cell]:
 
 
 class _Planner:
-    """Goes backwards through the operations that matter."""
+    """Makes a plan by following the needed operations backwards."""
 
     def __init__(self, operations: list[Operation], whole_bytes: int) -> None:
         self._operations, self._whole_bytes = operations, whole_bytes
@@ -216,7 +217,7 @@ class _Planner:
         self._queued: set[int] = set()
 
     def want_value(self, held: Held, taker: Taker) -> None:
-        """Have `taker` called right after the last write into `held`."""
+        """Schedule `taker` right after the last write into `held`."""
         places = reversed(held.cell.writers)
         place = next((place for place in places if self._writes(place, held.cell, held.span)), -1)
         self._takers.setdefault(place, []).append((held, taker))
@@ -224,13 +225,13 @@ class _Planner:
             self._push(place)
 
     def want_state(self, point: Point) -> None:
-        """Have the draw carried out that leads to `point`, unless its state is known."""
+        """Schedule the draw that leads to `point`, unless its state is known."""
         if point.state is None and point.made_by is not None:
             self._draws.add(point.made_by)
             self._push(point.made_by)
 
     def plan(self) -> list[ReplayStep]:
-        """The steps, first to last."""
+        """Return the steps, first to last."""
         steps: list[ReplayStep] = []
         while self._queue:
             steps += self._step(-heapq.heappop(self._queue))
@@ -273,7 +274,7 @@ class _Planner:
             self.want_state(operation.draw.before)
 
     def _writes(self, place: int, cell: Cell, span: Span | None) -> bool:
-        """Whether the operation writes bytes of `cell` that lie in `span`, or that are needed."""
+        """Whether the operation writes bytes of `cell` within `span`; needed bytes if `span` is None."""
         needed = self._needed.get(cell, []) if span is None else [span]
         operation = self._operations[place]
         made = any(held.cell is cell for _, held in operation.makes)
@@ -296,12 +297,12 @@ class _Planner:
 
 
 def read_source(out: Tensor, source: Any) -> None:
-    """Have `source` write its values into `out`."""
+    """Read the values of `source` into `out`."""
     source.read(out)
 
 
 def assigned(operation: Operation, held: Held) -> Any:
-    """The source of which `operation` reads exactly what `held` holds after it; None where it does another thing."""
+    """Return the source from which `operation` reads exactly the values of `held`; None for any other operation."""
     if operation.func is not read_source or not operation.args[0].is_same(held):
         return None
     return operation.args[1]
