@@ -110,7 +110,7 @@ def communicated_share(precision: str) -> float:
 def _kept_of_products(segment: Segment, found: Divided, precision: str) -> int:
     """Return the bytes of matrix-product results that one rank still holds afterwards.
 
-    All-reduces overwrite the results in place; reduce-scatters do not, and add each rank's shard.
+    All-reduces overwrite the results in place. Reduce-scatters do not, so their inputs stay, at full size.
     """
     share = communicated_share(precision)
     scattered = int(share * sum(found.forward_halves)) // 2
