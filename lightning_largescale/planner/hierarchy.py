@@ -30,8 +30,8 @@ def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
     """Return, for each segment, the bytes of parameter shards that are prefetched into the device's memory.
 
     They are the shard of the group that computes, until it has been all-gathered, and those of the next groups to
-    fetch. On CUDA prefetched shards wait in DRAM. Only a group gathered from a single rank is on the device twice, while
-    the segment holds less than at its peak.
+    fetch. On CUDA prefetched shards wait in DRAM. Only a group gathered from a single rank is on the device twice,
+    while the segment holds less than at its peak.
     """
     if sizes.kind != "cpu":
         return [_copied_alone(sizes, index, backward=backward) for index in range(len(sizes.blocks))]
@@ -109,7 +109,7 @@ def page_buffers(sizes: Sizes) -> int:
 
 
 def buffer_bytes(kind: str, moved_bytes: int, page_bytes: int) -> int:
-    """Return the bytes of the device's memory in page buffers if a step moves `moved_bytes`, at most `page_bytes` a page."""
+    """Return the bytes of page buffers in the device's memory for `moved_bytes` a step, in pages of `page_bytes`."""
     return page_buffer_bytes(moved_bytes, page_bytes) if kind == "cpu" else 0
 
 
@@ -165,7 +165,7 @@ def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
 
 
 def staging_bytes(sizes: Sizes) -> int:
-    """Return the bytes of the DRAM buffers of a CUDA device: for reading and writing a disk, and for the host's step."""
+    """Return the bytes of a CUDA device's staging buffers in DRAM: for disk transfers, and for the host's step."""
     place, moved = sizes.placement, moved_in_step(sizes)
     paged = sum(moved.values()) if sizes.plan.host_optimizer_step else moved.get("nvme", 0)
     passing = page_buffer_bytes(paged, largest_page(sizes))

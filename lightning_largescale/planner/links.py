@@ -37,8 +37,8 @@ class Links:
 def plan_links(plan: Plan, hardware: Hardware) -> Links:
     """Return the links of `plan`, whose sizes multiply to the ranks of `hardware`.
 
-    A group inside a node has the node's own link, or that of all ranks if the node's was not measured. Groups that cross
-    nodes communicate at the same time, and share the bandwidth that one group of all ranks would have.
+    A group inside a node has the node's own link, or that of all ranks if the node's was not measured. Groups that
+    cross nodes communicate at the same time, and share the bandwidth that one group of all ranks would have.
 
     Raises:
         ValueError: `hardware` has no rates.

@@ -67,7 +67,7 @@ def after_fit(estimate: Estimate, peak_bytes: int | None, step_seconds: float | 
 
 
 def hardware_words(hardware: Hardware) -> str:
-    """Return the machine in a line: `"2 x cpu (AMD EPYC), 11.5 GiB free a rank; fp32 21.0 GFLOP/s, all-reduce 0.80 GiB/s"`."""
+    """The machine in a line: `"2 x cpu (AMD EPYC), 11.5 GiB free a rank; fp32 21.0 GFLOP/s, all-reduce 0.80 GiB/s"`."""
     where = f" on {hardware.nodes} nodes" if hardware.nodes > 1 else ""
     free = format_bytes(hardware.memory_free_bytes)
     words = f"{hardware.world_size} x {hardware.kind} ({hardware.name}){where}, {free} free a rank"
