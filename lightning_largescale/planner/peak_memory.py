@@ -385,7 +385,7 @@ def _joined(sizes: Sizes) -> int:
 
 
 def _unreduced(sizes: Sizes, index: int) -> int:
-    """Return the bytes of unsharded gradients of the group that runs backward and of the root, which is reduced last."""
+    """Return the unsharded gradient bytes of the group that runs backward and of the root, which is reduced last."""
     if sizes.reductions < sizes.accumulate:
         return 0
     return sizes.own_gradient(index) + sizes.root_gradient(index, whole=True)
