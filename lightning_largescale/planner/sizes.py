@@ -207,7 +207,7 @@ class Sizes:
         return self._gathered[block]
 
     def gradient(self, block: str | None, *, whole: bool) -> int:
-        """Return the gradient bytes of one group: unsharded as autograd makes them if `whole`, else the rank's shard."""
+        """Return the gradient bytes of one group: unsharded as autograd makes them if `whole`, else the shard's."""
         if (block, whole) not in self._gradients:
             group = [parameter for parameter in self._group(block) if parameter.trainable and parameter.used]
             sizes = (self.part(p) if whole else self.local(p) for p in group)
