@@ -26,7 +26,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def held_bytes(kind: str) -> int:
-    """Return the bytes that this process holds on its device tier: resident memory on CPU, allocated tensors on CUDA."""
+    """Return the bytes this process holds on its device tier: resident memory on CPU, allocated tensors on CUDA."""
     if kind == "cuda":
         return torch.cuda.memory_allocated()
     try:
@@ -79,7 +79,7 @@ def release_free_memory() -> None:
 
 
 class HeapTrimmer:
-    """Returns free memory in the heap to the system from time to time, taking no more than `share` of the time.
+    """Periodic heap trimming: returns free heap memory to the system, in no more than `share` of the time.
 
     Steps that allocate and free tensors of many sizes fragment the heap, and glibc keeps the holes, so that the process
     grows.
