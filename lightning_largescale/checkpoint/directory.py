@@ -69,7 +69,7 @@ _OF_METADATA = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
 }
-# Suffixes of the directory that is being written, and of the one that is being replaced.
+# Name parts of the directory that is being written, and of the one that is being replaced.
 _HIDDEN = ("unfinished", "replaced")
 
 
@@ -162,7 +162,7 @@ class _SavePlanner(DefaultSavePlanner):
         rest = {name: value for name, value in self.state_dict.items() if name not in tensors}
         items = list(create_default_local_save_plan(rest, self.is_coordinator).items) if self.is_coordinator else []
         for name in [name for name, value in tensors.items() if not is_divided(value) and not is_plain(value)]:
-            # Tensor subclasses are pickled, as in torch.save, instead of written in boxes.
+            # Tensors that are not plain (sparse, quantized, subclasses) are pickled, as in torch.save, not in boxes.
             del tensors[name]
             items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)] if self.is_coordinator else []
         for name, tensor in tensors.items():

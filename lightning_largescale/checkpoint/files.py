@@ -174,7 +174,8 @@ def _of_files(files: Sequence[Path]) -> dict[str, Tensor]:
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        # The library's own slices are not used to read: they read megabytes from the start of each tensor on.
+        # Slices are a fallback only: the tensors that the library makes of them have the system read megabytes from the
+        # start of each tensor on.
         opened: Any = safe_open(path, framework="pt")
         header = _header(path)
         slices = {name: opened.get_slice(name) for name in header}

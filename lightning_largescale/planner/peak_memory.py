@@ -375,9 +375,9 @@ def _gathered_ahead(sizes: Sizes, index: int) -> str | None:
 
 
 def _joined(sizes: Sizes) -> int:
-    """Return the bytes of a block that only another rank runs, but in whose collectives this rank takes part.
+    """Return the parameter bytes, or gradient bytes, of a block whose collectives this rank joins without running it.
 
-    The bytes of its parameters and of its gradients are the same.
+    Only models with branches have such blocks, as ranks may run different ones.
     """
     if not sizes.workload.branches or sizes.plan.world_size == sizes.plan.tp:
         return 0

@@ -134,7 +134,7 @@ def _groups(workload: Workload, layout: Plan) -> Iterator[dict[str, Any]]:
     if layout.dp_shard == 1:
         yield {}
         return
-    # Evaluation keeps wrapped modules gathered.
+    # Evaluation keeps wrapped modules gathered, so that wrapping them gains nothing.
     found = workload.wraps if workload.stage == "fit" else ()
     # If parameters stay gathered until backward, wrapping modules costs no time and saves memory.
     for reshard, wraps in dict.fromkeys(((True, ()), (True, found), (False, found))):
@@ -148,7 +148,10 @@ def check_allow(allow: Sequence[str]) -> None:
 
 
 def _layouts(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
-    """Yield plans whose dp_replicate, dp_shard and tp multiply to the world size; tp only inside a node."""
+    """Yield plans whose dp_replicate, dp_shard and tp multiply to the world size.
+
+    tp stays inside a node, and is above 1 only if blocks can be sharded by it.
+    """
     world = hardware.world_size
     divisible = [ranks for ranks, blocks in workload.divisions.items() if any(found.parts for found in blocks.values())]
     for tp in sorted({1, *divisible}):
