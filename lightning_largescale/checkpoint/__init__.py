@@ -1,4 +1,4 @@
-"""Checkpoints that do not know the plan: written under one, read under any other and by stock Lightning."""
+"""Checkpoints that are independent of the plan: written under one, read under any other and by stock Lightning."""
 
 from lightning_largescale.checkpoint.directory import load_directory, save_directory
 from lightning_largescale.checkpoint.files import is_mappable, is_remote, is_truncated, load_file

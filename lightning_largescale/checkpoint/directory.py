@@ -1,8 +1,8 @@
-"""Checkpoints that are directories: each rank writes and reads its own parts of tensors that stand there whole.
+"""Checkpoint directories: each rank writes and reads its own chunks of full tensors.
 
-The format is that of torch.distributed.checkpoint, laid out as Lightning's ModelParallelStrategy does: tensors under
-"state_dict" by the user's names, each optimizer's state under "optimizer_0" and so on by names of parameters, and all
-that is no tensor in a file beside them.
+The format is that of torch.distributed.checkpoint, in the layout of Lightning's ModelParallelStrategy: tensors under
+"state_dict" by the user's names, each optimizer's state under "optimizer_0" and so on by parameter names, and all
+objects that are not tensors in a file beside them.
 
 Source: torch.distributed.checkpoint; lightning.pytorch.strategies.ModelParallelStrategy.
 """
@@ -54,35 +54,36 @@ from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.workload.kinds import is_plain
 
 _STATE, _OPTIMIZERS, _OPTIMIZER, _SCHEDULERS = "state_dict", "optimizer_states", "optimizer_", "lr_schedulers"
-# Divided tensors that callbacks and hooks have put elsewhere in a checkpoint, and what stands there in their place.
+# Key of sharded tensors that callbacks and hooks put elsewhere in a checkpoint, and of the placeholder in their place.
 _OTHERS, _TAKEN_OUT = "tensors", "lightning_largescale.tensor"
 _REST, _METADATA = "meta.pt", ".metadata"
-# Beside the rest: the states with names of tensors in their places, since torch keeps no empty containers and makes
-# text of all keys; and what the optimizers are.
+# Keys in the file of the rest. The states are kept with tensor names as placeholders, because torch drops empty
+# containers and turns all keys into strings. Also kept are the optimizers' classes.
 EXTRA, _STATES, OPTIMIZERS = "lightning_largescale", "states", "optimizers"
-# Bytes of a tensor that are written, and so read again, in one.
+# Bytes of a tensor that are written, and so read, at once.
 _BOX_BYTES = 64 * 2**20
-# What the description of a directory is made of, beside dtypes and torch.distributed.checkpoint.metadata.
+# Globals that a directory's pickled metadata may name, beside dtypes and torch.distributed.checkpoint.metadata.
 _OF_METADATA = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
 }
-# Directories on their way in, and out.
+# Name parts of the directory that is being written, and of the one that is being replaced.
 _HIDDEN = ("unfinished", "replaced")
 
 
 def save_directory(checkpoint: Mapping[str, Any], path: Path, *, optimizers: Sequence[Sequence[str]] = ()) -> None:
-    """Write `checkpoint`, whose tensors may be divided, into a directory: a collective.
+    """Write `checkpoint`, whose tensors may be sharded, into a directory: a collective.
 
-    It is written beside `path` and takes its name when it is whole; what had the name before is removed then.
+    The directory is written beside `path` and renamed to it when complete; a previous checkpoint at `path` is removed
+    then.
 
     Args:
-        checkpoint: as Lightning makes it, its optimizer states by names of parameters; the same on all ranks, but for
-            the parts of tensors. What is not divided is rank 0's.
-        path: on a file system that all ranks share, equal on all.
-        optimizers: names of the classes of each optimizer.
+        checkpoint: a checkpoint as Lightning makes it, with optimizer states by parameter names; the same on all ranks
+            except for the shards of tensors. All that is not sharded is written by rank 0.
+        path: a path on a file system that all ranks share, the same on all ranks.
+        optimizers: class names of each optimizer.
 
     Raises:
         PlanError: `path` is a folder of something else, or rank 0 fails to write there.
@@ -93,7 +94,7 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, optimizers: Seq
     states: dict[str, Any] = {_STATE: checkpoint.get(_STATE, {})}
     states |= {f"{_OPTIMIZER}{index}": state for index, state in enumerate(checkpoint.get(_OPTIMIZERS, ()))}
     rest[EXTRA] = {_STATES: _named(states, ()), OPTIMIZERS: [*map(list, optimizers)]}
-    # Callbacks look for checkpoints by parts of names, which these must not have.
+    # Callbacks find checkpoints by parts of their names, which these names must not contain.
     unfinished, replaced = (path.with_name(f".{kind}-{zlib.crc32(path.name.encode()):08x}") for kind in _HIDDEN)
 
     def begin() -> None:
@@ -120,15 +121,15 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, optimizers: Seq
 
 
 def load_directory(path: Path, *, weights_only: bool | None = None, device: str = "cpu") -> dict[str, Any]:
-    """A checkpoint as Lightning makes it, with tensors to be read later and optimizer states by names of parameters.
+    """Load a checkpoint as Lightning makes it, with lazily read tensors and optimizer states by parameter names.
 
     Args:
-        path: written by `save_directory`, by ModelParallelStrategy or by FSDPStrategy.
-        weights_only: as of torch.load, of what is no tensor.
-        device: as of `Stored`.
+        path: a directory written by `save_directory`, by ModelParallelStrategy or by FSDPStrategy.
+        weights_only: as in torch.load, for all objects that are not tensors.
+        device: as in `Stored`.
 
     Raises:
-        PlanError: it is not whole, or no such directory.
+        PlanError: the directory is incomplete, or no checkpoint.
     """
     directory = _Directory(path, weights_only=weights_only, device=device)
     checkpoint: dict[str, Any] = torch.load(path / _REST, map_location="cpu", weights_only=weights_only)
@@ -137,7 +138,7 @@ def load_directory(path: Path, *, weights_only: bool | None = None, device: str 
     checkpoint = _put_back(checkpoint, lambda name: directory.value(f"{_OTHERS}.{name}"))
     checkpoint[_STATE] = states.pop(_STATE, {})
     optimizers = sorted((key for key in states if key.startswith(_OPTIMIZER)), key=lambda key: int(key[10:]))
-    # A checkpoint of weights alone has neither.
+    # A checkpoint of weights alone has neither optimizers nor schedulers.
     if optimizers or _SCHEDULERS in checkpoint:
         checkpoint[_OPTIMIZERS] = [{"state": {}, **states[key]} for key in optimizers]
     if extra.get(OPTIMIZERS):
@@ -146,12 +147,12 @@ def load_directory(path: Path, *, weights_only: bool | None = None, device: str 
 
 
 def is_directory(path: Path) -> bool:
-    """Whether there is a checkpoint in a directory."""
+    """Return whether a directory holds a checkpoint."""
     return (path / _METADATA).is_file()
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Writes of each tensor the boxes that this rank has; of what is not divided, rank 0 writes all."""
+    """Save planner that writes this rank's chunks of each sharded tensor; rank 0 writes all that is not sharded."""
 
     _written: Tensor | None = None
 
@@ -161,7 +162,7 @@ class _SavePlanner(DefaultSavePlanner):
         rest = {name: value for name, value in self.state_dict.items() if name not in tensors}
         items = list(create_default_local_save_plan(rest, self.is_coordinator).items) if self.is_coordinator else []
         for name in [name for name, value in tensors.items() if not is_divided(value) and not is_plain(value)]:
-            # Pickled, as torch.save has it: it is in no boxes.
+            # Tensors that are not plain (sparse, quantized, subclasses) are pickled, as in torch.save, not in boxes.
             del tensors[name]
             items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)] if self.is_coordinator else []
         for name, tensor in tensors.items():
@@ -176,7 +177,7 @@ class _SavePlanner(DefaultSavePlanner):
         return self._boxes[index.fqn, index.offset]
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """What is written next; what was written before is not needed in memory any more."""
+        """Return the data to write next, and release the memory of what was written before."""
         if self._written is not None:
             let_rest(self._written)
         found: Tensor | io.BytesIO = super().resolve_data(write_item)
@@ -187,7 +188,7 @@ class _SavePlanner(DefaultSavePlanner):
         shape, properties = global_shape(tensor), TensorProperties(dtype=tensor.dtype)
         boxes = [box for chunk in chunks_of(tensor) for box in in_boxes(chunk, _BOX_BYTES)]
         if 0 in shape and self.is_coordinator:
-            # A tensor without elements is there all the same.
+            # A tensor without elements is saved all the same.
             boxes = [Chunk((0,) * len(shape), torch.empty(shape, dtype=tensor.dtype))]
         for box in boxes:
             chunk = _metadata_of(box)
@@ -197,7 +198,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Reads into chunks, or bytes into `loaded`."""
+    """Load planner that reads tensors into chunks, or pickled bytes into `loaded`."""
 
     def __init__(self, chunks: Sequence[Chunk] = (), *, weights_only: bool | None = None) -> None:
         super().__init__()
@@ -217,7 +218,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes nothing but what tells of tensors: a pickle may call whatever it names."""
+    """Unpickler that accepts only globals that describe tensors, because a pickle may call whatever it names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "builtins" and name in ("dict", "list", "set", "tuple", "int", "str", "bytes", "slice"):
@@ -230,10 +231,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Directory:
-    """A directory of torch.distributed.checkpoint.
+    """A checkpoint directory of torch.distributed.checkpoint.
 
     Raises:
-        PlanError: it is not whole.
+        PlanError: the directory is incomplete.
     """
 
     def __init__(self, path: Path, *, weights_only: bool | None, device: str) -> None:
@@ -256,10 +257,10 @@ class _Directory:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def states(self) -> dict[str, Any]:
-        """All that is in it, in nested dicts and lists, as far as torch has kept these."""
+        """Return all contents in nested dicts and lists, as far as torch has kept these."""
         paths: Mapping[str, tuple[str | int, ...]] = self._metadata.planner_data or {}
         found: dict[str, Any] = {}
-        # In the order of the module; the other is that of who wrote what.
+        # `paths` comes first because it has the module's order; the metadata has the order of the writers.
         for name in dict.fromkeys((*paths, *self._metadata.state_dict_metadata)):
             _set(found, paths.get(name) or tuple(name.split(".", 1)), self.value(name))
         return {key: _as_lists(value) for key, value in found.items()}
@@ -278,7 +279,7 @@ class _Directory:
                 )
 
     def value(self, name: str) -> Any:
-        """What is saved under a name: a tensor to be read later, or an object."""
+        """Return what is saved under a name: a lazily read tensor, or an object."""
         stored = self._metadata.state_dict_metadata[name]
         if isinstance(stored, BytesStorageMetadata):
             index = MetadataIndex(name)
@@ -300,7 +301,7 @@ def _metadata_of(chunk: Chunk) -> ChunkStorageMetadata:
 
 
 def _taken_out(value: Any, path: tuple[str, ...], others: dict[str, Tensor]) -> Any:
-    """`value` with its divided tensors in `others`, and their names there in their places."""
+    """Move the sharded tensors of `value` into `others`; return `value` with placeholders that hold their names."""
     if is_divided(value):
         name = "/".join(path)
         others[name] = value
@@ -315,7 +316,7 @@ def _taken_out(value: Any, path: tuple[str, ...], others: dict[str, Tensor]) -> 
 
 
 def _named(value: Any, path: tuple[str, ...]) -> Any:
-    """`value` with the names under which torch saves them in the places of tensors."""
+    """Return `value` with each tensor replaced by a placeholder that holds the name under which torch saves it."""
     if isinstance(value, Tensor):
         return {_TAKEN_OUT: ".".join(path)}
     if isinstance(value, dict):
@@ -326,7 +327,7 @@ def _named(value: Any, path: tuple[str, ...]) -> Any:
 
 
 def _put_back(value: Any, named: Callable[[str], Any]) -> Any:
-    """`value` with what `named` gives in the places of names."""
+    """Return `value` with each placeholder replaced by what `named` returns for its name."""
     if isinstance(value, dict):
         if value.keys() == {_TAKEN_OUT}:
             return named(value[_TAKEN_OUT])
@@ -350,7 +351,7 @@ def _set(found: dict[Any, Any], path: Sequence[str | int], value: Any) -> None:
 
 
 def _as_lists(value: Any) -> Any:
-    """`value` with lists for the dicts that have places for keys."""
+    """Return `value` with dicts of integer keys replaced by lists."""
     if not isinstance(value, dict):
         return value
     made = {key: _as_lists(one) for key, one in value.items()}

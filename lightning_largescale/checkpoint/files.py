@@ -1,4 +1,4 @@
-"""Weights in files of safetensors, with or without an index, and of torch: mapped, and read by slices.
+"""Weights in safetensors files, with or without an index, and in torch files: memory-mapped and read by slices.
 
 Source: safetensors.safe_open; torch.load(mmap=True).
 """
@@ -26,9 +26,9 @@ from lightning_largescale.hardware.usage import expect_pages, forget_pages
 from lightning_largescale.parallel.chunks import Chunk, in_boxes
 from lightning_largescale.parallel.stored import Stored
 
-# Bytes of a file that are in memory at once, beside what they are read into.
+# Bytes of a file that are in memory at once, beside the memory they are read into.
 _BOX_BYTES = 32 * 2**20
-# As safetensors calls them.
+# Dtypes by their names in safetensors.
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -44,22 +44,22 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-# Names in an error, of as many as there may be.
+# Number of names shown in an error.
 _MOST = 10
-# Where those who publish weights leave which file has which, and what holds the tensors of a Lightning checkpoint.
+# Name of the index of published weights (which file holds which tensor), and key of a Lightning checkpoint's tensors.
 _INDEX, _STATE = "*.index.json", "state_dict"
 
 
 def stored_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of weights in files, by name, to be read later.
+    """Return the tensors of weight files by name, to be read lazily.
 
     Args:
-        path: a file of safetensors; an index of several (".index.json"), or a folder with one or with such files; a
-            file that torch.save wrote of tensors by name, or of a checkpoint with these as its "state_dict"; a
-            checkpoint that is a directory.
+        path: a safetensors file; an index of several (".index.json"), or a folder with an index or with safetensors
+            files; a file that torch.save wrote of tensors by name, or of a checkpoint with these as its "state_dict"; a
+            checkpoint directory.
 
     Raises:
-        PlanError: there is none, or it is truncated or of another kind.
+        PlanError: there is no such file, or it is truncated or of another kind.
     """
     path = Path(path)
     if path.is_dir():
@@ -81,24 +81,24 @@ def stored_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_file(path: str | Path, *, weights_only: bool | None = None, device: str = "cpu") -> Any:
-    """What torch.save wrote, with its tensors to be read later.
+    """Load what torch.save wrote, with lazily read tensors.
 
     Args:
-        path: of a file for which `is_mappable`.
-        weights_only: as of torch.load.
-        device: as of `Stored`.
+        path: a file for which `is_mappable` is true.
+        weights_only: as in torch.load.
+        device: as in `Stored`.
     """
     loaded = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
     return apply_to_collection(loaded, Tensor, partial(_stored, device=device))
 
 
 def is_mappable(path: object) -> bool:
-    """Whether `path` is of a local file that torch.save wrote, but long ago."""
+    """Return whether `path` is a local file in torch.save's zip format, which old versions of torch did not write."""
     return isinstance(path, str | Path) and is_zipfile(path)
 
 
 def is_truncated(path: object) -> bool:
-    """Whether `path` is of a local file that begins as torch.save's do, and does not end so."""
+    """Return whether `path` is a local file that begins as torch.save's files do, but does not end so."""
     if not isinstance(path, str | Path) or not Path(path).is_file() or is_zipfile(path):
         return False
     with Path(path).open("rb") as file:
@@ -106,7 +106,7 @@ def is_truncated(path: object) -> bool:
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether `path` is on a file system that is not mounted."""
+    """Return whether `path` is on a file system that is not mounted locally."""
     return not isinstance(get_filesystem(path), LocalFileSystem)
 
 
@@ -174,7 +174,8 @@ def _of_files(files: Sequence[Path]) -> dict[str, Tensor]:
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        # What the library makes of a slice has it read megabytes from the start of each tensor on.
+        # Slices are a fallback only: the tensors that the library makes of them have the system read megabytes from the
+        # start of each tensor on.
         opened: Any = safe_open(path, framework="pt")
         header = _header(path)
         slices = {name: opened.get_slice(name) for name in header}
@@ -187,7 +188,7 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Of a file that the library has found in order: by name dtype, shape, and where in it the values begin and end.
+    """Return the header of a valid safetensors file: dtype, shape, and start and end offset of the values, by name.
 
     Source: the format's description, github.com/huggingface/safetensors.
     """
@@ -211,7 +212,7 @@ def _stored_slice(data: Tensor, kind: str, shape: list[int], start: int, end: in
 
 
 def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], chunks: Sequence[Chunk]) -> None:
-    """Copy boxes of a mapped tensor, and have its pages back after each."""
+    """Copy boxes of a memory-mapped tensor into `chunks`, releasing its pages after each."""
     for chunk in chunks:
         for box in in_boxes(chunk, _BOX_BYTES):
             sides = zip(box.offsets, box.values.shape, strict=True)
@@ -222,6 +223,6 @@ def _read_mapped(slice_of: Callable[[tuple[slice, ...]], Tensor], chunks: Sequen
 
 
 def listed(names: Sequence[str], shown: Callable[[str], str] = repr) -> str:
-    """The first ten names of many, and how many others there are."""
+    """Return the first ten names, and how many more there are."""
     first = ", ".join(map(shown, names[:_MOST]))
     return f"{first} and {len(names) - _MOST} more" if len(names) > _MOST else first

@@ -1,7 +1,7 @@
-"""Full tensors of what is divided, for the file that stock Lightning writes.
+"""Full tensors of sharded state, for the checkpoint file that stock Lightning writes.
 
-What is written is what stock Lightning writes for a plain run: `state_dict` with the module's own keys, optimizer state
-by parameter index. Full tensors are assembled one at a time, and kept on rank 0 alone.
+The file has what stock Lightning writes for a plain run: `state_dict` with the module's own keys, optimizer state by
+parameter index. Full tensors are assembled one at a time, and kept on rank 0 only.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lightning_largescale.parallel.rows import full_rows, rows_of
 
 
 def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
-    """`module.state_dict()` with full plain tensors on the CPU: a collective.
+    """Return `module.state_dict()` with full plain tensors on the CPU: a collective.
 
     Args:
-        module: sharded.
-        keep: whether this rank wants them.
+        module: the sharded module.
+        keep: whether this rank keeps the tensors.
 
     Returns:
-        Keys as the module has them, tied weights as one tensor; empty without `keep`.
+        The state dict with the module's own keys, tied weights as one tensor; empty without `keep`.
     """
     aliases: dict[int, str] = {}
     first_names = {
@@ -43,12 +43,12 @@ def full_module_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
 
 
 def full_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
-    """`optimizer.state_dict()` with full plain tensors on the CPU: a collective; empty without `keep`."""
+    """Return `optimizer.state_dict()` with full plain tensors on the CPU: a collective; empty without `keep`."""
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     by_index = dict(zip(indices, parameters, strict=True))
-    # In the same order on all ranks, whatever the order in which parameters got their state.
+    # Sorted, so that all ranks go in the same order, whatever the order in which parameters got their state.
     found = {
         index: apply_to_collection(state["state"][index], Tensor, _whole, by_index.get(index), keep=keep)
         for index in sorted(state["state"])
@@ -57,10 +57,10 @@ def full_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
 
 
 def whole_everywhere(value: Any, *, keep: bool) -> Any:
-    """`value` with full plain tensors on the CPU for the divided ones in its containers, or None where not `keep`.
+    """Return `value` with its sharded tensors, in containers too, as full plain CPU tensors, or None if not `keep`.
 
-    A collective, for which the ranks' containers must have them in the same order. What holds none stays the same
-    object; containers that do are copied.
+    This is a collective: the ranks' containers must have the sharded tensors in the same order. Containers that hold
+    sharded tensors are copied; all else stays the same object.
     """
     if is_divided(value):
         return _whole(value, value, keep=keep)
@@ -80,16 +80,16 @@ def whole_everywhere(value: Any, *, keep: bool) -> Any:
 
 
 def _whole(value: Any, parameter: object, *, keep: bool) -> Any:
-    """The full value of a parameter, or of its state, on the CPU where it is wanted; a collective for a DTensor."""
+    """Return the full value of a parameter or of its state on the CPU, None if not `keep`; a collective if sharded."""
     if not isinstance(value, Tensor):
         return value
     whole: Tensor = value
     rows = rows_of(parameter)
     if isinstance(parameter, Tensor) and rows is not None:
-        # Its state has its shape, or is the same on all ranks.
+        # The state of a table has the table's shape, or is the same on all ranks.
         return full_rows(value, rows, keep=keep) if value.shape == parameter.shape else whole.detach().cpu()
     if isinstance(value, DTensor):
-        # An average may be kept in DRAM, which not every collective reads.
+        # An average may be kept in DRAM, which not every collective can read.
         on_device: Any = value.to(value.device_mesh.device_type)
         whole = full(on_device, order_of(parameter))
     return whole.detach().cpu() if keep else None

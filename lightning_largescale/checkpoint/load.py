@@ -1,4 +1,4 @@
-"""Checkpoints for those who ask Lightning for them: `load_from_checkpoint`, and strategies other than ours."""
+"""Checkpoint loading through Lightning: for `load_from_checkpoint`, and for strategies other than ours."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lightning_largescale.parallel.stored import Stored
 def load_checkpoint(
     load: Callable[..., Any], path: Any, *, map_location: Any = None, weights_only: bool | None = None
 ) -> Any:
-    """A checkpoint, file or directory, as Lightning's `load` reads one that is a file.
+    """Load a checkpoint file or directory, as Lightning's `load` loads a file.
 
-    Its tensors are read later, and in part, where modules are built without values: under `torch.device("meta")`, and
-    in `Trainer.init_module(empty_init=True)` of a strategy that divides.
+    Tensors are read lazily, and only in part, if modules are built without values: under `torch.device("meta")`, and in
+    `Trainer.init_module(empty_init=True)` of a strategy that shards.
 
     Args:
-        load: reads all that is no directory.
-        path: of a file or directory, a URL or a file that is open.
-        map_location: as of torch.load; of a directory, a device or its name for all tensors, else they are on the CPU.
-        weights_only: as of torch.load.
+        load: the function that loads all but directories.
+        path: a path of a file or directory, a URL, or an open file.
+        map_location: as in torch.load; for a directory, a device or its name for all tensors, else the CPU.
+        weights_only: as in torch.load.
 
     Raises:
-        PlanError: a directory is not a checkpoint, or not a whole one.
+        PlanError: a directory is not a checkpoint, or an incomplete one.
     """
     meta = torch.get_default_device().type == "meta"
     recorded = active_recording() is not None
@@ -51,16 +51,16 @@ def load_checkpoint(
 
 
 def consolidate(directory: str | Path, file: str | Path) -> None:
-    """Write the checkpoint in `directory` as a file that stock Lightning reads, whole tensors and all.
+    """Write the checkpoint in `directory` as a file with full tensors that stock Lightning reads.
 
-    All of it is in this process's memory at once.
+    The whole checkpoint is in this process's memory at once.
 
     Args:
-        directory: that a sharded plan, or ModelParallelStrategy, saved.
-        file: a path where nothing is.
+        directory: a directory that a sharded plan, or ModelParallelStrategy, saved.
+        file: a path that does not exist yet.
 
     Raises:
-        PlanError: there is something at `file`, or `directory` is not a checkpoint, or not a whole one.
+        PlanError: `file` exists, or `directory` is not a checkpoint, or an incomplete one.
     """
     if Path(file).exists():
         raise PlanError(f"{str(file)!r} is there already; give a path where nothing is.")

@@ -1,4 +1,4 @@
-"""Loggers that take checkpoints, and take files alone."""
+"""Warning about loggers that log checkpoint files, but not checkpoint directories."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_largescale.plan import Plan
 
 
 def warn_of_left_out(trainer: Trainer, plan: Plan) -> None:
-    """Warn where a logger of `trainer` is to log checkpoints, which are directories under `plan`.
+    """Warn if a logger of `trainer` is to log checkpoints, which are directories under `plan`.
 
-    Lightning's loggers look for files (`_scan_checkpoints`) and leave out the rest without a word.
+    Lightning's loggers look for files (`_scan_checkpoints`) and silently skip directories.
     """
     folders = [one.dirpath for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     if not any(folder is None or not is_remote(folder) for folder in folders):

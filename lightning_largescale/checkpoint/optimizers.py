@@ -1,6 +1,6 @@
-"""The state of optimizers by names of parameters, and back into any optimizer of the same kind.
+"""Optimizer state by parameter names, and its loading into any optimizer of the same class.
 
-Names say the same in every process, whatever the order in which parameters were given; torch's own indices do not.
+Names mean the same in every process, whatever the order of the parameters; torch's own indices do not.
 
 Source: torch.distributed.checkpoint.state_dict, whose form this is.
 """
@@ -28,20 +28,20 @@ from lightning_largescale.parallel.rows import global_shape, mark_rows, rows_of
 from lightning_largescale.parallel.stored import Stored
 
 _Names = dict[Tensor, str]
-# Of a parameter, and a key of its state: what this rank has of it is to be loaded there; a device for new memory of
-# that, None for new memory of the parameter's.
+# Where to load this rank's shard of a state tensor: memory that exists, a device for new memory there, or None for new
+# memory on the parameter's device. `StateMemory` returns it for a parameter and a key of its state.
 _Place = Tensor | torch.device | None
 StateMemory = Callable[[Tensor, str], _Place]
 
 
 def named_optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """`optimizer.state_dict()` with names of `module`'s parameters for indices, tensors divided as they are."""
+    """Return `optimizer.state_dict()` with `module`'s parameter names for indices; sharded tensors stay sharded."""
     names = _names(module)
     state = optimizer.state_dict()
     parameters = dict(_by_index(optimizer, state["param_groups"]))
     values = {
         names[parameters[index]]: apply_to_collection(state["state"][index], Tensor, _told, parameters[index])
-        # In the same order on all ranks, whatever the order in which parameters got their state.
+        # Sorted, so that all ranks go in the same order, whatever the order in which parameters got their state.
         for index in sorted(state["state"])
     }
     groups = [
@@ -51,13 +51,13 @@ def named_optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, 
 
 
 def kinds_of(optimizer: Optimizer) -> list[str]:
-    """Names of the classes of `optimizer`, its own first: what it is known by in a checkpoint."""
+    """Return the class names of `optimizer`, its own class first, which identify it in a checkpoint."""
     inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
     return [kind.__name__ for kind in type(inner).__mro__ if issubclass(kind, Optimizer) and kind is not Optimizer]
 
 
 def saved_kinds(checkpoint: Mapping[str, Any]) -> list[list[str]] | None:
-    """What `kinds_of` told of the optimizers whose states are in `checkpoint`; None where it does not say."""
+    """Return `kinds_of` of each optimizer saved in `checkpoint`; None if it does not record them."""
     kinds: list[list[str]] | None = checkpoint.get(EXTRA, {}).get(OPTIMIZERS)
     return kinds
 
@@ -70,17 +70,17 @@ def load_optimizer_state(
     kinds: Sequence[str] = (),
     memory_of: StateMemory = lambda parameter, key: None,
 ) -> None:
-    """`optimizer.load_state_dict` of whole tensors, each rank taking its part without communication.
+    """Load full optimizer state into `optimizer`; each rank takes its shard without communication.
 
     Args:
-        optimizer: over parameters of `module`, divided or not.
-        state: by indices of parameters, or by their names in `module`.
-        module: sharded, replicated or plain.
-        kinds: `kinds_of` the optimizer that was saved, if it is known.
-        memory_of: where state is to be loaded.
+        optimizer: an optimizer of parameters of `module`, sharded or not.
+        state: the state dict, by parameter indices or by parameter names in `module`.
+        module: the module, sharded, replicated or plain.
+        kinds: `kinds_of` the saved optimizer, if known.
+        memory_of: returns where to load a state tensor.
 
     Raises:
-        PlanError: it is of an optimizer of another kind, or with other groups.
+        PlanError: the state is of an optimizer of another class, or with other groups.
     """
     if kinds and not {*kinds} & {*kinds_of(optimizer)}:
         raise PlanError(
@@ -96,7 +96,7 @@ def load_optimizer_state(
 
 
 def indexed_optimizer_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """State by names with torch's indices for them: the place of a parameter in its groups, one after the other."""
+    """Return `state` with torch's indices for parameter names: positions in the concatenated parameter groups."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     indices = {name: index for index, name in enumerate(names)}
     groups = [{**group, "params": [indices[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -108,16 +108,16 @@ def _names(module: nn.Module) -> _Names:
 
 
 def _by_index(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Tensor]]:
-    """Indices that `groups` have for parameters, with these."""
+    """Return (index in `groups`, parameter of `optimizer`) pairs."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return [*zip((index for group in groups for index in group["params"]), parameters, strict=False)]
 
 
 def _indexed(optimizer: Optimizer, state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """State by names as state by indices of the optimizer's own parameters.
+    """Return state by names as state by the indices of the optimizer's own parameters.
 
     Raises:
-        PlanError: a group has other parameters.
+        PlanError: a group of the state lacks parameters of the optimizer's group.
     """
     names = _names(module)
     groups: list[dict[str, Any]] = []
@@ -144,9 +144,9 @@ def _check_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> N
             " make the optimizer with the same groups in configure_optimizers, or load the weights alone."
         )
     for theirs, ours in zip(saved, own, strict=True):
-        # A version of torch may know options that another does not; other optimizers lack some and have others.
+        # Another version of torch may add or lack options; another optimizer class lacks some and has others.
         lacking, beside = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-        # Schedulers leave the first value of what they change.
+        # Schedulers add the initial values of the options that they change.
         beside = [name for name in beside if not name.startswith(("initial_", "max_", "min_", "base_"))]
         if lacking and beside:
             raise PlanError(
@@ -156,16 +156,16 @@ def _check_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> N
 
 
 def _told(value: Tensor, parameter: Tensor) -> Tensor:
-    """A divided tensor of the state told where its elements stand, as its parameter is."""
+    """Return a state tensor, marked with its parameter's table rows or element order if it is sharded."""
     rows = rows_of(parameter)
     if rows is not None and value.shape == parameter.shape:
-        # Files hold no sparse tensors.
+        # Checkpoint files hold no sparse tensors.
         return mark_rows(value.detach().to_dense() if value.is_sparse else value.detach(), rows)
     return as_ordered(value.detach(), order_of(parameter)) if isinstance(value, DTensor) else value
 
 
 def _divided(values: Any, parameter: Tensor | None, memory_of: StateMemory) -> Any:
-    """What this rank is to have of the state of `parameter`."""
+    """Return this rank's shard of the state of `parameter`."""
     if not isinstance(values, Mapping) or parameter is None:
         return apply_to_collection(values, Tensor, _own, parameter)
     return {
@@ -177,7 +177,7 @@ def _divided(values: Any, parameter: Tensor | None, memory_of: StateMemory) -> A
 
 
 def _own(value: Tensor, parameter: Tensor | None, place: _Place = None) -> Any:
-    """What this rank is to have of a tensor of the state of `parameter`, in its place if there is any for it."""
+    """Return this rank's shard of a state tensor of `parameter`, in `place` if given."""
     if parameter is None or value.shape != global_shape(parameter):
         return value.whole() if isinstance(value, Stored) else value
     if place is not None and not isinstance(value, DTensor):
@@ -190,7 +190,7 @@ def _own(value: Tensor, parameter: Tensor | None, place: _Place = None) -> Any:
 
 
 def _placed(value: Tensor, parameter: Tensor, place: Tensor | torch.device) -> Tensor:
-    """The same, through no memory of the parameter's device."""
+    """Return this rank's shard of a state tensor in `place`, without using memory of the parameter's device."""
     memory, device = (place, place.device) if isinstance(place, Tensor) else (None, place)
     alike = memory is not None and memory.dtype == value.dtype
     own = empty_part(parameter, dtype=value.dtype, device=device, own=memory if alike else None)

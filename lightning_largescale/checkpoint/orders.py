@@ -1,7 +1,7 @@
-"""Orders that tensors have lost: what is computed of a parameter that is divided in stretches is divided so as well.
+"""Restoring the element order of tensors computed from parameters that are sharded in several pieces.
 
-torch gives a new tensor for each operation, which is not told. Hooks that cast weights, or keep averages of them, put
-such tensors into checkpoints under the names of their parameters.
+Such a tensor has the order of its parameter, but torch returns a new tensor from each operation, without the mark.
+Hooks that cast weights, or average them, put such tensors into checkpoints under the names of their parameters.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from lightning_largescale.workload.parts import Part
 
 
 def tell_orders(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
-    """Tell divided tensors in `checkpoint` the order of the parameter whose name they have.
+    """Mark sharded tensors in `checkpoint` with the element order of the parameter whose name they have.
 
     Raises:
-        PlanError: one is divided as a parameter of another order is, and has no parameter's name.
+        PlanError: a tensor is sharded as a parameter with an order of its own is, but has no parameter's name; or it
+            may be of several parameters with different orders.
     """
     parameters = {name: one for name, one in module.named_parameters() if isinstance(one, DTensor)}
     ordered = {name: part for name, one in parameters.items() if (part := order_of(one)) is not None}
@@ -55,7 +56,7 @@ def _divided(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 
 def _same(name: str, key: str) -> bool:
-    """Whether a key tells of a parameter: its name, that in a part of the module, or with something before it."""
+    """Return whether `key` denotes the parameter `name`: equal, or a key with a dot if one is a suffix of the other."""
     return name == key or ("." in key and (name.endswith(f".{key}") or key.endswith(f".{name}")))
 
 

@@ -1,4 +1,4 @@
-"""The weights that a strategy is given, found for the tensors of a module."""
+"""Weights that the user gives a strategy, matched to the tensors of a module."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.rows import global_shape
 from lightning_largescale.workload.blocks import no_such_module
 
-# A path, or paths by names of parts of the module.
+# A path, or paths by submodule names.
 Weights: TypeAlias = str | Path | Mapping[str, str | Path]
 
 
 def check_weights(weights: object) -> None:
-    """Refuse what names no files.
+    """Check that `weights` names files.
 
     Raises:
-        PlanError: it is neither a path nor paths by names.
+        PlanError: `weights` is neither None, a path, nor paths by submodule names.
     """
     paths = list(weights.items()) if isinstance(weights, Mapping) else [("", weights)]
     if weights is not None and not all(isinstance(one, str | Path) and isinstance(name, str) for name, one in paths):
@@ -34,16 +34,16 @@ def check_weights(weights: object) -> None:
 def read_weights(
     module: nn.Module, weights: Weights | None, *, strict: bool = True, without: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Stored tensors for the parameters and buffers of `module`, by their first names; nothing is read yet.
+    """Return lazily read tensors for the parameters and buffers of `module`, by their first names.
 
     Args:
-        module: with or without values, whole or divided.
-        weights: of all of it, or of its parts by their names. None are none.
-        strict: whether missing and unexpected names are refused; those of other shapes always are.
-        without: names of those that get their values elsewhere.
+        module: the module, materialized or not, sharded or not.
+        weights: path of the weights of the full module, or paths by submodule names; None gives no tensors.
+        strict: whether missing and unexpected names are errors; other shapes always are.
+        without: names of tensors that get their values elsewhere.
 
     Raises:
-        PlanError: names or shapes are not those of the module; one error tells of all.
+        PlanError: names or shapes differ from the module's; one error lists all of a file's.
     """
     found: dict[str, Tensor] = {}
     for prefix, path in (weights if isinstance(weights, Mapping) else {"": weights}).items():
@@ -61,7 +61,7 @@ def _for_part(module: nn.Module, prefix: str, path: str | Path, *, strict: bool)
     part = module.get_submodule(prefix)
     stored = stored_weights(path)
     targets = _saved_tensors(part)
-    # Of tied tensors, files have one or all.
+    # Files have one or all of tied tensors.
     names: dict[int, list[str]] = {}
     for name, tensor in targets.items():
         names.setdefault(id(tensor), []).append(name)
@@ -90,7 +90,7 @@ def _for_part(module: nn.Module, prefix: str, path: str | Path, *, strict: bool)
 
 
 def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that `state_dict` has, under all of their names."""
+    """Return the parameters and buffers in `state_dict`, under all of their names."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     saved = module.state_dict(keep_vars=True).keys()

@@ -1,4 +1,4 @@
-"""Hardware: what there is, detected and measured here, named from published figures, or read from a file."""
+"""Hardware description: detected and measured here, taken from published figures, or read from a file."""
 
 from __future__ import annotations
 

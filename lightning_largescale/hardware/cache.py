@@ -1,4 +1,4 @@
-"""Measured rates kept between runs, by a fingerprint of the machine and of what was measured.
+"""Cache of measured rates between runs, keyed by a fingerprint of the machine and of the measurement.
 
 Source: XDG Base Directory Specification (`XDG_CACHE_HOME`).
 """
@@ -21,30 +21,30 @@ from lightning_largescale.hardware.hardware import Rates
 
 _log = logging.getLogger(__name__)
 
-# Drivers, firmware and libraries change what a machine reaches, mostly for the better.
+# Measurements expire because drivers, firmware and libraries change what a machine reaches, mostly for the better.
 KEPT_SECONDS = 30 * 24 * 3600
-# Counts up when what is measured changes its meaning.
+# Increased when the meaning of a measurement changes.
 _VERSION = 3
 
 
 def cache_folder() -> Path:
-    """`$LARGESCALE_CACHE`, else `lightning_largescale` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    """Return `$LARGESCALE_CACHE`, else `lightning_largescale` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
     own = os.environ.get("LARGESCALE_CACHE")
     if own:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification has relative paths ignored.
+    # The specification says to ignore relative paths.
     return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "lightning_largescale"
 
 
 def cache_file(fingerprint: Mapping[str, Any]) -> Path:
-    """The file of what was measured under `fingerprint`, of plain types that JSON can hold."""
+    """Return the path of the rates measured under `fingerprint`, which has plain types that JSON can hold."""
     text = json.dumps({"version": _VERSION, **fingerprint}, sort_keys=True)
     return cache_folder() / f"rates-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def load_rates(fingerprint: Mapping[str, Any]) -> Rates | None:
-    """The rates kept under `fingerprint`; None where there are none, or the file is damaged, or older than 30 days."""
+    """Return the rates cached under `fingerprint`; None if the file is missing, damaged or older than 30 days."""
     path = cache_file(fingerprint)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ def load_rates(fingerprint: Mapping[str, Any]) -> Rates | None:
 
 
 def store_rates(fingerprint: Mapping[str, Any], rates: Rates) -> None:
-    """Keep `rates` under `fingerprint`, whole or not at all; where the folder cannot be written it is only logged."""
+    """Cache `rates` under `fingerprint` atomically; if the folder cannot be written, only log that."""
     path = cache_file(fingerprint)
     kept = {"measured_at": time.time(), "fingerprint": dict(fingerprint), "rates": rates.to_dict()}
     try:

@@ -1,8 +1,7 @@
-"""Rates of this machine, measured while every rank works at once, and kept.
+"""Rates of this machine, measured while all ranks work at once, and cached.
 
-Ranks of a node share its cores, memory and disks, so all of them measure the same thing at the same time, and the
-slowest
-counts: a synchronous step waits for it. Rank 0 decides for all what is taken from the cache and what is measured.
+Ranks of a node share its cores, memory and disks, so all of them measure the same thing at the same time. The slowest
+rank counts, because a synchronous step waits for it. Rank 0 decides for all ranks whether the cache is used.
 
 Source: measure.py and collectives.py.
 """
@@ -44,7 +43,7 @@ from lightning_largescale.hardware.usage import release_free_memory
 
 _log = logging.getLogger(__name__)
 
-# What each part may take of the time; the rest is for what happens between them.
+# Share of the time for each part; the rest is for what happens between the parts.
 _SHARES = {
     "matrix products": 0.35,
     "memory": 0.06,
@@ -54,10 +53,10 @@ _SHARES = {
     "disk": 0.13,
     "collectives": 0.3,
 }
-# Scratch tensors take at most this part of what is free, so that measuring does not itself run out of memory.
+# Scratch tensors take at most this fraction of the free memory, so that measuring does not run out of memory.
 _SCRATCH_PART = 16
 
-# What one rank found: fields of Rates.
+# The measurements of one rank: fields of Rates.
 Found = dict[str, Any]
 
 
@@ -68,7 +67,7 @@ def calibrate(
     progress: bool = True,
     matmul_sizes: Sequence[MatmulSize] | None = None,
 ) -> Hardware:
-    """What `Hardware.calibrate` returns; its docstring has the arguments and errors.
+    """Implement `Hardware.calibrate`, whose docstring has the arguments and errors.
 
     Source: the module's docstring.
     """
@@ -78,7 +77,7 @@ def calibrate(
     rates = _from_rank_0(lambda: load_rates(fingerprint), grouped)
     if rates is None:
         rates = _measure(hardware, seconds, sizes, progress=progress)
-        # What measuring left in the heap is not to count as the process's own.
+        # Memory that measuring left in the heap must not count as the process's own.
         release_free_memory()
         if _rank(grouped) == 0:
             store_rates(fingerprint, rates)
@@ -115,7 +114,7 @@ def _is_size(size: object) -> bool:
 
 
 def _fingerprint(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize]) -> dict[str, Any]:
-    """What the rates depend on; limits on memory are not among it."""
+    """Return all that the rates depend on; memory limits are not included."""
     return {
         "cpu": cpu_name(),
         "architecture": platform.machine(),
@@ -151,7 +150,7 @@ def _measure(hardware: Hardware, seconds: float, sizes: Sequence[MatmulSize], *,
             found = _shared_out(found, hardware)
             found.update(lone_links(hardware.kind, hardware.ranks_per_node, _SHARES["collectives"] * seconds))
     if device.type == "cuda":
-        # Scratch of measuring would otherwise count as the process's memory from here on.
+        # The scratch memory would otherwise count as the process's memory from here on.
         torch.cuda.empty_cache()
     return Rates(**_slowest(_from_all(found, grouped)))
 
@@ -163,7 +162,10 @@ def _alone(
     sizes: Sequence[MatmulSize],
     advance: Callable[[str], None],
 ) -> tuple[Found, Exception | None]:
-    """What a rank measures by itself, each part begun by all ranks together, and the error that stopped it."""
+    """Measure what a rank measures without communication; return that and the error that stopped it, if any.
+
+    All ranks begin each part together.
+    """
     most_bytes = hardware.memory_free_bytes // _SCRATCH_PART
     parts: dict[str, Callable[[float], Found]] = {
         "matrix products": lambda left: {"matmul": matmul_rates(device, sizes, left, most_bytes=most_bytes)},
@@ -187,7 +189,7 @@ def _alone(
         if _grouped(hardware):
             meet(device)
         try:
-            # After a failure this rank only keeps the others company.
+            # After a failure this rank measures nothing more, but still joins the synchronization of the others.
             found.update(part(_SHARES.get(name, 0.0) * seconds) if error is None else {})
         except Exception as caught:
             error = caught
@@ -200,7 +202,7 @@ def _copies(device: torch.device, seconds: float, most_bytes: int) -> Found:
 
 
 def _disk(folder: str, seconds: float) -> Found:
-    """The disk's rates; nothing where it takes no O_DIRECT or is full, which is no reason to fail."""
+    """Measure the disk's rates; return nothing if it takes no O_DIRECT or is full, which is no error."""
     try:
         read, write = disk_rates(folder, seconds)
     except OSError as error:
@@ -210,19 +212,19 @@ def _disk(folder: str, seconds: float) -> Found:
 
 
 def _scratch(device: torch.device, most_bytes: int) -> Found:
-    """Tensors for the collectives, taken here so that a rank without memory for them fails before the first one."""
+    """Allocate tensors for the collectives, early, so that a rank without memory fails before the first collective."""
     ranks = comm.world_size()
     count = hop_sizes(ranks, most_bytes)[-1] // 4
     return {"whole": torch.zeros(ranks * count, device=device), "shard": torch.zeros(count, device=device)}
 
 
 def _disk_folder(hardware: Hardware) -> str:
-    """A folder of the best disk that can be the nvme tier; the temporary folder where there is none."""
+    """Return a folder on the best disk for the nvme tier; the temporary folder if there is no such disk."""
     return next((disk.path for disk in hardware.disks if disk.refused is None), tempfile.gettempdir())
 
 
 def _shared_out(found: Found, hardware: Hardware) -> Found:
-    """One rank's part of what a process measured that had the node to itself."""
+    """Divide what a process measured alone on its node among the node's ranks."""
     ranks = hardware.ranks_per_node
     shared = ["disk_read", "disk_write", "host_memory_bandwidth"]
     shared += ["memory_bandwidth", "fresh_memory"] if hardware.kind == "cpu" else []
@@ -233,7 +235,7 @@ def _shared_out(found: Found, hardware: Hardware) -> Found:
 
 
 def _slowest(ranks: Sequence[Found]) -> Found:
-    """Of every rate the slowest rank's; what a rank could not measure is left out."""
+    """Return every rate of its slowest rank, without those that a rank could not measure."""
     common = set.intersection(*(set(found) for found in ranks))
     return {name: _slower([found[name] for found in ranks]) for name in common}
 
@@ -251,7 +253,7 @@ def _slower(values: Sequence[Any]) -> Any:
 
 
 def _grouped(hardware: Hardware) -> bool:
-    """Whether the ranks of `hardware` measure together: hardware of one rank is alone, whatever group there is."""
+    """Return whether the ranks of `hardware` measure together; a single rank measures alone, whatever the group."""
     return dist.is_available() and dist.is_initialized() and hardware.world_size > 1
 
 
@@ -260,18 +262,18 @@ def _rank(grouped: bool) -> int:
 
 
 def _from_rank_0(get: Callable[[], Rates | None], grouped: bool) -> Rates | None:
-    """What `get` returns on rank 0, on every rank."""
+    """Call `get` on rank 0 and return its result on every rank."""
     own = get() if _rank(grouped) == 0 else None
     return comm.broadcast_object(own) if grouped else own
 
 
 def _from_all(value: Any, grouped: bool) -> list[Any]:
-    """Every rank's `value`, on every rank."""
+    """Return every rank's `value` on every rank."""
     return comm.all_gather_object(value) if grouped else [value]
 
 
 def _all_well(error: Exception | None, grouped: bool) -> None:
-    """Raise on every rank where one failed, before any of them waits for it in a collective."""
+    """Raise on every rank if one failed, before another rank waits for it in a collective."""
     messages = _from_all(None if error is None else f"{type(error).__name__}: {error}", grouped)
     for rank, message in enumerate(messages):
         if message is not None and (error is None or rank == _rank(grouped)):
@@ -280,7 +282,7 @@ def _all_well(error: Exception | None, grouped: bool) -> None:
 
 @contextmanager
 def _bar(shown: bool) -> Iterator[Callable[[str], None]]:
-    """A function that names the part begun, shown on rank 0 where stderr is a terminal."""
+    """Yield a function that reports the part that begins, shown on rank 0 if stderr is a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = error_console()
@@ -288,7 +290,7 @@ def _bar(shown: bool) -> Iterator[Callable[[str], None]]:
         yield lambda part: None
         return
     columns = (TextColumn("Measuring the hardware:"), BarColumn(), TextColumn("{task.description}"))
-    # It draws when told: a thread that draws by itself would take a core from what is measured.
+    # No automatic refresh: its thread would take a core from the measurement.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=len(_SHARES) + 1)
 

@@ -1,14 +1,14 @@
-"""Published figures of machines that are not here.
+"""Published figures of devices and machines that need not be present.
 
-Rates are peaks as their vendors publish them, dense (without structured sparsity), with no fraction of them assumed:
-what a model reaches is less, and the planner's to discount. "float32" is the rate of ordinary float32 products; where
-a device has TF32 its rate stands beside it under "tfloat32". bfloat16 is missing where the device has no such
-arithmetic. Memory is the published figure in units of 10**9 bytes, which is at most what the driver reports. A link's
-bandwidth is that of one direction, half of what data sheets print for NVLink and PCIe.
+Rates are dense peaks (without structured sparsity) as vendors publish them. A model reaches less; the planner has to
+discount that. "float32" is the rate of ordinary float32 products; the rate of TF32, if the device has it, is under
+"tfloat32". bfloat16 is missing if the device has no such arithmetic. Memory is the published figure in units of
+10**9 bytes, which is at most what the driver reports. A link's bandwidth is that of one direction, half of what data
+sheets print for NVLink and PCIe.
 
-Collectives are priced on a ring through all ranks. Within a node a hop is NVLink, or PCIe where there is none. Across
-nodes the rings of NCCL leave a node through all its network cards, so that one rank's share of a hop is bounded by
-the node's whole network, and by the link inside.
+Collectives are priced on a ring through all ranks. Within a node a hop is NVLink, or PCIe if there is no NVLink. Across
+nodes NCCL's rings leave a node through all its network cards, so that one rank's share of a hop is bounded by the
+node's total network bandwidth, and by the link inside the node.
 
 Source: beside each figure; latencies a hop from NCCL's src/graph/tuning.cc, `hwLat` of Ring with Simple: 3.4 us
 NVLink, 5.7 us PCIe, 14 us network.
@@ -25,7 +25,7 @@ from lightning_largescale.hardware.hardware import Hardware, Link, Rates
 _HOP_SECONDS = {"NVLink": 3.4e-6, "PCIe": 5.7e-6, "network": 14e-6}
 _GB, _TERA = 10**9, 1e12
 
-# What CUDA's context takes of a device, the code of kernels among it, before the allocator has anything; assumed.
+# Device memory of CUDA's context, kernel code included, before the allocator reserves any; assumed.
 CONTEXT_BYTES = 576 * 2**20
 
 
@@ -36,17 +36,18 @@ class Device:
     Attributes:
         title: the vendor's name.
         memory_gb: device memory, 10**9 bytes.
-        memory_gb_s: bandwidth of that memory, 10**9 bytes a second.
+        memory_gb_s: bandwidth of the device memory, 10**9 bytes a second.
         tflops: peak of dense matrix products by dtype, 10**12 FLOP/s.
-        nvlink_gb_s: NVLink, both directions, all links, 10**9 bytes a second; None where there is none.
-        pcie_gb_s: PCIe, both directions, 10**9 bytes a second.
-        source: where these figures are published.
+        nvlink_gb_s: bandwidth of all NVLink links, both directions, 10**9 bytes a second; None without NVLink.
+        pcie_gb_s: bandwidth of PCIe, both directions, 10**9 bytes a second.
+        source: the publication of these figures.
         node_devices: devices in the usual node, among which its cores and memory are divided.
-        node_cores: CPU cores of that node.
-        node_dram_gb: its DRAM, 10**9 bytes.
-        node_dram_gb_s: bandwidth of all of that, 10**9 bytes a second.
-        node_network_gbit_s: its network cards for computing, together, one direction, 10**9 bits a second.
-        node_source: which node that is.
+        node_cores: CPU cores of the node.
+        node_dram_gb: DRAM of the node, 10**9 bytes.
+        node_dram_gb_s: bandwidth of all DRAM of the node, 10**9 bytes a second.
+        node_network_gbit_s: bandwidth of all the node's network cards for computing, one direction, 10**9 bits a
+            second.
+        node_source: the node that these figures are of, and their publication.
     """
 
     title: str
@@ -218,7 +219,7 @@ DEVICES: dict[str, Device] = {
         memory_gb=24,
         memory_gb_s=936,
         tflops={"float32": 35.6, "tfloat32": 35.6, "bfloat16": 71.0, "float16": 71.0},
-        # Its NVLink bridge joins pairs of cards only and is sold apart: not counted.
+        # The NVLink bridge joins only pairs of cards and is sold separately, so it is not counted.
         nvlink_gb_s=None,
         pcie_gb_s=64,
         source="NVIDIA Ampere GA102 GPU Architecture white paper, appendix A (tensor rates with FP32 accumulate)",
@@ -234,10 +235,10 @@ DEVICES: dict[str, Device] = {
 
 
 def named(text: str, nodes: int = 1) -> Hardware:
-    """What `Hardware.named` returns; its docstring has the arguments and errors.
+    """Implement `Hardware.named`, whose docstring has the arguments and errors.
 
-    A node of more or fewer devices than the usual one has cores, DRAM and network in proportion. Disks are left out:
-    no figure of theirs is published with the devices.
+    A node of more or fewer devices than the usual node has cores, DRAM and network in proportion. Disks are left out,
+    because no figures of disks are published with the devices.
 
     Source: the module's docstring.
     """
@@ -296,13 +297,13 @@ def _rates(device: Device, count: int, nodes: int) -> Rates:
 
 
 def _ring(device: Device, count: int, nodes: int) -> Link:
-    """The slowest hop of a ring through all ranks."""
+    """Return the link of the slowest hop of a ring through all ranks."""
     inside = "PCIe" if device.nvlink_gb_s is None else "NVLink"
     bandwidth = (device.nvlink_gb_s or device.pcie_gb_s) / 2 * _GB
     if nodes == 1:
         return Link(latency_seconds=_HOP_SECONDS[inside], bandwidth=bandwidth)
     network = device.node_network_gbit_s / 8 * _GB * count / device.node_devices
     between = min(network, bandwidth) if count > 1 else network
-    # Of `count` hops in a row one crosses the network.
+    # One of `count` consecutive hops crosses the network.
     latency_seconds = ((count - 1) * _HOP_SECONDS[inside] + _HOP_SECONDS["network"]) / count
     return Link(latency_seconds=latency_seconds, bandwidth=between)

@@ -1,6 +1,6 @@
-"""Links of the collectives that training uses, measured on the process group in use.
+"""Links of the collectives that training uses, measured on the default process group.
 
-Every rank takes part in every call: rank 0 decides how many repeats and which sizes, and tells the others.
+Every rank takes part in every call. Rank 0 decides the sizes and the number of repeats, and broadcasts them.
 
 Source: Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH", section 4 (the ring model
 that is fitted); nccl-tests, doc/PERFORMANCE.md.
@@ -21,28 +21,28 @@ from lightning_largescale import comm
 from lightning_largescale.hardware.hardware import Link
 from lightning_largescale.hardware.measure import REPEATS, fit_link, timed
 
-# Bytes that one hop of a ring carries: from what latency rules to what bandwidth rules.
+# Bytes of one hop of a ring, from latency-bound to bandwidth-bound.
 _HOP_BYTES = (2**10, 2**15, 2**19, 2**22, 2**24)
 
 
 def hop_sizes(ranks: int, most_bytes: int) -> list[int]:
-    """Bytes a hop that are measured, smallest first, where `ranks` times the largest may take `most_bytes`."""
+    """Return the bytes per hop to measure, smallest first, such that scratch for `ranks` ranks fits `most_bytes`."""
     return [size for size in _HOP_BYTES if 2 * ranks * size <= most_bytes] or [_HOP_BYTES[0]]
 
 
 def collective_links(whole: torch.Tensor, shard: torch.Tensor, seconds: float) -> dict[str, Link]:
-    """Links of all-gather, reduce-scatter and all-reduce over the default process group, of its slowest rank.
+    """Measure the links of all-gather, reduce-scatter and all-reduce on the default process group, slowest rank's.
 
-    A collective call: every rank makes it, with tensors of the same shapes.
+    This is a collective: every rank calls it, with tensors of the same shapes.
 
     Args:
-        whole: scratch, float32, on the device whose collectives are measured; of `ranks` shards.
-        shard: scratch, of the largest shard.
-        seconds: time for all three.
+        whole: float32 scratch tensor of `ranks` shards, on the device whose collectives are measured.
+        shard: scratch tensor of the largest shard.
+        seconds: time for all three collectives.
 
     Source: the module's docstring.
     """
-    # Lightning comes with it, which a Hardware alone does without.
+    # Imported here because it imports Lightning, which Hardware alone does not need.
     from lightning_largescale.compat import all_gather_tensor, reduce_scatter_tensor
 
     ranks = comm.world_size()
@@ -60,14 +60,14 @@ def collective_links(whole: torch.Tensor, shard: torch.Tensor, seconds: float) -
 
 
 def agree(value: int, device: torch.device) -> int:
-    """Rank 0's `value`, on every rank."""
+    """Return rank 0's `value` on every rank."""
     box = torch.tensor([value], dtype=torch.int64, device=device)
     comm.broadcast(box)
     return int(box.item())
 
 
 def meet(device: torch.device) -> None:
-    """Return when every rank has come here. (`barrier` would warn about the device that it picks.)"""
+    """Wait until every rank has called this. (`barrier` would warn about the device that it picks.)"""
     box = torch.zeros(1, device=device)
     comm.all_reduce(box)
     box.item()
@@ -76,7 +76,7 @@ def meet(device: torch.device) -> None:
 def _points(
     whole: torch.Tensor, shard: torch.Tensor, call: Callable[..., Any], sizes: list[int], seconds: float
 ) -> list[tuple[int, float]]:
-    """`(bytes a hop, seconds of the call)` by size, the smallest in any case, then growing while there is time."""
+    """Return `(bytes per hop, seconds of the call)` for growing sizes, as many as time permits but at least one."""
     deadline = perf_counter() + seconds
     points: list[tuple[int, float]] = []
     for size in sizes:
@@ -92,10 +92,10 @@ def _points(
 
 
 def _seconds(whole: torch.Tensor, shard: torch.Tensor, call: Callable[..., Any], deadline: float) -> float:
-    """Median seconds of one call, each started by all ranks together."""
+    """Return the median seconds of one call; all ranks start each call together."""
     device = whole.device
     run = partial(call, whole, shard)
-    # The first call of a size sets things up.
+    # The first call of a size includes setup, and is not timed.
     run()
     meet(device)
     times = [timed(run, device)]

@@ -1,4 +1,4 @@
-"""What there is on this machine: devices, memory under limits, disks, links, processes. Nothing is measured.
+"""Detection of this machine: devices, memory under limits, disks, links, processes. Nothing is measured.
 
 Source: torch.cuda (mem_get_info, get_device_properties); NVML API reference (nvmlDeviceGetP2PStatus);
 lightning.fabric.plugins.environments.ClusterEnvironment.
@@ -26,11 +26,11 @@ from lightning_largescale.hardware.memory_limits import rank_memory
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
-# Number of processes on this node as torchrun, Open MPI and MPICH tell them; a ClusterEnvironment knows only the
-# world's.
+# Number of processes on this node, as torchrun, Open MPI and MPICH set it; a ClusterEnvironment knows only the world
+# size.
 _LOCAL_WORLD_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
-# The first start of a driver, of many devices, waits for them.
+# The first start of a driver waits for all its devices.
 _IDLE_SECONDS = 60.0
 
 
@@ -41,7 +41,7 @@ def detect(
     ranks_per_node: int | None = None,
     nodes: int | None = None,
 ) -> Hardware:
-    """What `Hardware.detect` returns; its docstring has the arguments and errors.
+    """Implement `Hardware.detect`, whose docstring has the arguments and errors.
 
     Source: the module's docstring.
     """
@@ -72,20 +72,21 @@ def detect(
 
 
 def cuda_devices(count: int) -> tuple[str, int, int, list[str]]:
-    """Of CUDA's current device the name, the free bytes and all bytes; of all devices the names that NVML has.
+    """Return the name, free bytes and total bytes of CUDA's current device, and the NVML names of all devices.
 
-    Asked in a fork where this process has not initialised CUDA: it has no context after it then, and may start ranks
-    that are forks.
+    If this process has not initialized CUDA, a forked child looks at the devices, so that this process stays without a
+    CUDA context and may still fork ranks.
 
     Args:
-        count: of devices.
+        count: number of devices.
     """
-    # To measure a machine without CUDA, nothing of lightning is imported.
+    # Imported here so that a machine without CUDA is detected without importing Lightning.
     from lightning_largescale.apart import ApartError, run_apart
 
     look = partial(_look_at_devices, count)
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # Drivers exist that were begun with otherwise: then nothing is to be kept apart any more.
+        # The driver may have been initialized by other means than torch. The child then fails, and a fork protects
+        # nothing any more.
         with contextlib.suppress(ApartError):
             return run_apart(look, idle=_IDLE_SECONDS, what="CUDA's devices are looked at")
     return look()
@@ -93,18 +94,18 @@ def cuda_devices(count: int) -> tuple[str, int, int, list[str]]:
 
 def _look_at_devices(count: int) -> tuple[str, int, int, list[str]]:
     free_bytes, all_bytes = torch.cuda.mem_get_info()
-    # By UUID, since NVML numbers the devices without regard to CUDA_VISIBLE_DEVICES.
+    # By UUID, because NVML numbers the devices without regard to CUDA_VISIBLE_DEVICES.
     names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
     return torch.cuda.get_device_name(), free_bytes, all_bytes, names
 
 
 def device_kind(accelerator: str | None) -> str:
-    """The kind of device, "cpu" or "cuda", of Lightning's name of an accelerator.
+    """Return the kind of device, "cpu" or "cuda", for Lightning's name of an accelerator.
 
     Raises:
-        PlanError: another accelerator, or CUDA where torch sees no device.
+        PlanError: the accelerator is another one, or CUDA and torch sees no device.
     """
-    # Counted through NVML, where asking whether CUDA is available begins with the driver.
+    # Devices are counted through NVML; asking whether CUDA is available would initialize the driver.
     sees_cuda = torch.cuda.device_count() > 0
     if accelerator in (None, "auto"):
         return "cuda" if sees_cuda else "cpu"
@@ -120,21 +121,23 @@ def device_kind(accelerator: str | None) -> str:
 def layout(
     environment: ClusterEnvironment | None, ranks_per_node: int | None, nodes: int | None, *, devices: int
 ) -> tuple[int, int]:
-    """Nodes, and processes on each: as given, else as the environment says, else one node with a process a device.
+    """Return the number of nodes and of processes on each.
+
+    As given, else as the environment says, else one node with one process per device.
 
     Args:
-        environment: Lightning's cluster environment; None asks the process group where one is up.
-        ranks_per_node: as given by the caller.
-        nodes: as given by the caller.
-        devices: devices of this node.
+        environment: Lightning's cluster environment; None uses the process group, if one is up.
+        ranks_per_node: the number given by the caller, or None.
+        nodes: the number given by the caller, or None.
+        devices: number of devices of this node.
 
     Raises:
-        PlanError: a count that is no whole number above 0, or counts that do not multiply to the world's.
+        PlanError: a count is no whole number above 0, or the counts do not multiply to the world size.
     """
     for name, count in (("ranks_per_node", ranks_per_node), ("nodes", nodes)):
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise PlanError(f"{name}={count!r} is not accepted; give a whole number, 1 or more.")
-    # One process that is planned for alone may stand beside others, in an environment that cannot answer.
+    # A plan for one process may be made beside other processes, in an environment that cannot answer.
     world = None if nodes == ranks_per_node == 1 else _world_size(environment)
     if world is None:
         return nodes or 1, ranks_per_node or devices
@@ -151,14 +154,14 @@ def layout(
 
 
 def cores() -> int:
-    """CPU cores that this process may run on: its affinity mask, or all where the system has none."""
+    """Return the number of CPU cores this process may run on: its affinity mask, or all if the system has none."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_name(root: Path = Path("/")) -> str:
-    """The processor's own name, from /proc/cpuinfo where there is one."""
+    """Return the processor's name, from /proc/cpuinfo if it exists."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -168,9 +171,9 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 
 def interconnect(names: list[str]) -> str | None:
-    """How the node's devices are linked: "NVLink" where every pair has a direct path of it, else "PCIe".
+    """Return how the node's devices are linked: "NVLink" if every pair has a direct NVLink path, else "PCIe".
 
-    None with fewer than two, and where NVML or its Python module (nvidia-ml-py) is not there to ask.
+    None with fewer than two devices, and if NVML or its Python module (nvidia-ml-py) is not available.
 
     Args:
         names: the devices' NVML names, "GPU-" and the UUID.
@@ -201,7 +204,7 @@ def interconnect(names: list[str]) -> str | None:
 
 
 def _world_size(environment: ClusterEnvironment | None) -> int | None:
-    """Processes in all; None where nothing tells."""
+    """Return the world size; None if it is unknown."""
     if environment is not None:
         return environment.world_size()
     return comm.world_size() if comm.is_connected() else None
@@ -212,6 +215,6 @@ def _local_world_size() -> int | None:
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:
             return int(value)
-    # Slurm says it for every node, "4(x2)" where they are alike.
+    # Slurm lists the count of every node, as "4(x2)" if they are equal.
     slurm = os.environ.get("SLURM_TASKS_PER_NODE", "").partition("(")[0]
     return int(slurm) if slurm.isdecimal() and int(slurm) > 0 else None

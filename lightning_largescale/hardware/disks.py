@@ -1,4 +1,4 @@
-"""The mounted file systems that could be the nvme tier, and why the others cannot.
+"""Mounted file systems that can be the nvme tier, and the reasons why the others cannot.
 
 Source: open(2), O_DIRECT; filesystems(5); Documentation/filesystems/overlayfs.rst ("Upper and Lower").
 """
@@ -17,7 +17,7 @@ from lightning_largescale.hardware.hardware import Disk
 from lightning_largescale.hardware.mounts import Mount, mounts
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
-# What holds files of a user's; anything else that is mounted (proc, sysfs, cgroup, ...) is passed over without a word.
+# File systems that hold users' files; all other mounts (proc, sysfs, cgroup, ...) are skipped silently.
 _LOCAL = re.compile("ext[234]|xfs|btrfs|f2fs|zfs|bcachefs|jfs|reiserfs|nilfs2|ntfs3|hfsplus|ufs|overlay")
 _NETWORK = re.compile(
     "nfs[34]?|cifs|smb3|smbfs|afs|coda|ceph|lustre|gpfs|beegfs|glusterfs|orangefs|pvfs2|ocfs2|gfs2|panfs|weka(fs)?|davfs"
@@ -32,15 +32,15 @@ _REFUSED = {
     "ecryptfs": "ecryptfs passes everything through the page cache",
 }
 _IN_MEMORY_DEVICES = ("/dev/ram", "/dev/zram")
-# Small tmpfs mounts of the system's own, which nobody would spill to.
+# Folders with the system's own small tmpfs mounts, which nobody would spill to.
 _SYSTEM_FOLDERS = ("/proc", "/sys", "/run", "/dev")
 
 
 def disks(root: Path = Path("/")) -> tuple[Disk, ...]:
-    """File systems that we may write to, those that can be the nvme tier first, most free bytes first.
+    """Return the writable file systems, those that can be the nvme tier first, most free bytes first.
 
-    A file system mounted in several places is named once. Those accepted were tried: one page was written with
-    O_DIRECT to a file that was removed at once.
+    A file system mounted in several places is listed once. Accepted file systems have been tried: one page was written
+    with O_DIRECT to a file that was removed at once.
 
     Args:
         root: folder that holds `proc/self/mountinfo`; the mount points in it are this machine's own.
@@ -59,17 +59,17 @@ def disks(root: Path = Path("/")) -> tuple[Disk, ...]:
 
 
 def nvme_disk(found: Sequence[Disk]) -> Disk | None:
-    """The disk of the nvme tier where a plan names none: of those that can be it, the one with the most free bytes."""
+    """Return the default disk of the nvme tier: of those that can be it, the one with the most free bytes."""
     disks = [disk for disk in found if disk.refused is None]
     return max(disks, key=lambda disk: disk.free_bytes, default=None)
 
 
 def refusal(mount: Mount, found: list[Mount]) -> str | None:
-    """Why this kind of file system cannot be the nvme tier; None where it can, as far as its name says.
+    """Return why this kind of file system cannot be the nvme tier; None if it can, judged by its name.
 
     Args:
         mount: the file system in question.
-        found: all mounts, to see what an overlay writes to.
+        found: all mounts, to find the file system that an overlay writes to.
     """
     if mount.source.startswith(_IN_MEMORY_DEVICES):
         return f"{mount.source} keeps files in memory"
@@ -81,7 +81,7 @@ def refusal(mount: Mount, found: list[Mount]) -> str | None:
 
 
 def disk_at(path: str | Path, root: Path = Path("/")) -> Disk:
-    """The file system that holds this folder, as a disk of which it is the writable folder.
+    """Return the file system that holds a folder, as a disk with that folder as its writable folder.
 
     Args:
         path: a folder that exists.
@@ -96,8 +96,7 @@ def disk_at(path: str | Path, root: Path = Path("/")) -> Disk:
 
 
 def refused_folder(path: str | Path, root: Path = Path("/")) -> str | None:
-    """Why the file system that holds this folder cannot serve as the nvme tier; None where it can, as far as its name
-    says.
+    """Return why the file system of a folder cannot be the nvme tier; None if it can, judged by its name.
 
     Args:
         path: the folder.
@@ -109,7 +108,7 @@ def refused_folder(path: str | Path, root: Path = Path("/")) -> str | None:
 
 
 def over_network(path: str | Path, root: Path = Path("/")) -> bool:
-    """Whether what is written to this folder goes over the network.
+    """Return whether writes to this folder go over the network.
 
     Args:
         path: the folder.
@@ -124,8 +123,7 @@ def over_network(path: str | Path, root: Path = Path("/")) -> bool:
 
 @contextmanager
 def direct_file(folder: str | Path) -> Iterator[int]:
-    """The descriptor of an empty file in `folder` that bypasses the page cache; it has no name and is gone when
-    closed.
+    """Yield the descriptor of an empty, unnamed file in `folder` that bypasses the page cache and is gone when closed.
 
     Raises:
         OSError: the folder is not writable, or its file system or the operating system has no O_DIRECT.
@@ -147,14 +145,14 @@ def direct_file(folder: str | Path) -> Iterator[int]:
 
 
 def _is_the_systems(mount: Mount) -> bool:
-    """Whether it holds no files of a user's."""
+    """Return whether a mount is the system's own and holds no users' files."""
     own = PurePosixPath(mount.point)
     inside = any(own.is_relative_to(folder) for folder in _SYSTEM_FOLDERS) and mount.point != "/dev/shm"
     return inside or _kind(mount.filesystem) is None
 
 
 def _kind(filesystem: str) -> str | None:
-    """Why a file system of this type is refused; "" where it is not, None where it holds no files of a user's."""
+    """Return why a file system of this type is refused; "" if it is not, None if it holds no users' files."""
     if _LOCAL.fullmatch(filesystem):
         return ""
     if _NETWORK.fullmatch(filesystem):
@@ -165,17 +163,17 @@ def _kind(filesystem: str) -> str | None:
 
 
 def _upper_mount(mount: Mount, found: list[Mount]) -> Mount | None:
-    """The mount that holds an overlay's written files; None where it is not visible, as within most containers."""
+    """Return the mount that holds an overlay's written files; None if it is not visible, as in most containers."""
     upper = mount.option("upperdir")
     if upper is None or not os.path.isdir(upper):
         return None
     holder = _holder(upper, found)
-    # Within a container "/" is the overlay itself and the folder one of the host's.
+    # In a container "/" is the overlay itself, and the folder is one of the host.
     return None if holder is mount else holder
 
 
 def _writable_folder(mount: Mount, found: list[Mount]) -> str | None:
-    """A folder of this mount that we may write to, where programs put files before others; None where there is none."""
+    """Return a writable folder of this mount, the usual places for files first; None if there is none."""
     for folder in (tempfile.gettempdir(), os.path.expanduser("~"), os.path.abspath("."), mount.point):
         # A later mount on the same point hides this one.
         if os.path.isdir(folder) and _holder(folder, found) is mount and os.access(folder, os.W_OK | os.X_OK):
@@ -184,7 +182,7 @@ def _writable_folder(mount: Mount, found: list[Mount]) -> str | None:
 
 
 def _holder(folder: str, found: list[Mount]) -> Mount | None:
-    """The mount that holds this folder: the longest mount point above it, the latest of equals."""
+    """Return the mount that holds a folder: the one with the longest mount point above it, the latest of equals."""
     real = PurePosixPath(os.path.realpath(folder))
     above = [(len(mount.point), index) for index, mount in enumerate(found) if real.is_relative_to(mount.point)]
     return found[max(above)[1]] if above else None
@@ -205,7 +203,7 @@ def _disk(mount: Mount, folder: str, found: list[Mount]) -> Disk:
 
 
 def _probe(folder: str) -> str | None:
-    """Why a page cannot be written to `folder` with O_DIRECT; None where it can."""
+    """Return why a page cannot be written to `folder` with O_DIRECT; None if it can."""
     try:
         with direct_file(folder) as descriptor, mmap.mmap(-1, ALIGNMENT_BYTES) as page:
             os.pwritev(descriptor, [page], 0)

@@ -1,7 +1,7 @@
-"""The noun: one machine, or several alike, as a planner needs it; with JSON in and out.
+"""Hardware data classes: one machine, or several equal ones, as the planner needs them, with JSON serialization.
 
-Every figure that says "one rank" is that of one process while all processes of its node run, since they share cores,
-memory and disks.
+Every figure of "one rank" is that of one process while all processes of its node run, because they share cores, memory
+and disks.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _MATMUL = accepting(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """What carries bytes between ranks, or between a device and its host.
+    """A link between ranks, or between a device and its host.
 
     A collective over `p` ranks takes `hops * (latency_seconds + hop_bytes / bandwidth)`: all-gather and
     reduce-scatter make `p - 1` hops of one shard's bytes, all-reduce makes `2 * (p - 1)` hops of the tensor's bytes
     over `p`. A copy between device and host is one hop.
 
     Attributes:
-        latency_seconds: seconds a hop costs however few its bytes.
-        bandwidth: bytes a second, one direction.
+        latency_seconds: seconds that a hop takes at least, however few its bytes.
+        bandwidth: bytes per second, one direction.
 
     Source: Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH", section 4 (ring
     algorithms).
@@ -60,8 +60,8 @@ class Disk:
     Attributes:
         path: a writable folder on it.
         filesystem: the kernel's name of its type, such as "ext4".
-        free_bytes: what an unprivileged process may still write.
-        refused: why it cannot be the nvme tier, in words; None when it can.
+        free_bytes: bytes that an unprivileged process may still write.
+        refused: the reason why it cannot be the nvme tier, in words; None if it can.
     """
 
     path: str
@@ -72,28 +72,27 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """How fast one rank is while every rank of its node works.
+    """Rates of one rank while all ranks of its node work.
 
     Attributes:
-        matmul: FLOP/s of matrix products by dtype name; "float32" is always there, "tfloat32" only from published
-            figures. A dtype that is missing must not be planned with: the device lacks it, or its products end the
+        matmul: FLOP/s of matrix products by dtype name; "float32" is always present, "tfloat32" only in published
+            figures. A missing dtype must not be planned with: the device lacks it, or its products end the process.
+        memory_bandwidth: bytes per second of the device's memory, counting both read and written bytes.
+        fresh_memory: bytes per second at which the system hands out memory that the process writes for the first time;
+            None on CUDA, whose allocator keeps its memory.
+        all_gather: link of the all-gather over all ranks of all nodes, on an otherwise idle network; None with one
             process.
-        memory_bandwidth: bytes a second of the device's memory, read and written bytes both counted.
-        fresh_memory: bytes a second at which the system hands out memory that the process writes for the first time;
-            None on CUDA, whose allocator keeps what it has.
-        all_gather: link of the all-gather over all ranks of all nodes, nothing else being on the network; None with one
-            process. The next two likewise.
-        reduce_scatter: link of the reduce-scatter.
-        all_reduce: link of the all-reduce.
-        node_all_gather: link of the all-gather among the ranks of one node where there are several nodes; None where
-            there are not, and where it is not known: `calibrate` measures over all ranks only. The next likewise.
-        node_reduce_scatter: link of the reduce-scatter inside a node.
-        host_memory_bandwidth: bytes a second of DRAM, as `memory_bandwidth`, while every rank uses it; None on CPU, of
-            which it is the memory.
-        host_to_device: link of pinned copies to the device; None on CPU.
-        device_to_host: link of pinned copies from the device; None on CPU.
-        disk_read: bytes a second read with O_DIRECT; None where no disk takes it.
-        disk_write: bytes a second overwritten with O_DIRECT; None likewise.
+        reduce_scatter: link of the reduce-scatter, likewise.
+        all_reduce: link of the all-reduce, likewise.
+        node_all_gather: link of the all-gather inside one of several nodes; None with one node, and if unknown:
+            `calibrate` measures over all ranks only.
+        node_reduce_scatter: link of the reduce-scatter inside a node, likewise.
+        host_memory_bandwidth: bytes per second of DRAM, counted as in `memory_bandwidth`, while every rank uses it;
+            None on CPU, where DRAM is the device's memory.
+        host_to_device: link of pinned-memory copies to the device; None on CPU.
+        device_to_host: link of pinned-memory copies from the device; None on CPU.
+        disk_read: bytes per second read with O_DIRECT; None if no disk takes it.
+        disk_write: bytes per second overwritten with O_DIRECT; None if no disk takes it.
     """
 
     matmul: Mapping[str, float] = field(metadata=_MATMUL)
@@ -111,45 +110,45 @@ class Rates:
     disk_write: float | None = field(default=None, metadata=above_zero())
 
     def matmul_rate(self, dtype: str) -> float | None:
-        """FLOP/s of matrix products in `dtype`; None where the device cannot compute them.
+        """Return the FLOP/s of matrix products in `dtype`; None if the device cannot compute them.
 
-        What every device computes and not every one was measured at is set from float32's rate: float16 computes as
-        fast, float64 at half of it, twice the bytes passing through as many vector units.
+        Unmeasured dtypes that every device computes are derived from float32's rate: float16 has the same rate, float64
+        half of it, because its elements take twice the bytes in the same vector units.
         """
         guesses = {"float16": self.matmul["float32"], "float64": self.matmul["float32"] / 2}
         return self.matmul.get(dtype, guesses.get(dtype))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain types that JSON can hold; `from_dict` reads them back to equal rates."""
+        """Return the fields as plain types that JSON can hold; `from_dict` reads them back to equal rates."""
         return {**asdict(self), "matmul": dict(self.matmul)}
 
     @classmethod
     def from_dict(cls, fields: Any) -> Rates:
-        """The rates with these fields.
+        """Return the rates with these fields.
 
         Raises:
-            PlanError: a field that is missing, unknown, or not of the accepted type or range.
+            PlanError: a field is missing, unknown, or not of the accepted type or range.
         """
         return from_fields(cls, fields, "rates")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """What there is: `nodes` machines alike, each running `ranks_per_node` processes of one device each.
+    """The hardware to plan for: `nodes` equal machines, each running `ranks_per_node` processes of one device each.
 
     Attributes:
-        kind: "cpu" or "cuda": what the device tier is. On "cpu" it is the process's share of DRAM.
+        kind: the device tier, "cpu" or "cuda". On "cpu" it is the process's share of DRAM.
         name: the device's own name.
-        memory_bytes: the device tier of one rank, in all.
-        memory_free_bytes: what one rank may still take there; on CUDA beside its context.
+        memory_bytes: total bytes of one rank's device tier.
+        memory_free_bytes: bytes that one rank may still allocate there; on CUDA without its context.
         nodes: number of machines.
-        ranks_per_node: processes on each.
+        ranks_per_node: processes on each machine.
         cores: CPU cores of the node that this process may run on (affinity mask).
         dram_bytes: DRAM of one rank: of the machine, or of the tightest limit on it, divided among the node's ranks.
-        dram_available_bytes: what one rank may still take of it.
+        dram_available_bytes: DRAM bytes that one rank may still allocate.
         disks: mounted file systems, those that can be the nvme tier first, most free bytes first.
-        interconnect: "NVLink" or "PCIe" between the node's devices; None where there is one, or it cannot be told.
-        rates: measured by `calibrate`, or published; None until then.
+        interconnect: "NVLink" or "PCIe" between the node's devices; None with a single device, or if unknown.
+        rates: the rates measured by `calibrate`, or published; None if neither.
         origin: "detected", "catalogue" or "file".
     """
 
@@ -181,19 +180,20 @@ class Hardware:
         ranks_per_node: int | None = None,
         nodes: int | None = None,
     ) -> Hardware:
-        """Look at this machine; nothing is measured and no collective is called.
+        """Detect this machine; nothing is measured and no collective is called.
 
         Args:
-            accelerator: "cpu", or "cuda" (also "gpu"); None or "auto" takes CUDA where torch sees a device.
-            environment: Lightning's cluster environment, which knows the number of processes; None with a process
-                group up asks that one.
-            ranks_per_node: processes on each node; None takes it from the environment, else every CUDA device, else 1.
-            nodes: machines; None takes it from the environment, else 1.
+            accelerator: "cpu", or "cuda" (also "gpu"); None or "auto" uses CUDA if torch sees a device.
+            environment: Lightning's cluster environment, which knows the number of processes; None uses the process
+                group, if one is up.
+            ranks_per_node: processes on each node; None: as the environment says, else one per CUDA device, else 1.
+            nodes: number of machines; None: as the environment says, else 1.
 
-        Looking at CUDA devices starts CUDA in this process, after which it must not be forked.
+        CUDA devices are looked at in a forked child unless this process has initialized CUDA. If the child fails, CUDA
+        is initialized in this process, which must not be forked after that.
 
         Raises:
-            PlanError: an accelerator that is not accepted or not there, or counts that contradict each other.
+            PlanError: the accelerator is not accepted or not present, or the counts contradict each other.
         """
         from lightning_largescale.hardware.detect import detect
 
@@ -206,21 +206,21 @@ class Hardware:
         progress: bool = True,
         matmul_sizes: Sequence[tuple[int, int, int]] | None = None,
     ) -> Hardware:
-        """This hardware with measured `rates`, from the cache where the machine was measured within 30 days.
+        """Return this hardware with measured `rates`, from the cache if they were measured within 30 days.
 
-        With a process group up it is a collective: every rank calls it with the same arguments, and every rank gets
+        With a process group up this is a collective: every rank calls it with the same arguments, and every rank gets
         the rates of the slowest. The cache is `$LARGESCALE_CACHE`, else `$XDG_CACHE_HOME/lightning_largescale`, else
         `~/.cache/lightning_largescale`. On several nodes collectives are measured over all ranks, not inside a node.
 
         Args:
             seconds: upper bound of the time spent measuring.
-            progress: show a bar on rank 0; silent when stderr is no terminal.
-            matmul_sizes: `(m, k, n)` of the matrix products whose rate is wanted, like the workload's, which
-                `planner.matmuls.matmul_sizes` gives; None takes a cube.
+            progress: whether to show a progress bar on rank 0; not shown if stderr is no terminal.
+            matmul_sizes: `(m, k, n)` of the matrix products to measure, such as the workload's, which
+                `planner.matmuls.matmul_sizes` returns; None: a cube.
 
         Raises:
             PlanError: the hardware was not detected here, or its ranks are not those of the process group.
-            RuntimeError: a rank failed; every rank gets the error, none is left waiting.
+            RuntimeError: a rank failed; every rank raises, none is left waiting.
         """
         from lightning_largescale.hardware.calibrate import calibrate
 
@@ -228,21 +228,21 @@ class Hardware:
 
     @classmethod
     def named(cls, text: str, nodes: int = 1) -> Hardware:
-        """Machines that need not be here, from published figures: `Hardware.named("8xH100-80GB", nodes=4)`.
+        """Return hardware that need not be present, from published figures: `Hardware.named("8xH100-80GB", nodes=4)`.
 
         Args:
-            text: devices in a node and their name, `"<count>x<name>"`, or the name alone for one.
+            text: number and name of the devices in a node, `"<count>x<name>"`, or the name alone for one device.
             nodes: number of such machines.
 
         Raises:
-            PlanError: a name that is not in the table, or a count below 1.
+            PlanError: the name is not in the table, or a count is below 1.
         """
         from lightning_largescale.hardware.catalogue import named
 
         return named(text, nodes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain types that JSON can hold, with the version of the format."""
+        """Return the fields as plain types that JSON can hold, with the version of the format."""
         fields = asdict(self)
         fields["disks"] = list(fields["disks"])
         fields["rates"] = None if self.rates is None else self.rates.to_dict()
@@ -250,26 +250,25 @@ class Hardware:
 
     @classmethod
     def from_dict(cls, fields: Any) -> Hardware:
-        """The hardware with these fields; `to_dict` and this are inverse.
+        """Return the hardware with these fields; the inverse of `to_dict`.
 
         Raises:
-            PlanError: of a newer version, or with a field that is missing, unknown, or not of the accepted type or
-                range.
+            PlanError: the version is newer, or a field is missing, unknown, or not of the accepted type or range.
         """
         if isinstance(fields, Mapping):
             fields = take_version(fields, HARDWARE_VERSION, "hardware")
         return from_fields(cls, fields, "hardware", also=("version",))
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON to `path`."""
+        """Write `to_dict()` as JSON to `path`."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Hardware:
-        """Read what `save` wrote; `origin` is then "file".
+        """Read a file that `save` wrote, with `origin` set to "file".
 
         Raises:
-            PlanError: there is no such file, it is no JSON, or what `from_dict` raises, with the path in front.
+            PlanError: the file does not exist or is no JSON, or an error of `from_dict`, with the path in front.
         """
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Links between the ranks of one node, measured by a single process where no process group is up.
+"""Links between the ranks of one node, measured by a single process without a process group.
 
 On CPU the collectives are gloo's own, between threads of this process instead of processes: the same bytes over the
-same loopback device. On CUDA a hop of a ring is a copy from one device to the next.
+same loopback device. On CUDA a hop of a ring is measured as a copy from one device to the next.
 
 Source: torch.distributed.ProcessGroupGloo; the CUDA Programming Guide, "Peer-to-Peer Memory Access".
 """
@@ -24,21 +24,21 @@ from lightning_largescale.hardware.measure import fit_link, timed
 
 _HOP_BYTES = (2**10, 2**15, 2**19, 2**22)
 _REPEATS = 5
-# A link's figures are a hop's, so that a few ranks tell them; more would only share the cores further.
+# A link describes one hop, so a few ranks suffice to measure it; more would only share the cores further.
 _MOST_RANKS = 4
 _TIMEOUT_SECONDS = 20.0
 
 
 def lone_links(kind: str, ranks: int, seconds: float) -> dict[str, Link]:
-    """Links of all-gather, reduce-scatter and all-reduce among `ranks` processes of this node.
+    """Measure the links of all-gather, reduce-scatter and all-reduce among `ranks` processes of this node.
 
     Args:
-        kind: "cpu" or "cuda".
-        ranks: processes of the node, 2 or more.
-        seconds: no larger message is begun after this.
+        kind: the kind of device, "cpu" or "cuda".
+        ranks: number of processes of the node, 2 or more.
+        seconds: time after which no larger message is begun.
 
     Raises:
-        PlanError: there is nothing here to measure them with.
+        PlanError: the links cannot be measured here, for lack of a second CUDA device or of gloo.
 
     Source: the module's docstring.
     """
@@ -83,7 +83,7 @@ def _between_threads(ranks: int, seconds: float) -> dict[str, Link]:
                     taken = _seconds(call, together)
                     if index == 0:
                         points[name].append((size, taken / hops))
-                # One thread breaks off for all, while the others wait for it.
+                # Rank 0 decides to stop for all, while the others wait for it.
                 if index == 0 and perf_counter() > deadline:
                     points["over"] = []
                 together.wait(_TIMEOUT_SECONDS)
@@ -104,7 +104,7 @@ def _between_threads(ranks: int, seconds: float) -> dict[str, Link]:
 
 
 def _calls(group: Any, size: int) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Hops and call of each collective whose hop carries `size` bytes."""
+    """Return the number of hops and the call of each collective whose hop carries `size` bytes."""
     ranks = group.size()
     whole, shard = torch.zeros(ranks * size // 4), torch.zeros(size // 4)
     shards = list(whole.chunk(ranks))

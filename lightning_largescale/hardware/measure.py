@@ -1,7 +1,7 @@
-"""Rates of one process, measured within a time: matrix products, memory, copies to and from the device, disk.
+"""Rates of one process, measured within a time limit: matrix products, memory, copies to and from the device, disk.
 
-Each takes medians of a few repeats and starts small, since an operation may be a hundred times slower than expected
-(bfloat16 products on a CPU without such instructions are), and returns early once it has repeats enough.
+Each measurement takes medians of a few repeats, and returns early once it has enough of them. It starts small, because
+an operation may be a hundred times slower than expected, as bfloat16 products are on a CPU without such instructions.
 
 Source: McCalpin 1995, "Memory Bandwidth and Machine Balance in Current High Performance Computers" (STREAM); fio(1),
 direct=1.
@@ -28,22 +28,22 @@ MatmulSize = tuple[int, int, int]
 
 REPEATS = 9
 
-# A product of this many FLOPs takes some milliseconds at the slowest rate seen (0.9 GFLOP/s).
+# A product of this many FLOPs takes a few milliseconds at the slowest rate seen (0.9 GFLOP/s).
 _FIRST_FLOPS = 2 * 128**3
-# From here on the time of a product tells what a larger one takes.
+# From this size on, the time of a product predicts that of a larger one.
 _TELLING_FLOPS = 2**27
 # Small products and large ones are computed by different instructions.
 _PROBED_EDGES = (32, 256)
-# Larger than caches; on CUDA as large that the start of a kernel, of some microseconds, does not count.
+# Larger than caches; on CUDA so large that a kernel's launch, of a few microseconds, does not count.
 _STREAM_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 _FRESH_BYTES = 32 * 2**20
 _COPY_BYTES = (2**16, 2**20, 2**24, 2**26)
-# What a paged tier would ask for: a few large requests at once.
+# The requests that the nvme tier makes: a few large ones at once.
 _REQUEST_BYTES, _REQUEST_THREADS = REQUEST_BYTES, REQUESTS
 
 
 def default_sizes(kind: str) -> tuple[MatmulSize, ...]:
-    """The `(m, k, n)` measured where the workload's are not known: a cube that fills the device."""
+    """Return the `(m, k, n)` to measure if the workload's are not known: a cube that fills the device."""
     edge = 4096 if kind == "cuda" else 1024
     return ((edge, edge, edge),)
 
@@ -51,16 +51,16 @@ def default_sizes(kind: str) -> tuple[MatmulSize, ...]:
 def matmul_rates(
     device: torch.device, sizes: Sequence[MatmulSize], seconds: float, *, most_bytes: int
 ) -> dict[str, float]:
-    """FLOP/s of matrix products by dtype name; over several sizes, all their FLOPs by all their time.
+    """Measure the FLOP/s of matrix products by dtype name; for several sizes, their total FLOPs by their total time.
 
     A dtype whose products end the process on this machine is left out.
 
     Args:
-        device: where to measure.
-        sizes: `(m, k, n)` of each product. One that would take too long, or too much memory, is measured at a half, a
-            quarter, ... of every edge.
-        seconds: time for all of it.
-        most_bytes: operands and result take no more than this.
+        device: the device to measure.
+        sizes: `(m, k, n)` of each product. A product that would take too long, or too much memory, is measured at a
+            half, a quarter, ... of every edge.
+        seconds: time for all measurements.
+        most_bytes: upper bound of the bytes of operands and result.
     """
     dtypes = [torch.float32, torch.bfloat16, torch.float16] if device.type == "cuda" else [torch.float32]
     if device.type == "cpu" and survives(lambda: [_product(torch.bfloat16, edge) for edge in _PROBED_EDGES]):
@@ -75,12 +75,12 @@ def matmul_rates(
 
 
 def memory_bandwidth(device: torch.device, seconds: float, *, most_bytes: int) -> float:
-    """Bytes a second that `x.add_(y)` reads and writes, on tensors larger than the cache: two reads and a write each.
+    """Measure the bytes per second of `x.add_(y)` on tensors larger than the cache: two reads and a write per element.
 
     Args:
-        device: whose memory.
-        seconds: time for it.
-        most_bytes: both tensors take no more than this.
+        device: the device whose memory is measured.
+        seconds: time for the measurement.
+        most_bytes: upper bound of the bytes of both tensors.
     """
     count = max(1, min(_STREAM_BYTES[device.type], most_bytes // 2) // 4)
     x, y = torch.ones(count, device=device), torch.ones(count, device=device)
@@ -88,14 +88,14 @@ def memory_bandwidth(device: torch.device, seconds: float, *, most_bytes: int) -
 
 
 def fresh_memory(seconds: float, *, most_bytes: int) -> float:
-    """Bytes a second at which this process is given memory that it writes for the first time.
+    """Measure the bytes per second at which the system hands out memory that is written for the first time.
 
-    Of newly mapped memory, the time that writing it takes beyond writing it again: page faults, and zeros written by
+    The time is that of the first write to newly mapped memory, less that of a second write: page faults, and zeroing by
     the system.
 
     Args:
-        seconds: time for it.
-        most_bytes: mapped at once.
+        seconds: time for the measurement.
+        most_bytes: upper bound of the bytes mapped at once.
     """
     size = max(mmap.PAGESIZE, min(_FRESH_BYTES, most_bytes) // mmap.PAGESIZE * mmap.PAGESIZE)
     deadline = perf_counter() + seconds
@@ -103,7 +103,7 @@ def fresh_memory(seconds: float, *, most_bytes: int) -> float:
     while len(extra) < REPEATS and (not extra or perf_counter() < deadline):
         with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
             first, again = _write_seconds(memory), _write_seconds(memory)
-        # Beside other work the second may take longer: then at least a hundredth of the first was for the memory.
+        # On a busy machine the second write may take longer; at least a hundredth of the first is then counted.
         extra.append(max(first - again, first / 100))
     return size / median(extra)
 
@@ -113,18 +113,18 @@ def _write_seconds(memory: mmap.mmap) -> float:
     began = perf_counter()
     tensor.fill_(1)
     taken = perf_counter() - began
-    # Or the mapping could not be closed.
+    # The mapping cannot be closed while the tensor exists.
     del tensor
     return taken
 
 
 def copy_links(device: torch.device, seconds: float, *, most_bytes: int) -> tuple[Link, Link]:
-    """Links of pinned copies from host to a CUDA device, and back.
+    """Measure the links of pinned-memory copies from host to a CUDA device, and back.
 
     Args:
         device: a CUDA device.
-        seconds: time for both.
-        most_bytes: of the largest copy.
+        seconds: time for both directions.
+        most_bytes: upper bound of the bytes of the largest copy.
     """
     sizes = [size for size in _COPY_BYTES if size <= most_bytes] or [_COPY_BYTES[0]]
     host = torch.empty(sizes[-1], dtype=torch.uint8, pin_memory=True)
@@ -141,9 +141,9 @@ def copy_links(device: torch.device, seconds: float, *, most_bytes: int) -> tupl
 
 
 def disk_rates(folder: str, seconds: float) -> tuple[float, float]:
-    """Bytes a second read and overwritten with O_DIRECT in a file of `folder`, by a few large requests at once.
+    """Measure the bytes per second read and overwritten with O_DIRECT in `folder`, by a few large requests at once.
 
-    The file has no name and is gone whatever happens.
+    The file has no name, so that it is removed whatever happens.
 
     Raises:
         OSError: the folder takes no O_DIRECT, is not writable, or is full.
@@ -156,9 +156,9 @@ def disk_rates(folder: str, seconds: float) -> tuple[float, float]:
         memoryview(memory) as view,
     ):
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # As the store's own: into small pages a fast disk reads at half its rate.
+            # As in the nvme tier: into small pages a fast disk reads at half its rate.
             memory.madvise(mmap.MADV_HUGEPAGE)
-        # No zeros: some file systems would store none of them.
+        # Random bytes, because some file systems do not store zeros.
         view[:] = os.urandom(2**20) * (len(view) // 2**20)
         buffers = [view[i * _REQUEST_BYTES :][:_REQUEST_BYTES] for i in range(_REQUEST_THREADS)]
         try:
@@ -169,14 +169,14 @@ def disk_rates(folder: str, seconds: float) -> tuple[float, float]:
 
 
 def fit_link(points: Sequence[tuple[int, float]]) -> Link:
-    """The link whose hops of so many bytes took these seconds: least squares of the relative errors.
+    """Fit the latency and bandwidth of a link to measured hops, by least squares of the relative errors.
 
     Args:
-        points: `(bytes, seconds)` of one hop, several sizes, seconds above 0.
+        points: `(bytes, seconds)` of one hop, for several sizes, seconds above 0.
 
     Source: Hockney 1994, "The communication challenge for MPP" (latency and asymptotic bandwidth).
     """
-    # Relative errors: each point counts the same, whether it took microseconds or seconds.
+    # With relative errors each point counts the same, whether it took microseconds or seconds.
     weights = [1 / seconds**2 for _, seconds in points]
     total = sum(weights)
     mean_size = sum(w * size for w, (size, _) in zip(weights, points, strict=True)) / total
@@ -187,7 +187,7 @@ def fit_link(points: Sequence[tuple[int, float]]) -> Link:
     )
     largest, largest_seconds = max(points)
     if spread == 0 or joint <= 0:
-        # One size only, or noise larger than the effect: what the largest reached is all that is known.
+        # With one size only, or noise larger than the effect, only the rate of the largest hop is known.
         return Link(latency_seconds=0.0, bandwidth=largest / largest_seconds)
     slope = joint / spread
     latency_seconds = mean_seconds - slope * mean_size
@@ -199,7 +199,7 @@ def fit_link(points: Sequence[tuple[int, float]]) -> Link:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until what `run` starts on `device` is done."""
+    """Return the seconds until the work that `run` starts on `device` is done."""
     synchronize(device)
     start = perf_counter()
     run()
@@ -208,13 +208,13 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on `device`; nothing on CPU, where there is no queue."""
+    """Wait for the work queued on `device`; a no-op on CPU, which has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _times(run: Callable[[], object], seconds: float, device: torch.device) -> list[float]:
-    """Seconds of up to `REPEATS` runs within `seconds`, of one at least, after one that sets things up."""
+    """Return the seconds of up to `REPEATS` runs within `seconds`, at least one, after one warm-up run."""
     deadline = perf_counter() + seconds
     run()
     times = [timed(run, device)]
@@ -228,19 +228,19 @@ def _median_seconds(run: Callable[[], object], seconds: float, device: torch.dev
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: MatmulSize, seconds: float, most_bytes: int) -> float:
-    """FLOP/s at the largest rung of the ladder that leaves time for a few repeats."""
-    # The first product of a process may take as long as there is for all of them.
+    """Return the FLOP/s at the largest size up to `size` that leaves time for a few repeats."""
+    # Warm up: the first product of a process may take as long as the whole time limit.
     one = torch.ones(1, 1, dtype=dtype, device=device)
     timed(partial(torch.mm, one, one), device)
     deadline = perf_counter() + seconds
-    # The user's random numbers stay where they are.
+    # A generator of its own, so that the user's random state does not change.
     generator = torch.Generator(device).manual_seed(0)
     rate, best, growth, measured = 0.0, 0.0, 8.0, 0
     for m, k, n in _ladder(size):
         too_large = (m * k + k * n + m * n) * dtype.itemsize > most_bytes
-        # Eight times the FLOPs take eight times as long, or less where a small product is mostly overhead: the last
-        # step tells. The first run of a shape sets things up, and two more are the least worth having.
-        # On a busy machine a small product takes as long as its turn does, whatever its size.
+        # Eight times the FLOPs take eight times as long, or less if a small product is mostly overhead: the growth of
+        # the last step is taken. Three runs are the least: a warm-up and two more. Small products predict nothing,
+        # because on a busy machine they take as long as their time slice, whatever their size.
         tells = measured >= _TELLING_FLOPS
         too_slow = tells and perf_counter() + 3 * growth * best > deadline
         if rate and (too_large or too_slow):
@@ -251,7 +251,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: MatmulSize, sec
         times = _times(partial(torch.mm, a, b), left if (m, k, n) == size else left / 8, device)
         measured = 2 * m * k * n
         reached = measured / median(times)
-        # Short of the size wanted, the best that was seen is the nearest to it.
+        # Below the wanted size, the best rate so far is the nearest to that of the wanted size.
         rate = reached if (m, k, n) == size else max(rate, reached)
         growth = min(8.0, max(2.0, min(times) / best)) if best else 8.0
         best = min(times)
@@ -264,7 +264,7 @@ def _product(dtype: torch.dtype, edge: int) -> torch.Tensor:
 
 
 def _ladder(size: MatmulSize) -> Iterator[MatmulSize]:
-    """`size` last, before it every edge halved as often as it takes to come to few FLOPs."""
+    """Return growing sizes that end with `size`: its edges halved repeatedly, down to few FLOPs."""
     smaller = [size]
     while 2 * smaller[-1][0] * smaller[-1][1] * smaller[-1][2] > _FIRST_FLOPS:
         m, k, n = smaller[-1]
@@ -290,7 +290,7 @@ def _disk_rates(
     requests = _REQUEST_THREADS
     started = perf_counter()
     first = run(os.pwritev, requests)
-    # Writing it anew, then a few passes each way, should fit the time that is left.
+    # Writing a larger file, then a few passes in each direction, should fit into the time that is left.
     while requests < 16 * _REQUEST_THREADS and 8 * requests * _REQUEST_BYTES / first < deadline - started:
         requests *= 4
     if requests > _REQUEST_THREADS:

@@ -1,7 +1,7 @@
-"""DRAM that one rank may take: what is free, under the limits of control groups and of the process.
+"""DRAM that one rank may allocate: free memory, under the limits of control groups and of the process.
 
-What is free and what a control group allows are shared by the ranks of a node and divided among them; RLIMIT_DATA and
-RLIMIT_AS are each process's own and are not.
+Free memory and the limits of control groups are shared by the ranks of a node, and divided among them. RLIMIT_DATA and
+RLIMIT_AS are limits of each process, and are not divided.
 
 Source: the kernel's admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst ("Memory"); proc_pid_cgroup(5); getrlimit(2).
 """
@@ -23,10 +23,10 @@ _STATUS_FIELD = {resource.RLIMIT_DATA: "VmData", resource.RLIMIT_AS: "VmSize"}
 
 
 def rank_memory(ranks_per_node: int, root: Path = Path("/")) -> tuple[int, int]:
-    """DRAM of one rank in all, and what it may still take of it, bytes.
+    """Return the total DRAM of one rank, and the DRAM it may still allocate, in bytes.
 
     Args:
-        ranks_per_node: processes that share the node's memory evenly.
+        ranks_per_node: number of processes that share the node's memory evenly.
         root: folder that holds `proc` and `sys`.
 
     Source: the module's docstring.
@@ -44,7 +44,7 @@ def rank_memory(ranks_per_node: int, root: Path = Path("/")) -> tuple[int, int]:
 
 
 def machine_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """MemTotal and MemAvailable, bytes; psutil's figures where there is no /proc/meminfo."""
+    """Return MemTotal and MemAvailable in bytes; psutil's figures if there is no /proc/meminfo."""
     fields = _kibibyte_fields(root / "proc/meminfo")
     if "MemTotal" in fields and "MemAvailable" in fields:
         return fields["MemTotal"], fields["MemAvailable"]
@@ -53,9 +53,9 @@ def machine_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def cgroup_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
-    """`(limit, usage)` in bytes of every limited control group from this process's own up to the root.
+    """Yield `(limit, usage)` in bytes of every limited control group, from this process's own up to the root.
 
-    Usage leaves out the page cache that the kernel would drop first (inactive_file).
+    Usage excludes the page cache that the kernel would drop first (inactive_file).
     """
     for mount, group in _memory_groups(root):
         v2 = mount.filesystem == "cgroup2"
@@ -74,11 +74,11 @@ def cgroup_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
 
 
 def process_limits(root: Path = Path("/"), limits: Mapping[int, int] | None = None) -> Iterator[tuple[int, int]]:
-    """`(limit, usage)` in bytes of RLIMIT_DATA and RLIMIT_AS where they are set.
+    """Yield `(limit, usage)` in bytes of RLIMIT_DATA and RLIMIT_AS, for each that is set.
 
     Args:
         root: folder that holds `proc/self/status`.
-        limits: soft limits by resource number; None asks the system.
+        limits: soft limits by resource number; None reads them from the system.
     """
     if limits is None:
         limits = {number: resource.getrlimit(number)[0] for number in _STATUS_FIELD}
@@ -90,7 +90,7 @@ def process_limits(root: Path = Path("/"), limits: Mapping[int, int] | None = No
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[Mount, PurePosixPath]]:
-    """The mounts of the memory controller, each with this process's group as a path below the mount point."""
+    """Yield the mounts of the memory controller, each with this process's group as a path below the mount point."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -110,10 +110,9 @@ def _memory_groups(root: Path) -> Iterator[tuple[Mount, PurePosixPath]]:
 
 
 def _below(group: PurePosixPath, mount_root: PurePosixPath) -> PurePosixPath:
-    """The group's path as seen below a mount of `mount_root`; the mount's own folder where the group is not below it.
+    """Return the group's path below a mount of `mount_root`; the mount's own folder if the group is not below it.
 
-    In a container the mount shows only a part of the tree, and its own folder is then the tightest group that can be
-    seen.
+    In a container the mount shows only a part of the tree. Its own folder is then the tightest visible group.
     """
     if ".." in group.parts or not group.is_relative_to(mount_root):
         return PurePosixPath("/")
@@ -121,7 +120,7 @@ def _below(group: PurePosixPath, mount_root: PurePosixPath) -> PurePosixPath:
 
 
 def _kibibyte_fields(path: Path) -> dict[str, int]:
-    """Lines such as `MemTotal:  24682416 kB`, as bytes; none where the file cannot be read."""
+    """Return the fields of lines such as `MemTotal:  24682416 kB` in bytes; none if the file cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -131,7 +130,7 @@ def _kibibyte_fields(path: Path) -> dict[str, int]:
 
 
 def _whole_number(path: Path) -> int | None:
-    """The number in a file; None where it is missing, unreadable or a word such as "max"."""
+    """Return the integer in a file; None if the file is missing, unreadable or has a word such as "max"."""
     try:
         return int(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -139,7 +138,7 @@ def _whole_number(path: Path) -> int | None:
 
 
 def _stat(path: Path, name: str) -> int:
-    """The field `name` of a file of `name value` lines; 0 where it is not there."""
+    """Return the field `name` of a file of `name value` lines; 0 if it is missing."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

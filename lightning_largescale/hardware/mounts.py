@@ -1,4 +1,4 @@
-"""The mounted file systems of this process, as the kernel lists them.
+"""Mounted file systems of this process, as the kernel lists them.
 
 Source: proc_pid_mountinfo(5).
 """
@@ -15,12 +15,12 @@ class Mount:
     """One line of /proc/self/mountinfo.
 
     Attributes:
-        device: "major:minor" of the file system; equal for two mounts of the same one.
-        root: the folder of that file system which is mounted; not "/" for a bind mount or in a container.
-        point: where it is mounted.
-        filesystem: the kernel's name of its type.
-        source: the device, or what its type calls a source.
-        options: of this mount and of the file system, such as "rw" or "upperdir=/x".
+        device: "major:minor" of the file system; equal for two mounts of the same file system.
+        root: the folder of the file system that is mounted; not "/" for a bind mount or in a container.
+        point: the mount point.
+        filesystem: the kernel's name of the file system's type.
+        source: the device, or what the file system's type calls a source.
+        options: options of this mount and of the file system, such as "rw" or "upperdir=/x".
     """
 
     device: str
@@ -31,18 +31,18 @@ class Mount:
     options: tuple[str, ...]
 
     def option(self, name: str) -> str | None:
-        """The value of `name=value` among the options; None where it is not."""
+        """Return the value of `name=value` among the options; None if it is missing."""
         return next((option[len(name) + 1 :] for option in self.options if option.startswith(f"{name}=")), None)
 
 
 def mounts(root: Path = Path("/")) -> list[Mount]:
-    """The mounts in the order of mounting; none where the system has no such list.
+    """Return the mounts in the order of mounting; none if the system has no such list.
 
     Args:
         root: folder that holds `proc/self/mountinfo`.
     """
     try:
-        # Paths may be any bytes; surrogateescape keeps those that are no UTF-8 usable.
+        # Paths may be any bytes; surrogateescape keeps paths that are not UTF-8 usable.
         lines = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return []

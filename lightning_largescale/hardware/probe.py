@@ -1,7 +1,7 @@
-"""Whether this machine survives an operation, asked of a child process.
+"""Probe, in a child process, whether an operation ends the process on this machine.
 
-A processor may claim instructions that its hypervisor does not carry out: then a bfloat16 product, which oneDNN
-writes with AMX instructions where it believes to have them, ends the process by SIGILL, and no handler can save it.
+A processor may report instructions that its hypervisor does not execute. A bfloat16 product, for which oneDNN uses AMX
+instructions if they are reported, then ends the process by SIGILL, which no handler can prevent.
 
 Source: fork(2), waitpid(2), signal(7).
 """
@@ -23,11 +23,11 @@ _POLL_SECONDS = 0.002
 
 
 def survives(run: Callable[[], object], *, seconds: float = 2.0) -> bool:
-    """Whether a child process that calls `run` on one thread ends well; True where the system is not Linux.
+    """Return whether a child process that calls `run` on one thread succeeds; True if the system is not Linux.
 
     Args:
-        run: what may end the process. It raises, hangs or dies at no cost to the caller.
-        seconds: how long the child may take before it counts as hung and is ended.
+        run: the function that may end the process. It may raise, hang or die without effect on the caller.
+        seconds: time after which the child counts as hung and is killed.
 
     Source: the module's docstring.
     """
@@ -35,7 +35,7 @@ def survives(run: Callable[[], object], *, seconds: float = 2.0) -> bool:
         return True
     try:
         with warnings.catch_warnings():
-            # Python warns of forking beside threads; the child starts none and takes no lock but those of `run`.
+            # Python warns of forks beside threads; the child starts no threads and takes no locks but those of `run`.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
     except OSError:
@@ -55,12 +55,12 @@ def survives(run: Callable[[], object], *, seconds: float = 2.0) -> bool:
 
 
 def _be_the_child(run: Callable[[], object]) -> None:
-    """Call `run` and end this process: status 0 if it returned. Nothing of the parent's is flushed or torn down."""
+    """Call `run` and exit, with status 0 if it returned, without flushing or tearing down the parent's state."""
     status = 1
     try:
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        # The threads of the parent's pool are not in the child; more than one would wait for them.
+        # The child lacks the threads of the parent's pool; with more than one thread it would wait for them.
         torch.set_num_threads(1)
         run()
         status = 0

@@ -1,5 +1,4 @@
-"""What this process holds on its device tier, now and at its highest since a moment: resident memory on CPU,
-allocations on CUDA.
+"""Memory usage of this process on its device tier, current and peak: resident memory on CPU, allocations on CUDA.
 
 Source: Linux man page proc(5), `/proc/PID/clear_refs` (5 resets the peak) and `VmHWM`;
 torch.cuda.max_memory_allocated.
@@ -27,11 +26,11 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def held_bytes(kind: str) -> int:
-    """Bytes this process holds now on its device tier: resident memory (kind "cpu"), what tensors have on CUDA."""
+    """Return the bytes this process holds on its device tier: resident memory on CPU, allocated tensors on CUDA."""
     if kind == "cuda":
         return torch.cuda.memory_allocated()
     try:
-        # Between two steps, psutil would take longer than a small step.
+        # This is called between steps, and psutil would take longer than a small step.
         pages = _STATM.read_bytes().split()[1]
     except OSError:
         return int(psutil.Process().memory_info().rss)
@@ -39,8 +38,9 @@ def held_bytes(kind: str) -> int:
 
 
 def available_bytes(kind: str, free_bytes: int) -> int:
-    """Bytes of its device tier that this process's next tensors may have, of which the system has `free_bytes` free: on
-    CUDA what the allocator may take of these, and what it keeps.
+    """Return the bytes of the device tier that this process may still allocate, if the system has `free_bytes` free.
+
+    On CUDA these are the free bytes that the allocator may still reserve, and those it has reserved without use.
 
     Source: torch.cuda.set_per_process_memory_fraction.
     """
@@ -52,7 +52,7 @@ def available_bytes(kind: str, free_bytes: int) -> int:
 
 
 def start_peak(kind: str) -> None:
-    """Begin the span that `peak_bytes` tells of; where the system cannot reset it, the span is the process's life."""
+    """Reset the peak that `peak_bytes` returns; if the system cannot, the peak is that of the process's lifetime."""
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -61,9 +61,7 @@ def start_peak(kind: str) -> None:
 
 
 def peak_bytes(kind: str) -> int | None:
-    """The most bytes held at once since `start_peak`, in the sense of `held_bytes`; None where the system does not
-    tell.
-    """
+    """Return the peak of `held_bytes` since `start_peak`; None if the system does not report it."""
     if kind == "cuda":
         return torch.cuda.max_memory_allocated()
     if not _STATUS.exists():
@@ -75,18 +73,19 @@ def peak_bytes(kind: str) -> int | None:
 
 
 def release_free_memory() -> None:
-    """Give what was freed back to the system: unreachable objects, and the holes in the heap where glibc keeps it."""
+    """Return freed memory to the system: that of unreachable objects, and with glibc the free memory in the heap."""
     gc.collect()
     trim_heap()
 
 
 class HeapTrimmer:
-    """Gives the holes in the heap back to the system now and then, at no more than `share` of the time.
+    """Periodic heap trimming: returns free heap memory to the system, in no more than `share` of the time.
 
-    Steps that allocate and free tensors of many sizes leave holes that glibc keeps, and a process that grows for it.
+    Steps that allocate and free tensors of many sizes fragment the heap, and glibc keeps the holes, so that the process
+    grows.
 
     Args:
-        share: of the time between two calls that giving back may take.
+        share: largest share of the time that trimming may take.
 
     Source: man page malloc_trim(3).
     """
@@ -95,7 +94,7 @@ class HeapTrimmer:
         self._share, self._due = share, 0.0
 
     def __call__(self) -> None:
-        """Trim, unless that would be too soon."""
+        """Trim the heap, unless it is too soon."""
         began = monotonic()
         if began >= self._due:
             trim_heap()
@@ -104,7 +103,7 @@ class HeapTrimmer:
 
 
 def trim_heap() -> None:
-    """Give the holes in the heap back to the system, where glibc keeps it.
+    """Return free memory in the heap to the system; a no-op without glibc.
 
     Source: man page malloc_trim(3).
     """
@@ -116,8 +115,9 @@ def trim_heap() -> None:
 
 
 def expect_pages(tensor: Tensor) -> None:
-    """Have the system read the memory of `tensor`, of a mapped file, now, and nothing beyond it: left to itself it
-    reads ahead, of each slice megabytes that nobody asks for.
+    """Have the system read the pages of `tensor`, which maps a file, now, and no others.
+
+    By default the system reads ahead megabytes beyond each slice that nobody asks for.
 
     Source: man page madvise(2), MADV_RANDOM and MADV_WILLNEED.
     """
@@ -128,38 +128,39 @@ def expect_pages(tensor: Tensor) -> None:
 
 
 def forget_pages(tensor: Tensor) -> None:
-    """Let the system take back the memory of `tensor`, of a mapped file: its pages are read again when they are asked
-    for, and what was written into them is lost.
+    """Let the system reclaim the pages of `tensor`, which maps a file.
+
+    They are read from the file again on the next access; what was written into them is lost.
 
     Source: man page madvise(2), MADV_DONTNEED.
     """
     start, end = _span(tensor)
-    # Whole pages, since others may have the rest.
+    # Only pages that the tensor fills, because the others may hold other tensors too.
     _advise(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE, "MADV_DONTNEED")
 
 
 class Resting(Protocol):
-    """Memory that may map a file, and then be taken back at any time."""
+    """Memory that may map a file, whose pages the system may then reclaim at any time."""
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` views it while it maps the file."""
+        """Return whether `tensor` is a view of this memory while it maps a file."""
 
     def rest(self, tensor: Tensor) -> None:
-        """Let the system take back what reading or writing `tensor` has brought into memory."""
+        """Let the system reclaim the pages that reading or writing `tensor` has brought into memory."""
 
 
-# All there is of it in this process.
+# All such memory in this process.
 resting: weakref.WeakSet[Resting] = weakref.WeakSet()
 
 
 def let_rest(tensor: Tensor) -> None:
-    """Let the system take back the memory of `tensor`, which was read or written, where a file has what is in it."""
+    """Let the system reclaim the memory of `tensor`, after it was read or written, if it is backed by a file."""
     for memory in _resting_with(tensor):
         memory.rest(tensor)
 
 
 def at_rest(tensor: Tensor) -> bool:
-    """Whether a file has what is in `tensor`, and its memory may be taken back at any time."""
+    """Return whether `tensor` is backed by a file, so that its memory may be reclaimed at any time."""
     return bool(_resting_with(tensor))
 
 
@@ -170,7 +171,7 @@ def _resting_with(tensor: Tensor) -> list[Resting]:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of `tensor` and of that after its last."""
+    """Return the addresses of the first byte of `tensor` and of the byte after its last."""
     if not tensor.numel():
         return 0, 0
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1

@@ -1,4 +1,4 @@
-"""Pure functions of hardware and workload: what each plan needs, and which is best."""
+"""Planner: pure functions that price plans on given hardware for a given workload, and rank them."""
 
 from lightning_largescale.planner.peak_memory import MemoryEstimate, peak_memory
 from lightning_largescale.planner.report import Candidate, Estimate, Report

@@ -1,4 +1,4 @@
-"""What a user could give: to go faster where a plan fits, to make one fit where none does.
+"""Advice to the user: what would make a step faster if a plan fits, and what would make a plan fit if none does.
 
 Source: `docs/planning.md`.
 """
@@ -23,7 +23,7 @@ _Option = TypeVar("_Option")
 
 
 def faster(report: Report, *, fixed: bool) -> Iterator[str]:
-    """What a user could give to go faster, from the candidates that are faster and were not taken."""
+    """Yield what the user could grant to go faster, from the faster candidates that were not chosen."""
     best = report.best_estimate
     for status in ("too large", "not allowed"):
         rows = [row for row in report.candidates if row.status == status and row.estimate is not None]
@@ -44,7 +44,7 @@ def faster(report: Report, *, fixed: bool) -> Iterator[str]:
 def would_fit(
     report: Report, any_fits: Callable[[Workload, Hardware], bool], allowed: Collection[str], *, fixed: bool
 ) -> Iterator[str]:
-    """What would make a plan fit, each tried on its own: numerics, a smaller batch, more devices, more memory."""
+    """Yield changes that would each make a plan fit: other numerics, a smaller batch, more devices, more memory."""
     workload, hardware = report.workload, report.hardware
     for name in sorted(set() if fixed else {*LOSSY} - {*allowed}):
         if _least(report, {name}) <= report.budget_bytes:
@@ -61,15 +61,21 @@ def would_fit(
 
 
 def _first(options: list[_Option], fits: Callable[[_Option], bool]) -> list[_Option]:
-    """The first option that fits, none where none does; less of a batch and more devices never need more memory."""
-    # The last first: where it does not fit, which takes the longest to find out, no other does.
+    """Return the first option that fits in a list, or an empty list if none does.
+
+    Bisects: a smaller batch or more devices never need more memory.
+    """
+    # The last option is tried first: if it does not fit, which takes the longest to find out, no other does.
     if not options or not fits(options[-1]):
         return []
     return [options[bisect.bisect_left(options, True, hi=len(options) - 1, key=fits)]]
 
 
 def _least(report: Report, precisions: Collection[str]) -> float:
-    """The smallest peak of any plan of these precisions that other tiers have room for, bytes; infinite without one."""
+    """Return the smallest device peak (bytes) of the plans of these precisions that fit all other tiers.
+
+    Infinite if no plan fits them.
+    """
     estimates = [row.estimate for row in report.candidates if row.estimate and row.plan.precision in precisions]
     others = {tier: size for tier, size in report.budgets.items() if tier != "device"}
     enough = {**others, "device": math.inf}

@@ -1,8 +1,8 @@
-"""How much of a model is kept in other tiers: the amounts under which one layout fits, and those that cost the least.
+"""Offload amounts of one layout: those that make it fit, and the cheapest of them.
 
-A choice has three amounts: how many groups of parameters stay, of how many blocks the activations leave, and how many
-pages of optimizer state stay. Each adds bytes of its own to every moment of a step, so the moments of any choice are
-sums of those of a few.
+A choice has three amounts: the number of parameter groups that stay on the device, the number of blocks whose
+activations are offloaded, and the number of optimizer-state pages that stay. Each amount adds its own bytes to every
+moment of a step, so the moments of any choice are sums of the moments of a few.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.
 """
@@ -27,20 +27,20 @@ from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMI
 from lightning_largescale.planner.transfers import Away, Passes, transfers
 from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
 
-# Values of one amount that are tried, spread evenly over all; the best is then drawn out to what just fits.
+# Number of values tried of one amount, evenly spaced; the best choice is then refined to the least that fits.
 _MOST_VALUES = 12
 Moments = list[tuple[int, int]]
 
 
 class Layout:
-    """One layout of ranks, and what is the same for all that it may keep in other tiers."""
+    """One layout of ranks, with the quantities that all offload choices share."""
 
     def __init__(self, sizes: Sizes, hardware: Hardware, budgets: Mapping[str, int], **setup: Any) -> None:
-        """The layout of the plan of `sizes`, which keeps nothing elsewhere.
+        """Create the layout of the plan of `sizes`, which offloads nothing.
 
         Args:
-            sizes: gather parameters if these are to leave.
-            hardware: with rates.
+            sizes: the sizes of that plan; they gather parameters if parameters are to be offloaded.
+            hardware: the hardware, with rates.
             budgets: bytes of each tier, the device's included.
             setup: `baseline_bytes` and `built`, as for `peak_memory`.
         """
@@ -48,14 +48,14 @@ class Layout:
         self._moments: dict[object, Moments] = {}
 
     def without(self, techniques: frozenset[str], choice: Choice) -> Sizes:
-        """The sizes where these amounts are outside of the device's memory, in whichever tier."""
+        """Return the sizes with these amounts outside the device's memory, in any tier."""
         tiers = {"nvme" if self.sizes.kind == "cpu" else "cpu": UNLIMITED}
         found = spread(self.sizes, techniques, choice, tiers)
         assert found is not None
         return self.sizes.placing(found.plan)
 
     def moments(self, techniques: frozenset[str], choice: Choice) -> Moments:
-        """Of each moment, the bytes of all terms but the allocator's, and of those that come and go."""
+        """Return, for each moment, the bytes of all terms except the allocator's, and of those that come and go."""
         of_blocks = techniques & OF_BLOCKS
         groups = choice.groups if "parameters" in techniques else 0
         found = self._found(techniques - of_blocks, Choice(groups=groups))
@@ -76,31 +76,31 @@ class Layout:
 
 
 class Amounts:
-    """What some techniques may keep elsewhere under one layout."""
+    """The offload amounts that a set of techniques allows under one layout."""
 
     def __init__(self, layout: Layout, techniques: frozenset[str]) -> None:
-        """Of `techniques`: "release", "optimizer", "parameters", and one of `OF_BLOCKS`."""
+        """Create the amounts of `techniques`: any of "release", "optimizer", "parameters", and one of `OF_BLOCKS`."""
         self.layout, self.techniques = layout, techniques
         sizes = layout.sizes
         self._groups = len(sizes.movable) if "parameters" in techniques else 0
         self._blocks = len(sizes.workload.blocks) if techniques & OF_BLOCKS else 0
         if techniques & {*RECOMPUTATION}:
-            # All of them is a layout of its own.
+            # Recomputing all blocks is a layout of its own.
             self._blocks -= 1
         paged = sizes.optimizer_state - state_without_pages(sizes, ())
         self._state = paged if "optimizer" in techniques else 0
         self._beside: dict[int, tuple[float, Passes]] = {}
-        # Without state that stays: the bytes at setup, and at the worst moment after it.
+        # The bytes at setup and at the worst moment after it, with no state resident.
         self._peaks: dict[Choice, tuple[int, int]] = {}
         self._moved_by_groups: dict[int, tuple[int, int]] = {}
-        # Who may step on state that is elsewhere: the device or, on CUDA, the host.
+        # Who may step on offloaded state: the device or, on CUDA, the host.
         self._steppers = (False, True) if self._state and _host_steps(sizes) else (False,)
-        # With all that may leave gone.
+        # The choice that offloads all that can be.
         self.least = Choice(blocks=self._blocks)
 
     def best(self) -> tuple[Plan, float] | None:
-        """The fastest plan that fits every tier, and its seconds; None where none does."""
-        # With less to page, buffers are smaller; nothing else is.
+        """Return the fastest plan that fits every tier and its step seconds; None if none fits."""
+        # Paging less shrinks the page buffers, and nothing else.
         if self._excess(self.least) > self._buffers(self.least):
             return None
         found = [(seconds, choice) for choice in self._tried() if (seconds := self._seconds(choice)) is not None]
@@ -114,7 +114,7 @@ class Amounts:
         return dataclasses.replace(placed.plan, host_optimizer_step=by_host), seconds
 
     def plan(self, choice: Choice) -> Plan | None:
-        """A plan of these amounts; None where other tiers have not the room."""
+        """Return a plan of these amounts; None if the other tiers lack the room."""
         found = self._spread(choice)
         return None if found is None else found.plan
 
@@ -122,7 +122,7 @@ class Amounts:
         return spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
 
     def _tried(self) -> Iterator[Choice]:
-        """Choices that fit the device, each with as much state as can stay."""
+        """Yield choices that fit the device, each with as much resident state as fits."""
         for groups in _values(0, max(0, self._groups - 1)):
             for blocks in _values(min(1, self._blocks), self._blocks):
                 choice = Choice(groups=groups, blocks=blocks)
@@ -130,9 +130,9 @@ class Amounts:
                     yield self._with_state(choice)
 
     def _drawn_out(self, choice: Choice) -> Choice:
-        """The same with no group, block or page more in another tier than has to be."""
+        """Return `choice` with as few groups, blocks and pages offloaded as possible."""
         before = None
-        # What stays of one leaves room for the other, as it need not be on its way.
+        # Keeping more of one amount makes room for another, because less is in flight.
         while choice != before:
             before = choice
             while choice.blocks > 1 and self._fits(less := dataclasses.replace(choice, blocks=choice.blocks - 1)):
@@ -147,7 +147,7 @@ class Amounts:
         return self._excess(choice) <= 0 and self._seconds(choice) is not None
 
     def _excess(self, choice: Choice) -> int:
-        """By how many bytes the device lacks memory, the buffers being those of what is still paged."""
+        """Return by how many bytes the device's peak exceeds its budget, with the buffers of what is still paged."""
         amounts = _staying(choice, 0)
         if amounts not in self._peaks:
             share, moments = self._share, self.layout.moments(self.techniques, amounts)
@@ -158,7 +158,7 @@ class Amounts:
         return max(setup, most + stays) - self.layout.budgets["device"]
 
     def _with_state(self, choice: Choice) -> Choice:
-        """As many pages of state as can stay; one leaves at least, else it needs no paging."""
+        """Return `choice` with as many resident state pages as fit; at least one leaves, else nothing is paged."""
         if not self._state:
             return choice
         pages = range(self._most_state(choice.groups) // PAGE_BYTES + 1)
@@ -168,7 +168,7 @@ class Amounts:
         return _staying(choice, (fitting - 1) * PAGE_BYTES)
 
     def _most_state(self, groups: int) -> int:
-        """Bytes of state that may stay, if so many groups do."""
+        """Return the bytes of state that may stay if `groups` groups stay."""
         sizes = self.layout.sizes
         away = sizes.movable[: max(0, self._groups - groups)]
         return min(self._state - 1, state_that_may_stay(sizes, away) - state_without_pages(sizes, away))
@@ -178,14 +178,14 @@ class Amounts:
         return buffer_bytes(self.layout.sizes.kind, moved - choice.state_bytes, page)
 
     def _moved(self, groups: int) -> tuple[int, int]:
-        """Bytes that the optimizer's step moves if no state stays, and those of the largest page."""
+        """Return the bytes that the optimizer's step moves if no state stays, and those of the largest page."""
         if groups not in self._moved_by_groups:
             sizes = self.layout.without(self.techniques, Choice(groups=groups, blocks=self._blocks))
             self._moved_by_groups[groups] = sum(moved_in_step(sizes).values()), largest_page(sizes)
         return self._moved_by_groups[groups]
 
     def _seconds(self, choice: Choice) -> float | None:
-        """Of a step; None where other tiers have not the room."""
+        """Return the seconds of a step; None if the other tiers lack the room."""
         found = self._spread(choice)
         if found is None or self.layout.hardware.rates is None:
             return None
@@ -193,7 +193,7 @@ class Amounts:
         return seconds
 
     def _priced(self, choice: Choice, found: Spread) -> tuple[float, bool]:
-        """Seconds of a step, and whether the host steps on what is elsewhere: with whoever is the faster."""
+        """Return the seconds of a step, and whether the host steps on what is offloaded, whichever is faster."""
         rates, sizes = self.layout.hardware.rates, self.layout.sizes
         assert rates is not None
         seconds, passes = self._without_transfers(choice.blocks)
@@ -205,13 +205,13 @@ class Amounts:
         return seconds + least, by_host
 
     def _has_room_for_copies(self, away: Away) -> bool:
-        """Whether DRAM has room for what the host would step on, beside what it keeps."""
+        """Whether DRAM has room for the page buffers of a host step beside what it keeps."""
         kept = (away.parameters, away.trained, away.state, away.activations)
         in_dram = sum(sizes.get("cpu", 0) for sizes in kept)
         return in_dram + PAGE_BUFFERS * largest_page(self.layout.sizes) <= self.layout.budgets.get("cpu", 0)
 
     def _without_transfers(self, blocks: int) -> tuple[float, Passes]:
-        """Seconds of a step without transfers, and what these run beside."""
+        """Return the seconds of a step without transfers, and the passes that transfers overlap with."""
         blocks = blocks if self.techniques & {*RECOMPUTATION} else self._blocks
         if blocks not in self._beside:
             assert self.layout.hardware.rates is not None
@@ -222,14 +222,16 @@ class Amounts:
 
     @cached_property
     def _share(self) -> float:
-        """Bytes lost in holes for each byte that comes and goes."""
+        """Bytes lost to fragmentation for each byte that comes and goes."""
         sizes = self.layout.without(self.techniques, self.least)
         return allocator_share(sizes.plan, sizes.kind)
 
 
 def _host_steps(sizes: Sizes) -> bool:
-    """Whether the host's cores may step on what a device has: at the rate of its memory, which is known of torch's own
-    optimizers that have one kernel there, and where no scaler on the device scales gradients.
+    """Whether the host's cores may run the optimizer's step of a CUDA device.
+
+    All optimizers must be torch's own that have a fused CPU kernel, which runs at the rate of the host's memory, and no
+    gradient scaler may run on the device.
     """
     known = {needs.class_name for needs in sizes.workload.optimizers} <= {one.__name__ for one in FUSED}
     return sizes.kind == "cuda" and known and sizes.plan.precision != "16-mixed"
@@ -240,6 +242,6 @@ def _staying(choice: Choice, state_bytes: int) -> Choice:
 
 
 def _values(first: int, last: int) -> list[int]:
-    """At most so many whole numbers from `first` to `last`, both included."""
+    """Return at most `_MOST_VALUES` evenly spaced integers from `first` to `last`, both included."""
     steps = min(last - first, _MOST_VALUES - 1)
     return [first + (last - first) * step // steps for step in range(steps + 1)] if steps else [first]

@@ -1,4 +1,4 @@
-"""A traced step as one rank runs it under a plan: without copies of weights, and divided by tensor parallelism.
+"""A traced step as one rank runs it under a plan: without weight copies, and sharded by tensor parallelism.
 
 Source: torch.distributed.fsdp.MixedPrecisionPolicy; Korthikanti et al. 2022, "Reducing Activation Recomputation in
     Large Transformer Models", section 4.2.
@@ -14,7 +14,7 @@ from lightning_largescale.workload import Divided, Segment, Step
 
 
 def without_copies(step: Step) -> Step:
-    """`step` as it runs where blocks gather their matrices in the type of compute, so that casts make no copies.
+    """Return `step` as it runs if blocks all-gather matrices in the compute dtype, so that casts make no copies.
 
     Source: torch.distributed.fsdp.MixedPrecisionPolicy, `param_dtype`.
     """
@@ -44,15 +44,15 @@ def without_copies(step: Step) -> Step:
 
 
 def divided_step(step: Step, costs: Mapping[str, Divided], wraps: Collection[str] = ()) -> Step:
-    """`step` as one rank of tensor parallelism runs it: of a block that is divided it computes and saves a share, and
-    so of what lies outside of blocks, `wraps` among it.
+    """Return `step` as one tensor-parallel rank runs it: it computes and saves a share of each sharded block.
 
-    What a block holds for a while is taken to be divided as what it saves.
+    The same holds for the code outside of blocks, `wraps` included. Temporaries of a block are assumed to be sharded as
+    its saved activations are.
 
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.
     """
     segments: list[Segment] = []
-    # Bytes less that are live before a segment, and after it.
+    # By how many bytes less is live before a segment, and after it.
     before = 0
     for segment in step.segments:
         found = costs.get("" if segment.block is None or segment.block in wraps else segment.block, Divided())
@@ -103,13 +103,14 @@ def divided_step(step: Step, costs: Mapping[str, Divided], wraps: Collection[str
 
 
 def communicated_share(precision: str) -> float:
-    """Of the bytes that a division says are communicated, those in `precision`: what was looked at is float32."""
+    """Return the factor from the float32 bytes that a `Divided` records as communicated to those in `precision`."""
     return 0.5 if precision != "32-true" and MATMUL_TYPE[precision] != "float64" else 1.0
 
 
 def _kept_of_products(segment: Segment, found: Divided, precision: str) -> int:
-    """Results of products on one rank that are still theirs later on: sums over the ranks are made in their place, but
-    for those of which each rank gets a part.
+    """Return the bytes of matrix-product results that one rank still holds afterwards.
+
+    All-reduces overwrite the results in place. Reduce-scatters do not, so their inputs stay, at full size.
     """
     share = communicated_share(precision)
     scattered = int(share * sum(found.forward_halves)) // 2

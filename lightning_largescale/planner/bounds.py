@@ -1,8 +1,8 @@
-"""The least that a layout's step can last if some techniques are to make it fit: a bound, found without solving.
+"""Lower bound of a layout's step time if some techniques are to make it fit, without solving for amounts.
 
-The plan without them is too large at one moment. What each technique can take off that moment is known, and how long a
-byte of it takes to move; the cheapest bytes that close the gap are a lower bound of what has to be moved, and a step
-lasts at least as long as its slowest channel.
+The plan without the techniques is too large at one moment. It is known how many bytes each technique can take off that
+moment, and how long a byte takes to move. The cheapest bytes that close the gap are a lower bound of what has to move,
+and a step lasts at least as long as its slowest channel.
 
 Source: Dantzig 1957, "Discrete-Variable Extremum Problems" (the relaxed knapsack, filled by value for size).
 """
@@ -22,7 +22,7 @@ from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import RECOMPUTATION
 from lightning_largescale.workload import Workload
 
-# Of the bytes in question, until the shares are known to less than a thousandth.
+# Bisections, until the shares of the bytes are known to less than a thousandth.
 _HALVINGS = 12
 
 
@@ -39,19 +39,19 @@ def least_seconds(
     built: bool = True,
     again_byte_seconds: float = 0.0,
 ) -> float | None:
-    """Seconds below which no step of `plan` can last that fits because of `techniques`; None where none fits.
+    """Return a lower bound of the step seconds of `plan` with `techniques`; None if they cannot make it fit.
 
     Args:
-        workload: what one step needs.
-        plan: keeps nothing elsewhere.
-        memory: of `plan`.
-        step_seconds: of `plan`.
-        techniques: of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
-        hardware: with rates of the tiers.
-        budget_bytes: that one rank may hold on its device tier.
+        workload: the traced step.
+        plan: a plan that offloads nothing.
+        memory: the peak memory of `plan`.
+        step_seconds: the step seconds of `plan`.
+        techniques: any of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
+        hardware: the hardware, with rates of the tiers.
+        budget_bytes: bytes that one rank may hold on its device tier.
         accumulate: micro-batches in a step.
         built: as for `peak_memory`.
-        again_byte_seconds: the least that running forward again takes for a byte that it need not keep.
+        again_byte_seconds: the least seconds of recomputation for each byte it frees.
 
     Source: the module's docstring.
     """
@@ -60,15 +60,15 @@ def least_seconds(
     share = allocator_share(plan, hardware.kind)
     lacking = float(memory.peak_bytes - budget_bytes)
     if share > allocator_share(_under(plan, techniques, workload.blocks, hardware.kind), hardware.kind):
-        # Its holes may close as well.
+        # The fragmentation may go away as well.
         share, lacking = 0.0, lacking - memory.terms.get("allocator", 0)
     costs = _costs(_removable(workload, plan, memory.terms, share, techniques, accumulate, hardware.kind), hardware)
     if not techniques & {*RECOMPUTATION}:
         seconds = _filled(costs, lacking)
         return None if seconds is None else max(step_seconds, seconds)
-    # What is recomputed lengthens the compute, what is moved the transfers: shares of the two that last as long.
+    # Recomputation lengthens the compute, offload the transfers: bisect for the shares at which both last as long.
     low, high = 0.0, memory.terms.get("activations", 0) * (1 + share)
-    # With each byte that is not kept its share of the holes goes.
+    # Each freed byte also frees its share of the fragmentation.
     again_byte_seconds /= 1 + share
     if _filled(costs, lacking - high) is None:
         return None
@@ -83,11 +83,11 @@ def least_seconds(
 
 
 def least_again(sizes: Sizes, rates: Rates) -> float:
-    """The least seconds that running a block forward again takes for a byte that it need not keep.
+    """Return the least seconds of recomputing a block for each byte of activations that this frees.
 
     Args:
-        sizes: of a plan under which all blocks recompute.
-        rates: of the hardware.
+        sizes: the sizes of a plan under which all blocks recompute.
+        rates: the rates of the hardware.
     """
     shares = [
         again_seconds(sizes, segment, rates) / saving
@@ -98,7 +98,7 @@ def least_again(sizes: Sizes, rates: Rates) -> float:
 
 
 def _under(plan: Plan, techniques: frozenset[str], blocks: Sequence[str], kind: str) -> Plan:
-    """`plan` with `techniques`, whatever their amounts."""
+    """Return `plan` with `techniques`, without amounts."""
     tier = "nvme" if kind == "cpu" else "cpu"
     fields: dict[str, Any] = {f"offload_{name}": tier for name in ("parameters", "optimizer") if name in techniques}
     fields["release_gradients"] = "release" in techniques
@@ -110,7 +110,7 @@ def _under(plan: Plan, techniques: frozenset[str], blocks: Sequence[str], kind: 
 
 
 def _costs(removable: list[tuple[float, float, float]], hardware: Hardware) -> list[tuple[float, float]]:
-    """Seconds a byte, and bytes, of what can be removed, the cheapest first."""
+    """Return (seconds per byte, bytes) of each removable term, cheapest first."""
     read, written = _byte_seconds(hardware)
     return sorted(
         (reads * read + writes * written if reads or writes else 0.0, size)
@@ -120,7 +120,7 @@ def _costs(removable: list[tuple[float, float, float]], hardware: Hardware) -> l
 
 
 def _filled(costs: list[tuple[float, float]], lacking: float) -> float | None:
-    """Seconds of moving the cheapest bytes that make up what is `lacking`; None where all are too few."""
+    """Return the seconds of moving the cheapest `lacking` bytes; None if all of them are too few."""
     seconds = 0.0
     for cost, size in costs:
         taken = min(size, max(0.0, lacking))
@@ -138,15 +138,15 @@ def _removable(
     accumulate: int,
     kind: str,
 ) -> list[tuple[float, float, float]]:
-    """What can be taken off the worst moment: bytes, and how often each of them is read and written in a step."""
+    """Return what the techniques can take off the worst moment: (bytes, reads of each in a step, writes of each)."""
     holes = 1 + share
     gradients = terms.get("gradients", 0) * holes
     found: list[tuple[float, float, float]] = [(terms.get("optimizer temporaries", 0) * holes, 0.0, 0.0)]
     if "release" in techniques:
         found.append((gradients, 0.0, 0.0))
     if "optimizer" in techniques or (kind == "cuda" and "parameters" in techniques):
-        # On CUDA the host may step on it: then parameters come back instead, unless they are elsewhere as well. The
-        # state of these is too.
+        # On CUDA the host may step on the state: then parameters come back instead, unless they are offloaded too.
+        # The state of offloaded parameters is itself offloaded.
         copies = 1.0 if kind == "cpu" else 0.0 if "parameters" in techniques else _parameters_of_state(workload)
         found.append((terms.get("optimizer state", 0), min(1.0, copies), 1.0))
     if "activations" in techniques:
@@ -155,24 +155,27 @@ def _removable(
         fit = workload.stage == "fit"
         fetched = accumulate * (2.0 if fit and plan.reshard_after_forward else 1.0)
         trained = fit and all(parameter.trainable and parameter.used for parameter in workload.parameters)
-        # Gradients leave with the parameters they are of; a group's bytes are then as many again.
+        # Gradients are offloaded with their parameters; a group's bytes then double.
         also = 0.0 if "release" in techniques else gradients
         size = terms.get("parameters", 0) + also
         each = 1 + (holes if also else 0.0)
-        # What steps on them on CUDA is the host.
+        # On CUDA the host steps on them.
         paged = 1.0 if trained and kind == "cpu" else 0.0
         found.append((size, (fetched + paged) / each, paged / each))
     return found
 
 
 def _parameters_of_state(workload: Workload) -> float:
-    """Bytes of the parameter for each byte of optimizer state, of that which has the fewest."""
+    """Return the smallest ratio of parameter bytes to optimizer-state bytes over all parameters with state."""
     state = {name: size for needs in workload.optimizers for name, size in needs.state_bytes.items() if size}
     return min((one.bytes / state[one.name] for one in workload.parameters if one.name in state), default=0.0)
 
 
 def _byte_seconds(hardware: Hardware) -> tuple[float, float]:
-    """Seconds a byte that is read, and that is written: on CUDA what is written has a link of its own, and may hide."""
+    """Return the seconds per byte read and per byte written.
+
+    On CUDA writes cost nothing: they have a link direction of their own, and may be hidden.
+    """
     rates = hardware.rates
     if rates is None:
         return math.inf, math.inf

@@ -1,4 +1,4 @@
-"""What the memory hierarchy adds to peak memory: what stays, what is on its way, and what is kept in other tiers.
+"""Terms of peak memory due to offload: resident bytes, bytes in flight, and bytes kept in other tiers.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5; Lv et al. 2023, "Full Parameter Fine-tuning for Large
     Language Models with Limited Resources", section 3 (gradient release).
@@ -12,24 +12,26 @@ from collections.abc import Iterable, Mapping
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
 
-# Blocks whose activations are on their way at once: out, while others compute; and back, one ahead of its backward.
+# Blocks whose activations are in flight at once: out, while others compute; back, one ahead of its backward.
 _BLOCKS_OUT, _BLOCKS_BACK = 2, 1
 
 
 def parameters_here(sizes: Sizes) -> int:
-    """Of a rank's parameters, those in the device's memory between their uses, bytes."""
+    """Return the bytes of a rank's parameters in the device's memory between their uses."""
     return sizes.parameters - sum(map(sizes.shard, sizes.placement.away))
 
 
 def state_here(sizes: Sizes) -> int:
-    """Of a rank's optimizer state, what is in the device's memory between steps, bytes."""
+    """Return the bytes of a rank's optimizer state in the device's memory between steps."""
     return sizes.optimizer_state - sizes.placement.state_away if sizes.workload.stage == "fit" else 0
 
 
 def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
-    """At each segment, bytes of the shards that are fetched ahead of a pass: of the group that computes, until it has
-    been gathered, and of the next ones that have to be fetched. Beside a CUDA device these wait in DRAM, and only what
-    is gathered of one rank is there twice, for a while in which the segment holds less than at its worst.
+    """Return, for each segment, the bytes of parameter shards that are prefetched into the device's memory.
+
+    They are the shard of the group that computes, until it has been all-gathered, and those of the next groups to
+    fetch. On CUDA prefetched shards wait in DRAM. Only a group gathered from a single rank is on the device twice,
+    while the segment holds less than at its peak.
     """
     if sizes.kind != "cpu":
         return [_copied_alone(sizes, index, backward=backward) for index in range(len(sizes.blocks))]
@@ -57,10 +59,10 @@ def _copied_alone(sizes: Sizes, index: int, *, backward: bool) -> int:
 
 
 def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
-    """At each segment, bytes of what blocks just before it saved that are on their way to another tier, or back.
+    """Return, for each segment, the bytes of the previous blocks' saved activations that are in flight between tiers.
 
-    Of two that are on their way out the first has left when the next block begins: on CUDA, where it is given back at
-    once, only what the segment holds less than at its worst may be beside it.
+    Of two blocks on their way out, the first has left when the next block begins. On CUDA its memory is freed at once,
+    so it adds only what exceeds the segment's rise to its peak.
     """
     most = _BLOCKS_BACK if backward else _BLOCKS_OUT
     last: list[int] = []
@@ -75,18 +77,18 @@ def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
 
 
 def gradients_passing(sizes: Sizes, blocks: Iterable[str | None]) -> int:
-    """Gradients of those of `blocks` whose gradients are used, or moved to another tier, as they come: bytes.
+    """Return the gradient bytes of those of `blocks` whose gradients are used or offloaded as soon as they arrive.
 
-    Beside a CUDA device those of parameters that are elsewhere come to be in DRAM.
+    On CUDA the gradients of offloaded parameters are in DRAM, and do not count.
     """
     in_dram = set(sizes.placement.groups) if sizes.kind != "cpu" else set()
     return sum(sizes.gradient(block, whole=False) for block in {*blocks} - in_dram if sizes.passes(block))
 
 
 def moved_in_step(sizes: Sizes) -> Mapping[str, int]:
-    """By tier, bytes that come from there for the optimizer's step: state, parameters, and gradients unless released.
+    """Return, by tier, the bytes read for the optimizer's step: state, parameters, and gradients unless released.
 
-    Of these, state and parameters go back.
+    State and parameters are written back.
     """
     moved: Counter[str] = Counter()
     if sizes.workload.stage != "fit":
@@ -99,21 +101,20 @@ def moved_in_step(sizes: Sizes) -> Mapping[str, int]:
 
 
 def page_buffers(sizes: Sizes) -> int:
-    """Bytes of the device's memory in buffers through which the optimizer's step is paged; they stay from one step to
-    the next. Beside a CUDA device these are pinned DRAM, `staging_bytes`.
+    """Return the bytes of the device's memory in the page buffers of the optimizer's step, which persist across steps.
+
+    On CUDA the buffers are in pinned memory instead: see `staging_bytes`.
     """
     return buffer_bytes(sizes.kind, sum(moved_in_step(sizes).values()), largest_page(sizes))
 
 
 def buffer_bytes(kind: str, moved_bytes: int, page_bytes: int) -> int:
-    """Bytes of the device's memory in the buffers through which `moved_bytes` are paged in one step, in pages of
-    `page_bytes` at most.
-    """
+    """Return the bytes of page buffers in the device's memory for `moved_bytes` a step, in pages of `page_bytes`."""
     return page_buffer_bytes(moved_bytes, page_bytes) if kind == "cpu" else 0
 
 
 def largest_page(sizes: Sizes) -> int:
-    """Bytes of the largest page: more than others have where it is of a parameter that is stepped on as a whole."""
+    """Return the bytes of the largest page; it exceeds `PAGE_BYTES` if it holds a parameter that cannot be split."""
     found = PAGE_BYTES
     for name, (largest, state) in sizes.paging.undivided.items():
         moves = state and (name in sizes.placement.groups or sizes.plan.host_optimizer_step)
@@ -122,8 +123,10 @@ def largest_page(sizes: Sizes) -> int:
 
 
 def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
-    """The most that is on the device for a while while the optimizer steps on these groups: of what is paged, for a
-    page, whose state a CUDA device is brought too; the host steps on parameters that are not there.
+    """Return the peak bytes of temporaries on the device while the optimizer steps on these groups.
+
+    For paged groups they are those of one page; on CUDA the page's state is brought to the device as well. On CUDA the
+    host steps on offloaded parameters, which need none.
     """
     in_pages: list[tuple[int, int]] = []
     at_once: list[tuple[int, int]] = []
@@ -131,7 +134,7 @@ def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
     state, page, page_state = 0, _page_parameter_bytes(sizes), PAGE_BYTES
     for name in names:
         if name in sizes.placement.groups:
-            # On the CPU: pages have the parameters too.
+            # On the CPU pages hold the parameters too.
             in_pages += [sizes.stepped.get(name, (0, 0))] if sizes.kind == "cpu" else []
         elif sizes.plan.offload_optimizer is None:
             at_once.append(sizes.stepped.get(name, (0, 0)))
@@ -145,8 +148,9 @@ def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
 
 
 def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
-    """By tier, bytes of one rank that are kept outside of the device's memory; on CUDA what passes through DRAM on its
-    way to a disk counts there.
+    """Return, by tier, the bytes of one rank kept outside the device's memory.
+
+    On CUDA the staging buffers of transfers to a disk count as DRAM.
     """
     place, fit = sizes.placement, sizes.workload.stage == "fit"
     kept: Counter[str] = Counter(place.state)
@@ -161,14 +165,12 @@ def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
 
 
 def staging_bytes(sizes: Sizes) -> int:
-    """Bytes of the buffers in DRAM through which a CUDA device reads and writes a disk, and into which what the host
-    steps on is copied.
-    """
+    """Return the bytes of a CUDA device's staging buffers in DRAM: for disk transfers, and for the host's step."""
     place, moved = sizes.placement, moved_in_step(sizes)
     paged = sum(moved.values()) if sizes.plan.host_optimizer_step else moved.get("nvme", 0)
     passing = page_buffer_bytes(paged, largest_page(sizes))
     shards = [sizes.shard(name) for name, tier in place.groups.items() if tier == "nvme"]
-    # Buffers of the size of the largest.
+    # Every buffer has the size of the largest shard.
     passing += (sizes.plan.prefetched_blocks + 1) * max(shards, default=0)
     if place.activations == "nvme":
         passing += sum(sorted(map(sizes.leaving_of, sizes.step.segments), reverse=True)[:_BLOCKS_OUT])
@@ -176,7 +178,7 @@ def staging_bytes(sizes: Sizes) -> int:
 
 
 def _page_parameter_bytes(sizes: Sizes) -> int:
-    """Bytes of the parameters that one page is for."""
+    """Return the bytes of the parameters that one page updates."""
     state = sum(sizes.paging.state.values())
     if sizes.plan.offload_optimizer is None or not state:
         return PAGE_BYTES // (1 if sizes.plan.release_gradients else 2)

@@ -1,7 +1,8 @@
 """The link that each collective of a plan runs over, by mesh axis: inside a node, or between nodes and shared.
 
-Ranks are numbered node by node, and in the mesh those of tensor parallelism first, then the shards: the parts of one
-block are on consecutive ranks, its shards `tp` apart, and the replicas of a shard `tp * dp_shard`.
+Ranks are numbered node by node. In the DeviceMesh tensor parallelism is the innermost axis, then dp_shard: the
+tensor-parallel shards of a block are on consecutive ranks, its FSDP shards `tp` apart, and the replicas of a shard
+`tp * dp_shard` apart.
 
 Source: torch.distributed.device_mesh (ranks in row-major order); Zhao et al. 2023, "PyTorch FSDP", section 3.2.2.
 """
@@ -16,14 +17,14 @@ from lightning_largescale.plan import Plan
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Links:
-    """What the collectives of one plan run over; None where the hardware has no such link.
+    """The links of the collectives of one plan; None if the hardware has no such link.
 
     Attributes:
-        all_gather: of parameters, along dp_shard.
-        reduce_scatter: of gradients, along dp_shard.
-        all_reduce: of gradients, along dp_replicate.
-        tensor: of activations and their gradients, along tp: an all-reduce.
-        tables: of rows that all ranks exchange: one hop to each.
+        all_gather: for parameters, along dp_shard.
+        reduce_scatter: for gradients, along dp_shard.
+        all_reduce: for gradients, along dp_replicate.
+        tensor: for all-reduces of activations and their gradients, along tp.
+        tables: for the exchange of table rows between all ranks: one hop to each.
     """
 
     all_gather: Link | None
@@ -34,10 +35,10 @@ class Links:
 
 
 def plan_links(plan: Plan, hardware: Hardware) -> Links:
-    """The links of `plan`, whose sizes multiply to the ranks of `hardware`.
+    """Return the links of `plan`, whose sizes multiply to the ranks of `hardware`.
 
-    A group that lies inside a node has the node's own link, that of all ranks where the node's was not measured. Groups
-    that cross nodes all communicate at once, and each gets its part of what one group of all ranks would have.
+    A group inside a node has the node's own link, or that of all ranks if the node's was not measured. Groups that
+    cross nodes communicate at the same time, and share the bandwidth that one group of all ranks would have.
 
     Raises:
         ValueError: `hardware` has no rates.
@@ -72,7 +73,7 @@ def plan_links(plan: Plan, hardware: Hardware) -> Links:
             tensor=tensor,
             tables=tables,
         )
-    # Where whole nodes make no group, a node has the end of one group and the start of the next.
+    # If nodes do not divide a group evenly, a node has the end of one group and the start of the next.
     groups = min(plan.tp, node) * (1 if shards % node == 0 else 2)
     return Links(
         all_gather=_shared(rates.all_gather, groups),

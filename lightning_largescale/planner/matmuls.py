@@ -1,4 +1,4 @@
-"""Matrix products like those of a workload, few and with round edges: what the hardware's rate is worth measuring at.
+"""Matrix-product sizes that represent a workload, few and rounded, at which to measure the hardware's rate.
 
 Source: Williams et al. 2009, "Roofline", section 3 (a rate is reached at a size, not at any).
 """
@@ -11,20 +11,20 @@ from collections import Counter
 from lightning_largescale.workload import Parameter, Workload
 
 _MOST_SIZES = 3
-# Beyond it the rate of a product grows no more, and workloads of any batch share what was measured.
+# Beyond this edge the rate no longer grows, so that workloads of any batch share one measurement.
 _LARGEST_EDGE = 8192
 
 
 def matmul_sizes(workload: Workload) -> tuple[tuple[int, int, int], ...] | None:
-    """The `(m, k, n)` that most FLOPs of a step are spent at, for `Hardware.calibrate(matmul_sizes=...)`.
+    """Return the `(m, k, n)` that take most FLOPs of a step, for `Hardware.calibrate(matmul_sizes=...)`.
 
-    The trace knows FLOPs a segment but no products. So each matrix of a segment is taken to meet the same number of
-    rows, that which explains its FLOPs: exact for a stack of linear layers and for convolutions, too many where
-    attention over long sequences has most of them. Edges are rounded to powers of two, so that similar models get the
-    same sizes, and what was measured for one serves the other.
+    The trace has the FLOPs of a segment, not its products. So every matrix of a segment is assumed to multiply the same
+    number of rows, the number that explains the segment's FLOPs. This is exact for a stack of linear layers and for
+    convolutions, and too many rows if attention over long sequences has most of the FLOPs. Edges are rounded to powers
+    of two, so that similar models share sizes and measurements.
 
     Returns:
-        At most three sizes, in ascending order; None where no matrix has FLOPs, which has a cube measured.
+        At most three sizes, in ascending order; None if no matrix has FLOPs, so that a cube is measured.
 
     Source: the module's docstring.
     """
@@ -40,7 +40,10 @@ def matmul_sizes(workload: Workload) -> tuple[tuple[int, int, int], ...] | None:
 
 
 def _rows(workload: Workload, block: str | None, matrices: list[Parameter]) -> tuple[float, int]:
-    """Rows that meet each of a group's matrices in one run, and the number of runs; the rest of the model runs once."""
+    """Return the rows that each matrix of a group multiplies in one run, and the number of runs.
+
+    The rest of the model, outside of blocks, runs once.
+    """
     segments = [s for step in list(workload.steps.values())[:1] for s in step.segments if s.block == block]
     runs = len(segments) if block is not None else 1
     weights = sum(matrix.numel for matrix in matrices)
@@ -50,7 +53,7 @@ def _rows(workload: Workload, block: str | None, matrices: list[Parameter]) -> t
 
 
 def _is_factor(parameter: Parameter) -> bool:
-    """Whether it is a factor of products: tables of embeddings are looked up, unless the head is tied to them."""
+    """Whether a parameter is a factor of matrix products: embeddings are looked up, unless the head is tied to them."""
     return len(parameter.shape) > 1 and parameter.numel > 0 and (not parameter.embedding or bool(parameter.aliases))
 
 

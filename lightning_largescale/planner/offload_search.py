@@ -1,8 +1,8 @@
-"""Plans that fit because something is kept in another tier: which techniques, and how much of each.
+"""Search for plans that fit by offload: which techniques, and how much of each.
 
-For every layout that does not fit by itself, each set of techniques is solved for the amounts that cost the least
-(`amounts`). Layouts are taken in the order of how fast they could be at best, and those that could not be faster than
-what has been found are left out, so that the choice is the best of all.
+For every layout that does not fit by itself, each set of techniques is solved for its cheapest amounts (`amounts`).
+Layouts are visited in the order of their upper bound of speed. The search ends when no remaining layout can beat the
+best plan found, so that the result is the best of all.
 
 Source: Land and Doig 1960, "An Automatic Method of Solving Discrete Programming Problems" (branch and bound);
     Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (what can be kept where).
@@ -26,21 +26,21 @@ from lightning_largescale.planner.tier_budgets import shortfalls
 from lightning_largescale.workload import Workload
 
 TECHNIQUES = ("release", "optimizer", "activations", "parameters")
-# What differs by less is as fast.
+# Relative difference below which two plans count as equally fast.
 _ROUNDING = 1e-9
 Row = tuple[Plan, Estimate]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Offloading:
-    """What plans that keep bytes elsewhere are searched with.
+    """The inputs of the search for offloading plans.
 
     Attributes:
-        workload: what one step needs.
-        hardware: with rates.
-        budgets: bytes of each tier, the device's included; tiers that are not in it are not used.
+        workload: the traced step.
+        hardware: the hardware, with rates.
+        budgets: bytes of each tier, the device's included; a tier that is missing is not used.
         accumulate: micro-batches in a step.
-        may_release: nothing needs all gradients at once.
+        may_release: whether gradients may be released early, as nothing needs all of them at once.
         setup: `baseline_bytes` and `built`, as for `peak_memory`.
     """
 
@@ -52,7 +52,7 @@ class Offloading:
     setup: Mapping[str, Any]
 
     def techniques(self, plan: Plan) -> list[frozenset[str]]:
-        """Sets of techniques that may be combined with `plan`, those of the fewest first."""
+        """Return the sets of techniques that may be combined with `plan`, smallest sets first."""
         work = self.workload
         fit, tiers = work.stage == "fit", len(self.budgets) > 1
         replicas = plan.dp_replicate > 1 and not plan.shards
@@ -70,13 +70,14 @@ class Offloading:
         usable = [name for name in TECHNIQUES if may[name]]
         sets = (itertools.combinations(usable, count) for count in range(1, len(usable) + 1))
         found = [frozenset(names) for names in itertools.chain.from_iterable(sets)]
-        # On CUDA state of parameters that are elsewhere is elsewhere too.
+        # On CUDA the state of offloaded parameters is offloaded too.
         both = {"parameters", "optimizer"} if self.hardware.kind == "cuda" and may["optimizer"] else set()
         return [names for names in found if "parameters" not in names or both <= names]
 
     def with_recomputation(self, plan: Plan) -> list[tuple[frozenset[str], float]]:
-        """The same where some blocks recompute instead of having their activations leave, and the least seconds that
-        takes for a byte that is not kept.
+        """Return the sets of techniques in which some blocks recompute instead of offloading their activations.
+
+        Each comes with the least seconds of recomputation for each byte that this frees.
         """
         work, rates = self.workload, self.hardware.rates
         if plan.activation_checkpointing != "none" or work.stage != "fit" or len(work.blocks) < 2 or rates is None:
@@ -93,7 +94,7 @@ class Offloading:
         return found
 
     def layouts(self, plan: Plan, *, gathering: bool) -> list[Layout]:
-        """`plan` as it runs where its parameters leave, or where they do not."""
+        """Return the layouts of `plan`, with its parameters offloaded if `gathering`, else without."""
         plans = [plan]
         if gathering and not plan.shards:
             wraps = self.workload.wraps if self.workload.stage == "fit" else ()
@@ -104,18 +105,18 @@ class Offloading:
     def _layout(self, plan: Plan, *, gathering: bool) -> Layout:
         kind = self.hardware.kind
         tier = ("nvme" if kind == "cpu" else "cpu") if gathering else None
-        # A plan whose parameters leave gathers them; here all of them stay.
+        # A plan that offloads parameters gathers them; in this layout all of them are still resident.
         given = dataclasses.replace(plan, offload_parameters=tier, resident_parameter_bytes=UNLIMITED if tier else None)
         sizes = Sizes(self.workload, given, kind, self.accumulate)
         return Layout(sizes, self.hardware, self.budgets, **self.setup)
 
 
 def offloaded_plans(search: Offloading, rows: Sequence[Row]) -> Iterator[Plan]:
-    """The fastest plan that keeps something elsewhere of every layout that may win, from `rows` that fit no more.
+    """Yield the fastest offloading plan of every layout that may win, from the plans in `rows` that do not fit.
 
     Args:
-        search: what is searched with.
-        rows: plans without, priced; the best that fits of them bounds what is worth looking at.
+        search: the inputs of the search.
+        rows: priced plans without offload; the fastest of them that fits bounds the search.
 
     Source: the module's docstring.
     """
@@ -141,8 +142,9 @@ def offloaded_plans(search: Offloading, rows: Sequence[Row]) -> Iterator[Plan]:
 
 
 def _bounded(search: Offloading, rows: Sequence[Row]) -> list[tuple[float, Plan, frozenset[str]]]:
-    """Each plan of `rows` that does not fit, with each set of techniques that may make it; the most samples a second
-    that they may reach first, and of those that may reach as many the simplest.
+    """Return each plan of `rows` that does not fit, with each set of techniques that may make it fit.
+
+    Sorted by the upper bound of samples per second, highest first; among equals the simplest first.
     """
     found: list[tuple[float, int, Plan, frozenset[str]]] = []
     for order, (plan, estimate) in enumerate(rows):
@@ -170,20 +172,20 @@ def _bounded(search: Offloading, rows: Sequence[Row]) -> list[tuple[float, Plan,
 
 
 def samples(search: Offloading, plan: Plan) -> float:
-    """Samples of one step of `plan`."""
+    """Return the number of samples in one step of `plan`."""
     return float(search.workload.batch_samples * plan.dp * search.accumulate)
 
 
 def least_plans(search: Offloading, plans: Collection[Plan]) -> Iterator[Plan]:
-    """Of each of `plans`, those with all elsewhere that can be: what needs the least memory on the device.
+    """Yield, for each of `plans`, the variants that offload all that can be: those with the least device memory.
 
-    The last tier is taken to have room for all.
+    The last tier is assumed to have room for everything.
     """
     tiers = [tier for tier in ("cpu", "nvme") if tier in search.budgets]
     search = dataclasses.replace(search, budgets={**search.budgets, **dict.fromkeys(tiers[-1:], UNLIMITED)})
     for plan in plans:
         sets = search.techniques(plan)
-        # Parameters that leave have to be gathered again, which may take more than it saves.
+        # Offloaded parameters have to be gathered again, which may take more memory than it saves.
         for names in (sets[-1:], [names for names in sets if "parameters" not in names][-1:]):
             for techniques in names:
                 for layout in search.layouts(plan, gathering="parameters" in techniques):

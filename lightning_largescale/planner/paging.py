@@ -1,4 +1,4 @@
-"""Which bytes of a rank's optimizer step pages can have, wherever its state is: the sizes of one layout.
+"""Bytes of a rank's optimizer step that can be paged, wherever its state is: the sizes of one layout.
 
 Source: Dettmers et al. 2023, "QLoRA", section 3 (paged optimizers).
 """
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_largescale.planner.sizes import Sizes
 
-# Bytes of the largest gradient, and of all.
+# Bytes of the largest gradient, and of all gradients.
 Stepped = tuple[int, int]
 
 
 class Paging:
-    """Of the optimizers of some sizes, what is paged and what is not, by group of parameters; tables under "".
+    """Paged and unpaged bytes of the optimizers, by group of parameters; row-sharded tables are under "".
 
     Args:
-        sizes: of any plan of the layout.
+        sizes: the sizes of any plan of the layout.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -31,9 +31,7 @@ class Paging:
 
     @cached_property
     def state(self) -> dict[str, float]:
-        """By name of a parameter, bytes of the rank's state of it that pages have; without those of which they have
-        none.
-        """
+        """Bytes of the rank's paged optimizer state, by parameter name; parameters without paged state are left out."""
         found: Counter[str] = Counter()
         for needs in self._sizes.workload.optimizers:
             found.update({name: size - needs.unpaged_bytes.get(name, 0) for name, size in needs.state_bytes.items()})
@@ -42,7 +40,7 @@ class Paging:
 
     @cached_property
     def unpaged(self) -> dict[str | None, int]:
-        """Bytes of the rank's state that pages have none of, and which stays where the parameters are."""
+        """Bytes of the rank's state that cannot be paged, by group; it stays where the parameters are."""
         return {
             name: math.ceil(sum(self._sizes.state_of(one) - self.state.get(one.name, 0) for one in group))
             for name, group in self._groups.items()
@@ -50,19 +48,20 @@ class Paging:
 
     @cached_property
     def stepped(self) -> dict[str | None, Stepped]:
-        """What is stepped on in pages."""
+        """Gradient bytes that are stepped on in pages, by group."""
         return {name: self._stepped(name, self.state) for name in self._groups}
 
     @cached_property
     def stepped_at_once(self) -> dict[str | None, Stepped]:
-        """What is stepped on at once, having no state that is paged."""
+        """Gradient bytes that are stepped on at once, because their parameters have no paged state, by group."""
         others = {one.name for group in self._groups.values() for one in group} - self.state.keys()
         return {name: self._stepped(name, others) for name in self._groups}
 
     @cached_property
     def undivided(self) -> dict[str | None, tuple[int, int]]:
-        """Of parameters that a page has as a whole, since their optimizer's step needs that: bytes of the largest
-        gradient, and of the most state.
+        """Bytes of the largest gradient and of the most state among parameters that cannot be split, by group.
+
+        A page holds all of such a parameter, because its optimizer's step needs that.
         """
         needing = {
             name for needs in self._sizes.workload.optimizers if not needs.divisible for name in needs.state_bytes

@@ -1,4 +1,4 @@
-"""What a user sees: one panel at setup, and one line after fit that holds the predictions against what was measured."""
+"""Output for the user: one panel at setup, and one line after fit that compares predictions with measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MATMUL_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def setup_panel(report: Report) -> Panel:
-    """The panel of a report that has a best plan: hardware, model, plan, predictions, runner-up and advice."""
+    """Return the panel of a report with a best plan: hardware, model, plan, predictions, runner-up and advice."""
     estimate = report.best_estimate
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -53,12 +53,12 @@ def setup_panel(report: Report) -> Panel:
 
 
 def after_fit(estimate: Estimate, peak_bytes: int | None, step_seconds: float | None) -> str:
-    """One line: predicted and measured peak and step time, and the signed error of each prediction.
+    """Return one line: predicted and measured peak and step time, and the signed error of each prediction.
 
     Args:
-        estimate: of the plan that ran.
-        peak_bytes: as `hardware.usage.peak_bytes` measures them; None where it cannot.
-        step_seconds: likewise measured.
+        estimate: the estimate of the plan that ran.
+        peak_bytes: the peak measured by `hardware.usage.peak_bytes`; None if it cannot measure.
+        step_seconds: the measured step time; None if not measured.
     """
     peak = _against(estimate.memory.measured_bytes, peak_bytes, format_bytes)
     step = _against(estimate.step_seconds, step_seconds, format_seconds)
@@ -80,7 +80,7 @@ def hardware_words(hardware: Hardware) -> str:
 
 
 def model_words(workload: Workload) -> str:
-    """The model in a line: parameters, trainable share, bytes by dtype."""
+    """Return the model in a line: parameters, trainable share, bytes by dtype."""
     total = workload.parameter_bytes
     share = 100.0 * workload.trainable_bytes / total if total else 0.0
     dtypes: dict[str, int] = {}
@@ -92,7 +92,7 @@ def model_words(workload: Workload) -> str:
 
 
 def memory_bars(estimate: Estimate, budget_bytes: int) -> RenderableType:
-    """The terms of the peak as bars against the budget."""
+    """Return the terms of the peak as bars against the budget."""
     peak = estimate.peak_bytes["device"]
     share = min(1.0, peak / budget_bytes)
     beside = " beside CUDA's context" if estimate.memory.kind == "cuda" else ""
@@ -113,12 +113,12 @@ def memory_bars(estimate: Estimate, budget_bytes: int) -> RenderableType:
 
 
 def kept_words(size: int, budget_bytes: int | None) -> str:
-    """Bytes of a tier beside those it has: `"14.5 GiB of 80.0 GiB a rank"`."""
+    """Return the bytes kept in a tier, and its budget: `"14.5 GiB of 80.0 GiB a rank"`."""
     return format_bytes(size) + ("" if budget_bytes is None else f" of {format_bytes(budget_bytes)} a rank")
 
 
 def time_words(report: Report, estimate: Estimate) -> str:
-    """The step in a line: seconds, samples a second, the largest terms and all that moves between tiers."""
+    """Return the step in a line: seconds, samples per second, the largest terms and all transfers between tiers."""
     rows = list(estimate.time.terms.items())
     rows = rows[:4] + [row for row in rows[4:] if row[0] in CHANNELS]
     terms = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in rows)

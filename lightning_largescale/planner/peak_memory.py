@@ -1,8 +1,8 @@
 """Peak memory of one rank under a plan: a sum of named terms at the worst moment of a training step.
 
-A step is walked through moment by moment (setup, each segment's forward, each segment's backward, the optimizer's
-step). What is live at each is a sum of terms; the peak is the largest sum. Terms are small pure functions of the
-workload and the plan, so that a new technique adds a term or changes one.
+A step is a sequence of moments: setup, each segment's forward, each segment's backward, the optimizer's step. The live
+bytes at each moment are a sum of terms; the peak is the largest sum. Terms are small pure functions of the workload and
+the plan, so that a new technique adds a term or changes one.
 
 Source: Rajbhandari et al. 2020, "ZeRO", section 3 (model states and residual states); the traced live bytes are those
     of `Workload`.
@@ -28,9 +28,9 @@ from lightning_largescale.planner.hierarchy import (
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import Segment, Workload
 
-# Holes between the tensors of a step, as a share of the bytes that come and go in it (benchmarks/results). On CPU: of
-# glibc's heap, by what is done about them (`Plan.heap`). On CUDA: of the caching allocator's segments, not measured
-# yet.
+# Fragmentation (holes between the tensors of a step) as a share of the bytes that come and go in it
+# (benchmarks/results). On CPU: of glibc's heap, by how it is managed (`Plan.heap`). On CUDA: of the caching allocator's
+# segments, not measured yet.
 _HEAP_SHARES = {"left": 0.6, "trimmed": 0.15, "watched": 0.15, "mapped": 0.05}
 _TENSOR_SHARE, _CUDA_SHARE = 0.45, 0.06
 _COMES_AND_GOES = (
@@ -42,21 +42,22 @@ _COMES_AND_GOES = (
     "communication",
     "optimizer temporaries",
 )
-# Once per process, whatever the model: kernels' code pages and work buffers on first use (cpu); the workspaces that
-# cuBLAS has of the allocator, one for each thread that multiplies (cuda), 32 MiB each on Hopper.
+# Bytes per process, whatever the model: kernels' code pages and work buffers on first use (cpu); the workspaces that
+# cuBLAS takes from the allocator (cuda), one for each thread that multiplies, 32 MiB each on Hopper.
 RUNTIME_BYTES = {"cpu": 24 * 2**20, "cuda": 64 * 2**20}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """What one rank holds on its device tier at the worst moment: on CPU the process's resident memory; on CUDA what
-    torch's allocator has of the device, beside which there is CUDA's context.
+    """Peak memory of one rank on its device tier.
+
+    On CPU it is the process's resident memory; on CUDA what torch's allocator reserves, without CUDA's context.
 
     Attributes:
-        moment: that moment, in words: `"backward of blocks.11"`.
-        terms: bytes by term, largest first; those of 0 bytes are left out.
-        elsewhere: bytes kept in other tiers, by tier; those of 0 bytes are left out.
-        kind: of the device, "cpu" or "cuda".
+        moment: the moment of the peak, in words: `"backward of blocks.11"`.
+        terms: bytes by term, largest first; terms of 0 bytes are left out.
+        elsewhere: bytes kept in other tiers, by tier; tiers of 0 bytes are left out.
+        kind: the kind of device, "cpu" or "cuda".
     """
 
     moment: str
@@ -66,13 +67,14 @@ class MemoryEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The sum of the terms, bytes: what has to fit a budget."""
+        """The sum of the terms (bytes), which has to fit a budget."""
         return sum(self.terms.values())
 
     @property
     def measured_bytes(self) -> int:
-        """Of the peak, the bytes that `hardware.usage.peak_bytes` counts: on CPU all of them; on CUDA those that the
-        allocator gives out, and not the holes between them.
+        """The bytes of the peak that `hardware.usage.peak_bytes` counts.
+
+        On CPU all of them; on CUDA those that are allocated, without the allocator's fragmentation.
         """
         return self.peak_bytes - (self.terms.get("allocator", 0) if self.kind == "cuda" else 0)
 
@@ -86,17 +88,17 @@ def peak_memory(
     accumulate_grad_batches: int = 1,
     built: bool = True,
 ) -> MemoryEstimate:
-    """The worst moment of a step of `workload` under `plan`, on one rank.
+    """Return the peak memory of one rank in a step of `workload` under `plan`.
 
     Args:
         workload: the traced step, of one rank's micro-batch.
-        plan: the plan to price; need not fit the number of devices of `hardware`.
-        hardware: of which only the kind counts.
-        baseline_bytes: what the process holds before, without the model (bytes).
+        plan: the plan to price; it need not fit the number of devices of `hardware`.
+        hardware: the hardware; only its kind counts.
+        baseline_bytes: bytes that the process holds before, without the model.
         accumulate_grad_batches: micro-batches between optimizer steps; above 1, gradients stay unsharded in between
             unless parameters are offloaded.
-        built: the model has its values before setup; without, they are made group by group where it is divided or kept
-            in another tier.
+        built: whether the model is materialized before setup; if not, a model that is sharded or offloaded is
+            materialized group by group.
 
     Source: the module's docstring.
     """
@@ -105,7 +107,7 @@ def peak_memory(
 
 
 def memory_of(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) -> MemoryEstimate:
-    """`peak_memory` of the plan that `sizes` are of."""
+    """Return `peak_memory` of the plan of `sizes`."""
     worst, worst_index, worst_terms = max(
         _moments(sizes, baseline_bytes, built), key=lambda moment: sum(moment[2].values())
     )
@@ -116,9 +118,9 @@ def memory_of(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) -> M
 
 
 def moments_bytes(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) -> list[tuple[int, int]]:
-    """Of each moment of a step, the bytes of all terms but the allocator's, and those of them that come and go.
+    """Return, for each moment of a step, the bytes of all terms except the allocator's, and of those that come and go.
 
-    Amounts that are kept in other tiers change these by sums, each amount by its own.
+    Every amount of offload adds its own change to these, independently of the others.
     """
     return [
         (sum(terms.values()) - terms["allocator"], _moving_bytes(terms))
@@ -129,17 +131,17 @@ def moments_bytes(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) 
 def first_excess(
     sizes: Sizes, budget_bytes: int, recomputed: frozenset[str], *, baseline_bytes: int = 0, built: bool = True
 ) -> tuple[int, int] | None:
-    """Where a step needs more than `budget_bytes`, if it recomputes the blocks in `recomputed`.
+    """Return the first moment at which a step that recomputes the blocks in `recomputed` exceeds `budget_bytes`.
 
-    Of those moments the one with the fewest segments before it, as their number, and the bytes above; None where it
+    It is the moment with the fewest segments before it, as (that number, bytes above the budget); None if the step
     fits.
 
-    Moments that do not lie in a segment (setup, the optimizer's step) have none before them.
+    Moments outside of segments (setup, the optimizer's step) have no segments before them.
 
     Args:
-        sizes: of a plan that recomputes; what they share with those of other blocks is computed once.
-        budget_bytes: that one rank may hold.
-        recomputed: names of blocks in the place of those that the plan has.
+        sizes: the sizes of a plan that recomputes; what does not depend on the blocks is computed once.
+        budget_bytes: bytes that one rank may hold.
+        recomputed: names of the blocks to recompute, instead of the plan's.
         baseline_bytes: as for `peak_memory`.
         built: as for `peak_memory`.
     """
@@ -152,13 +154,13 @@ def first_excess(
 
 
 def allocator_share(plan: Plan, kind: str) -> float:
-    """Bytes lost in holes for each byte that comes and goes in a step.
+    """Return the bytes lost to fragmentation for each byte that comes and goes in a step.
 
-    Source: measured, benchmarks/results; parallel/heap.py for what is done about it.
+    Source: measured, benchmarks/results; parallel/heap.py for how the heap is managed.
     """
     if kind == "cuda":
         return _CUDA_SHARE
-    # Trimmed between its steps, tensor parallelism leaves more in each than replicas do.
+    # Even if the heap is trimmed between steps, tensor parallelism fragments it more in each step than replicas do.
     return _TENSOR_SHARE if plan.heap == "trimmed" and plan.tp > 1 else _HEAP_SHARES[plan.heap]
 
 
@@ -170,12 +172,12 @@ _Moment = tuple[str, int | None, dict[str, int]]
 
 
 def _moments(sizes: Sizes, baseline_bytes: int, built: bool) -> Iterator[_Moment]:
-    """Each moment of one run: what happens, in which segment, and its terms."""
+    """Yield each moment of one run: its name, the index of its segment, and its terms."""
     plan, workload = sizes.plan, sizes.workload
     always = {
         "process before": baseline_bytes,
         "runtime": RUNTIME_BYTES[sizes.kind],
-        # Recomputation keeps a copy of a block's until its backward.
+        # Recomputation keeps a copy of a block's buffers until its backward.
         "buffers": workload.buffer_bytes * (1 if plan.activation_checkpointing == "none" else 2),
     }
     share = allocator_share(plan, sizes.kind)
@@ -202,19 +204,19 @@ def _changing(sizes: Sizes, built: bool) -> Iterator[_Moment]:
         if sizes.gathers:
             live = live_after_backward(sizes, index)
             yield "gradient reduction", index, {**moved, **reduction_terms(sizes, index), "activations": live}
-    # What is released has been stepped on, but for the root's.
+    # Released gradients have been stepped on already, except the root's.
     stepped = (None, "") if sizes.plan.release_gradients else sizes.stepped
     ends = {"gradients": _kept_gradients(sizes), "optimizer temporaries": temporaries(sizes, stepped)}
     yield "optimizer step", None, {**states, **ends}
 
 
 def setup_terms(sizes: Sizes, *, built: bool = True) -> dict[str, int]:
-    """Before the first step: the whole model as the user built it, and the first group's shard beside its full copy.
+    """Return the terms at setup: the full model as the user built it, and a group's shard beside its full copy.
 
-    On CUDA the whole model is in DRAM and only the group that is being sharded is on the device, twice while ranks are
-    given the same values; so it is on the CPU where the model has no values yet, once.
+    On CUDA the full model is in DRAM, and only the group that is being sharded is on the device, twice while rank 0's
+    values are broadcast. The same holds on the CPU for a model that is not materialized yet, but once.
     """
-    # Tables are divided one after the other, each beside its full copy.
+    # Tables are sharded one after the other, each beside its full copy.
     rows = max(map(sizes.local, sizes.tables), default=0)
     if not sizes.gathers:
         return {"parameters": sizes.full_parameters, "rows of a table": rows}
@@ -227,7 +229,7 @@ def setup_terms(sizes: Sizes, *, built: bool = True) -> dict[str, int]:
 
 
 def _in_flight(sizes: Sizes, *, backward: bool) -> list[dict[str, int]]:
-    """At each segment, what is on its way between tiers."""
+    """Return, for each segment, the terms in flight between tiers."""
     parameters = parameters_in_flight(sizes, backward=backward)
     activations = activations_in_flight(sizes, backward=backward)
     return [
@@ -237,7 +239,7 @@ def _in_flight(sizes: Sizes, *, backward: bool) -> list[dict[str, int]]:
 
 
 def live_in_forward(sizes: Sizes, index: int) -> int:
-    """Activations and temporaries at the worst moment of one segment's forward, bytes.
+    """Return the bytes of activations and temporaries at the peak of one segment's forward.
 
     Source: the trace; Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4, for what
         recomputation drops.
@@ -246,25 +248,25 @@ def live_in_forward(sizes: Sizes, index: int) -> int:
 
 
 def live_in_backward(sizes: Sizes, index: int) -> int:
-    """Activations and temporaries at the worst moment of one segment's backward, its recomputation included, bytes."""
+    """Return the bytes of activations and temporaries at the peak of one segment's backward, recomputation included."""
     segment, dropped = sizes.step.segments[index], sizes.dropped[index]
     live = segment.backward_peak_bytes - dropped
     if sizes.recomputes(segment):
-        # What was kept is there already.
+        # The kept results are live already.
         again = max(0, segment.forward_peak_bytes - segment.forward_entry_bytes - sizes.kept(segment))
         live = max(live, segment.backward_entry_bytes - dropped - sizes.saving(segment) + again)
     return max(0, live)
 
 
 def live_after_backward(sizes: Sizes, index: int) -> int:
-    """Activations that are left when one segment's backward is done, bytes."""
+    """Return the bytes of activations that remain when one segment's backward is done."""
     return max(0, sizes.step.segments[index].backward_exit_bytes - sizes.dropped[index])
 
 
 def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
-    """Gradients and gathered parameters while one segment runs forward.
+    """Return the terms of gradients and gathered parameters during one segment's forward.
 
-    Lightning's closure runs the forward before it clears gradients, so those of the step before are still there.
+    Lightning's closure runs the forward before it clears gradients, so those of the previous step are still live.
 
     Source: lightning.pytorch.loops.optimization.automatic, `Closure.closure`; torch.distributed.fsdp.fully_shard.
     """
@@ -283,11 +285,14 @@ def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
 
 
 def backward_terms(sizes: Sizes, index: int) -> dict[str, int]:
-    """Gradients and gathered parameters while one segment runs backward, the next group's gather in flight included."""
+    """Return the terms of gradients and gathered parameters during one segment's backward.
+
+    The all-gather of the next group, in flight, is included.
+    """
     terms = {"gradients": _gradients_so_far(sizes, index)}
     block = sizes.step.segments[index].block
     if sizes.plan.release_gradients:
-        # A block is stepped on when the first gradient of the next one comes.
+        # A block is stepped on when the first gradient of the next block arrives.
         ends = (block,) if sizes.kind == "cpu" else ()
         stepped = [name for name in (*ends, _block_beside(sizes, index, 1)) if name is not None]
         terms["optimizer temporaries"] = max((temporaries(sizes, [name]) for name in stepped), default=0)
@@ -304,13 +309,12 @@ def backward_terms(sizes: Sizes, index: int) -> dict[str, int]:
 
 
 def reduction_terms(sizes: Sizes, index: int) -> dict[str, int]:
-    """The moment a group's gradients are reduced: autograd's, the flat copy that is sent, and the rank's shard of the
-    result.
+    """Return the terms while a group's gradients are reduced: unsharded gradients, flat send copy, reduced shard.
 
-    The root's own are reduced last, when the whole backward is done.
+    The root's gradients are reduced last, after the whole backward.
 
-    On CPU all three are there; on CUDA what was gathered of the group is given back before, and autograd's when they
-    have been copied. The holes in a CPU's heap were measured beside that.
+    On CPU all three are live. On CUDA the group's gathered parameters are freed before, and the unsharded gradients
+    once they are copied. The fragmentation of a CPU's heap was measured with these terms.
 
     Source: torch.distributed.fsdp, `foreach_reduce`.
     """
@@ -337,9 +341,9 @@ def _states(sizes: Sizes) -> dict[str, int]:
 
 
 def _received(sizes: Sizes, index: int) -> int:
-    """What ranks sent for the last gather of a forward, until its copies for the next one are made.
+    """Return the bytes of the last all-gather's output in forward, live until the copy-out for the next one.
 
-    On CPU the holes in its heap were measured with it.
+    On CPU it is part of the measured fragmentation of the heap.
 
     Source: torch.distributed.fsdp, `AllGatherState`.
     """
@@ -349,9 +353,9 @@ def _received(sizes: Sizes, index: int) -> int:
 
 
 def _sent(sizes: Sizes, index: int) -> int:
-    """What was sent of the gradients of the group that was reduced before, until the next one is.
+    """Return the bytes of the previous group's reduce-scatter input, live until the next group is reduced.
 
-    On CPU the holes in its heap were measured with it.
+    On CPU it is part of the measured fragmentation of the heap.
 
     Source: torch.distributed.fsdp, `ReduceScatterState`.
     """
@@ -362,7 +366,7 @@ def _sent(sizes: Sizes, index: int) -> int:
 
 
 def _gathered_ahead(sizes: Sizes, index: int) -> str | None:
-    """The block that is gathered while segment `index` runs backward; None where that waits until it is needed.
+    """Return the block that is prefetched during the backward of segment `index`; None if it is not prefetched.
 
     Source: torch.distributed.fsdp, which copies on a mesh of one rank when the block is about to run.
     """
@@ -371,21 +375,24 @@ def _gathered_ahead(sizes: Sizes, index: int) -> str | None:
 
 
 def _joined(sizes: Sizes) -> int:
-    """Parameters, or gradients, of a block that another rank runs, in whose collectives this one takes part."""
+    """Return the parameter bytes, or gradient bytes, of a block whose collectives this rank joins without running it.
+
+    Only models with branches have such blocks, as ranks may run different ones.
+    """
     if not sizes.workload.branches or sizes.plan.world_size == sizes.plan.tp:
         return 0
     return max((sizes.gathered(block) for block in sizes.groups if block is not None), default=0)
 
 
 def _unreduced(sizes: Sizes, index: int) -> int:
-    """Whole gradients of the group that runs backward and of the root's, which are reduced when all is done."""
+    """Return the unsharded gradient bytes of the group that runs backward and of the root, which is reduced last."""
     if sizes.reductions < sizes.accumulate:
         return 0
     return sizes.own_gradient(index) + sizes.root_gradient(index, whole=True)
 
 
 def _beside_buckets(sizes: Sizes) -> int:
-    """Gradients of replicas that no backward has reduced yet, while micro-batches accumulate: they are in no bucket.
+    """Return the bytes of gradients outside of buckets: those of replicas that accumulate, before any reduction.
 
     Source: torch.nn.parallel.DistributedDataParallel, `no_sync` and `gradient_as_bucket_view`.
     """
@@ -404,7 +411,10 @@ def _kept_gradients(sizes: Sizes) -> int:
 
 
 def _gradients_so_far(sizes: Sizes, index: int) -> int:
-    """Gradients kept while segment `index` runs backward: later groups', its own, the root's; all when accumulating."""
+    """Return the bytes of gradients kept during the backward of segment `index`.
+
+    They are those of later groups, its own and the root's; if micro-batches accumulate, all gradients.
+    """
     after = _block_beside(sizes, index, 1)
     if sizes.accumulate > 1 or (sizes.plan.dp_replicate > 1 and not sizes.gathers):
         return _kept_gradients(sizes) + gradients_passing(sizes, {after})
@@ -413,17 +423,17 @@ def _gradients_so_far(sizes: Sizes, index: int) -> int:
         own = sizes.kept_from_here[index] - later + gradients_passing(sizes, {sizes.blocks[index]} - {after})
         others = later + sizes.root_gradient(index, whole=False) + gradients_passing(sizes, {after})
         return others + min(own, sizes.own_gradient(index))
-    # Its own shard of the gradient comes with the reduction, and so does the root's.
+    # The group's own gradient shard arrives with the reduction, and so does the root's.
     return sizes.kept_from_here[index + 1] + sizes.table_gradients + gradients_passing(sizes, {after})
 
 
 def _gathered_at(sizes: Sizes, blocks: set[str | None]) -> int:
-    """Whole parameters of the root and of `blocks`."""
+    """Return the bytes of unsharded parameters of the root and of `blocks`."""
     return sum(sizes.gathered(name) for name in {None, *blocks})
 
 
 def _block_beside(sizes: Sizes, index: int, step: int) -> str | None:
-    """The block nearest to segment `index` before it (`step` -1) or after it (1); None where there is none."""
+    """Return the nearest other block before segment `index` (`step` -1) or after it (1); None if there is none."""
     own, index = sizes.blocks[index], index + step
     while 0 <= index < len(sizes.blocks):
         if sizes.blocks[index] not in (None, own):

@@ -1,4 +1,4 @@
-"""Which of a rank's bytes a plan keeps in which tier between their uses.
+"""Placement of a rank's bytes in the tiers between their uses.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (what moves between device, CPU and NVMe).
 """
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Where what leaves its place on the device is kept.
+    """The tiers of all that a plan offloads.
 
     Attributes:
-        groups: by name of a group of parameters that leaves, its tier; those that stay are left out.
-        state: by tier, bytes of optimizer state that leave.
-        activations: tier of what `blocks` save; None: it stays.
-        blocks: names of the blocks whose activations leave.
-        outside: tiers that are not the device's own memory: on CPU, DRAM is.
-        away: names of groups whose parameters are not in the device's memory.
+        groups: tier of each offloaded parameter group, by name; groups that stay are left out.
+        state: bytes of offloaded optimizer state, by tier.
+        activations: tier of the activations that `blocks` save; None if they stay.
+        blocks: names of the blocks whose activations are offloaded.
+        outside: tiers that are not the device's own memory (on CPU, DRAM is the device's memory).
+        away: names of the groups whose parameters are not in the device's memory.
     """
 
     groups: Mapping[str, str] = field(default_factory=dict)
@@ -37,12 +37,12 @@ class Placement:
 
     @property
     def state_away(self) -> int:
-        """Bytes of optimizer state that are not in the device's memory."""
+        """Bytes of optimizer state outside the device's memory."""
         return sum(size for tier, size in self.state.items() if tier in self.outside)
 
 
 def place(sizes: Sizes) -> Placement:
-    """The placement of the plan that `sizes` are of."""
+    """Return the placement of the plan of `sizes`."""
     plan = sizes.plan
     blocks: frozenset[str] = frozenset()
     if plan.offload_activations is not None and sizes.workload.stage == "fit":
@@ -60,26 +60,29 @@ def place(sizes: Sizes) -> Placement:
 
 
 def whole_pages(total_bytes: int, amount_bytes: int | None) -> int:
-    """Of `total_bytes`, those in as many whole pages as `amount_bytes` has; None has none."""
+    """Return `amount_bytes` rounded down to full pages, at most `total_bytes`; 0 for None."""
     amount = amount_bytes or 0
     return total_bytes if amount >= total_bytes else amount // PAGE_BYTES * PAGE_BYTES
 
 
 def state_that_may_stay(sizes: Sizes, away: Iterable[str]) -> int:
-    """Of a rank's optimizer state, bytes that may stay on the device where the parameters of the groups in `away` are
-    kept elsewhere: on CUDA, these are stepped on by the host.
+    """Return the bytes of a rank's optimizer state that may stay on the device if the groups in `away` are offloaded.
+
+    On CUDA the state of these groups may not stay: the host steps on them.
     """
     of_others = 0 if sizes.kind == "cpu" else sum(map(sizes.state, away))
     return max(0, sizes.optimizer_state - of_others)
 
 
 def state_without_pages(sizes: Sizes, away: Iterable[str]) -> int:
-    """Of a rank's optimizer state, bytes that stay on the device whatever leaves, as pages have none of them, where the
-    parameters of the groups in `away` are kept elsewhere: on CUDA, theirs is with them.
+    """Return the bytes of a rank's optimizer state that cannot be paged and so always stay on the device.
+
+    The groups in `away` are those with offloaded parameters. On CUDA their state is kept with the parameters, and does
+    not count.
     """
     elsewhere = frozenset() if sizes.kind == "cpu" else frozenset(away)
     stays = sum(size for name, size in sizes.paging.unpaged.items() if name not in elsewhere)
-    # Each group's is rounded up.
+    # The bytes of each group are rounded up, so that their sum may be too large.
     return min(state_that_may_stay(sizes, elsewhere), stays)
 
 

@@ -1,4 +1,4 @@
-"""The order of plans that were priced, and why each has its place: the fastest that fits comes first.
+"""Ranking of priced plans, with a reason for each: the fastest plan that fits comes first.
 
 Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Learning Training", section 4.
 """
@@ -14,7 +14,7 @@ from lightning_largescale.planner.report import Candidate, Estimate
 from lightning_largescale.planner.tier_budgets import shortfalls
 from lightning_largescale.units import format_bytes, format_seconds
 
-# Values that change the numbers a model trains to; taken only where the user's `allow` names them.
+# Precisions that change a model's numerics; used only if the user's `allow` names them.
 LOSSY = ("bf16-mixed",)
 _OFFLOADED = ("parameters", "optimizer", "activations")
 
@@ -22,19 +22,19 @@ _OFFLOADED = ("parameters", "optimizer", "activations")
 def ranked(
     rows: Sequence[tuple[Plan, Estimate]], budgets: Mapping[str, int], allowed: Collection[str], *, fixed: bool
 ) -> list[Candidate]:
-    """The plans in order: those that fit by time, then those too large by what they lack, then those not allowed.
+    """Rank the plans: those that fit by time, then those too large by what they lack, then those not allowed.
 
     Args:
-        rows: plans and their prices.
+        rows: plans and their estimates.
         budgets: bytes of each tier.
-        allowed: precisions that may be taken.
-        fixed: the precision was asked for.
+        allowed: precisions that may be used.
+        fixed: whether the user asked for the precision.
 
     Source: the module's docstring.
     """
     lacking = [shortfalls(estimate.peak_bytes, budgets) for _, estimate in rows]
     fitting = [row for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and not short]
-    # Ranks of tensor parallelism share their samples, so steps of different plans may be of different numbers.
+    # Tensor-parallel ranks share their samples, so the steps of different plans may have different global batches.
     fitting.sort(key=_order)
     large = [(*row, short) for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and short]
     large.sort(key=lambda row: (sum(row[2].values()), row[1].peak_bytes["device"]))
@@ -58,19 +58,19 @@ def ranked(
 
 
 def simplicity(plan: Plan) -> int:
-    """How many techniques keep something of `plan` elsewhere, or for a while only; the fewer, the simpler."""
+    """Return the number of offload and gradient-release techniques of `plan`; the fewer, the simpler."""
     return sum((plan.release_gradients, *(getattr(plan, f"offload_{name}") is not None for name in _OFFLOADED)))
 
 
 def _order(row: tuple[Plan, Estimate]) -> tuple[float, int, float, int]:
     plan, estimate = row
-    # What differs by rounding alone is as fast.
+    # Plans whose speeds differ by rounding alone count as equally fast.
     speed = float(f"{estimate.samples_per_second:.9g}")
     return -speed, simplicity(plan), estimate.step_seconds, estimate.peak_bytes["device"]
 
 
 def _slower(estimate: Estimate, best: Estimate) -> str:
-    """Why a plan that fits lost: how much slower, and the term that makes most of the difference."""
+    """Return why a plan that fits lost: how much slower it is, and the term that makes most of the difference."""
     ratio = best.samples_per_second / estimate.samples_per_second if estimate.samples_per_second else math.inf
     if ratio <= 1 or not math.isfinite(ratio):
         return (

@@ -1,4 +1,4 @@
-"""Report: every candidate, its predicted bytes and seconds, and why it won or fell out; as a table, text and JSON."""
+"""Report: every candidate, its predicted bytes and seconds, and why it won or lost; as a table, text and JSON."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _REPORT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What one plan is predicted to need.
+    """The predicted memory and time of one plan.
 
     Attributes:
-        peak_bytes: bytes one rank holds on its "device" at its worst moment, and those it keeps on "cpu" and "nvme",
-            where it keeps any. On CUDA the device's are those of torch's allocator, the holes in its segments among
-            them and the context not; the buffers that pages are staged in are on "cpu".
+        peak_bytes: peak bytes of one rank on its "device", and the bytes it keeps on "cpu" and "nvme", if any. On CUDA
+            the device's bytes are those that torch's allocator reserves, with its fragmentation and without the
+            context; the staging buffers of pages are on "cpu".
         step_seconds: seconds of one optimizer step, all its micro-batches included.
-        samples_per_second: samples of all ranks together.
-        memory: the terms that make up the peak.
-        time: the terms that make up the step.
+        samples_per_second: samples per second of all ranks together.
+        memory: the terms of the peak.
+        time: the terms of the step.
     """
 
     peak_bytes: Mapping[str, int]
@@ -47,7 +47,7 @@ class Estimate:
     def of(
         cls, workload: Workload, plan: Plan, memory: MemoryEstimate, time: TimeEstimate, *, accumulate: int = 1
     ) -> Estimate:
-        """The estimate of `plan` from its two parts; `accumulate` micro-batches make a step."""
+        """Return the estimate of `plan` from its memory and time; a step has `accumulate` micro-batches."""
         samples = workload.batch_samples * plan.dp * accumulate
         return cls(
             peak_bytes={"device": memory.peak_bytes, **memory.elsewhere},
@@ -60,13 +60,13 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One plan that was looked at.
+    """One plan that was considered.
 
     Attributes:
         plan: the plan.
-        estimate: its price; None where it could not be priced.
+        estimate: its estimate; None if it could not be priced.
         status: "chosen", "fits", "too large", "not allowed" or "not possible".
-        reason: why, in words.
+        reason: the reason for the status, in words.
     """
 
     plan: Plan
@@ -80,13 +80,13 @@ class Report:
     """The outcome of a search.
 
     Attributes:
-        candidates: every plan looked at, best first.
-        budget_bytes: what one rank may hold in all on its device tier; on CUDA what torch's allocator may have, beside
-            the context.
-        hardware: what was planned for, with rates.
-        workload: what was planned.
+        candidates: every plan considered, best first.
+        budget_bytes: total bytes that one rank may hold on its device tier; on CUDA the bytes that torch's allocator
+            may reserve, without the context.
+        hardware: the hardware planned for, with rates.
+        workload: the workload planned for.
         accumulate_grad_batches: micro-batches in a step.
-        advice: when a plan fits, what would make it faster; when none does, what would make one fit.
+        advice: if a plan fits, changes that would make it faster; else changes that would make one fit.
     """
 
     candidates: tuple[Candidate, ...]
@@ -98,7 +98,7 @@ class Report:
 
     @property
     def budgets(self) -> dict[str, int]:
-        """What one rank may hold in each tier that can be planned with, bytes."""
+        """Bytes that one rank may hold in each usable tier."""
         return {"device": self.budget_bytes, **tier_budgets(self.hardware)}
 
     @property
@@ -108,32 +108,32 @@ class Report:
 
     @property
     def best(self) -> Plan:
-        """The plan to take.
+        """The chosen plan.
 
         Raises:
-            PlanError: no plan fits; the message has the nearest one, the bytes it lacks and what would make one fit.
+            PlanError: no plan fits; the message has the nearest plan, the bytes it lacks and what would make one fit.
         """
         return self._chosen().plan
 
     @property
     def best_estimate(self) -> Estimate:
-        """What the best plan is predicted to need; raises as `best` does."""
+        """The estimate of the best plan; raises as `best` does."""
         estimate = self._chosen().estimate
         if estimate is None:
             raise RuntimeError("a plan was chosen without a price")
         return estimate
 
     def estimate_of(self, plan: Plan) -> Estimate | None:
-        """What `plan` is predicted to need; None where it is no candidate, or could not be priced."""
+        """Return the estimate of `plan`; None if it is no candidate or could not be priced."""
         return next((row.estimate for row in self.candidates if row.plan == plan), None)
 
     @property
     def runner_up(self) -> Candidate | None:
-        """The next best plan that fits, else the nearest that does not; None when there is no other."""
+        """The second-best plan that fits, else the nearest that does not; None if there is no other."""
         return self.candidates[1] if len(self.candidates) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the traced steps, as plain types."""
+        """Return the report as plain types, without the traced steps."""
         return {
             "version": _REPORT_VERSION,
             "best": dataclasses.asdict(self.best) if self.fits else None,
@@ -155,11 +155,11 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON text."""
+        """Return `to_dict()` as JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def __rich__(self) -> Table:
-        """The candidates as a table, best first."""
+        """Return the candidates as a table, best first."""
         table = Table(
             title=f"Plans for {self.workload.name}, {format_bytes(self.budget_bytes)} a rank", title_justify="left"
         )
@@ -181,11 +181,11 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        """The table as text, 120 columns wide, and the error where nothing fits."""
+        """Return the table as text, 120 columns wide, followed by the error message if nothing fits."""
         return as_text(self, width=120).rstrip() + ("" if self.fits else f"\n{self.nothing_fits()}")
 
     def nothing_fits(self) -> str:
-        """One sentence: the nearest plan, the bytes it lacks in each tier, and what would make one fit."""
+        """Return one sentence: the nearest plan, the bytes it lacks in each tier, and what would make one fit."""
         large = [row for row in self.candidates if row.status == "too large"]
         if not large or large[0].estimate is None:
             return "no plan is admissible; see the candidates."
@@ -203,13 +203,13 @@ class Report:
 
 
 def peak_words(peak_bytes: Mapping[str, int]) -> str:
-    """The bytes of each tier that has any, a line each: `"5.80 GiB"`, then `"14.5 GiB nvme"`."""
+    """Return the bytes of each tier, one per line: `"5.80 GiB"`, then `"14.5 GiB nvme"`."""
     lines = [format_bytes(size) + ("" if tier == "device" else f" {tier}") for tier, size in peak_bytes.items()]
     return "\n".join(lines)
 
 
 def plan_fields(plan: Plan) -> str:
-    """The fields of `plan` that differ from the plain run's, as typed: `"dp_shard=2, precision='bf16-mixed'"`."""
+    """Return the non-default fields of `plan` as a user types them: `"dp_shard=2, precision='bf16-mixed'"`."""
     return ", ".join(f"{name}={_typed(value)}" for name, value in plan.changed_fields().items()) or "Plan()"
 
 

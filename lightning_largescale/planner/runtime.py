@@ -1,8 +1,7 @@
-"""Seconds of one optimizer step under a plan: compute, communication and memory traffic as named terms, less what
-overlaps.
+"""Step time of a plan: compute, communication and memory traffic as named terms in seconds, less what overlaps.
 
 Operations with FLOPs (matrix products, attention, convolutions) cost their FLOPs at the measured matmul rate of their
-type; all others cost the bytes they read and write at the measured memory bandwidth.
+dtype; all others cost the bytes they read and write at the measured memory bandwidth.
 
 Source: Williams et al. 2009, "Roofline", section 3; Thakur et al. 2005, "Optimization of Collective Communication
     Operations in MPICH", section 4 (ring algorithms); Rajbhandari et al. 2020, "ZeRO", section 7 (communication volume
@@ -23,10 +22,9 @@ from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away, Passes, transfers
 from lightning_largescale.workload import Segment, Workload
 
-# gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each on the CPU: nothing is
-# hidden there.
+# On CPU nothing overlaps: gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each.
 _OVERLAPS = {"cpu": False, "cuda": True}
-# Of the memory that a step takes, what is fresh under plans that do something about their heap in the midst of it.
+# Share of a step's allocations that is fresh memory, under the plans that manage their heap during the step.
 _AFRESH = {"mapped": 1.0, "watched": 0.25}
 
 
@@ -35,9 +33,9 @@ class TimeEstimate:
     """Seconds of one optimizer step on every rank, all micro-batches included.
 
     Attributes:
-        terms: seconds by term, largest first; those of 0 s are left out.
-        hidden_seconds: communication and transfers between tiers that run under compute, already inside `terms` and
-            taken off the sum.
+        terms: seconds by term, largest first; terms of 0 s are left out.
+        hidden_seconds: seconds of communication and of transfers between tiers that overlap with compute; they are
+            inside `terms` and subtracted from the sum.
     """
 
     terms: Mapping[str, float] = field(default_factory=dict)
@@ -45,17 +43,17 @@ class TimeEstimate:
 
     @property
     def step_seconds(self) -> float:
-        """The sum of the terms less what is hidden, seconds."""
+        """The sum of the terms less the hidden seconds."""
         return sum(self.terms.values()) - self.hidden_seconds
 
 
 def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_grad_batches: int = 1) -> TimeEstimate:
-    """Seconds of one optimizer step of `workload` under `plan` on `hardware`.
+    """Return the time of one optimizer step of `workload` under `plan` on `hardware`.
 
     Args:
         workload: the traced step, of one rank's micro-batch.
         plan: the plan to price.
-        hardware: its `rates` must be there, and the links that the plan communicates over.
+        hardware: the hardware, with `rates` and the links that the plan communicates over.
         accumulate_grad_batches: micro-batches between optimizer steps.
 
     Raises:
@@ -70,7 +68,7 @@ def step_time(workload: Workload, plan: Plan, hardware: Hardware, *, accumulate_
 
 
 def time_of(sizes: Sizes, hardware: Hardware, rates: Rates) -> TimeEstimate:
-    """`step_time` of the plan that `sizes` are of."""
+    """Return `step_time` of the plan of `sizes`."""
     terms, hidden_seconds = beside_transfers(sizes, hardware, rates)
     if sizes.plan.offloads:
         moved = transfers(Away.of(sizes), Passes.of(sizes, terms), rates, sizes.kind)
@@ -80,7 +78,7 @@ def time_of(sizes: Sizes, hardware: Hardware, rates: Rates) -> TimeEstimate:
 
 
 def beside_transfers(sizes: Sizes, hardware: Hardware, rates: Rates) -> tuple[dict[str, float], float]:
-    """The terms of a step but for those between tiers, and how much of them is hidden, seconds."""
+    """Return the terms of a step without transfers between tiers, and the seconds of them that are hidden."""
     plan, micro = sizes.plan, sizes.accumulate
     links = plan_links(plan, hardware)
     terms = {
@@ -101,12 +99,12 @@ def beside_transfers(sizes: Sizes, hardware: Hardware, rates: Rates) -> tuple[di
 
 
 def all_gather_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float:
-    """Seconds of one ring all-gather, overlapping nothing.
+    """Return the seconds of one ring all-gather that overlaps with nothing.
 
     Args:
-        shard_bytes: bytes each rank contributes, padding included; every rank ends with `ranks * shard_bytes`.
+        shard_bytes: bytes that each rank contributes, padding included; every rank ends with `ranks * shard_bytes`.
         ranks: size of the mesh axis; 1 costs 0 s.
-        link: latency (seconds a hop) and bandwidth (bytes a second, one direction) of the slowest pair.
+        link: latency (seconds per hop) and bandwidth (bytes per second, one direction) of the slowest pair.
 
     Source: Thakur et al. 2005, section 4.1: (p-1) (latency + shard / bandwidth).
     """
@@ -114,7 +112,9 @@ def all_gather_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float
 
 
 def reduce_scatter_seconds(shard_bytes: int, ranks: int, link: Link | None) -> float:
-    """Seconds of one ring reduce-scatter whose result is `shard_bytes` a rank; arguments as for `all_gather_seconds`.
+    """Return the seconds of one ring reduce-scatter with a result of `shard_bytes` per rank.
+
+    Arguments as for `all_gather_seconds`.
 
     Source: Thakur et al. 2005, section 4.2: (p-1) (latency + shard / bandwidth), the arithmetic inside the measured
         bandwidth.
@@ -123,7 +123,7 @@ def reduce_scatter_seconds(shard_bytes: int, ranks: int, link: Link | None) -> f
 
 
 def all_reduce_seconds(whole_bytes: int, ranks: int, link: Link | None) -> float:
-    """Seconds of one ring all-reduce of `whole_bytes`; arguments as for `all_gather_seconds`.
+    """Return the seconds of one ring all-reduce of `whole_bytes`; arguments as for `all_gather_seconds`.
 
     Source: Thakur et al. 2005, section 4.5: a reduce-scatter and an all-gather, 2 (p-1) hops of whole / p bytes.
     """
@@ -131,7 +131,7 @@ def all_reduce_seconds(whole_bytes: int, ranks: int, link: Link | None) -> float
 
 
 def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
-    """Seconds of running forward once more what is recomputed, a micro-batch.
+    """Return the seconds of recomputation per micro-batch.
 
     Source: Chen et al. 2016, section 4: one extra forward of what is recomputed.
     """
@@ -141,12 +141,12 @@ def recompute_seconds(sizes: Sizes, rates: Rates) -> float:
 
 
 def again_seconds(sizes: Sizes, segment: Segment, rates: Rates) -> float:
-    """Seconds of running `segment` forward once more, a micro-batch; without products, if their results were kept."""
+    """Return the seconds of recomputing `segment` per micro-batch, without products if their results are kept."""
     return _segment_seconds(_again(sizes, segment), rates, sizes.plan, backward=False)
 
 
 def _again(sizes: Sizes, segment: Segment) -> Segment:
-    """What runs of a forward when it runs again: without products, if their results were kept."""
+    """Return `segment` as its forward is recomputed: without matrix products if their results are kept."""
     if sizes.plan.checkpointed_operations == "all":
         return segment
     return replace(
@@ -158,7 +158,7 @@ def _again(sizes: Sizes, segment: Segment) -> Segment:
 
 
 def all_gathers_seconds(sizes: Sizes, links: Links, *, backward: bool) -> float:
-    """Seconds of gathering groups in one micro-batch: all in forward, in backward again those that were resharded.
+    """Return the seconds of all-gathers in one micro-batch: of all groups in forward, of resharded groups in backward.
 
     Source: ZeRO, section 7.2: parameters travel once more under stage 3 than under stage 2.
     """
@@ -171,8 +171,9 @@ def all_gathers_seconds(sizes: Sizes, links: Links, *, backward: bool) -> float:
 
 
 def reduce_scatters_seconds(sizes: Sizes, links: Links) -> float:
-    """Seconds of reducing every group's gradients to their shards, once an optimizer step; in every micro-batch where
-    parameters are in another tier, and whole gradients have no place.
+    """Return the seconds of reduce-scatters of all groups' gradients in one optimizer step.
+
+    They run once a step, or in every micro-batch if parameters are offloaded: unsharded gradients then have no place.
 
     Source: ZeRO, section 7.1.
     """
@@ -182,8 +183,9 @@ def reduce_scatters_seconds(sizes: Sizes, links: Links) -> float:
 
 
 def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
-    """Seconds of averaging gradients over the replicas, once an optimizer step: all at once, or group by group the
-    shards under HSDP, as often as they are reduced.
+    """Return the seconds of all-reduces of gradients over the replicas in one optimizer step.
+
+    Without sharding one all-reduce of all gradients; under HSDP one of each group's shards for each reduce-scatter.
 
     Source: Li et al. 2020, "PyTorch Distributed", section 3.2; Zhao et al. 2023, "PyTorch FSDP", section 3.2.2.
     """
@@ -196,8 +198,9 @@ def all_reduces_seconds(sizes: Sizes, links: Links) -> float:
 
 
 def tensor_seconds(sizes: Sizes, links: Links) -> float:
-    """Seconds of summing activations over the ranks of tensor parallelism, and in backward their gradients, a
-    micro-batch; the forward's once more where it is recomputed.
+    """Return the seconds of tensor-parallel communication per micro-batch.
+
+    Activations are communicated in forward, and again in recomputation; their gradients in backward.
 
     Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
     """
@@ -207,7 +210,7 @@ def tensor_seconds(sizes: Sizes, links: Links) -> float:
     summed: list[int] = []
     halves: list[int] = []
     trains = sizes.workload.stage == "fit"
-    # What lies outside of blocks once, however many segments it has.
+    # The code outside of blocks counts once, however many segments it has.
     runs = [segment for segment in sizes.step.segments if segment.block is not None]
     for name, again in [("", False), *((segment.block or "", sizes.recomputes(segment)) for segment in runs)]:
         found = sizes.tensor_costs.get(name)
@@ -221,10 +224,10 @@ def tensor_seconds(sizes: Sizes, links: Links) -> float:
 
 
 def table_seconds(sizes: Sizes, links: Links, micro_batches: int) -> float:
-    """Seconds of looking up rows of row-sharded tables, and of sending their gradients once an optimizer step.
+    """Return the seconds of look-ups in row-sharded tables, and of sending their gradients, in one optimizer step.
 
-    A look-up sends counts, ids and rows; gradients ids and rows, after one exchange of counts for all tables. Of what a
-    rank sends, all but its own share travels.
+    A look-up sends counts, ids and rows in every micro-batch. Gradients send ids and rows once a step, after one
+    exchange of counts for all tables. A rank's own share of what it sends does not travel.
 
     Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
         section 3; Thakur et al. 2005, section 4 (an all-to-all by p-1 exchanges).
@@ -239,13 +242,14 @@ def table_seconds(sizes: Sizes, links: Links, micro_batches: int) -> float:
         trained = sizes.workload.stage == "fit" and table.trainable
         backward = sum(all_gather_seconds(size // ranks, ranks, link) for size in hops[1:]) if trained else 0.0
         seconds += micro_batches * forward + backward
-    # Counts of the gradients, and the end of each step.
+    # The counts of the gradients, and the end of each micro-batch.
     return seconds + (1 + micro_batches) * all_gather_seconds(0, ranks, link) if sizes.tables else 0.0
 
 
 def agreement_seconds(sizes: Sizes, links: Links, micro_batches: int) -> float:
-    """Seconds of ranks telling one another what they are about to gather and to reduce: at each point where all meet,
-    and before each collective where they may run different modules.
+    """Return the seconds in which ranks exchange what they are about to gather and to reduce.
+
+    They exchange it at each synchronization point, and before each collective if ranks may run different modules.
 
     Source: lightning_largescale.parallel.agreement; Thakur et al. 2005, section 4.5 (recursive doubling: a latency each
         time that the ranks double).
@@ -261,8 +265,9 @@ def agreement_seconds(sizes: Sizes, links: Links, micro_batches: int) -> float:
 
 
 def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
-    """Seconds of copying groups out of the gathered buffer and gradients into the one that is reduced, read and write
-    each.
+    """Return the seconds of copying groups out of the all-gather buffer and gradients into the reduce-scatter buffer.
+
+    Each copy reads and writes its bytes.
 
     Source: torch.distributed.fsdp, `foreach_all_gather_copy_out` and `foreach_reduce_scatter_copy_in`.
     """
@@ -277,11 +282,10 @@ def copies_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
 
 
 def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
-    """Seconds until the system has handed out what a step makes in memory that is fresh, under plans that give back
-    what they free.
+    """Return the seconds of page faults on a step's fresh memory, under plans that return freed memory to the system.
 
-    Large tensors that operations make, in the trace; a group gathered, which takes the flat buffer and the parameters;
-    its gradients' flat copy. What the optimizer's step makes is left out.
+    Counted are the large tensors in the trace, the flat buffer and the parameters of each all-gather, and the flat copy
+    of each group's gradients. Allocations of the optimizer's step are left out.
 
     Source: torch.distributed.fsdp, `foreach_all_gather` and `foreach_reduce`; man page mallopt(3), M_MMAP_THRESHOLD.
     """
@@ -299,11 +303,11 @@ def page_fault_seconds(sizes: Sizes, rates: Rates, micro_batches: int) -> float:
 
 
 def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
-    """Seconds of `step()` on the rank's share: the bytes its operations read and write, at memory bandwidth."""
+    """Return the seconds of `step()` on the rank's shards: the bytes it reads and writes, at memory bandwidth."""
     if sizes.workload.stage != "fit" or not sizes.full_parameters:
         return 0.0
     moved = sum(needs.moved_bytes for needs in sizes.workload.optimizers)
-    # Of tables only rows that have a gradient are stepped on.
+    # Only table rows that have a gradient are stepped on.
     stepped = sizes.parameters - sum(map(sizes.local, sizes.tables)) + sizes.table_gradients
     return moved * stepped / sizes.full_parameters / rates.memory_bandwidth
 
@@ -318,10 +322,11 @@ def _segment_seconds(segment: Segment, rates: Rates, plan: Plan, *, backward: bo
 
 
 def _hidden_seconds(sizes: Sizes, links: Links, terms: Mapping[str, float]) -> float:
-    """Communication under compute: gathers under the pass that they are for, reductions under the last backward.
+    """Return the seconds of communication that overlap with compute.
 
-    The first gathers of a forward and the last reductions, the root's and that of an embedding by itself, have no
-    compute to hide under.
+    All-gathers overlap with the pass they are for, reductions with the last backward. The first all-gathers of a
+    forward and the last reductions (those of the root, and of an embedding that is a group of its own) have no compute
+    to overlap with.
     """
     micro = sizes.accumulate
     forward, backward = terms["forward"] / micro, (terms["backward"] + terms["recomputation"]) / micro

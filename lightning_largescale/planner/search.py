@@ -1,6 +1,6 @@
-"""Every admissible plan, priced and ranked: the fastest that fits, and why each other one was not taken.
+"""Search over all admissible plans, priced and ranked: the fastest that fits, and why each other plan lost.
 
-The space is small enough to enumerate, so the choice is the best under the model of `memory` and `runtime`.
+The space is small enough to enumerate, so the choice is the best under the models of `peak_memory` and `runtime`.
 
 Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Learning Training", section 4 (strategy
     finding); the cost models it ranks by are those of the two modules.
@@ -28,10 +28,10 @@ from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
 
-# Of what a device has free, the share that a plan may use unless a budget is given: the rest is for what no model of it
-# sees.
+# Share of a device's free memory that a plan may use unless a budget is given; the rest is for what the memory model
+# does not see.
 BUDGET_SHARE = 0.9
-# Of the plans that save the most, how many are asked whether all that may leave would make them fit, for advice.
+# For advice, the number of most memory-saving plans that are tried with all that can be offloaded.
 _ASKED = 8
 
 
@@ -47,25 +47,25 @@ def find_plans(
     may_release: bool = False,
     built: bool = True,
 ) -> Report:
-    """Price every plan that the devices and the model admit, and rank them.
+    """Price and rank every plan that the devices and the model admit.
 
     Args:
-        workload: what one step needs, of one rank's micro-batch.
-        hardware: what there is; without rates, a machine that was detected is calibrated now (seconds; cached). With
-            several ranks its rates need the links of their collectives.
-        allow: values that change numerics and may be taken all the same: "bf16-mixed".
-        memory_budget: bytes, or text such as "6GiB", that one rank may hold in all on its device tier, on CUDA beside
-            the context; without it, 90% of what is free there beside `baseline_bytes`.
-        baseline_bytes: what one rank holds there already, the model left out (bytes).
+        workload: the traced step, of one rank's micro-batch.
+        hardware: the hardware; a detected machine without rates is calibrated now (seconds; cached). With several ranks
+            its rates need the links of their collectives.
+        allow: precisions that change numerics and may be used all the same: "bf16-mixed".
+        memory_budget: bytes, or text such as "6GiB", that one rank may hold in total on its device tier, on CUDA
+            without the context; None: 90% of the free bytes there plus `baseline_bytes`.
+        baseline_bytes: bytes that one rank holds there already, without the model.
         accumulate_grad_batches: micro-batches between optimizer steps.
-        precision: only plans of this precision; without it "32-true" and what `allow` names.
-        may_release: parameters may be updated as their gradients are complete: there is one optimizer, and nothing that
-            needs all gradients at once, as clipping by their norm does.
-        built: the model has its values already; without, they are made where it is divided or kept in another tier.
+        precision: only plans of this precision; None: "32-true" and those that `allow` names.
+        may_release: whether parameters may be updated as soon as their gradients are complete: there is one optimizer,
+            and nothing needs all gradients at once, as clipping by their norm does.
+        built: whether the model is materialized already; if not, it is materialized where it is sharded or offloaded.
 
     Raises:
-        PlanError: an argument that is not accepted, or a model without parameters. That nothing fits is no error here:
-            `best` of the report raises it, with what is missing.
+        PlanError: an argument is not accepted, or the model has no parameters. It is no error here if nothing fits:
+            `best` of the report raises that, with what is missing.
 
     Source: the module's docstring.
     """
@@ -102,7 +102,7 @@ def find_plans(
 
 
 def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
-    """Every plan for the number of devices of `hardware` that the structure of `workload` admits, simplest first.
+    """Yield every plan for the devices of `hardware` that the structure of `workload` admits, simplest first.
 
     Source: the module's docstring.
     """
@@ -120,7 +120,7 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
 
 
 def _checkpointing(workload: Workload, precision: str) -> Iterator[dict[str, Any]]:
-    """Whether blocks run again, and what of them."""
+    """Yield the plan fields of each admissible kind of recomputation: none, full, or cheap operations only."""
     yield {}
     if not workload.blocks or workload.stage != "fit":
         return
@@ -130,25 +130,28 @@ def _checkpointing(workload: Workload, precision: str) -> Iterator[dict[str, Any
 
 
 def _groups(workload: Workload, layout: Plan) -> Iterator[dict[str, Any]]:
-    """What may be gathered by itself, and until when, where `layout` shards."""
+    """Yield the plan fields for the wrapped modules and resharding that `layout` admits."""
     if layout.dp_shard == 1:
         yield {}
         return
-    # An evaluation keeps them gathered.
+    # Evaluation keeps wrapped modules gathered, so that wrapping them gains nothing.
     found = workload.wraps if workload.stage == "fit" else ()
-    # What is kept until its backward costs no more by itself, and less memory.
+    # If parameters stay gathered until backward, wrapping modules costs no time and saves memory.
     for reshard, wraps in dict.fromkeys(((True, ()), (True, found), (False, found))):
         yield {"reshard_after_forward": reshard, "wrapped_modules": wraps}
 
 
 def check_allow(allow: Sequence[str]) -> None:
-    """Raise PlanError unless every value of `allow` is one that changes numerics and is known."""
+    """Raise PlanError unless every value of `allow` is a known precision that changes numerics."""
     if isinstance(allow, str) or not isinstance(allow, Collection) or any(name not in LOSSY for name in allow):
         raise PlanError(f"allow={allow!r} is not accepted; give a tuple of {', '.join(map(repr, LOSSY))}, or nothing.")
 
 
 def _layouts(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
-    """Plans whose dp_replicate, dp_shard and tp multiply to the ranks; tp inside a node, where blocks take it."""
+    """Yield plans whose dp_replicate, dp_shard and tp multiply to the world size.
+
+    tp stays inside a node, and is above 1 only if blocks can be sharded by it.
+    """
     world = hardware.world_size
     divisible = [ranks for ranks, blocks in workload.divisions.items() if any(found.parts for found in blocks.values())]
     for tp in sorted({1, *divisible}):
@@ -164,7 +167,7 @@ def _layouts(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
 
 @dataclasses.dataclass(frozen=True)
 class _Pricing:
-    """What every plan is priced with."""
+    """The inputs that are the same for the pricing of every plan."""
 
     baseline_bytes: int
     accumulate: int
@@ -179,7 +182,7 @@ class _Pricing:
     def in_part(
         self, workload: Workload, hardware: Hardware, rows: Sequence[tuple[Plan, Estimate]], budget_bytes: int
     ) -> Iterator[tuple[Plan, Estimate]]:
-        """Plans between those that recompute nothing and need too much, and those that recompute all."""
+        """Yield plans that recompute just enough blocks to fit, for those that do not fit without recomputation."""
         known = {plan for plan, _ in rows}
         for plan, estimate in rows:
             if estimate.memory.peak_bytes <= budget_bytes or plan.activation_checkpointing != "none":
@@ -203,9 +206,9 @@ class _Pricing:
         budget_bytes: int,
         allowed: Collection[str],
     ) -> Iterator[tuple[Plan, Estimate]]:
-        """Plans that keep something in other tiers, or gradients for a while only, because they do not fit without.
+        """Yield plans that offload, or release gradients, because they do not fit without.
 
-        Where none does either, the nearest of those that keep all elsewhere that can be.
+        If none of these fits either, yield the nearest of the plans that offload all that can be.
         """
         search = self._offloading(workload, hardware, budget_bytes)
         rows = [row for row in rows if row[0].precision in allowed]
@@ -222,9 +225,9 @@ class _Pricing:
     def any_fits(
         self, workload: Workload, hardware: Hardware, *, precisions: Collection[str], budget_bytes: int
     ) -> bool:
-        """Whether the peak of any plan of these precisions is within the budget."""
+        """Return whether any plan of these precisions fits the budgets of all tiers."""
         plans = [plan for plan in candidates(workload, hardware) if plan.precision in precisions]
-        # Those that save the most first, so that one that fits is found soon.
+        # The most memory-saving plans first, so that one that fits is found soon.
         plans.sort(key=_saves_least)
         if any(self._memory(workload, hardware, plan).peak_bytes <= budget_bytes for plan in plans):
             return True
@@ -254,7 +257,7 @@ class _Pricing:
 
 
 def _saves_least(plan: Plan) -> tuple[int, int]:
-    """A key by which plans that need the least memory mostly come first."""
+    """Return a sort key that mostly puts the plans with the least memory first."""
     again = ("full", "selective", "none").index(plan.activation_checkpointing)
     return 2 * again + (plan.checkpointed_operations == "cheap"), -plan.dp_shard * plan.tp
 
@@ -286,7 +289,7 @@ def _check_links(workload: Workload, hardware: Hardware) -> None:
 
 
 def _impossible(workload: Workload, hardware: Hardware) -> Iterator[Candidate]:
-    """Plans that are no candidates at all, and why: one for each reason."""
+    """Yield one impossible plan for each reason why a kind of plan is ruled out."""
     if not workload.blocks or workload.stage != "fit":
         reason = f"{workload.name} has no repeated blocks, so nothing to recompute block by block"
         if workload.stage != "fit":

@@ -1,10 +1,10 @@
-"""Which blocks recompute where not all need to: the fewest that bring a step within its budget.
+"""Selective recomputation: the fewest blocks to recompute that bring a step within its budget.
 
-What a block that recomputes does not keep is missing at every moment between its forward and its backward, so at those
-of the segments after it. A block that helps at a moment thus helps at every moment further into the step, and the
-choice is made for one moment after the other, each time of the largest: a smaller one instead is never better for a
-later moment. Where running a block again needs more at once than its backward does, which no common model's does,
-another choice may be smaller.
+The activations that a recomputed block does not keep are absent between its forward and its backward, so during all
+segments after it. A block that helps at one moment thus helps at every moment further into the step. The choice goes
+from moment to moment and takes the largest blocks each time: a smaller block is never better for a later moment. If
+recomputing a block needs more memory at once than its backward does, which no common model's does, another choice may
+be smaller.
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4 (which activations to drop);
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 5 (some layers).
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 from lightning_largescale.workload import Segment
 
-# A block less that is kept takes its bytes, and the allocator's share of them, off a moment: never more than these
-# times its own. What is then still above takes another turn.
+# Recomputing one more block takes its bytes, and the allocator's share of them, off a moment: never more than this
+# multiple of its own bytes. An excess that remains takes another turn.
 _MOST = 2
 
 
@@ -27,17 +27,17 @@ def fewest_blocks(
     saving: Callable[[Segment], int],
     first_excess: Callable[[frozenset[str]], tuple[int, int] | None],
 ) -> tuple[str, ...] | None:
-    """As few of `blocks` as need to be recomputed, at least one.
+    """Return the fewest of `blocks` that need to be recomputed, at least one.
 
     Args:
         blocks: names of the repeated blocks.
-        segments: of the step, as the plan runs it.
-        saving: what recomputing one does not keep, bytes.
-        first_excess: where a plan that recomputes these blocks needs too much: the number of segments before, and the
-            bytes above; None where it fits.
+        segments: the segments of the step, as the plan runs it.
+        saving: returns the bytes that recomputing a segment frees.
+        first_excess: returns the first moment at which a plan that recomputes these blocks exceeds the budget, as
+            (number of segments before it, bytes above the budget); None if it fits.
 
     Returns:
-        Their names, in the order of `blocks`; None where blocks cannot help, or all of them are needed.
+        The names in the order of `blocks`; None if blocks cannot help, or all of them are needed.
 
     Source: the module's docstring.
     """
@@ -49,7 +49,7 @@ def fewest_blocks(
             block = segment.block
             if block is not None and block in blocks and block not in chosen:
                 gains[block] = gains.get(block, 0) + saving(segment)
-        # Of equal ones the first that is executed: it helps at the most moments.
+        # Among equal blocks the first that is executed comes first: it helps at the most moments.
         order = sorted((block for block in gains if gains[block] > 0), key=lambda block: -gains[block])
         if not order:
             return None
@@ -60,5 +60,5 @@ def fewest_blocks(
                 break
     if len(chosen) >= len(blocks):
         return None
-    # That it recomputes at all, so that its heap is watched, may be what makes a plan fit.
+    # Recomputing any block at all has the heap watched, which alone may make a plan fit.
     return tuple(block for block in blocks if block in (chosen or {blocks[0]}))

@@ -1,4 +1,4 @@
-"""The sizes of one plan that the terms of `memory` and `runtime` are made of: bytes on one rank.
+"""Sizes of one plan, in bytes on one rank, from which the terms of `peak_memory` and `runtime` are computed.
 
 Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully_shard.
 """
@@ -19,7 +19,7 @@ from lightning_largescale.tiers import shard_bytes
 from lightning_largescale.workload import Parameter, Segment, Step, Workload
 from lightning_largescale.workload.workload import only_blocks
 
-# Of a row's number, as tables are given it.
+# Bytes of a row id, as tables receive it.
 _ID_BYTES = 8
 
 
@@ -28,9 +28,9 @@ def _row_bytes(parameter: Parameter) -> int:
 
 
 class Sizes:
-    """The sizes that the terms are made of, in bytes on one rank, computed once for a plan.
+    """The sizes of one plan, in bytes on one rank, computed once.
 
-    Lists have an item a segment, so that a step of many segments is priced in time that grows with their number.
+    Lists have one item per segment, so that a step is priced in time linear in its segments.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Sizes:
         kind: str,
         accumulate_grad_batches: int = 1,
     ) -> None:
-        """Sizes of `plan`."""
+        """Create the sizes of `plan` on devices of `kind`."""
         self.workload, self.plan, self.kind = workload, plan, kind
         self._recomputed = _recomputed(workload, plan)
         self.accumulate = accumulate_grad_batches
@@ -50,16 +50,16 @@ class Sizes:
             for block, found in self.divisions.items()
             for name, part in found.parts.items()
         }
-        # What each block costs under tensor parallelism, by name; "" is what lies outside of blocks.
+        # The tensor-parallel costs of each block, by name; "" is the code outside of blocks.
         self.tensor_costs = {
             block: (found.sequence if plan.sequence_parallel else None) or found
             for block, found in self.divisions.items()
         }
         tables = {f"{name}.weight" for name in plan.row_sharded_embeddings} if plan.world_size > 1 else set()
-        # Parameters whose rows are divided over all ranks.
+        # Parameters whose rows are sharded over all ranks.
         self.tables = [p for p in workload.parameters if not tables.isdisjoint((p.name, *p.aliases))]
         self._table_names = {parameter.name for parameter in self.tables}
-        # Groups of the plan: other modules go with the root.
+        # The FSDP groups of the plan; other modules belong to the root group.
         self._groups_of = {*workload.blocks, *plan.wrapped_modules}
         self.step: Step = only_blocks(workload.steps[plan.precision], self._groups_of)
         if self._mixed:
@@ -73,32 +73,35 @@ class Sizes:
 
     @cached_property
     def gathers(self) -> bool:
-        """Whether parameters are brought together, group by group: from ranks, or from another tier."""
+        """Whether parameters are gathered group by group, from other ranks or from another tier."""
         return self.plan.gathers
 
     @cached_property
     def reductions(self) -> int:
-        """How often a step reduces gradients: once, unless whole ones have no place between micro-batches."""
+        """Number of gradient reductions in a step: one, or one per micro-batch if parameters are offloaded.
+
+        Unsharded gradients then have no place between micro-batches.
+        """
         return 1 if self.plan.offload_parameters is None else self.accumulate
 
     @cached_property
     def placement(self) -> Placement:
-        """Which bytes are kept in which tier."""
+        """The placement of the plan: which bytes are kept in which tier."""
         return place(self)
 
     @cached_property
     def movable(self) -> list[str]:
-        """Groups whose parameters can be kept elsewhere, in the module's order: all but the root's."""
+        """Groups whose parameters can be offloaded, in the module's order: all but the root."""
         return [name for name in self.groups if name is not None]
 
     def shard(self, block: str | None) -> int:
-        """What the rank keeps of the parameters of one group between its uses."""
+        """Return the bytes of one group's parameters that the rank keeps between their uses."""
         if block not in self._shards:
             self._shards[block] = sum(map(self.local, self._group(block)))
         return self._shards[block]
 
     def local(self, parameter: Parameter) -> int:
-        """What the rank keeps of `parameter`, bytes."""
+        """Return the bytes of `parameter` that the rank keeps."""
         return self._locals[parameter.name]
 
     @cached_property
@@ -112,42 +115,42 @@ class Sizes:
         return found
 
     def part(self, parameter: Parameter) -> int:
-        """What the rank computes with of `parameter`: its part under tensor parallelism, else all."""
+        """Return the bytes of `parameter` that the rank computes with: its tensor-parallel shard, else all of it."""
         return shard_bytes(parameter.shape, parameter.bytes, 1, self.plan.tp, self._tp_dims.get(parameter.name))
 
     def gradient_of(self, parameter: Parameter) -> int:
-        """What the rank keeps of the gradient of `parameter`: of a row-sharded table the rows that were looked up."""
+        """Return the gradient bytes of `parameter` that the rank keeps; for a row-sharded table, of looked-up rows."""
         if parameter.name not in self._table_names:
             return self.local(parameter)
         return min(self.local(parameter), self.looked_up * _row_bytes(parameter))
 
     @cached_property
     def looked_up(self) -> int:
-        """How many rows of one table a rank looks up in a micro-batch at most: as if its batch were ids, and no other.
+        """Upper bound of the rows of one table that a rank looks up per micro-batch, as if its batch were int64 ids.
 
-        Other ranks look up as many of the rows that it holds as it looks up of theirs.
+        Other ranks are assumed to look up as many of this rank's rows as it looks up of theirs.
         """
         return self.workload.batch_bytes // _ID_BYTES
 
     @cached_property
     def table_gradients(self) -> int:
-        """Gradients of row-sharded tables in one optimizer step."""
+        """Gradient bytes of row-sharded tables in one optimizer step."""
         trained = [parameter for parameter in self.tables if parameter.trainable and parameter.used]
         return sum(map(self.gradient_of, trained)) if self._trains else 0
 
     @cached_property
     def full_parameters(self) -> int:
-        """All parameters, undivided."""
+        """Bytes of all parameters, unsharded."""
         return sum(parameter.bytes for parameter in self.workload.parameters)
 
     @cached_property
     def parameters(self) -> int:
-        """What the rank keeps of the parameters between steps."""
+        """Bytes of the parameters that the rank keeps between steps."""
         return sum(map(self.shard, self.groups)) + sum(map(self.local, self.tables))
 
     @cached_property
     def gradients(self) -> int:
-        """All gradients of one optimizer step, as they are kept between backward and the step.
+        """Bytes of all gradients that the rank keeps between backward and the optimizer's step.
 
         Replicas have buckets for every trainable parameter, used or not.
         """
@@ -157,32 +160,32 @@ class Sizes:
 
     @cached_property
     def optimizer_state(self) -> int:
-        """What the rank keeps of every optimizer's state, divided as the parameters are."""
+        """Bytes of all optimizers' state that the rank keeps, sharded as the parameters are."""
         return int(sum(map(self.state_of, self.workload.parameters)))
 
     def state(self, block: str | None) -> int:
-        """What the rank keeps of every optimizer's state of one group's parameters."""
+        """Return the bytes of all optimizers' state of one group that the rank keeps."""
         if block not in self._states:
             self._states[block] = math.ceil(sum(map(self.state_of, self._group(block))))
         return self._states[block]
 
     def state_of(self, parameter: Parameter) -> float:
-        """What the rank keeps of every optimizer's state of `parameter`."""
+        """Return the bytes of all optimizers' state of `parameter` that the rank keeps."""
         found = sum(needs.state_bytes.get(parameter.name, 0) for needs in self.workload.optimizers)
         return found * self.share_of(parameter)
 
     def share_of(self, parameter: Parameter) -> float:
-        """What the rank keeps of `parameter`, as a part of all of it."""
+        """Return the fraction of `parameter` that the rank keeps."""
         return self.local(parameter) / parameter.bytes if parameter.bytes else 1.0
 
     @cached_property
     def paging(self) -> Paging:
-        """What of the optimizers' step pages can have."""
+        """The paged and unpaged bytes of the optimizers' step."""
         return Paging(self)
 
     @cached_property
     def stepped(self) -> dict[str | None, tuple[int, int]]:
-        """By group, bytes of what is stepped on: of the largest gradient, and of all; row-sharded tables under ""."""
+        """Bytes of the largest and of all gradients stepped on, by group; row-sharded tables are under ""."""
         found: dict[str | None, tuple[int, int]] = {}
         groups = {**self.groups, "": self.tables}
         for name, group in groups.items():
@@ -192,11 +195,11 @@ class Sizes:
 
     @cached_property
     def trained_bytes(self) -> int:
-        """Of the rank's parameters, those that are stepped on."""
+        """Bytes of the rank's parameters that the optimizers step on."""
         return sum(total for _, total in self.stepped.values())
 
     def gathered(self, block: str | None) -> int:
-        """Whole parameters of one group while it computes, padding included; the root group's under None."""
+        """Return the bytes of one group's unsharded parameters in computation, padding included; None is the root."""
         if block not in self._gathered:
             whole = self.shard(block) * self.plan.dp_shard
             halves = self._mixed and block in self.workload.blocks
@@ -204,7 +207,7 @@ class Sizes:
         return self._gathered[block]
 
     def gradient(self, block: str | None, *, whole: bool) -> int:
-        """Gradients of one group: unsharded as autograd makes them, or the rank's shard."""
+        """Return the gradient bytes of one group: unsharded as autograd makes them if `whole`, else the shard's."""
         if (block, whole) not in self._gradients:
             group = [parameter for parameter in self._group(block) if parameter.trainable and parameter.used]
             sizes = (self.part(p) if whole else self.local(p) for p in group)
@@ -212,21 +215,22 @@ class Sizes:
         return self._gradients[block, whole]
 
     def recomputing(self, blocks: frozenset[str]) -> Sizes:
-        """The sizes of the plan if it recomputed `blocks`; what does not depend on them is shared."""
+        """Return the sizes of the plan if it recomputed `blocks`, sharing all that does not depend on these."""
         other = self._sharing(("dropped", "leaving"))
         other._recomputed = blocks
         return other
 
     def placing(self, plan: Plan) -> Sizes:
-        """The sizes of `plan`, which differs from theirs in what it keeps in other tiers or recomputes; all else is
-        shared. It must gather parameters if theirs does.
+        """Return the sizes of `plan`, which may differ from this plan in offload and recomputation only.
+
+        All else is shared. `plan` must gather parameters if this plan does.
         """
         other = self._sharing(("dropped", "leaving", "placement", "reductions", "kept_from_here", "passing_gradients"))
         other.plan, other._recomputed = plan, _recomputed(self.workload, plan)
         return other
 
     def _sharing(self, but: tuple[str, ...]) -> Sizes:
-        # Computed here if it is not yet, so that it is not by each.
+        # Compute these before copying, so that the copies share them.
         for name in (
             "parameters",
             "gradients",
@@ -250,16 +254,16 @@ class Sizes:
         return segment.block in self._recomputed
 
     def kept(self, segment: Segment) -> int:
-        """What recomputing `segment` keeps of the results that it makes, bytes."""
+        """Return the bytes of results of `segment` that its recomputation keeps."""
         return segment.product_bytes if self.plan.checkpointed_operations == "cheap" else 0
 
     def saving(self, segment: Segment) -> int:
-        """What recomputing `segment` does not keep of what it saves, bytes."""
+        """Return the bytes of saved activations that recomputing `segment` frees."""
         return max(0, segment.saved_bytes - segment.input_bytes - self.kept(segment))
 
     @cached_property
     def dropped(self) -> list[int]:
-        """What of the segments before each is neither kept, by recomputation, nor there, being in another tier."""
+        """For each segment, the activation bytes of the segments before it that are dropped or offloaded."""
         gone = (
             leaving + (self.saving(segment) if self.recomputes(segment) else 0)
             for segment, leaving in zip(self.step.segments, self.leaving, strict=True)
@@ -268,32 +272,33 @@ class Sizes:
 
     @cached_property
     def leaving(self) -> list[int]:
-        """What of that which each segment saves for backward is moved out of the device's memory meanwhile."""
+        """For each segment, the bytes of saved activations that are moved out of the device's memory."""
         if self.placement.activations not in self.placement.outside:
             return [0] * len(self.step.segments)
         return [self.leaving_of(segment) for segment in self.step.segments]
 
     def leaving_of(self, segment: Segment) -> int:
-        """What of that which `segment` saves for backward is kept in another tier meanwhile."""
+        """Return the bytes of saved activations of `segment` that are kept in another tier."""
         if segment.block not in self.placement.blocks:
             return 0
         return segment.saved_bytes - (self.saving(segment) if self.recomputes(segment) else 0)
 
     @cached_property
     def gathered_so_far(self) -> list[int]:
-        """Whole parameters of the root and of every block up to each segment, its own included."""
+        """For each segment, the unsharded parameter bytes of the root and of every block up to its own."""
         return [self.gathered(None) + size for size in _running(self.blocks, self.gathered)]
 
     @cached_property
     def kept_from_here(self) -> list[int]:
-        """Those of the rank's gradients that stay until the optimizer's step, of every block from each segment on, its
-        own included; one item more, 0.
+        """For each segment, the rank's gradient bytes, of its own and all later blocks, that stay until the step.
+
+        The list ends with one more item, 0.
         """
         sums = _running(self.blocks[::-1], self.kept_gradient)
         return [*sums[::-1], 0]
 
     def own_gradient(self, index: int) -> int:
-        """Those of the whole gradients of its block that are there at the worst moment of segment `index`'s backward.
+        """Return the unsharded gradient bytes of its block that are live at the peak of segment `index`'s backward.
 
         On CPU all of them, as in `root_gradient`.
         """
@@ -304,9 +309,9 @@ class Sizes:
         return total if self.kind == "cpu" or known is None else min(total, known)
 
     def root_gradient(self, index: int, *, whole: bool) -> int:
-        """Those of the root group's gradients that are there while segment `index` runs backward.
+        """Return the gradient bytes of the root group that are live while segment `index` runs backward.
 
-        On CPU all of them: the holes in its heap were measured beside that.
+        On CPU all of them: the fragmentation of its heap was measured with that.
         """
         if self.kind == "cpu":
             return self.gradient(None, whole=whole)
@@ -322,8 +327,9 @@ class Sizes:
         return self._root_so_far(self.local)
 
     def _root_so_far(self, size: Callable[[Parameter], int]) -> list[int]:
-        """At each segment the sum of `size` over the root's parameters whose gradient has come when it runs backward;
-        those that the trace did not see come first.
+        """Return, for each segment, the sum of `size` over the root's parameters whose gradients exist in its backward.
+
+        Gradients that the trace did not see are assumed to exist first.
         """
         came = {name: index for index, segment in enumerate(self.step.segments) for name in segment.completed}
         sums = [0] * len(self.step.segments)
@@ -334,15 +340,15 @@ class Sizes:
 
     @cached_property
     def passing_gradients(self) -> int:
-        """The rank's gradients of all groups whose gradients are there for a while only."""
+        """The rank's gradient bytes of all groups whose gradients do not stay until the optimizer's step."""
         return sum(self.gradient(block, whole=False) for block in self.groups if self.passes(block))
 
     def passes(self, block: str | None) -> bool:
-        """Whether the gradients of a group are there for a while only: used at once, or moved to another tier."""
+        """Return whether the gradients of a group leave the device early: released, or moved to another tier."""
         return block is not None and (self.plan.release_gradients or block in self.placement.away)
 
     def kept_gradient(self, block: str | None) -> int:
-        """The rank's gradients of one group, if they stay until the optimizer's step."""
+        """Return the rank's gradient bytes of one group that stay until the optimizer's step."""
         return 0 if self.passes(block) else self.gradient(block, whole=False)
 
     @cached_property
@@ -365,12 +371,12 @@ class Sizes:
 
     @cached_property
     def groups(self) -> dict[str | None, list[Parameter]]:
-        """Parameters that are gathered together, by block; those of the root group under None."""
+        """Parameters that are gathered together, by block; the root group is under None."""
         groups: dict[str | None, list[Parameter]] = {}
         for parameter in self.workload.parameters:
             if parameter.name in self._table_names:
                 continue
-            # Under mixed precision blocks gather matrices in half the bytes; vectors go with the root, in fp32.
+            # Under mixed precision blocks gather matrices in 16 bits; vectors belong to the root group, in fp32.
             block = parameter.block if parameter.block in self._groups_of else None
             if self._mixed and len(parameter.shape) < 2 and block not in self.plan.wrapped_modules:
                 block = None
@@ -387,7 +393,7 @@ def _recomputed(workload: Workload, plan: Plan) -> frozenset[str]:
 
 
 def _running(blocks: list[str | None], size: Callable[[str], int]) -> list[int]:
-    """At each place the sum of `size` over the blocks up to there, each once."""
+    """Return the running sums of `size` over `blocks`, counting each block once."""
     seen: set[str | None] = {None}
     sums: list[int] = []
     total = 0

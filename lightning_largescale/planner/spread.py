@@ -1,6 +1,7 @@
-"""Which tier what leaves the device goes to: DRAM first, being faster, as far as it goes, then a disk.
+"""Tiers of the offloaded bytes: DRAM first, because it is faster, then a disk.
 
-What moves most often has DRAM first: parameters, which every pass fetches; then what a micro-batch saves; then state.
+DRAM goes first to what moves most often: parameters, which every pass fetches; then activations, which every
+micro-batch saves; then optimizer state.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 4 (bandwidth that each needs) and 5.
 """
@@ -18,21 +19,21 @@ from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away
 from lightning_largescale.tiers import PAGE_BUFFERS
 
-# Of blocks, one of these: their activations leave, or they run again, all of them or what is cheap.
+# Techniques of blocks, of which a plan uses one: offload of activations, or recomputation of all or cheap operations.
 RECOMPUTATION = {"recomputation": "all", "cheap recomputation": "cheap"}
 OF_BLOCKS = frozenset({"activations", *RECOMPUTATION})
-# Bytes of a tier that has room for anything.
+# Budget in bytes of a tier that has room for anything.
 UNLIMITED = 2**63
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """How much stays, and how much leaves.
+    """The amounts that stay on the device, and that leave it.
 
     Attributes:
-        groups: of parameters that stay, counted from the last.
-        blocks: whose activations leave, or that recompute, counted from the first.
-        state_bytes: of optimizer state that stay.
+        groups: number of parameter groups that stay, counted from the last.
+        blocks: number of blocks whose activations are offloaded, or that recompute, counted from the first.
+        state_bytes: bytes of optimizer state that stay.
     """
 
     groups: int = 0
@@ -42,23 +43,26 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """A plan that keeps a choice elsewhere, and the bytes it keeps where; who steps on them is not said yet."""
+    """A plan that offloads the amounts of a choice, and its offloaded bytes by tier.
+
+    Whether the host or the device steps on them is not decided yet.
+    """
 
     plan: Plan
     away: Away
 
 
 def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapping[str, int]) -> Spread | None:
-    """The plan of `sizes` with what `choice` keeps outside of the device spread over the tiers.
+    """Spread the bytes that `choice` offloads over the tiers.
 
     Args:
-        sizes: of a plan that keeps nothing elsewhere.
-        techniques: of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
+        sizes: the sizes of a plan that offloads nothing.
+        techniques: any of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
         choice: the amounts.
-        tiers: bytes that fit "cpu" and "nvme", where they can be used.
+        tiers: bytes that fit "cpu" and "nvme", for each of the two that can be used.
 
     Returns:
-        None where they have not the room.
+        The plan of `sizes` with these bytes offloaded; None if the tiers lack the room.
     """
     groups = sizes.movable[: len(sizes.movable) - choice.groups] if "parameters" in techniques else []
     blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
@@ -101,7 +105,7 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
         some = tuple(blocks) if len(blocks) < len(sizes.workload.blocks) else None
         fields |= {"offload_activations": saved_tier, "offloaded_blocks": some}
     plan = dataclasses.replace(sizes.plan, **fields)
-    # Less than may pass through DRAM at the most can be enough for this plan.
+    # This plan may need less staging in DRAM than the upper bound, so that too little for the bound can be enough.
     if narrow and kept_elsewhere(sizes.placing(plan)).get("cpu", 0) > tiers["cpu"]:
         return None
     away = _away(sizes, groups, in_dram, {saved_tier: saved}, {"cpu": state_in_dram, "nvme": state - state_in_dram})
@@ -138,7 +142,7 @@ def _away(
 
 
 def _last_within(groups: list[str], kept: list[int], size: int) -> tuple[list[str], int]:
-    """The last groups that `size` bytes have room for, and the bytes left over."""
+    """Return the last groups that fit into `size` bytes, and the bytes left over."""
     count = 0
     while count < len(groups) and kept[-1 - count] <= size:
         size -= kept[-1 - count]
@@ -147,7 +151,7 @@ def _last_within(groups: list[str], kept: list[int], size: int) -> tuple[list[st
 
 
 def _saved(sizes: Sizes, blocks: Sequence[str]) -> list[int]:
-    """What each segment of `blocks` saves that can leave."""
+    """Return the bytes of saved activations that can be offloaded, for each segment of `blocks`."""
     names = frozenset(blocks)
     return [
         segment.saved_bytes - (sizes.saving(segment) if sizes.recomputes(segment) else 0)
@@ -157,7 +161,7 @@ def _saved(sizes: Sizes, blocks: Sequence[str]) -> list[int]:
 
 
 def _staging(sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
-    """The most that passes through DRAM at once on its way to a disk and back."""
+    """Return an upper bound of the bytes of staging buffers in DRAM for transfers to and from a disk."""
     shards = (sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, groups), default=0)
     saved = sorted(_saved(sizes, blocks), reverse=True)[:2]
     return PAGE_BUFFERS * largest_page(sizes) + shards + sum(saved)

@@ -1,4 +1,4 @@
-"""How many bytes one rank may keep in each tier, and what an estimate lacks there.
+"""Budgets of one rank in each tier, in bytes, and the shortfalls of an estimate.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 3 (memory of each tier).
 """
@@ -12,9 +12,9 @@ from lightning_largescale.hardware.disks import nvme_disk
 
 
 def tier_budgets(hardware: Hardware) -> dict[str, int]:
-    """Bytes that one rank may keep in each tier that can be planned with, beside the device's.
+    """Return the bytes that one rank may keep in each usable tier other than the device.
 
-    DRAM is a tier of its own on CUDA only; both need measured rates, and a disk is shared by the ranks of a node.
+    DRAM is a tier of its own on CUDA only. DRAM and disk need measured rates. The ranks of a node share its disk.
     """
     budgets: dict[str, int] = {}
     rates, disk = hardware.rates, nvme_disk(hardware.disks)
@@ -30,6 +30,6 @@ def tier_budgets(hardware: Hardware) -> dict[str, int]:
 
 
 def shortfalls(peak_bytes: Mapping[str, int], budgets: Mapping[str, float]) -> dict[str, float]:
-    """By tier, the bytes by which `peak_bytes` exceed `budgets`; empty where they fit."""
+    """Return, by tier, the bytes by which `peak_bytes` exceed `budgets`; empty if they fit."""
     over = {tier: size - budgets.get(tier, 0) for tier, size in peak_bytes.items()}
     return {tier: size for tier, size in over.items() if size > 0}

@@ -1,10 +1,10 @@
-"""Seconds that bytes take between tiers in one optimizer step, and how much of them runs under compute.
+"""Seconds of transfers between tiers in one optimizer step, and how many of them overlap with compute.
 
-What a CUDA device has away and the host's cores step on does not cross the link for that: gradients came to DRAM with
-backward, or are copied there with the parameters.
+On CUDA, offloaded state that the host's cores step on does not cross the link: gradients are in DRAM after backward, or
+are copied there with the parameters.
 
-A pass fetches the blocks it needs ahead and sends away what is no longer needed while others compute, so it lasts as
-long as the slowest of what is busy: its compute, the disk, or one direction of the link between host and device.
+A pass prefetches the blocks it needs and offloads what is no longer needed while other blocks compute. So it lasts as
+long as the slowest of its compute, the disk, and one direction of the link between host and device.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 4 (bandwidth that is needed) and 5.2 (overlap); Ren et al.
     2021, "ZeRO-Offload", section 4 (the step on the host).
@@ -21,27 +21,27 @@ from lightning_largescale.hardware import Link, Rates
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.tiers import PAGE_BYTES
 
-# What carries bytes between tiers, as the terms of a step name it.
+# The channels between tiers, as the terms of a step name them.
 CHANNELS = ("nvme read", "nvme write", "host to device", "device to host", "host copies")
-# What a step takes longer by where the host's cores make some of it.
+# The term for the time that a step takes longer because the host's cores run part of it.
 HOST_STEP = "step on the host"
-# Before a tier: what the host reads and writes there for itself, and does not cross the link.
+# Prefix of a tier for bytes that the host reads and writes for itself, and that do not cross the link.
 _BY_HOST = "host "
 Bytes = Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Away:
-    """What one rank keeps in other tiers, bytes by tier.
+    """Bytes that one rank keeps in other tiers, by tier.
 
     Attributes:
-        parameters: shards of the groups that leave.
-        trained: of these, those that are stepped on; their gradients have as many bytes.
-        state: of optimizers.
-        activations: saved by one micro-batch.
-        by_host: of `state`, what the host's cores step on; on CUDA only, as the next.
-        copied: bytes of parameters that are copied from the device for that, and back, wherever their state is; their
-            gradients have as many.
+        parameters: parameter shards of the offloaded groups.
+        trained: the part of `parameters` that is stepped on; their gradients have as many bytes.
+        state: optimizer state.
+        activations: activations saved by one micro-batch.
+        by_host: the part of `state` that the host's cores step on; CUDA only.
+        copied: bytes of parameters that are copied from the device and back for the host's step, wherever their state
+            is; their gradients have as many; CUDA only.
     """
 
     parameters: Bytes = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Away:
 
     @classmethod
     def of(cls, sizes: Sizes) -> Away:
-        """What the plan of `sizes` keeps in other tiers."""
+        """Return the bytes that the plan of `sizes` keeps in other tiers."""
         place = sizes.placement
         parameters, trained = Counter[str](), Counter[str]()
         for name, tier in place.groups.items():
@@ -65,8 +65,9 @@ class Away:
         return away.stepped_on(sizes, by_host=sizes.plan.host_optimizer_step)
 
     def stepped_on(self, sizes: Sizes, *, by_host: bool) -> Away:
-        """The same with what the host's cores step on: the state of parameters that are elsewhere themselves, or all
-        that is elsewhere, if `by_host` says so.
+        """Return a copy with `by_host` and `copied` set.
+
+        The host steps on all offloaded state if `by_host`, else only on the state of offloaded parameters.
         """
         state, trained = sum(self.state.values()), sum(self.trained.values())
         if sizes.kind == "cpu" or not sizes.trained_bytes:
@@ -81,18 +82,18 @@ class Away:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
-    """What the transfers of a step run beside.
+    """The compute of a step that its transfers may overlap with.
 
     Attributes:
-        forward_seconds: of compute in the forward of all micro-batches.
-        backward_seconds: likewise, recomputation included.
-        optimizer_seconds: of the arithmetic of the optimizer's step.
-        trained_bytes: of the rank's parameters, those that are stepped on.
-        root_share: of these, those of the root group, which are never released.
-        micro_batches: of one optimizer step.
-        trains: False where there is a forward only.
-        fetches_again: parameters are fetched in backward once more.
-        releases: parameters are stepped on in backward.
+        forward_seconds: seconds of compute in the forward of all micro-batches.
+        backward_seconds: seconds of compute in the backward of all micro-batches, recomputation included.
+        optimizer_seconds: seconds of the optimizer's step.
+        trained_bytes: bytes of the rank's parameters that are stepped on.
+        root_share: share of the root group in `trained_bytes`; its gradients are never released.
+        micro_batches: micro-batches of one optimizer step.
+        trains: whether there is a backward; False if there is a forward only.
+        fetches_again: whether parameters are fetched again in backward.
+        releases: whether parameters are stepped on in backward.
     """
 
     forward_seconds: float
@@ -107,7 +108,7 @@ class Passes:
 
     @classmethod
     def of(cls, sizes: Sizes, terms: Mapping[str, float]) -> Passes:
-        """Those of the plan of `sizes`, whose step has these `terms` of compute."""
+        """Return the passes of the plan of `sizes`, whose step has these `terms` of compute."""
         trained = sizes.trained_bytes
         fit = sizes.workload.stage == "fit"
         return cls(
@@ -125,12 +126,12 @@ class Passes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfers:
-    """Seconds between tiers in one optimizer step.
+    """Seconds of transfers between tiers in one optimizer step.
 
     Attributes:
-        terms: by channel: "nvme read", "nvme write"; on CUDA "host to device" and "device to host"; on CPU "host
-            copies". And "step on the host": what an optimizer's step takes longer there than on the device.
-        hidden_seconds: of their sum, what runs under compute and under each other.
+        terms: seconds by channel: "nvme read", "nvme write"; on CUDA "host to device" and "device to host"; on CPU
+            "host copies". And "step on the host": the seconds by which the host's step is slower than the device's.
+        hidden_seconds: the part of their sum that overlaps with compute or with another channel.
     """
 
     terms: Mapping[str, float]
@@ -138,15 +139,15 @@ class Transfers:
 
     @property
     def step_seconds(self) -> float:
-        """What they add to a step, seconds."""
+        """Seconds that the transfers add to a step."""
         return sum(self.terms.values()) - self.hidden_seconds
 
 
 def transfers(away: Away, passes: Passes, rates: Rates, kind: str) -> Transfers:
-    """What keeping `away` elsewhere costs a step.
+    """Return the transfers of a step that keeps `away` in other tiers.
 
     Raises:
-        ValueError: `rates` lacks that of a tier that is used.
+        ValueError: `rates` lacks the rate of a tier that is used.
 
     Source: the module's docstring.
     """
@@ -169,7 +170,7 @@ def transfers(away: Away, passes: Passes, rates: Rates, kind: str) -> Transfers:
 
 
 def _longer_by_host(away: Away, passes: Passes, rates: Rates) -> float:
-    """What stepping on some on the host takes longer than on the device: as the memory of the two differs."""
+    """Return the seconds by which the host's step is slower than the device's, by the ratio of memory bandwidths."""
     on_host = sum(away.trained.values()) + away.copied
     if not on_host or not passes.trains:
         return 0.0
@@ -183,7 +184,7 @@ _Traffic = tuple[Bytes, Bytes]
 
 
 def _traffic(away: Away, passes: Passes, released: float, kind: str) -> tuple[_Traffic, _Traffic, _Traffic]:
-    """Bytes read from each tier, and written to it, in forward, in backward, and in the optimizer's step."""
+    """Return the (bytes read, bytes written) by tier in forward, in backward, and in the optimizer's step."""
     forward, backward, step = ((Counter[str](), Counter[str]()) for _ in range(3))
     micro, host = passes.micro_batches, _BY_HOST if kind == "cuda" else ""
     for tier in {*away.parameters, *away.state, *away.activations}:
@@ -197,7 +198,7 @@ def _traffic(away: Away, passes: Passes, released: float, kind: str) -> tuple[_T
         backward[0][host + tier] += (micro - 1) * gradients
         backward[1][tier] += micro * gradients
         if passes.releases and kind == "cuda":
-            # What is released is stepped on in DRAM, wherever the parameters go from there.
+            # Released gradients are stepped on in DRAM, wherever the parameters go from there.
             backward[1]["cpu"] += trained
         by_host = away.by_host.get(tier, 0)
         for place, moved, early in (
