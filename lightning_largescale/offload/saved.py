@@ -150,7 +150,7 @@ class _Coming:
     """The fetch of a storage from a disk.
 
     Attributes:
-        buffer: The buffer in DRAM that it is read into; None once it is copied to the device.
+        buffer: The buffer in DRAM that it is read into; None once its copy to the device has begun.
         transfer: The transfer that reads it.
         target: The tensor on a CUDA device that the buffer is copied to; None on a CPU.
         event: A CUDA event. Before the copy is enqueued, it is the event that the copy must wait for; then, the event
