@@ -164,7 +164,7 @@ class Release:
         self._last = None
 
     def stop(self) -> None:
-        """Update no more in backward."""
+        """Stop updating parameters in backward."""
         self._arrivals.stop()
 
     def _arrived(self, parameter: Tensor) -> None:

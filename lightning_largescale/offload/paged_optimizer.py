@@ -163,7 +163,8 @@ class PagedOptimizer:
         """Return the memory that holds the state of `parameter` under `key`, for writing into it.
 
         Returns:
-            The tensor; the CPU device if it is not known yet what is paged; None if this state is not paged.
+            The tensor; the CPU device if it is not known yet what is paged; None if this state is not paged or the
+            shard is empty.
         """
         if self.paged.waits:
             return torch.device("cpu")
