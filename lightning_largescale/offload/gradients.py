@@ -35,7 +35,7 @@ _GRADIENT: Any = Tensor.grad
 
 
 class Arrivals:
-    """Calls back when the gradients of a block have arrived, until `stop`.
+    """Callbacks for the arrival of gradients and for the completion of a block's gradients, until `stop`.
 
     Gradients that FSDP2 copies from a CUDA device to DRAM are reported when gradients of another block have followed,
     so that the copies overlap with computation.
@@ -120,9 +120,9 @@ class Arrivals:
 
 
 class Release:
-    """Updates the parameters of each block as soon as its gradients are complete, then frees the gradients.
+    """Update of each block's parameters as soon as the block's gradients are complete, until `stop`.
 
-    It does so until `stop`.
+    The gradients are freed after the update.
 
     Args:
         optimizer: The optimizer of all parameters.

@@ -39,7 +39,7 @@ _AHEAD = 2
 
 
 class PagedOptimizer:
-    """Makes an optimizer step page by page until `undo`. Results equal those of the plain step bit for bit.
+    """Page-by-page stepping of an optimizer, until `undo`. Results equal those of the plain step bit for bit.
 
     Args:
         optimizer: The optimizer to page; its parameters may be sharded among ranks.

@@ -226,7 +226,7 @@ class PagedState:
         return taken
 
     def _on_device(self, parameter: Tensor) -> bool:
-        """Return whether `parameter` is in the memory of a device other than the CPU."""
+        """Return whether there are lanes and `parameter` is on their device."""
         return self._lanes is not None and local_of(parameter).device.type == self._lanes.device.type
 
     def _place(self, bundle: Bundle) -> None:

@@ -53,7 +53,7 @@ class ShardCopies:
 
 
 class ShardsInDram:
-    """Copies the shards of a module's blocks from pinned DRAM through `ShardCopies`, until `stop`.
+    """The shards of a module's blocks in pinned DRAM, copied to the device by `ShardCopies`, until `stop`.
 
     Args:
         blocks: The blocks that `fully_shard` was applied to.
