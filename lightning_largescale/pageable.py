@@ -1,8 +1,8 @@
-"""How an optimizer can be paged: asked of the optimizer itself, on small tensors.
+"""Detection of how an optimizer can be paged, by stepping it on small sample tensors.
 
-Most treat the elements of a parameter one by one: they are paged by elements. Some need a matrix as a whole (Muon,
-Adafactor): they are paged by parameters. Some need all parameters at once (a norm over all of them, a line search):
-they cannot be. What a step on one after the other makes must be what a step on all at once makes, bit for bit.
+Most optimizers are elementwise; they are paged by elements. Some need a full matrix (Muon, Adafactor); they are paged
+by parameters. Some need all parameters at once (a norm over all of them, a line search); they cannot be paged. Stepping
+on one page after the other must give the same result as one step on all parameters, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.optimizing import UntriedError, bare_step, clone_of, hold, in_words
 
 _STEPS = 3
-# From here on 8-bit optimizers keep state as codes, and pages may end in the middle of a parameter.
+# From this number of elements on, 8-bit optimizers quantize their state, and pages may end in the middle of a
+# parameter.
 _LARGE = 4096
-# Whatever the user's, which may be zero at first, or drown the change in rounding.
+# Used in place of the user's learning rate, which may be zero at first, or so small that rounding hides the change.
 _LEARNING_RATE = 1e-2
-# Of a large sample, and of a small one, the elements before a cut: small parameters are not cut into pages, but among
-# ranks.
+# The elements at which a large and a small sample are split. Small parameters are not split into pages, but they are
+# sharded among ranks.
 _CUTS, _SMALL_CUTS = (_LARGE, 3 * _LARGE), (64,)
 
-# A group's number, how many dimensions, whether large, and the dtype.
+# The group's number, the number of dimensions (at most 2), whether the shard is large, and the dtype.
 Key = tuple[int, int, bool, torch.dtype]
 _Values = list[list[Tensor]]
 _States = list[list[dict[str, Any]]]
@@ -39,11 +40,12 @@ _States = list[list[dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How the state of some parameters is kept.
+    """The kind of optimizer state of some parameters.
 
     Attributes:
-        divisible: a step on some elements of a parameter is that on all of it, as far as they go.
-        dtypes: of the state that has a parameter's shape, by its key; what else there is stays where it is.
+        divisible: Whether a step on a slice of a parameter gives the same result for it as a step on the full
+            parameter.
+        dtypes: The dtype of each state tensor that has the parameter's shape, by key. Other state is not paged.
     """
 
     divisible: bool
@@ -51,12 +53,12 @@ class Kind:
 
     @property
     def bytes_per_element(self) -> int:
-        """Of the state that is paged."""
+        """The bytes of paged state per element."""
         return sum(dtype.itemsize for dtype in self.dtypes.values())
 
 
 def kind_key(parameter: Tensor, group: int) -> Key:
-    """What parameters of one kind have in common."""
+    """Return the key that groups parameters whose state is of the same kind."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return group, min(local.dim(), 2), local.numel() >= _LARGE, local.dtype
 
@@ -64,18 +66,22 @@ def kind_key(parameter: Tensor, group: int) -> Key:
 def ask_kinds(
     optimizer: Optimizer, parameters: Sequence[tuple[Tensor, int]], device: torch.device | None = None
 ) -> Mapping[Key, Kind]:
-    """How the state of each of `parameters` can be paged, by `kind_key`.
+    """Find out how the state of `parameters` can be paged.
 
-    The optimizer, its parameters and their gradients stay as they are, and so does the random state.
+    The optimizer, its parameters and their gradients stay unchanged, and so does the random state.
 
     Args:
-        optimizer: any.
-        parameters: of it, each with the number of its group.
-        device: that steps on them; None for that which they are on.
+        optimizer: The optimizer, of any class.
+        parameters: Parameters of the optimizer, each with the number of its group.
+        device: The device that steps on them; None for the device they are on.
+
+    Returns:
+        The kind of the state of each parameter, by `kind_key`.
 
     Raises:
-        UntriedError: it does not step on small tensors, as it is.
-        PlanError: a step on some of them after the others is not that on all.
+        UntriedError: The optimizer, in its current state, does not step on small tensors.
+        PlanError: The optimizer cannot be paged: its `step` requires a closure, stepping on one parameter after the
+            other gives another result than one step on all, or it needs a full parameter that is sharded.
     """
     keys = {kind_key(parameter, group): parameter for parameter, group in parameters}
     device = parameters[0][0].device if device is None else device
@@ -115,7 +121,7 @@ def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping
         try:
             values, states = _steps(optimizer, samples, by_key.__getitem__, apart=True)
         except Exception as error:
-            # Whatever its code raises on parts says that it needs the whole.
+            # Any exception on slices shows that the optimizer needs full parameters.
             why, failure = f"fails ({in_words(error)})", error
             continue
         alike = [
@@ -141,7 +147,11 @@ def _cuts(key: Key) -> Sequence[int]:
 def _steps(
     optimizer: Optimizer, samples: Mapping[Key, list[Tensor]], cuts: Callable[[Key], Sequence[int]], *, apart: bool
 ) -> tuple[_Values, _States]:
-    """Values and state of the samples' parts after some steps: of all at once, or `apart`, of one after the other."""
+    """Run some steps on slices of the samples, all together or, if `apart`, one after the other.
+
+    Returns:
+        The values and the state of the slices of each sample.
+    """
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     for options in groups:
         if options.get("lr") is not None:
@@ -169,8 +179,9 @@ def _steps(
 
 @contextlib.contextmanager
 def _others(optimizer: Optimizer) -> Iterator[None]:
-    """Within, `optimizer` has other tensors in the place of its parameters, which have their state: of what it keeps
-    elsewhere by its parameters it finds nothing, as in each turn on a page.
+    """Context in which `optimizer` holds other tensors, with the same values and state, in place of its parameters.
+
+    So it does not find data that it keeps by parameter outside of its state, just as in a turn on a page.
     """
     held: list[tuple[Tensor, Tensor]] = []
     for group in optimizer.param_groups:
@@ -200,7 +211,10 @@ def _paged_keys(states: list[dict[str, Any]], values: list[Tensor]) -> dict[str,
 def _same_state(
     parts: list[dict[str, Any]], whole: dict[str, Any], values: list[Tensor], paged: Mapping[str, torch.dtype]
 ) -> bool:
-    """Whether the state of the parts is that of the whole: what is paged in parts, the rest the same in each."""
+    """Return whether the state of the slices equals that of the full parameter.
+
+    Paged state must be equal slice by slice; other state must be the same for each slice.
+    """
     for key, expected in whole.items():
         found: list[Any] = [part.get(key) for part in parts]
         if key in paged:
@@ -221,7 +235,7 @@ def _equal(one: Any, other: Any) -> bool:
     try:
         return bool(one == other) or (one != one and other != other)
     except (RuntimeError, ValueError, TypeError):
-        # Of what cannot be compared nothing is known.
+        # Values that cannot be compared count as different.
         return False
 
 
@@ -230,7 +244,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _sample(key: Key, seed: int, device: torch.device) -> list[Tensor]:
-    """A start and a gradient for each step, of rows of very different sizes."""
+    """Return initial values and one gradient per step, with rows whose magnitudes differ by up to a factor of 1000."""
     _, dims, large, dtype = key
     rows, columns = (256, 128) if large else (16, 8)
     shape = {0: (), 1: (rows * columns,)}.get(dims, (rows, columns))

@@ -1,7 +1,8 @@
-"""How bytes move between the tiers: the sizes that what moves them and what plans for it have in common.
+"""Sizes of transfers between the tiers, shared by the code that moves data and the planner.
 
-A step on optimizer state that is elsewhere runs page by page; while one page is stepped on, the next are read and the
-last are written, each in a buffer of its own. Blocks whose parameters are elsewhere are fetched one or more ahead.
+A step on offloaded optimizer state runs page by page. While one page is stepped on, the next pages are read and the
+previous ones are written, each in a buffer of its own. Blocks with offloaded parameters are prefetched, one or more
+ahead.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2 (the infinity offload engine).
 """
@@ -15,36 +16,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
 
-# Bytes of one page: of optimizer state, and of the parameters and gradients that are elsewhere too.
+# Bytes of one page: optimizer state, and parameters and gradients that are offloaded too.
 PAGE_BYTES = 32 * 2**20
-# Pages in memory at once: one that is stepped on, others on their way in and out.
+# Pages in memory at once: one that is stepped on, others that are read or written.
 PAGE_BUFFERS = 6
-# Bytes of one request to a disk, and how many are under way at once.
+# Bytes of one request to a disk, and the number of concurrent requests.
 REQUEST_BYTES, REQUESTS = 4 * 2**20, 8
-# What O_DIRECT wants addresses, offsets and lengths to be multiples of.
+# O_DIRECT requires addresses, offsets and lengths to be multiples of this.
 ALIGNMENT_BYTES = 4096
 
 
 def aligned(size: int) -> int:
-    """`size` bytes rounded up to what O_DIRECT takes."""
+    """Round `size` bytes up to a multiple of `ALIGNMENT_BYTES`."""
     return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def page_buffer_bytes(moved_bytes: int, page_bytes: int) -> int:
-    """Bytes of the buffers, for pages of `page_bytes` at most, through which `moved_bytes` are paged in one step."""
+    """Return the bytes of the page buffers for a step that pages `moved_bytes` in pages of at most `page_bytes`."""
     return min(PAGE_BUFFERS * page_bytes, aligned(moved_bytes))
 
 
 def shard_bytes(shape: Sequence[int], nbytes: int, dp_shard: int, tp: int = 1, tp_dim: int | None = None) -> int:
-    """Bytes of the largest shard of a parameter.
+    """Return the bytes of the largest shard of a parameter.
 
     Args:
-        shape: of the whole parameter.
-        nbytes: likewise.
-        dp_shard: ranks that rows of its first dimension are divided among, rounded up; those of what each rank of
-            tensor parallelism has.
-        tp: ranks of tensor parallelism.
-        tp_dim: the dimension that is divided among these; None where each has all.
+        shape: The shape of the full parameter.
+        nbytes: The bytes of the full parameter.
+        dp_shard: The number of ranks that the rows of each tensor-parallel shard are sharded among, padded to the
+            largest chunk.
+        tp: The number of tensor-parallel ranks.
+        tp_dim: The dimension that is sharded among these; None if the parameter is replicated.
 
     Source: torch.distributed.fsdp.fully_shard, "Shard(0)" with padding to the largest chunk.
     """
@@ -56,12 +57,14 @@ def shard_bytes(shape: Sequence[int], nbytes: int, dp_shard: int, tp: int = 1, t
 
 
 def group_tiers(plan: Plan, sizes: Mapping[str, int]) -> dict[str, str]:
-    """The tier of each group whose parameters leave the device, by name; the last ones stay there, and of the others
-    the last go to DRAM, as far as the plan's amounts of bytes go.
+    """Return the tier of each FSDP group whose parameters are offloaded, by name.
+
+    The last groups stay on the device, as far as `resident_parameter_bytes` allows. With offload to "nvme", the last of
+    the others go to DRAM, as far as `cpu_parameter_bytes` allows.
 
     Args:
-        plan: what may leave, and how many bytes of it stay.
-        sizes: bytes of each group's shard, in the order in which the module has the groups.
+        plan: The plan; `offload_parameters` and the two budgets are read.
+        sizes: The bytes of each group's shard, in the order of the groups in the module.
     """
     if plan.offload_parameters is None:
         return {}
@@ -73,7 +76,7 @@ def group_tiers(plan: Plan, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def _without_last(names: list[str], sizes: Mapping[str, int], amount: int | None) -> tuple[list[str], list[str]]:
-    """`names` without the last ones whose sizes make no more than `amount` in all, and these; None has none."""
+    """Split `names` into the first ones and the last ones whose sizes total at most `amount`; None counts as 0."""
     left, count = amount or 0, len(names)
     while count and sizes[names[count - 1]] <= left:
         count -= 1

@@ -1,1 +1,1 @@
-"""The model over the memory hierarchy: what is not needed at the moment is kept in DRAM or on a disk."""
+"""Offload of optimizer state, parameters, gradients and activations to DRAM or a disk until they are needed."""

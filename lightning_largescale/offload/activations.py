@@ -1,12 +1,13 @@
-"""Activation offload: what a block saves for its backward waits for it in another tier.
+"""Activation offload: the tensors that a block saves for backward are kept in another tier until its backward.
 
-Hooks on saved tensors see what a block's forward saves. When the next block begins, the storages of what the last one
-saved begin to leave; before one more begins, they have left. So two blocks' are on the device at most, and what the
-last block of a forward saves, whose backward comes at once, stays there. A backward that reaches a block has what that
-block, and the one before it, saved come back. What is here still, or again, is used as it is.
+Saved-tensor hooks see the tensors that a block's forward saves. When the next block begins, offload of their storages
+begins; before the block after it begins, it is complete. So the saved tensors of two blocks at most are on the device.
+Those of the last block of a forward, whose backward follows at once, stay there. When backward reaches a block, the
+saved tensors of that block and of the blocks to prefetch are fetched. Tensors that are still or again on the device are
+used as they are.
 
-What lives on the device in any case stays: parameters, buffers, views of them, weights that FSDP2 gathers. So does what
-is small, and what has no storage of its own kind (sparse tensors and subclasses).
+Tensors that live on the device anyway stay there: parameters, buffers, views of them, and weights that FSDP2 gathers.
+So do small tensors, and tensors without a plain dense storage (sparse tensors and subclasses).
 
 Source: Pudipeddi et al. 2020, "Training Large Neural Networks with Constant Memory using a New Execution Algorithm"
     (L2L); Huang et al. 2020, "SwapAdvisor"; Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.1;
@@ -35,34 +36,35 @@ from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import Plan
 from lightning_largescale.workload.blocks import find_blocks
 
-# A request of fewer bytes takes as long as one of as many.
+# A smaller transfer takes as long as one of this size.
 SMALL_BYTES = 64 * 2**10
 
 
 def offload_activations(module: nn.Module, plan: Plan, store: Store | None, device: torch.device) -> Callable[[], None]:
-    """Have what the blocks of `module` that `plan` names, or all, save for backward wait in another tier.
+    """Offload the tensors that blocks of `module` save for backward: the blocks that `plan` names, or all.
 
-    Numbers are those of the plain run bit for bit. The module is changed in place, its names and state_dict keys are
-    not. Call after recomputation and compilation were applied, so that what these keep leaves (of a checkpoint the
-    block's positional inputs), and before sharding. On a CPU "cpu" is the device's own tier, and nothing is done.
+    Results equal those of the plain run bit for bit. The module is changed in place; its names and state_dict keys
+    stay. Call this after activation checkpointing and compilation were applied, so that the tensors these keep are
+    offloaded (for a checkpoint, the block's positional inputs), and before sharding. On a CPU, "cpu" is the device's
+    own tier, and nothing is done.
 
-    What is written into after it was saved makes backward raise, as it does otherwise; a write that torch does not
-    count, through `.data`, is not seen. Where hooks on saved tensors are in force already, as inside a checkpoint of
-    the user's own, a block leaves it to them.
+    Backward raises if a saved tensor was modified in place, as it does without offload; a write through `.data`, which
+    torch does not count, is not detected. If saved-tensor hooks are in force already, as inside a checkpoint of the
+    user's own, a block does not add its own.
 
     Args:
-        module: with repeated blocks.
-        plan: of which `offload_activations`, `offloaded_blocks` and `prefetched_blocks` are read.
-        store: for the tier "nvme".
-        device: that the module computes on.
+        module: The module, with repeated blocks.
+        plan: The plan; `offload_activations`, `offloaded_blocks` and `prefetched_blocks` are read.
+        store: The store for the tier "nvme".
+        device: The device that the module computes on.
 
     Returns:
-        What gives the blocks back the forward they had; what was saved so far still comes back.
+        A function that restores the blocks' forward. Tensors that were saved before it is called are still fetched.
 
     Raises:
-        PlanError: the plan asks for it and `module` has no repeated blocks, or none of a name that the plan has. From a
-            block's forward: the disk has no room.
-        StoreError: from a block's forward or backward: the disk failed.
+        PlanError: The plan asks for activation offload, and `module` has no repeated blocks or no block of a name in
+            the plan. From a block's forward: the disk is full.
+        StoreError: From a block's forward or backward: the disk failed.
     """
     if plan.offload_activations is None:
         return lambda: None
@@ -88,7 +90,7 @@ def offload_activations(module: nn.Module, plan: Plan, store: Store | None, devi
 
 
 class _Offloaded(Forward):
-    """A block's forward of which what it saves leaves."""
+    """A block's forward whose saved tensors are offloaded."""
 
     def __init__(self, block: nn.Module, name: str, offload: _Offload) -> None:
         super().__init__(block)
@@ -103,13 +105,14 @@ class _Offloaded(Forward):
 
 
 class _Offload:
-    """What the blocks of a module have in common.
+    """The offload state that the blocks of a module share.
 
     Args:
-        tier: where storages go.
-        device: where they come from.
-        ahead: how many calls of blocks are fetched before the one whose backward runs.
-        outside: tensors by the dictionaries that hold them, which blocks may be given and which live on anyway.
+        tier: The tier that storages are offloaded to.
+        device: The device that they are on.
+        ahead: How many calls of blocks are prefetched before the one whose backward runs.
+        outside: Tensors outside of the blocks, as the dictionaries that hold them and their keys. Blocks may receive
+            them as inputs; they live on the device anyway.
     """
 
     def __init__(
@@ -117,12 +120,12 @@ class _Offload:
     ) -> None:
         self.tier, self.device_type = tier, device.type
         self._ahead, self._outside = ahead, outside
-        # By storage, as long as both live.
+        # The offloaded form of each storage, as long as both live.
         self.known: weakref.WeakValueDictionary[StorageWeakRef, Saved] = weakref.WeakValueDictionary()
-        # Calls in their order, whose graphs live.
+        # The calls whose graphs live, in their order.
         self._calls: list[weakref.ref[_BlockForward]] = []
         self._leaving: Sent = []
-        # The call whose backward runs, and those of which something came back.
+        # The call whose backward runs, and the calls whose storages were fetched.
         self._reached: weakref.ref[_BlockForward] | None = None
         self._open: weakref.WeakSet[_BlockForward] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -131,11 +134,11 @@ class _Offload:
         return self
 
     def begin(self, name: str, block: nn.Module) -> _BlockForward:
-        """A call of `block` begins: what the call before saved leaves."""
+        """Begin a call of `block`, and begin to offload the storages that the previous call saved."""
         with self._lock:
             self._calls = [known for known in self._calls if known() is not None]
             last = self._calls[-1]() if self._calls else None
-            # What fails here is not to be heard of again in another step.
+            # Cleared first, so that a failure here is not raised again in another step.
             before, self._leaving = self._leaving, []
             leaving = [] if last is None else [one for one in last.storages() if not (one.sent or one.wanted)]
             sent = self.tier.send(leaving)
@@ -147,7 +150,7 @@ class _Offload:
             return call
 
     def reach(self, call: _BlockForward) -> None:
-        """The backward of `call` runs: what it and those before it saved comes back."""
+        """Fetch the storages that `call`, whose backward runs, and the `ahead` calls before it saved."""
         with self._lock:
             if self._reached is not None and self._reached() is call:
                 return
@@ -158,7 +161,7 @@ class _Offload:
             for one in list(self._open):
                 if one not in near:
                     self._open.discard(one)
-                    # Of a graph that is kept: it is not to have all of it in memory.
+                    # The graph may be kept (`retain_graph`), and must not hold all of its storages in memory.
                     for saved in one.storages():
                         saved.forget()
             for one in reversed(near):
@@ -171,9 +174,9 @@ class _BlockForward:
     """One run of a block's forward.
 
     Args:
-        name: of the block.
-        offload: that it takes part in.
-        stays: addresses of storages that live on anyway.
+        name: The block's name.
+        offload: The offload state that the module's blocks share.
+        stays: Addresses of storages that live on the device anyway.
     """
 
     def __init__(self, name: str, offload: _Offload, stays: set[int]) -> None:
@@ -182,18 +185,18 @@ class _BlockForward:
         self._storages: dict[int, weakref.ref[Saved]] = {}
 
     def storages(self) -> list[Saved]:
-        """That it saved and that are needed still, in the order in which it did."""
+        """Return the storages that this call saved and that are still needed, in the order in which it saved them."""
         return [saved for known in list(self._storages.values()) if (saved := known()) is not None]
 
     def pack(self, tensor: Tensor) -> _ResidentTensor | _View:
-        """What autograd keeps in the place of `tensor`."""
+        """Return the object that autograd keeps in place of `tensor`."""
         if not self._leaves(tensor):
             return _ResidentTensor(tensor)
         storage = tensor.untyped_storage()
         key: StorageWeakRef = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         known = self.offload.known
         saved, version = known.get(key), compat.version(tensor)
-        # Written into since it was saved, it is another content.
+        # After a write since it was saved, the storage has other content.
         if saved is None or saved.version != version:
             saved = known[key] = Saved(self._name, storage, version)
         self._storages[id(saved)] = weakref.ref(saved)
@@ -213,12 +216,12 @@ class _BlockForward:
 
 
 class _ResidentTensor:
-    """A saved tensor that stays."""
+    """A saved tensor that stays on the device."""
 
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        # Without its graph, which may hold this.
+        # Detached, since its graph may hold this object.
         self._tensor, self._version = tensor.detach(), compat.version(tensor)
 
     def unpack(self) -> Tensor:
@@ -227,7 +230,7 @@ class _ResidentTensor:
 
 
 class _View:
-    """A saved tensor whose storage leaves."""
+    """A saved tensor whose storage is offloaded."""
 
     __slots__ = ("_call", "_dtype", "_place", "_saved", "_version", "_versions")
 
@@ -250,7 +253,10 @@ def _unpack(packed: _ResidentTensor | _View) -> Tensor:
 
 
 def _check_version(tensor: Tensor, versions: Tensor, expected: int) -> None:
-    """Raise what autograd does, which leaves it to hooks, where `tensor` was written into since it was saved."""
+    """Raise autograd's error if `tensor` was modified in place since it was saved.
+
+    Autograd does not check tensors that hooks have packed.
+    """
     version = compat.version(versions)
     if version != expected:
         raise RuntimeError(
@@ -260,7 +266,7 @@ def _check_version(tensor: Tensor, versions: Tensor, expected: int) -> None:
 
 
 def _outside(module: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[MutableMapping[str, Any], str]]:
-    """The dictionaries, and their keys, of parameters and buffers of `module` outside of its blocks."""
+    """Return the parameters and buffers of `module` outside of its blocks, as their dictionaries and keys."""
     inside = {part for block in blocks for part in block.modules()}
     return [
         (held, key)
@@ -272,7 +278,11 @@ def _outside(module: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[Mutab
 
 
 def _places(tensor: Any) -> Iterator[int]:
-    """The address of the storage of `tensor`, of one that is divided its local part's; nothing where there is none."""
+    """Yield the address of the storage of `tensor`, for a DTensor that of its local tensor.
+
+    Yields:
+        One address for each dense tensor that holds its data; none if there is no such tensor.
+    """
     if tensor is None:
         return
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The memory that pages pass through, and that which is left for what need not move."""
+"""Buffers that pages go through, and budgets of memory for state that is not moved."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from lightning_largescale.tiers import PAGE_BUFFERS
 
 
 class Allowance:
-    """Bytes of which what is taken is taken off.
+    """A budget of bytes.
 
     Args:
-        nbytes: there at first.
+        nbytes: The initial budget.
     """
 
     def __init__(self, nbytes: int) -> None:
         self._left = nbytes
 
     def take(self, nbytes: int) -> bool:
-        """Whether there are as many left, which then are taken."""
+        """Take `nbytes` if that many are left, and return whether they were."""
         if nbytes > self._left:
             return False
         self._left -= nbytes
         return True
 
     def give_back(self, nbytes: int) -> None:
-        """Let others take what was taken."""
+        """Return `nbytes` to the budget."""
         self._left += nbytes
 
 
 class PageBuffers:
-    """A few pieces of memory, each as large as the largest page, made when they are first needed.
+    """A pool of buffers, each as large as the largest page, allocated when they are first needed.
 
     Args:
-        pinned: whether CUDA copies to and from them directly.
-        most: how many there are at most.
+        pinned: Whether to pin the buffers for CUDA copies.
+        most: The maximum number of buffers.
     """
 
     def __init__(self, *, pinned: bool = False, most: int = PAGE_BUFFERS) -> None:
@@ -45,17 +45,17 @@ class PageBuffers:
         self._leaving = deque[tuple[Memory, Transfer]]()
 
     def make_room(self, nbytes: int) -> None:
-        """Let each hold `nbytes`; not while any is taken."""
+        """Make each buffer hold at least `nbytes`. Do not call this while a buffer is taken."""
         if nbytes > self._nbytes:
             self.drain()
             self._nbytes, self._count = nbytes, 0
             self._free.clear()
 
     def take(self) -> Memory:
-        """One that is free; if there is none, the first of those on their way out, once it is through.
+        """Take a free buffer. If none is free, wait for the transfer of the one that was given back first.
 
         Raises:
-            StoreError: its transfer failed.
+            StoreError: That transfer failed.
         """
         if self._free:
             return self._free.pop()
@@ -68,14 +68,14 @@ class PageBuffers:
         return memory
 
     def give_back(self, memory: Memory, transfer: Transfer) -> None:
-        """Let others take what was taken, once `transfer` is through."""
+        """Give a buffer back; it may be taken again once `transfer` has ended."""
         self._leaving.append((memory, transfer))
 
     def drain(self) -> None:
-        """Until all that was given back is through.
+        """Wait for the transfers of all buffers that were given back.
 
         Raises:
-            StoreError: a transfer failed.
+            StoreError: A transfer failed.
         """
         failed: StoreError | None = None
         while self._leaving:

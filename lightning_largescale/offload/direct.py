@@ -1,4 +1,4 @@
-"""A file past the page cache.
+"""A file that is read and written with O_DIRECT, bypassing the page cache.
 
 Source: man pages open(2), O_DIRECT, and posix_fallocate(3).
 """
@@ -11,20 +11,20 @@ import os
 import threading
 from pathlib import Path
 
-# How file systems say that they have no O_DIRECT, or nothing to set space aside with.
+# Error numbers of file systems that do not support O_DIRECT, or cannot reserve space.
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class DirectFile:
-    """A file whose requests go past the page cache where its file system lets them.
+    """A file whose requests bypass the page cache if its file system supports that.
 
     Args:
-        path: of a file that is made.
+        path: The path of the file; created if it does not exist.
 
     Attributes:
-        path: as given.
-        descriptor: of the file.
-        direct: whether the page cache is passed.
+        path: The path of the file.
+        descriptor: Its file descriptor; -1 once it is closed.
+        direct: Whether requests bypass the page cache.
 
     Source: man page open(2), O_DIRECT.
     """
@@ -49,39 +49,40 @@ class DirectFile:
                 raise
 
     def reserve(self, offset: int, nbytes: int) -> None:
-        """Have the file system set `nbytes` aside from `offset`, the end of the file, on.
+        """Reserve `nbytes` of disk space from `offset`, the end of the file, on.
 
         Raises:
-            OSError: it has not as many; the file ends where it did.
+            OSError: The file system has too little free space; the file keeps its size.
         """
         try:
             os.posix_fallocate(self.descriptor, offset, nbytes)
         except OSError as error:
-            # Some file systems keep what they found before they ran out.
+            # Some file systems keep the space that they reserved before they ran out.
             os.ftruncate(self.descriptor, offset)
             if error.errno not in REFUSALS:
                 raise
-            # Nothing can be set aside here: what is free now has to do.
+            # This file system cannot reserve space, so only the free space of this moment can be checked.
             if nbytes > self.free_bytes():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             os.ftruncate(self.descriptor, offset + nbytes)
 
     def free_bytes(self) -> int:
-        """What we may still write on its file system."""
+        """Return the bytes that this process may still write on the file system."""
         room = os.fstatvfs(self.descriptor)
         return room.f_bavail * room.f_frsize
 
     def read_at(self, memory: memoryview, offset: int) -> int:
-        """Bytes read into `memory`, which may be fewer than it has."""
+        """Read into `memory`, and return the number of bytes read, which may be fewer than its size."""
         return os.preadv(self.descriptor, [memory], offset)
 
     def write_at(self, memory: memoryview, offset: int) -> int:
-        """Bytes written of `memory`, which may be fewer than it has."""
+        """Write `memory`, and return the number of bytes written, which may be fewer than its size."""
         return os.pwritev(self.descriptor, [memory], offset)
 
     def go_buffered(self) -> None:
-        """Take requests through the page cache from now on, for file systems that refuse the others only when they
-        come.
+        """Send requests through the page cache from now on.
+
+        Some file systems accept O_DIRECT on open, and refuse the requests.
         """
         with self._lock:
             if not self.direct:
@@ -92,8 +93,8 @@ class DirectFile:
         self._warn()
 
     def close(self) -> None:
-        """Close the file, if it is not."""
-        # The number may be another file's by the second time.
+        """Close the file, if it is open."""
+        # By a second call the descriptor's number may belong to another file.
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor != -1:
             os.close(descriptor)
@@ -107,7 +108,7 @@ class DirectFile:
 
 def warn(message: str) -> None:
     """Warn on rank 0 alone."""
-    # Its import is what tells lightning_utilities the rank.
+    # Importing this module sets the rank in lightning_utilities.
     from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
     rank_zero_warn(message)

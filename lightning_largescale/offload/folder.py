@@ -1,6 +1,6 @@
-"""The folder of the nvme tier, and in it those of processes, each marked as in use by a lock.
+"""The folder of the nvme tier, and the folders of processes in it, each marked as in use by a lock.
 
-The lock is let go of however its process ends, so the next start can tell what a dead one has left behind.
+The system releases the lock however its process ends, so a later start can detect the folders of dead processes.
 
 Source: man page flock(2).
 """
@@ -25,22 +25,24 @@ from lightning_largescale.plan import Plan
 
 FILE = "tensors"
 _LOCK = "lock"
-# What another program keeps in a folder of a similar name is not ours to remove.
+# An exact pattern, so that folders of other programs with similar names are not removed.
 _NAME = re.compile(r"largescale-[0-9]+-[a-z0-9_]{8}")
 
 
 def nvme_folder(plan: Plan, disks: Sequence[Disk], *, root: Path = Path("/")) -> Path:
-    """The folder that `plan` keeps its nvme tier in: its own, or one on the first of `disks` that can be that tier.
+    """Return the folder for the nvme tier of `plan`: its `nvme_path`, or one on the first of `disks` that is suitable.
 
-    A folder on a file system that is no disk of this machine is taken with a warning, but for a network's.
+    An `nvme_path` on a file system that is not a local disk is accepted with a warning, except for a network file
+    system.
 
     Args:
-        plan: whose `nvme_path` is asked for.
-        disks: of this machine, as detected.
-        root: folder that holds `proc/self/mountinfo`.
+        plan: The plan; its `nvme_path` is read.
+        disks: The detected disks of this machine.
+        root: The folder that holds `proc/self/mountinfo`.
 
     Raises:
-        PlanError: the folder is missing, cannot be written to, or is on a network; or none was given and none found.
+        PlanError: The folder is missing, not writable, or on a network file system; or `nvme_path` is None and no disk
+            is suitable.
     """
     if plan.nvme_path is None:
         return _detected(disks)
@@ -65,10 +67,10 @@ def _detected(disks: Sequence[Disk]) -> Path:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what processes that are no more have left in `folder`; what others use, or own, stays.
+    """Remove the folders of dead processes in `folder`; folders in use, or that this process may not remove, stay.
 
     Args:
-        folder: of the nvme tier.
+        folder: The folder of the nvme tier.
     """
     for path in folder.iterdir():
         if not _NAME.fullmatch(path.name):
@@ -77,14 +79,15 @@ def remove_stale(folder: Path) -> None:
             lock = _locked(path)
             if lock is not None:
                 remove(path, lock)
-        # One whose process died before it locked it is empty; a living process notices.
+        # A process that died before it locked its folder left it empty. A living process notices the removal and makes
+        # another folder.
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
 @contextlib.contextmanager
 def checked(folder: Path) -> Iterator[None]:
-    """Tell in a PlanError why `folder` cannot be used, where an OSError says so."""
+    """Context that raises a `PlanError` if `folder` is not a folder, or if an `OSError` shows that it is not usable."""
     try:
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "does not exist"
@@ -97,10 +100,10 @@ def checked(folder: Path) -> Iterator[None]:
 
 
 def own_folder(folder: Path) -> tuple[Path, int]:
-    """A new folder in `folder` for this process, and the descriptor of its lock."""
+    """Make a new folder in `folder` for this process, and return it with the descriptor of its lock."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"largescale-{os.getpid()}-", dir=folder))
-        # Until it is locked another process may take it for a dead one's, and remove it.
+        # Until it is locked, another process may mistake it for that of a dead process and remove it.
         with contextlib.suppress(FileNotFoundError):
             lock = _locked(path, create=True)
             if lock is not None:
@@ -108,13 +111,14 @@ def own_folder(folder: Path) -> tuple[Path, int]:
 
 
 def remove(path: Path, lock: int) -> None:
-    """Remove a process's folder and let its lock go.
+    """Remove a process's folder and release its lock.
 
     Args:
-        path: the folder.
-        lock: descriptor of its lock, which this process holds.
+        path: The folder.
+        lock: The descriptor of its lock, which this process holds.
     """
-    # Large, so first: a process that dies meanwhile leaves the lock, by which the next start tells it as stale.
+    # The file is large, so it is removed first: if the process dies meanwhile, the lock file is still there, and a
+    # later start can recognize the folder as stale.
     with contextlib.suppress(OSError):
         (path / FILE).unlink()
     shutil.rmtree(path, ignore_errors=True)
@@ -122,12 +126,12 @@ def remove(path: Path, lock: int) -> None:
 
 
 def _locked(path: Path, *, create: bool = False) -> int | None:
-    """The descriptor of the lock of a process's folder, held while it is open; None where another holds it."""
+    """Lock a process's folder, and return the descriptor that holds the lock; None if another process holds it."""
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     descriptor = os.open(path / _LOCK, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who held it until now may have removed it.
+        # The previous holder may have removed the lock file.
         os.stat(path / _LOCK)
     except OSError as error:
         os.close(descriptor)

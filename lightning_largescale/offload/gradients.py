@@ -1,7 +1,7 @@
-"""Gradients as they come: taken to another tier, or used for an update at once.
+"""Gradients during backward: offloaded to another tier, or used for an update at once.
 
-Gradients of a block are complete in backward before the last of those of the block before it. So when one of another
-block arrives, what has arrived before can leave, or be used.
+In backward, all gradients of a block are complete before the last gradient of the preceding block. So when a gradient
+of another block arrives, the gradients that arrived before it can be offloaded or used.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.1.1; Lv et al. 2023, "Full Parameter Fine-tuning for Large
     Language Models with Limited Resources" (LOMO), section 3.
@@ -35,16 +35,16 @@ _GRADIENT: Any = Tensor.grad
 
 
 class Arrivals:
-    """Tells when the gradients of a block have arrived, until `stop`.
+    """Callbacks for the arrival of gradients and for the completion of a block's gradients, until `stop`.
 
-    Those that FSDP2 copies from a CUDA device to DRAM are told of when ones of another block have come after them: the
-    copies run beside what computes meanwhile.
+    Gradients that FSDP2 copies from a CUDA device to DRAM are reported when gradients of another block have followed,
+    so that the copies overlap with computation.
 
     Args:
-        label_of: the block of each parameter to watch.
-        arrived: is given each gradient's parameter as it comes.
-        complete: is given a block when one of another has come after it.
-        copied: modules that `fully_shard` was applied to and whose shards are in DRAM beside a CUDA device.
+        label_of: The block of each parameter to watch.
+        arrived: Called with the parameter of each gradient that arrives.
+        complete: Called with a block when a gradient of another block has followed, and at the end of backward.
+        copied: Modules that `fully_shard` was applied to and whose shards are in DRAM while a CUDA device computes.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Arrivals:
         self._label_of, self._arrived, self._complete = label_of, arrived, complete
         self._label: str | None = None
         self._copying: list[tuple[Sequence[Tensor], Callable[[], object]]] = []
-        # On which gradients came that are on the device, and their memory is given back.
+        # The stream on which gradients on the device arrived, and on which their memory is freed.
         self._stream: Any = None
         self._undo = contextlib.ExitStack()
         told: set[Tensor] = set()
@@ -71,7 +71,7 @@ class Arrivals:
                 self._undo.callback(handle.remove)
 
     def end(self) -> None:
-        """No more are to come in this backward."""
+        """End the backward: no more gradients arrive in it."""
         label, self._label = self._label, None
         copying, self._copying = self._copying, []
         if label is None:
@@ -79,18 +79,18 @@ class Arrivals:
         for parameters, wait in copying:
             wait()
             for parameter in parameters:
-                # What autograd.grad was asked for has been taken since.
+                # `autograd.grad` has taken the gradients of its inputs away since.
                 if _GRADIENT.__get__(parameter) is not None:
                     self._arrived(parameter)
         self._complete(label)
 
     def forget(self) -> None:
-        """The backward is over before its end."""
+        """Abandon a backward that did not finish."""
         self._label = None
         self._copying.clear()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching gradients."""
         self._undo.close()
 
     def _note(self, parameter: Tensor) -> None:
@@ -107,7 +107,7 @@ class Arrivals:
         if stream is None:
             self._begin(self._label_of[watched[0]])
         else:
-            # Those of the block before are on the device: their memory is that of the stream that reduced them.
+            # The previous block's gradients are on the device, in memory of the stream that reduced them.
             with torch.cuda.stream(stream):
                 self._begin(self._label_of[watched[0]])
             torch.cuda.current_stream().wait_stream(stream)
@@ -120,13 +120,15 @@ class Arrivals:
 
 
 class Release:
-    """Updates the parameters of each block as soon as its gradients are complete, and drops these, until `stop`.
+    """Update of each block's parameters as soon as the block's gradients are complete, until `stop`.
+
+    The gradients are freed after the update.
 
     Args:
-        optimizer: of all of them.
-        label_of: the block of each parameter; those of no block are left to the step that follows.
-        prepare: is given parameters, whose gradients are complete, before they are updated.
-        copied: as of `Arrivals`.
+        optimizer: The optimizer of all parameters.
+        label_of: The block of each parameter; parameters of no block are left to the optimizer's step.
+        prepare: Called with the parameters whose gradients are complete, before they are updated.
+        copied: As for `Arrivals`.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Release:
     ) -> None:
         self._optimizer, self._prepare = optimizer, prepare
         self._waiting: list[Tensor] = []
-        # What was updated after what, in the step before.
+        # The block that followed each block in the previous step.
         self._following: dict[str, str] = {}
         self._members: dict[str, list[Tensor]] = {}
         self._last: str | None = None
@@ -146,23 +148,23 @@ class Release:
         self._arrivals = Arrivals(label_of, self._arrived, self._update, copied)
 
     def end_backward(self) -> None:
-        """Update what is left."""
+        """Update the parameters whose gradients arrived last."""
         self._arrivals.end()
 
     def end_step(self) -> None:
-        """The step is done: each may be updated again."""
+        """End the step, so that every parameter may be updated again."""
         self._done.clear()
         self._last = None
 
     def forget(self) -> None:
-        """Leave a step that raised."""
+        """Reset after a step that raised."""
         self._arrivals.forget()
         self._waiting.clear()
         self._done.clear()
         self._last = None
 
     def stop(self) -> None:
-        """Update no more in backward."""
+        """Stop updating parameters in backward."""
         self._arrivals.stop()
 
     def _arrived(self, parameter: Tensor) -> None:
@@ -183,21 +185,21 @@ class Release:
         self._optimizer.expect({*self._members.get(self._following.get(label, ""), ())})
         self._done.update(parameters)
         for parameter in parameters:
-            # Of others it is for those who compute it to say.
+            # Gradients of parameters that the optimizer does not have are left to the code that computes them.
             if parameter in self._optimizer.paged.entries:
                 parameter.grad = None
 
 
 @dataclass(eq=False)
 class _Gone:
-    """A gradient that has left.
+    """An offloaded gradient.
 
     Attributes:
-        parameter: whose it is, as long as nothing else is in its place.
-        gradient: as its parameter has it: what maps the file.
-        norm: of it; None where it was not taken, or is no longer its.
-        version: of `gradient`, of which `norm` is.
-        changes: that are made when it is read.
+        parameter: The parameter; its `grad` is `gradient` unless it was reassigned since.
+        gradient: The tensor in the parameter's `grad`, which maps the file.
+        norm: The gradient's norm; None if it was not computed or is no longer valid.
+        version: The version of `gradient` that `norm` belongs to.
+        changes: The deferred changes, which are applied when the gradient is read.
     """
 
     parameter: Tensor
@@ -208,20 +210,20 @@ class _Gone:
 
 
 class SpilledGradients(GradientPlaces):
-    """Gradients in a store, from when they are complete until the optimizer reads them, until `stop`.
+    """Gradients in a store, from when they are complete until the optimizer reads them; active until `stop`.
 
-    `grad` of a parameter is then a tensor that maps the store's file. What clips gradients need not read them: the norm
-    of each is taken as it leaves, and factors and bounds are applied when the optimizer reads it, or at once where
-    something else does.
+    The `grad` of a parameter is then a tensor that maps the store's file. Clipping does not read the gradients: the
+    norm of each is computed when it is offloaded, and scaling and clamping are deferred until the optimizer reads it.
+    Other code that reads a gradient has them applied at once.
 
     Args:
-        blocks: the parameters of each, all with the same rank's part as their gradients.
-        store: where they go.
-        norms: whether the norms are to be taken.
-        copied: as of `Arrivals`.
+        blocks: The parameters of each block, by name. Each has the same local shape as its gradient.
+        store: The store that holds the gradients.
+        norms: Whether to compute the norms.
+        copied: As for `Arrivals`.
 
     Raises:
-        PlanError: the disk has not as many bytes.
+        PlanError: The disk has too little free space.
     """
 
     leave = True
@@ -238,7 +240,7 @@ class SpilledGradients(GradientPlaces):
         self._regions: dict[str, Region] = {}
         self._slots: dict[Tensor, tuple[Region, int]] = {}
         self._leaving: list[tuple[Region, Transfer]] = []
-        # By the identity of the gradient.
+        # The keys are the ids of the gradients.
         self._gone: dict[int, _Gone] = {}
         for name, parameters in blocks.items():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -257,50 +259,50 @@ class SpilledGradients(GradientPlaces):
         )
 
     def end_backward(self) -> None:
-        """Until all that came has left.
+        """Wait until all gradients that arrived are written.
 
         Raises:
-            StoreError: it could not.
+            StoreError: A gradient could not be written.
         """
         self._arrivals.end()
         self._drain(0)
 
     def forget(self) -> None:
-        """Leave a step that raised."""
+        """Reset after a step that raised."""
         self._arrivals.forget()
         self._leaving.clear()
         for region in self._regions.values():
-            # That it could not be written was told of when it was waited for, and nobody wants it any more.
+            # A failed write was reported when it was waited for, and its values are not needed any more.
             with contextlib.suppress(StoreError):
                 region.drop()
             region.drop()
         self._gone.clear()
 
     def stop(self) -> None:
-        """Let gradients stay in memory."""
+        """Stop offloading; gradients stay in memory from now on."""
         self._arrivals.stop()
 
     def region_of(self, gradient: Tensor) -> Region | None:
-        """Of the store, where it is kept; None where it is in memory."""
+        """Return the region of the store that holds `gradient`; None if it is in memory."""
         if not gradient.numel():
             return None
         return next((region for region in self._regions.values() if region.holds(gradient)), None)
 
     def changed(self, gradient: Tensor, values: Tensor) -> Tensor:
-        """`values` of it with the changes that were left for when it is read."""
+        """Return `values`, read from `gradient`, after applying the gradient's deferred changes."""
         gone = self._gone.get(id(gradient))
         for change in () if gone is None else gone.changes:
             change(values)
         return values
 
     def settle(self) -> None:
-        """Make the changes that were left for later to all that is there, for those who read or change it now."""
+        """Apply the deferred changes of all gradients now, for code that reads or changes the gradients."""
         for gone in self._gone.values():
             if gone.parameter.grad is gone.gradient:
                 _make_changes(gone)
 
     def _arrived(self, parameter: Tensor) -> None:
-        # Of the shard, whatever those who watch it would have its gradient be.
+        # The shard's own gradient: the parameter's class may override `grad`.
         gradient = _GRADIENT.__get__(parameter)
         assert gradient is not None
         own = local_of(gradient)
@@ -324,7 +326,7 @@ class SpilledGradients(GradientPlaces):
             let_rest(memory)
 
     def _kept(self, region: Region) -> bool:
-        """Whether gradients of earlier backwards lie there."""
+        """Return whether `region` holds gradients of earlier backwards."""
         held = (parameter.grad for parameter, (own, _) in self._slots.items() if own is region)
         return any(one is not None and region.holds(local_of(one)) for one in held)
 
@@ -339,12 +341,12 @@ class SpilledGradients(GradientPlaces):
             region, transfer = self._leaving.pop(0)
             transfer.wait()
             if self._has_changed(region):
-                # More of a gradient is there before its hook tells of it, or without one.
+                # Gradients may accumulate before their hook runs, or without one.
                 region.save().wait()
             region.drop()
 
     def _has_changed(self, region: Region) -> bool:
-        """Whether a gradient that lies there was written into since it arrived."""
+        """Return whether a gradient in `region` was written into since it arrived."""
         return any(
             _version(gone.gradient) != gone.version
             for gone in self._gone.values()
@@ -352,7 +354,7 @@ class SpilledGradients(GradientPlaces):
         )
 
     def clipping(self) -> TorchFunctionMode:
-        """Within, norms of the gradients are those that were taken; what scales or bounds them is left for later."""
+        """Return a context in which norms are those computed at offload, and scaling and clamping are deferred."""
         return _Clipping(self._gone)
 
 
@@ -378,7 +380,7 @@ class _Clipping(TorchFunctionMode):
             return args[0]
         seen = [self._gone[id(leaf)] for leaf in compat.leaves((args, kwargs)) if id(leaf) in self._gone]
         if seen and getattr(func, "__name__", "") == "__get__":
-            # Of its shape, and the like, changes make no other.
+            # The changes do not affect the shape and similar attributes.
             result = func(*args, **kwargs)
             seen = seen if isinstance(result, Tensor) else []
         for gone in seen:
@@ -386,7 +388,10 @@ class _Clipping(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _norm(self, tensor: Tensor) -> Tensor:
-        """That was taken, if it was; as a new tensor, which others make a plain one of."""
+        """Return the norm of a gradient: the one computed at offload if it is valid, as a new tensor.
+
+        Callers may turn the new tensor into a plain one.
+        """
         gone = self._gone.get(id(tensor))
         if gone is not None:
             _make_changes(gone)
@@ -398,7 +403,7 @@ class _Clipping(TorchFunctionMode):
     def _later(
         self, func: Any, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], *, listed: bool = False
     ) -> bool:
-        """Whether it has left, so that the change is made when it is read."""
+        """Defer the change if `tensor` is an offloaded gradient, and return whether it was deferred."""
         gone = self._gone.get(id(tensor))
         if gone is None:
             return False
@@ -408,13 +413,13 @@ class _Clipping(TorchFunctionMode):
 
 
 def _version(gradient: Tensor) -> int:
-    """A number that grows with writes into it or into this rank's part, as FSDP2 adds to it."""
+    """Return a number that grows with each write into `gradient` or its local shard, which FSDP2 accumulates into."""
     own = compat.version(compat.local_tensor(gradient)) if isinstance(gradient, DTensor) else 0
     return compat.version(gradient) + own
 
 
 def _make_changes(gone: _Gone) -> None:
-    """Make those that were left for later."""
+    """Apply the deferred changes to the gradient in place."""
     if not gone.changes:
         return
     changes, gone.changes, gone.norm = gone.changes, [], None
@@ -426,8 +431,10 @@ def _make_changes(gone: _Gone) -> None:
 
 
 def _copied(norm: Tensor) -> Tensor:
-    """A tensor of its own; of a norm of ranks' parts, each still with its part: a clone would put them together, which
-    is a collective, and ranks that have nothing of a gradient have taken no norm of it.
+    """Return a copy of `norm`; for a DTensor, a copy of its local value with the same placements.
+
+    `DTensor.clone` would reduce the partial norms. That is a collective, and ranks whose shard of the gradient is empty
+    have computed no norm and would not take part.
     """
     if not isinstance(norm, DTensor):
         return norm.clone()

@@ -1,4 +1,4 @@
-"""Copies between DRAM and the memory of a device, each direction on a stream of its own, beside what computes.
+"""Copies between DRAM and the memory of a device, each direction on a stream of its own, overlapping with computation.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2 (overlap of the tiers' transfers); the notes of torch,
     "CUDA semantics", Use pinned memory buffers.
@@ -16,14 +16,14 @@ from lightning_largescale.offload.store import Transfer
 
 
 class Lanes:
-    """The way between DRAM and a device; on the CPU, whose memory DRAM is, copies are done at once.
+    """Copies between DRAM and a device. For the CPU, copies are synchronous.
 
     Args:
-        device: at the other end.
+        device: The device.
 
     Attributes:
-        device: as given.
-        pinned: whether memory in DRAM is to be pinned for it.
+        device: The device.
+        pinned: Whether memory in DRAM must be pinned for copies to and from the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,8 +32,9 @@ class Lanes:
         self._to_host: Any = _stream(device) if self.pinned else None
 
     def bring(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """New tensors on the device with the values of `sources`, in their memory format: what computes next on the
-        current stream waits for them, and they wait for nothing that computes.
+        """Copy `sources` to new tensors on the device, in their memory format.
+
+        The current stream waits for the copies; the copies wait for no computation.
         """
         if not self.pinned:
             return {key: source.clone() for key, source in sources.items()}
@@ -47,14 +48,20 @@ class Lanes:
         return found
 
     def fetch(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Transfer:
-        """Begin to copy, into the first of each pair, in DRAM, the second, on the device, as what computes on the
-        current stream leaves it.
+        """Begin to copy from the device to DRAM, after the pending work of the current stream.
+
+        Args:
+            pairs: Pairs of target, in DRAM, and source, on the device.
         """
         return self._copied(pairs, self._to_host)
 
     def put(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Transfer:
-        """Begin to copy, into the first of each pair, on the device, the second, in DRAM, once what computes on the
-        current stream is done; until the transfer is over nothing may compute with them.
+        """Begin to copy from DRAM to the device, after the pending work of the current stream.
+
+        Do not use the tensors until the transfer has ended.
+
+        Args:
+            pairs: Pairs of target, on the device, and source, in DRAM.
         """
         return self._copied(pairs, self._to_device)
 
@@ -68,28 +75,28 @@ class Lanes:
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
                 for one in (target, source):
-                    # It may be let go before the copy is over.
+                    # The tensor may be freed before the copy ends.
                     if one.device.type == "cuda":
                         one.record_stream(stream)
             return Transfer([Copied(stream.record_event())])
 
 
 class Copied:
-    """A request whose end is an event of the device.
+    """A request for a copy on a device, whose end a CUDA event marks.
 
     Args:
-        event: of a copy's stream, after it.
+        event: The event, recorded on the copy's stream after the copy.
     """
 
     def __init__(self, event: Any) -> None:
         self._event = event
 
     def done(self) -> bool:
-        """Whether it has come."""
+        """Return whether the copy has ended."""
         return bool(self._event.query())
 
     def exception(self) -> None:
-        """Until it has come."""
+        """Wait until the copy has ended."""
         self._event.synchronize()
 
 

@@ -1,10 +1,10 @@
-"""Memory at fixed addresses, that is in DRAM or in a file by turns.
+"""Memory at fixed addresses that is backed by DRAM or by a file in alternation.
 
-A region of address space stays where it is, and so do the tensors that view it: what changes is what lies behind. At
-rest it maps a stretch of the store's file: whoever reads it, a checkpoint or a callback, gets its values through the
-page cache, and the system may take the pages back at any time. Before it is needed it becomes ordinary memory, into
-which a request past the page cache reads; after that it maps the file again. So nothing depends on being told of every
-use: what is not fetched is slower, never wrong.
+A region of address space keeps its addresses, and the tensors that view it stay valid; only its backing changes. At
+rest it maps an extent of the store's file: any reader, such as a checkpoint or a callback, gets its values through the
+page cache, and the system may reclaim the pages at any time. Before it is needed it becomes ordinary memory, and an
+O_DIRECT request reads into it; afterwards it maps the file again. So correctness does not depend on knowing every use:
+memory that is not fetched is slower to read, never wrong.
 
 Source: man pages mmap(2), MAP_FIXED, and madvise(2), MADV_HUGEPAGE.
 """
@@ -27,21 +27,21 @@ from lightning_largescale.hardware import usage
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.tiers import ALIGNMENT_BYTES, aligned
 
-# Pages of this size are handed out and filled at the rate of a fast disk, those of 4 KiB are not.
+# The system allocates and fills huge pages at the rate of a fast disk; pages of 4 KiB are slower.
 _HUGE_BYTES = 2 * 2**20
 _PRIVATE, _SHARED, _FIXED, _ANONYMOUS = mmap.MAP_PRIVATE, mmap.MAP_SHARED, 0x10, mmap.MAP_ANONYMOUS
 _NO_ACCESS, _READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class Memory:
-    """Ordinary memory, aligned as O_DIRECT wants it and in huge pages where the system has them.
+    """Ordinary memory, aligned for O_DIRECT, and in huge pages if the system has them.
 
     Args:
-        nbytes: its size, rounded up to a multiple of `ALIGNMENT_BYTES`.
-        pinned: whether CUDA copies to and from it directly.
+        nbytes: The size in bytes; rounded up to a multiple of `ALIGNMENT_BYTES`.
+        pinned: Whether to pin the memory for CUDA copies.
 
     Attributes:
-        nbytes: its size.
+        nbytes: The rounded size in bytes.
     """
 
     def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
@@ -50,19 +50,19 @@ class Memory:
         start = _map(None, reserved, _NO_ACCESS, _PRIVATE | _ANONYMOUS)
         self._address = -(-start // _HUGE_BYTES) * _HUGE_BYTES
         self._bytes = _bytes_type(self.nbytes).from_address(self._address)
-        # Tensors keep the bytes alive, and these the addresses.
+        # Tensors keep the bytes object alive, and the bytes object keeps the address range mapped.
         weakref.finalize(self._bytes, _unmap, start, reserved).atexit = False
         self._begin()
         if pinned:
             _pin(self._bytes, self._address, self.nbytes)
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], start: int = 0) -> Tensor:
-        """A view of it as a tensor, contiguous.
+        """Return a contiguous tensor that views the memory.
 
         Args:
-            dtype: of the tensor.
-            shape: of the tensor.
-            start: its first byte in the memory.
+            dtype: The tensor's dtype.
+            shape: The tensor's shape.
+            start: The first byte of the tensor in the memory.
         """
         if not math.prod(shape):
             return torch.empty(tuple(shape), dtype=dtype)
@@ -70,26 +70,29 @@ class Memory:
         return flat.view(tuple(shape))
 
     def view(self, start: int = 0, stop: int | None = None) -> memoryview:
-        """Its bytes from `start` to `stop`, for requests."""
+        """Return the bytes from `start` to `stop`, for requests."""
         stop = self.nbytes if stop is None else stop
         if not 0 <= start <= stop <= self.nbytes:
             raise ValueError(f"bytes {start} to {stop} of {self.nbytes} are asked for")
         return memoryview(self._bytes).cast("B")[start:stop]
 
     def lend(self, back: Callable[[Memory], object]) -> tuple[Tensor, memoryview]:
-        """All of it as a tensor of bytes, and for requests; `back` is called with it once nothing has either any more:
-        no view of the tensor, and no request that is under way.
+        """Lend the full memory, as a tensor of bytes and as a memoryview for requests.
+
+        Args:
+            back: Called with the memory once neither is referenced any more, by a view of the tensor or by a pending
+                request.
         """
         lent = _bytes_type(self.nbytes).from_buffer(self._bytes)
         weakref.finalize(lent, back, self).atexit = False
         return torch.frombuffer(lent, dtype=torch.uint8), memoryview(lent).cast("B")
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` views it."""
+        """Return whether `tensor` views this memory."""
         return self._address <= tensor.data_ptr() < self._address + self.nbytes
 
     def start_of(self, tensor: Tensor) -> int:
-        """Where in it `tensor` begins, in bytes."""
+        """Return the byte in this memory at which `tensor` begins."""
         return tensor.data_ptr() - self._address
 
     def _begin(self) -> None:
@@ -99,27 +102,28 @@ class Memory:
         length = (self.nbytes if stop is None else stop) - start
         _map(self._address + start, length, _READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Without huge pages it is slower, and that is all.
+            # The result is not checked: without huge pages the memory is only slower.
             _advise(self._address + start, length, mmap.MADV_HUGEPAGE)
 
 
 class Region(Memory):
-    """Memory that is in DRAM, or at rest in a file of a store; it begins at rest, as zeros.
+    """Memory that is in DRAM, or at rest in the file of a store. It begins at rest, filled with zeros.
 
-    Once the store is closed it stays where it is. The methods wait for what an earlier one has begun wherever they
-    would get in its way.
+    Once the store is closed, the region stays where it is. Methods wait for transfers of earlier calls if these would
+    conflict.
 
     Args:
-        store: on the disk; None for what never leaves DRAM, of which the methods below have nothing to do.
-        name: of what is kept in it, for messages.
-        nbytes: its size.
-        pinned: as of `Memory`, of what never leaves DRAM.
+        store: The store; None for a region that never leaves DRAM. For such a region `read_into` and `write_from` copy
+            at once, and the other methods below have no effect.
+        name: The name of the contents, for messages.
+        nbytes: The size in bytes.
+        pinned: As for `Memory`; only used for a region that never leaves DRAM.
 
     Attributes:
-        in_dram: whether it is.
+        in_dram: Whether the region is in DRAM.
 
     Raises:
-        PlanError: the disk has not as many bytes.
+        PlanError: The disk has too little free space.
     """
 
     def __init__(self, store: Store | None, name: str, nbytes: int, *, pinned: bool = False) -> None:
@@ -133,8 +137,9 @@ class Region(Memory):
             usage.resting.add(self._mapping)
 
     def fetch(self) -> Transfer:
-        """Begin to bring it into DRAM; its values are there when the transfer is over. Where it fails, `wait` puts the
-        region to rest again.
+        """Begin to read the region into DRAM; its values are valid once the transfer has ended.
+
+        If the transfer fails, its `wait` puts the region to rest again.
         """
         if self.in_dram:
             return self._fetched
@@ -151,7 +156,7 @@ class Region(Memory):
         return self._fetched
 
     def claim(self) -> None:
-        """Have it in DRAM at once, with no values."""
+        """Move the region to DRAM without reading its values; a region that is in DRAM already keeps them."""
         if self.in_dram:
             self._fetched.wait()
         else:
@@ -159,8 +164,9 @@ class Region(Memory):
             self._fetched, self.in_dram, self._mapping.maps = Transfer(), True, False
 
     def save(self, start: int = 0, stop: int | None = None) -> Transfer:
-        """Begin to write what is in DRAM to the file, from byte `start` to `stop`, each rounded to what O_DIRECT
-        takes; it stays in DRAM.
+        """Begin to write bytes `start` to `stop` from DRAM to the file; the region stays in DRAM.
+
+        The range is extended to multiples of `ALIGNMENT_BYTES`.
         """
         store = self._open_store()
         if store is None or not self.in_dram:
@@ -173,28 +179,29 @@ class Region(Memory):
         return transfer
 
     def drop(self) -> None:
-        """Let the file alone have it: what is in DRAM and was not saved is lost.
+        """Put the region to rest: it maps the file again. Values in DRAM that were not saved are lost.
 
         Raises:
-            StoreError: a save that was under way failed; then it stays in DRAM.
+            StoreError: A pending save failed; the region then stays in DRAM.
         """
         if self._open_store() is None or not self.in_dram:
             return
         saved, self._saved = self._saved, []
-        # All of them, before the first failure is told: then nothing is written from this memory any more.
+        # Wait for all saves before raising, so that none reads from this memory afterwards.
         Transfer.of(saved).wait()
         self._fetched.wait()
         self._rest()
 
     def keep(self, start: int, stop: int) -> None:
-        """Have bytes `start` to `stop`, of a region that is at rest and stays so, in DRAM for good: as zeros."""
+        """Keep bytes `start` to `stop` in DRAM permanently, filled with zeros; the rest of the region stays at rest."""
         if self._store is not None and start < stop:
             self._to_dram(start, stop)
             self._mapping.kept.append((start, stop))
 
     def read_into(self, memory: Memory, start: int, stop: int, at: int = 0) -> Transfer:
-        """Begin to read bytes `start` to `stop` of it into `memory` from its byte `at` on, all of them multiples of
-        `ALIGNMENT_BYTES`.
+        """Begin to read bytes `start` to `stop` of the region into `memory`, starting at its byte `at`.
+
+        All three are multiples of `ALIGNMENT_BYTES`.
         """
         store = self._open_store()
         if store is None or self.in_dram:
@@ -204,8 +211,9 @@ class Region(Memory):
         return store.read(self._extent, memory.view(at, at + stop - start), start)
 
     def write_from(self, memory: Memory, start: int, stop: int, at: int = 0) -> Transfer:
-        """Begin to write bytes `start` to `stop` of it from `memory`, from its byte `at` on, all of them multiples of
-        `ALIGNMENT_BYTES`; in the file, and in DRAM where it is.
+        """Begin to write bytes `start` to `stop` of the region from `memory`, starting at its byte `at`.
+
+        All three are multiples of `ALIGNMENT_BYTES`. The file is written, and the region's DRAM too if it is in DRAM.
         """
         store = self._open_store()
         if store is None or self.in_dram:
@@ -217,9 +225,9 @@ class Region(Memory):
 
     def _begin(self) -> None:
         self._mapping = _Mapping(self._address, self.nbytes)
-        # For as long as tensors view the memory, whatever becomes of the region.
+        # Tensors that view the memory keep the bytes object and so the mapping alive, even without the region.
         self._bytes.mapping = self._mapping
-        # Through DRAM, it would have to be within the limits of that.
+        # Mapped at once, not first to DRAM, whose limits would then apply.
         if self._store is None:
             self._to_dram()
         else:
@@ -243,11 +251,11 @@ class Region(Memory):
 
 
 class _Mapping:
-    """What is known of a region's memory by those who have tensors of it alone.
+    """The state of a region's memory, for code that only has tensors which view it.
 
     Attributes:
-        kept: first bytes, and those after the last, of what stays in DRAM while the rest maps the file.
-        maps: whether it maps the file.
+        kept: The ranges that stay in DRAM while the rest maps the file, as first byte and byte after the last.
+        maps: Whether the memory maps the file.
     """
 
     def __init__(self, address: int, nbytes: int) -> None:
@@ -256,13 +264,13 @@ class _Mapping:
         self.maps = False
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` views it while it maps the file."""
+        """Return whether `tensor` views this memory and the memory maps the file."""
         return self.maps and self._address <= tensor.data_ptr() < self._address + self._nbytes
 
     def rest(self, tensor: Tensor) -> None:
-        """Let the system take back what reading or writing `tensor` has brought into memory."""
+        """Let the system reclaim the pages that reads and writes of `tensor` have brought into memory."""
         start = tensor.data_ptr() - self._address
-        # Whole pages, since others may have the rest.
+        # Only full pages, since other tensors may use the rest of a page.
         first, last = aligned(start), (start + tensor.nbytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         if first < last and not any(begin < last and first < end for begin, end in self.kept):
             _advise(self._address + first, last - first, mmap.MADV_DONTNEED)
@@ -270,7 +278,7 @@ class _Mapping:
 
 @functools.cache
 def _bytes_type(nbytes: int) -> Any:
-    """A type of ctypes arrays whose end may be watched."""
+    """Return a ctypes array type of `nbytes` bytes whose instances support weak references."""
     return type("Bytes", (ctypes.c_char * nbytes,), {})
 
 
@@ -308,7 +316,7 @@ def _libc() -> Any:
 
 
 def _pin(owner: Any, address: int, nbytes: int) -> None:
-    """Lock the memory for copies of CUDA, until it is gone."""
+    """Pin the memory for CUDA copies until `owner` is freed."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
     device, process = torch.cuda.current_device(), os.getpid()
@@ -316,13 +324,13 @@ def _pin(owner: Any, address: int, nbytes: int) -> None:
 
 
 def _unpin(address: int, device: int, process: int) -> None:
-    # A fork has the memory, and not what was registered.
+    # A forked process has the memory, but not its registration with CUDA.
     if os.getpid() != process:
         return
     try:
-        # Copies that nobody waits for may be under way.
+        # Copies that nothing waits for may still be running.
         torch.cuda.synchronize(device)
     finally:
-        # Also where the device has failed: the address is other memory's soon.
+        # Even if the device has failed: the address will soon belong to other memory.
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         cudart.cudaHostUnregister(address)

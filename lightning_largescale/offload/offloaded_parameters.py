@@ -1,8 +1,9 @@
-"""Parameters and gradients of a sharded module's blocks in another tier.
+"""Offload of the parameters and gradients of a sharded module's blocks to another tier.
 
-A block's shard is fetched before the block is gathered and dropped when it has been, in forward and in backward; those
-that follow are fetched meanwhile, in the order of the step before. Gradients leave as they come. With one rank the
-shard is the whole, and all else is the same. For a CUDA device a shard is read into pinned memory, and stays at rest.
+In forward and in backward, a block's shard is fetched before the block's all-gather and dropped after it. The shards of
+the next blocks are prefetched meanwhile, in the order of the previous step. Gradients are offloaded as they arrive.
+With one rank the shard is the full parameter, and all else is the same. For a CUDA device, a shard is read into a
+pinned buffer, and its own memory keeps mapping the file.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 5.1 and 6.2; Pudipeddi et al. 2020, "Training Large Neural
     Networks with Constant Memory using a New Execution Algorithm" (L2L), section 3.
@@ -34,15 +35,15 @@ from lightning_largescale.workload.kinds import is_plain
 
 @dataclass(eq=False)
 class Spilled:
-    """A block whose shard is elsewhere.
+    """A block whose shard is offloaded.
 
     Attributes:
-        name: of the block.
-        module: the block, which `fully_shard` was applied to.
-        region: where the shard is.
-        starts: the first byte there of each parameter, by its place among those of the block.
-        transfer: that brings it, if one is under way.
-        buffer: into which it is read for a CUDA device.
+        name: The block's name.
+        module: The block, which `fully_shard` was applied to.
+        region: The memory that holds the shard.
+        starts: The first byte in `region` of each of the block's parameters, in their order.
+        transfer: The transfer that fetches the shard, if one is pending.
+        buffer: The pinned buffer that the shard is read into for a CUDA device; None if it is not read.
     """
 
     name: str
@@ -57,13 +58,13 @@ class SpilledParameters(Places):
     """The shards of a module's blocks in a store, from `take_over` on.
 
     Args:
-        blocks: that `fully_shard` was applied to, by name, in the order in which they run.
-        store: where they go.
-        ahead: how many blocks are fetched before it is their turn.
-        copies: to the CUDA device that gathers them; None where DRAM is the memory of what does.
+        blocks: The blocks that `fully_shard` was applied to, by name, in the order in which they run.
+        store: The store that holds the shards.
+        ahead: How many blocks are prefetched.
+        copies: Copies to the CUDA device that gathers the shards; None if the device is the CPU.
 
     Raises:
-        PlanError: the disk has not as many bytes.
+        PlanError: The disk has too little free space.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class SpilledParameters(Places):
             if sizes:
                 self.blocks[name] = self._spilled(name, module, sizes)
         names = [*self.blocks]
-        # Until a step has shown another.
+        # The assumed order of the blocks, until a step has shown another.
         self._order |= {(False, one): other for one, other in itertools.pairwise(names)}
         self._order |= {(True, other): one for one, other in itertools.pairwise(names)}
 
@@ -95,7 +96,7 @@ class SpilledParameters(Places):
         return block
 
     def memory_of(self, parameter: Tensor) -> Tensor | None:
-        """Where the shard of a parameter that has no values yet is to be made; None where it stays in memory."""
+        """Return the memory in which to materialize the shard of a parameter; None if the shard is not offloaded."""
         found = self.places.get(parameter)
         if found is None:
             return None
@@ -104,7 +105,7 @@ class SpilledParameters(Places):
         return block.region.tensor(local.dtype, local.shape, start)
 
     def take_over(self) -> None:
-        """Move what is still in memory, and fetch from now on what is about to be gathered."""
+        """Move the shards that are still in memory, and fetch each block's shard before its all-gather from now on."""
         self.places.clear()
         for block in self.blocks.values():
             self._move(block)
@@ -132,12 +133,12 @@ class SpilledParameters(Places):
             block.region.drop()
 
     def keeps_shard(self, shard: Tensor) -> bool:
-        """Whether it is one of a block that is in the store."""
+        """Return whether `shard` belongs to a block in the store."""
         return shard in self.places
 
     @contextlib.contextmanager
     def writing(self, shard: Tensor) -> Iterator[None]:
-        """Within, what is written into the memory of the shard stays, whether it is fetched or not."""
+        """Context in which writes into the memory of `shard` persist, whether the shard is fetched or not."""
         found = self.places.get(shard)
         if found is None:
             yield
@@ -148,14 +149,14 @@ class SpilledParameters(Places):
         try:
             yield
         finally:
-            # It was read before.
+            # The buffer was read before the write.
             self._drop_buffer(found[0])
-        # At rest it is the file.
+        # A region at rest maps the file, so the write has already reached it.
         if region.in_dram:
             region.save(start, start + local_of(shard.detach()).nbytes)
 
     def settle(self) -> None:
-        """Drop what was fetched for a turn that has not come."""
+        """Drop the shards that were fetched and not gathered."""
         for block in self.blocks.values():
             if block.region.in_dram:
                 block.transfer.wait()
@@ -164,14 +165,14 @@ class SpilledParameters(Places):
         self._end_pass()
 
     def stop(self) -> None:
-        """Fetch no more; parameters stay where they are, and are read from there by whoever reads them."""
-        # What could not be read was told of by what ended the run.
+        """Stop fetching. Parameters stay where they are, and reads of them go to the mapped file."""
+        # The exception that ended the run has already reported a failed read.
         with contextlib.suppress(StoreError):
             self.settle()
         self._undo.close()
 
     def _before(self, block: Spilled) -> None:
-        """Have the shard there, and those that follow on their way."""
+        """Wait for the block's shard, and prefetch the shards of the next blocks."""
         backward = compat.current_node_sequence() is not None
         if self._last is not None and self._last[0] != backward:
             self._end_pass()
@@ -186,7 +187,7 @@ class SpilledParameters(Places):
         block.transfer.wait()
 
     def _end_pass(self) -> None:
-        """Nothing follows the last block of a forward or a backward."""
+        """Record that nothing follows the last block of a forward or a backward."""
         if self._last is not None:
             self._order.pop(self._last, None)
         self._last = None
@@ -202,7 +203,7 @@ class SpilledParameters(Places):
             block.transfer.on_failure(partial(self._return_buffer, block))
 
     def _make_room(self, wanted: Collection[str]) -> None:
-        """Have a buffer free, where too many were read into for turns that did not come."""
+        """Free the buffers of blocks that are not in `wanted`, if all buffers are in use."""
         held = [one for one in self.blocks.values() if one.buffer is not None]
         for one in held if len(held) > self._ahead else ():
             if one.name not in wanted:
@@ -210,9 +211,9 @@ class SpilledParameters(Places):
 
     @contextlib.contextmanager
     def _bring(self, block: Spilled, shards: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-        """Within, copies of the shards on the CUDA device, of what was read of them."""
+        """Context that yields copies on the CUDA device of the shards that were read."""
         assert self._copies is not None
-        # Others may have needed its room, or have written into the shards, since it was read.
+        # Since the read, another block may have taken the buffer, or the shards may have been written to.
         self._fetch(block)
         block.transfer.wait()
         assert block.buffer is not None
@@ -223,7 +224,7 @@ class SpilledParameters(Places):
             yield found
 
     def _drop_buffer(self, block: Spilled) -> None:
-        """Let what was read of the block go, if something was."""
+        """Give back the block's buffer, if it has one."""
         if block.buffer is not None:
             block.transfer.wait()
             self._return_buffer(block)
@@ -234,21 +235,21 @@ class SpilledParameters(Places):
         block.buffer = None
 
     def _after(self, block: Spilled) -> None:
-        """What was gathered is a copy."""
+        """Drop the shard after the all-gather, whose result is a copy."""
         if self._copies is None:
             block.region.drop()
 
-    # As the places of an optimizer's pages
+    # The `Places` interface, for an optimizer's pages
 
     def bytes_per_element(self, entry: ParamEntry) -> int:
-        """Of the parameter, and of its gradient where that is elsewhere too."""
+        """Return the bytes per element of the parameter, and of its gradient if gradients are offloaded too."""
         if entry.parameter not in self.places:
             return 0
         size = entry.local.element_size()
         return 2 * size if self.gradients.leave else size
 
     def moved_bytes(self, page: Page) -> int:
-        """What `read` brings of the page's slices."""
+        """Return the bytes that `read` reads for the page's slices."""
         return sum(
             aligned((span.stop - span.start) * span.entry.local.element_size()) * (1 + self.gradients.leave)
             for span in page.slices
@@ -256,11 +257,11 @@ class SpilledParameters(Places):
         )
 
     def keeps(self, entry: ParamEntry) -> bool:
-        """Not, where it is elsewhere."""
+        """Return whether the parameter of `entry` is not offloaded."""
         return entry.parameter not in self.places
 
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
-        """Begin to bring the elements of the page, and their gradients, into `buffer`."""
+        """Begin to read the elements of the page, and their gradients, into `buffer`."""
         transfers = []
         for span in page.slices:
             if span.entry.parameter in self.places:
@@ -271,10 +272,10 @@ class SpilledParameters(Places):
         return transfers
 
     def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
-        """Begin to take the elements of the page back."""
+        """Begin to write the elements of the page back."""
         for span in page.slices:
             if span.entry.parameter in self.places:
-                # It is read again, with what the step has made of it.
+                # The buffer holds the values from before the step.
                 self._drop_buffer(self.places[span.entry.parameter][0])
         return [
             region.write_from(buffer, start, start + aligned(length), place)
@@ -283,7 +284,7 @@ class SpilledParameters(Places):
         ]
 
     def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The elements of each slice, and their gradient."""
+        """Yield the elements of each slice and their gradient; None if they have no gradient."""
         found = {(start, region): place for region, start, _, place, _ in self._stretches(page, at)}
         for span in page.slices:
             entry, gradient = span.entry, span.entry.parameter.grad
@@ -309,8 +310,11 @@ class SpilledParameters(Places):
             yield values, self.gradients.changed(gradient, moved)
 
     def _stretches(self, page: Page, at: int) -> Iterator[tuple[Region, int, int, int, bool]]:
-        """Of a page's parameters, then of their gradients, that are elsewhere: the region, the first byte there, how
-        many, the first byte in the buffer, and whether it is a gradient.
+        """Yield the byte ranges of a page's offloaded parameters and gradients, slice by slice.
+
+        Yields:
+            The region, the first byte in it, the number of bytes, the first byte in the buffer, and whether the range
+            is of a gradient.
         """
         for span in page.slices:
             parameter, count = span.entry.parameter, span.stop - span.start
@@ -329,11 +333,11 @@ class SpilledParameters(Places):
 
 
 def bring_back(module: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-    """Have in DRAM what an earlier plan has left on a disk of the parameters of `module`.
+    """Copy the parameters of `module` that an earlier plan has left on a disk to DRAM.
 
     Args:
-        module: sharded or not.
-        blocks: that `fully_shard` was applied to, if it is.
+        module: The module, sharded or not.
+        blocks: The blocks that `fully_shard` was applied to, by name.
     """
     for block in blocks.values():
         for parameter, data in compat.shards_of(block):
@@ -346,14 +350,14 @@ def bring_back(module: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
 
 
 class GradientPlaces:
-    """Where gradients are: in memory."""
+    """Gradients that stay in memory."""
 
     leave = False
 
     def region_of(self, gradient: Tensor) -> Region | None:
-        """Of the store, where it is kept; None where it is in memory."""
+        """Return the region of the store that holds `gradient`; None if it is in memory."""
         return None
 
     def changed(self, gradient: Tensor, values: Tensor) -> Tensor:
-        """`values` of it with the changes that were left for when it is read."""
+        """Return `values`, read from `gradient`, after applying the gradient's deferred changes."""
         return values

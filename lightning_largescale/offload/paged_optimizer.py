@@ -1,9 +1,10 @@
-"""Any optimizer on state that is in another tier: paged in, stepped on, and paged out, while others come and go.
+"""Step any optimizer page by page, with its state offloaded to another tier.
 
-The user's optimizer stays, and so do its groups, which schedulers hold. Its state stays where torch has it, in
-`optimizer.state`, as tensors that map the store's file: a checkpoint or a callback reads them as any others. For the
-time of a step the optimizer has, instead of its parameters, those of one page after the other, and steps on each with
-its own code. The last page is left for the step that was called, so that hooks are called once.
+While one page is stepped on, the next pages are read and the previous ones are written back. The user's optimizer
+object and its parameter groups, which LR schedulers hold, stay in use. The state stays in `optimizer.state`, as tensors
+that map the store's file, so checkpoints and callbacks read it like any other tensor. During a step the optimizer's
+groups hold the elements of one page at a time in place of its parameters, and its own code steps each page. The last
+page is left to the `step()` that the caller called, so that the step hooks run once.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2; Dettmers et al. 2023, "QLoRA", section 3 (paged
     optimizers).
@@ -33,29 +34,32 @@ from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.offload.turn import Turn
 from lightning_largescale.optimizing import bare_step, closure_first, hold, vectorized
 
-# Pages that are on their way in while one is stepped on.
+# Number of pages that are prefetched while another one is stepped on.
 _AHEAD = 2
 
 
 class PagedOptimizer:
-    """Makes an optimizer step page by page, until `undo`; numbers are those of a step on all at once, bit for bit.
+    """Page-by-page stepping of an optimizer, until `undo`. Results equal those of the plain step bit for bit.
 
     Args:
-        optimizer: over parameters as they are trained, divided among ranks or not.
-        store: where the state is kept; None for DRAM.
-        buffers: that pages go through.
-        resident: how many bytes of state stay on the device; what is taken is taken off. The next likewise.
-        dram: how many of those that leave it stay in DRAM, where there is a store.
-        places: where the parameters and their gradients are; None for memory.
-        lanes: to the device, where that is not DRAM's: what is stepped on there is brought, and taken back.
-        label_of: parameters with different labels are stepped on apart, as `step_on` asks for.
+        optimizer: The optimizer to page; its parameters may be sharded among ranks.
+        store: The store that holds the state; None to keep it in DRAM.
+        buffers: The buffers that pages go through.
+        resident: Budget of bytes of state that stay on the device; the bytes that stay are deducted from it.
+        dram: With a store, budget of bytes of offloaded state that stay in DRAM; deducted likewise.
+        places: Where the parameters and their gradients are; None if they are in memory.
+        lanes: Copies to and from the device, if the device has memory other than DRAM. They bring the state that is
+            stepped on there, and take it back.
+        label_of: The label of a parameter. Parameters with different labels never share a page, so that `step_on` can
+            step them separately.
 
     Attributes:
-        optimizer: as given, without Lightning's wrapper.
-        paged: where its state is.
+        optimizer: The optimizer, without Lightning's wrapper.
+        paged: The pages of its state.
 
     Raises:
-        PlanError: it cannot step on some parameters after the others, or the disk has not as many bytes.
+        PlanError: The optimizer cannot be stepped on a subset of its parameters at a time, or the disk has too little
+            free space.
     """
 
     def __init__(
@@ -82,59 +86,57 @@ class PagedOptimizer:
             lanes=lanes,
             label_of=label_of,
         )
-        # What turns have made of the state of parameters, of which others may be on their way yet.
+        # New state of the parameters of which at least one slice was stepped on.
         self._made: dict[ParamEntry, dict[str, Any]] = {}
-        # What the groups have beside parameters, as the step began.
+        # The groups' options (all but "params") as they were when the step began.
         self._options: list[dict[str, Any]] | None = None
         self._turns: Generator[None, None, None] | None = None
-        # Pages that are read before it is their turn.
+        # Pages that are prefetched by `expect`, with their buffer and the transfer that fills it.
         self._expected: dict[Page, tuple[Memory | None, Transfer]] = {}
-        # A step may call its base class's, which calls the hooks too.
+        # A step may call its base class's step, which calls the hooks too.
         self._depth = 0
         self.paged.lay_out(early=True)
         self._remove_hooks = compat.hook_nearest(self.optimizer, self._before, self._after)
         vars(self.optimizer)["load_state_dict"] = partial(self.paged.load, self.optimizer.load_state_dict)
 
     def undo(self) -> None:
-        """Let the optimizer step as it did; its state stays where it is."""
+        """Restore the optimizer's plain step; its state stays where it is."""
         self.forget_step()
         self._remove_hooks()
         vars(self.optimizer).pop("load_state_dict", None)
 
     def forget_step(self) -> None:
-        """Let the optimizer hold its parameters again after a step that raised."""
+        """Put the optimizer's own parameters back into its groups after a step that raised."""
         self._depth, self._options = 0, None
         turns, self._turns = self._turns, None
         if turns is not None:
             turns.close()
         self._give_back()
-        # What went wrong was told by what ended the step.
+        # The exception that ended the step has already reported the failure.
         with suppress(StoreError):
             self._buffers.drain()
 
     def step_on(self, parameters: Collection[Tensor]) -> None:
-        """Step on these alone, as a part of the step that is under way or comes next, which waits for what is still on
-        its way then.
-        """
+        """Step on `parameters` only, as part of the current or the next step; that step waits for pending transfers."""
         step = bare_step(self.optimizer)
         self.paged.lay_out()
         wanted = {*parameters}
         empty = [entry for entry in self._empty() if entry.parameter in wanted]
         pages = self._pages_of(wanted)
         for page in [page for page in self._expected if page not in pages]:
-            # It is read again when it is its turn: buffers are few.
+            # Buffers are few, so the page is read again when it is needed.
             self._take_back(*self._expected.pop(page))
         for _ in self._in_turn(pages, empty):
             with compat.without_step_hooks(self.optimizer):
                 step()
-        # Of parameters that have got no gradient.
+        # Pages that were prefetched and whose parameters have no gradient.
         self._give_back()
 
     def expect(self, parameters: Collection[Tensor]) -> None:
-        """Begin to read what `step_on` of these needs first."""
+        """Prefetch the first pages that `step_on` needs for `parameters`."""
         pages = [page for page in self._pages_of({*parameters}) if self.paged.moves(page)]
         for page in pages[:_AHEAD]:
-            # Copies of gradients are made when these are there.
+            # Pages whose gradients are copied are not prefetched: the gradients are not there yet.
             if page not in self._expected and not self.paged.copies(page):
                 self._expected[page] = self._begun(page)
 
@@ -148,7 +150,7 @@ class PagedOptimizer:
         return buffer, self.paged.read(page, buffer)
 
     def _give_back(self) -> None:
-        """What was expected and did not come."""
+        """Give back the buffers of pages that were prefetched and not stepped on."""
         for buffer, transfer in self._expected.values():
             self._take_back(buffer, transfer)
         self._expected.clear()
@@ -158,8 +160,11 @@ class PagedOptimizer:
             self._buffers.give_back(buffer, transfer)
 
     def state_of(self, parameter: Tensor, key: str) -> Tensor | torch.device | None:
-        """The memory in which the state of `parameter` under `key` is kept, to be written into; DRAM where that is not
-        known yet, None where there is none.
+        """Return the memory that holds the state of `parameter` under `key`, for writing into it.
+
+        Returns:
+            The tensor; the CPU device if it is not known yet what is paged; None if this state is not paged or the
+            shard is empty.
         """
         if self.paged.waits:
             return torch.device("cpu")
@@ -169,7 +174,11 @@ class PagedOptimizer:
         return self.paged.view(entry, key)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The closure, and all turns but the last, which the step that was called is left with."""
+        """Pre-step hook: evaluate the closure, then step every page but the last, which the caller's `step()` handles.
+
+        Returns:
+            The step's `(args, kwargs)` with a closure that only returns the loss; None in a nested step.
+        """
         given = None
         if self._depth == 0:
             given = closure_first(args, kwargs)
@@ -178,7 +187,8 @@ class PagedOptimizer:
             moved, stay = self._sorted(pages)
             count = len(moved) + len({*map(self.paged.by_host, stay)}) + bool(empty)
             if not count and self._options is not None:
-                # What steps on some have made of the groups, the step that was called makes once more.
+                # `step_on` has already stepped on everything. The caller's step changes the groups' options once more,
+                # so it has to begin with the options from before.
                 for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
                     hold(group, options, group["params"])
             self._turns = self._in_turn(pages, empty) if count else None
@@ -211,12 +221,12 @@ class PagedOptimizer:
             raise
 
     def _empty(self) -> list[ParamEntry]:
-        """Parameters with gradients of which this rank has nothing."""
+        """Return the parameters that have a gradient and of which this rank's shard is empty."""
         entries = self.paged.entries.values()
         return [one for one in entries if not one.local.numel() and self.paged.is_live(one)]
 
     def _sorted(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
-        """Of those with gradients, pages of which something moves, and pages that stay."""
+        """Split the pages that have gradients into those that need a transfer and those that stay in place."""
         found: tuple[list[Page], list[Page]] = [], []
         for page in pages:
             if any(self.paged.is_live(span.entry) for span in page.slices):
@@ -224,7 +234,11 @@ class PagedOptimizer:
         return found
 
     def _in_turn(self, pages: Sequence[Page], empty: Sequence[ParamEntry]) -> Generator[None, None, None]:
-        """Have the optimizer hold the parameters of one page after the other, and in the end its own again."""
+        """Put the pages into the optimizer's groups one after the other, and restore its parameters at the end.
+
+        Yields:
+            Once per turn, when the optimizer is ready to step.
+        """
         moved, stay = self._sorted(pages)
         groups = self.optimizer.param_groups
         if self._options is None:
@@ -255,7 +269,7 @@ class PagedOptimizer:
                 transfer.wait()
                 leaving.append((page, buffer, (yield from self._turn([(page, buffer)]))))
                 coming.popleft()
-                # The next is brought to the device while this one is taken from there.
+                # With lanes, the next page is copied to the device while this one is copied from it.
                 end(0 if self._lanes is None else 1)
             end(0)
             for by_host in (False, True):
@@ -270,7 +284,7 @@ class PagedOptimizer:
             for group, params in zip(groups, given, strict=False):
                 group["params"] = params
             try:
-                # Those that have been stepped on are taken back, whatever became of the next.
+                # Pages that were stepped on are written back even if a later one failed.
                 with suppress(StoreError):
                     end(0)
             finally:
@@ -280,8 +294,10 @@ class PagedOptimizer:
     def _turn(
         self, places: Sequence[tuple[Page, Memory | None]], empty: Sequence[ParamEntry] = ()
     ) -> Generator[None, None, Transfer]:
-        """Have the optimizer hold what is in some pages, and what stands for parameters that are empty here; what
-        takes from the device what was brought there.
+        """Put some pages, and placeholders for empty shards, into the optimizer's groups for one step.
+
+        Returns:
+            The transfer that copies state from the device back to DRAM.
         """
         assert self._options is not None
         given = [*zip(self.optimizer.param_groups, self._options, self._options_of(places), strict=False)]
@@ -304,7 +320,7 @@ class PagedOptimizer:
                 group.update({key: value for key, value in options.items() if held[key] is not value})
 
     def _options_of(self, places: Sequence[tuple[Page, Memory | None]]) -> Sequence[dict[str, Any]]:
-        """What the groups have beside parameters while some pages are stepped on."""
+        """Return the groups' options (all but "params") for the step on some pages."""
         assert self._options is not None
         if not any(self.paged.by_host(page) for page, _ in places):
             return self._options
@@ -312,9 +328,9 @@ class PagedOptimizer:
         return [vectorized(self.optimizer, options, floating=floating) for options in self._options]
 
     def _keep_state(self) -> None:
-        """Let parameters have what the turns of their slices have made of their state."""
+        """Store the state that the turns computed in `optimizer.state`, under the optimizer's own parameters."""
         for entry in filter(self._made.__contains__, self.paged.entries.values()):
-            # The dict stays: others may hold it.
+            # The dict object stays, since other code may hold a reference to it.
             state = self.optimizer.state[entry.parameter]
             state.clear()
             state.update(self._made[entry])

@@ -1,4 +1,4 @@
-"""Where the state of an optimizer's parameters is between steps, and how it comes to be stepped on."""
+"""The location of an optimizer's state between steps, and its transfer into and out of page buffers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from lightning_largescale.pageable import Key, Kind, ask_kinds, kind_key
 
 
 def as_divided(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """State of this rank's part of a parameter as a part of the whole parameter's state, where it has its shape."""
+    """Wrap the state of a DTensor parameter's local shard as a DTensor with the same placements.
+
+    A tensor of another shape, or of a parameter that is no DTensor, is returned as it is.
+    """
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.to_local().shape:
         return tensor
     found: Tensor = compat.divided_as(parameter, tensor)
@@ -35,13 +38,14 @@ def as_divided(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 class _Move:
-    """What stands for the `to` of a tensor that is loaded: it goes to where it is kept, whatever it is told.
+    """Replacement of the `to` method of a state tensor that is loaded: it moves the tensor to its place in the store.
 
-    Some optimizers load a deep copy of what they are given: then this is the copy's, whose values it has.
+    The arguments of `to` are ignored. Some optimizers deep-copy the state dict that they load; the copy then has a
+    `_Move` of its own, with the copied values.
 
     Args:
-        keep: puts a tensor where it is kept.
-        value: the tensor, without this.
+        keep: Function that puts a tensor into its place.
+        value: The tensor, without the replaced `to`.
     """
 
     def __init__(self, keep: Callable[[Tensor], Tensor], value: Tensor) -> None:
@@ -51,27 +55,27 @@ class _Move:
         return self._keep(self._value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Move:
-        # By `memo` the two share the storage that is copied.
+        # Through `memo`, the tensor's copy and this one share one copied storage.
         return _Move(self._keep, copy.deepcopy(self._value, memo))
 
 
 class PagedState:
-    """The pages of an optimizer, and the memory in which the state of each is kept.
+    """The pages of an optimizer, and the memory that holds the state of each.
 
     Args:
-        optimizer: whose state.
-        store: where it is kept; None for DRAM.
-        buffers: that pages go through.
-        resident: how many bytes of state stay on the device; what is taken is taken off. The next likewise.
-        dram: how many of those that leave it stay in DRAM, where there is a store.
-        places: where the parameters and their gradients are.
-        lanes: to the device; None where DRAM is its memory.
-        label_of: parameters with different labels are in different pages.
+        optimizer: The optimizer whose state is paged.
+        store: The store that holds the state; None to keep it in DRAM.
+        buffers: The buffers that pages go through.
+        resident: Budget of bytes of state that stay on the device; the bytes that stay are deducted from it.
+        dram: With a store, budget of bytes of offloaded state that stay in DRAM; deducted likewise.
+        places: Where the parameters and their gradients are.
+        lanes: Copies to and from the device; None if the device's memory is DRAM.
+        label_of: The label of a parameter. Parameters with different labels never share a page.
 
     Attributes:
-        pages: in the order of the optimizer's parameters.
-        entries: the parameters, also those that the optimizer has no more.
-        group_of: the number of the group of each that it has, as it was last laid out.
+        pages: The pages, in the order of the optimizer's parameters.
+        entries: The entry of each parameter, including parameters that the optimizer no longer has.
+        group_of: The group number of each parameter that the optimizer has, as of the last `lay_out`.
     """
 
     def __init__(
@@ -96,26 +100,27 @@ class PagedState:
         self._stay: set[Page] = set()
         self._views: dict[tuple[ParamEntry, str], Tensor] = {}
         self._bundle_of: dict[ParamEntry, Bundle] = {}
-        # What was asked before hooks could switch the optimizer's modes, until it is asked again; and what was taken.
+        # Kinds found before hooks could switch the optimizer's modes, until it is probed again. If they differ then,
+        # the bytes in `_taken` are given back.
         self._asked_early: dict[Key, Kind] | None = {} if has_modes(optimizer) else None
         self._taken: list[tuple[Allowance, int]] = []
 
     @property
     def waits(self) -> bool:
-        """Whether the optimizer could not be tried yet, so that it is not known what is paged."""
+        """Whether the optimizer could not be probed yet, so that it is not known which state is paged."""
         return self._asked_early is not None and not self.entries
 
     def lay_out(self, *, early: bool = False) -> None:
-        """Find the pages of parameters that came since, and move the state that they have; note which are in which
-        group now.
+        """Make pages for parameters that are new, move their existing state, and record each parameter's group.
 
         Args:
-            early: the first step is still to come. An optimizer with modes is asked again then, and all is laid out
-                anew where it answers otherwise; one that cannot be tried before waits until then.
+            early: Whether this is before the first step. An optimizer with modes is probed again at the first step, and
+                all pages are laid out anew if the result differs. An optimizer that cannot be probed early is laid out
+                at the first step.
 
         Raises:
-            PlanError: the optimizer cannot step on some parameters after the others, the disk has not as many bytes, or
-                a parameter is in another group, by which other state is kept of it.
+            PlanError: The optimizer cannot be stepped on a subset of its parameters at a time, the disk has too little
+                free space, or a parameter was moved to a group that keeps other state of it.
         """
         if not early and self._asked_early is not None:
             self._ask_again(self._asked_early)
@@ -126,7 +131,7 @@ class PagedState:
                 raise
 
     def _ask_again(self, answers: Mapping[Key, Kind]) -> None:
-        """Forget the pages where the optimizer, as hooks have left it, has other state than it answered early."""
+        """Probe the optimizer again, now that hooks have set its modes, and forget all pages if its state differs."""
         self._asked_early = None
         found = [(entry.parameter, entry.group) for entry in self.entries.values()]
         if not found or self._ask(found) == answers:
@@ -168,7 +173,7 @@ class PagedState:
             self._take_over(entry)
 
     def _ask(self, parameters: Sequence[tuple[Tensor, int]]) -> Mapping[Key, Kind]:
-        # Where it will step, as not all optimizers do everywhere.
+        # Probe on the device that steps, since some optimizers do not support every device.
         return ask_kinds(self._optimizer, parameters, torch.device("cpu") if self._places.on_host else None)
 
     def _check_moved(self, found: Sequence[tuple[Tensor, int]]) -> None:
@@ -176,7 +181,7 @@ class PagedState:
         kinds = self._ask(moved) if moved else {}
         for parameter, number in moved:
             kind, own = kinds[kind_key(parameter, number)], self.entries[parameter].kind
-            # What is stepped on as a whole, with no state that is paged, may have any.
+            # A parameter that is stepped on in full and has no paged state may have any state in the new group.
             other = kind.dtypes != own.dtypes and (own.divisible or own.dtypes)
             if other or (own.divisible and not kind.divisible):
                 raise PlanError(
@@ -186,10 +191,10 @@ class PagedState:
                 )
 
     def is_live(self, entry: ParamEntry) -> bool:
-        """Whether the optimizer has it, and it has a gradient.
+        """Return whether the optimizer still has the parameter of `entry`, and the parameter has a gradient.
 
         Raises:
-            PlanError: that is sparse.
+            PlanError: The gradient is sparse.
         """
         gradient = entry.parameter.grad
         if gradient is None or entry.parameter not in self.group_of:
@@ -202,27 +207,30 @@ class PagedState:
         return True
 
     def _kept(self, parameter: Tensor, kind: Kind) -> Kind:
-        """`kind`, or one of which nothing is paged, where the state of `parameter` stays on a device of its own."""
+        """Return `kind` for this parameter; a kind with no paged state if its state stays on the device.
+
+        A parameter whose local shard is not contiguous gets an indivisible kind.
+        """
         local = local_of(parameter.detach())
         if not local.is_contiguous():
-            # Its elements in their order are a copy, and those in the order of its memory may not be its gradient's.
+            # A flat view in index order would be a copy, and the gradient's memory order may differ from its own.
             kind = replace(kind, divisible=False)
         stays = self._on_device(parameter) and self._take(self._resident, local.numel() * kind.bytes_per_element)
         return Kind(divisible=False) if stays else kind
 
     def _take(self, allowance: Allowance, nbytes: int) -> bool:
-        """Whether there are as many left, which then are taken."""
+        """Take `nbytes` from `allowance` if that many are left, and return whether they were."""
         taken = allowance.take(nbytes)
         if taken:
             self._taken.append((allowance, nbytes))
         return taken
 
     def _on_device(self, parameter: Tensor) -> bool:
-        """Whether it is in the memory of a device that is not DRAM."""
+        """Return whether there are lanes and `parameter` is on their device."""
         return self._lanes is not None and local_of(parameter).device.type == self._lanes.device.type
 
     def _place(self, bundle: Bundle) -> None:
-        """Set space for the state of `bundle` aside, as far as it does not stay in memory."""
+        """Reserve space for the state of `bundle`, and choose the pages of it that stay in memory."""
         moved = self._places.bytes_per_element(bundle.entries[0])
         pages = [*bundle.pages(moved)]
         name = f"the optimizer state of {len(bundle.entries)} parameters ({type(self._optimizer).__name__})"
@@ -242,7 +250,9 @@ class PagedState:
         self._bundle_of.update(dict.fromkeys(bundle.entries, bundle))
 
     def _take_over(self, entry: ParamEntry) -> None:
-        """Move state that the optimizer made with its groups, before the first step, or that was loaded."""
+        """Move the state of `entry` that the optimizer already has: made at construction, before the first step, or
+        loaded.
+        """
         state = self._optimizer.state.get(entry.parameter, {})
         stays = self._on_device(entry.parameter) and not entry.kind.dtypes
         for key, value in state.items():
@@ -251,11 +261,11 @@ class PagedState:
             if key in entry.kind.dtypes:
                 state[key] = self._put(entry, key, value)
             elif stays and key != "step" and local_of(value).device != entry.local.device:
-                # Loaded before it was known where it is kept.
+                # It was loaded to DRAM, before it was known that the state stays on the device.
                 state[key] = as_divided(entry.parameter, local_of(value).to(entry.local.device))
 
     def _put(self, entry: ParamEntry, key: str, value: Tensor) -> Tensor:
-        """The state of `entry` under `key` where it is kept, as `value` is."""
+        """Copy `value` to the place of the state of `entry` under `key`, and return it there, a DTensor if sharded."""
         view = self.view(entry, key)
         if view.data_ptr() != local_of(value).data_ptr():
             view.copy_(local_of(value))
@@ -263,9 +273,9 @@ class PagedState:
         return as_divided(entry.parameter, view)
 
     def load(self, load: Callable[[dict[str, Any]], None], state_dict: Mapping[str, Any]) -> None:
-        """Have `load`, the optimizer's `load_state_dict`, leave what is paged where it is kept.
+        """Load `state_dict` with `load`, the optimizer's `load_state_dict`, and keep paged state in its place.
 
-        torch's takes it to the device of its parameter, where there may be no room for it.
+        The `load_state_dict` of torch moves state to the device of its parameter, which may have no room for it.
         """
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
@@ -274,14 +284,14 @@ class PagedState:
         load({**state_dict, "state": state})
         for value in (one for parameter in parameters for one in self._optimizer.state.get(parameter, {}).values()):
             if isinstance(value, Tensor):
-                # Of one that was taken as it is, and is saved some day.
+                # Some optimizers keep the tensor itself. It must not be pickled with the replaced `to`.
                 vars(value).pop("to", None)
         for entry in filter(None, map(self.entries.get, found.values())):
-            # Some have a way of their own to load.
+            # Some optimizers do not load with `Tensor.to`.
             self._take_over(entry)
 
     def _staying(self, parameter: Tensor | None, values: Any) -> Any:
-        """The state of `parameter` of which what is paged is moved to where it is kept, wherever it is told to go."""
+        """Return the state `values` of `parameter`, in which the `to` of each paged tensor is replaced by `_Move`."""
         if parameter is None or not isinstance(values, Mapping):
             return values
         entry, found = self.entries.get(parameter), dict(values)
@@ -289,7 +299,7 @@ class PagedState:
             if not isinstance(value, Tensor):
                 continue
             if entry is None:
-                # Where the number of steps is to be, the optimizer knows: fused kernels take it on the device alone.
+                # The optimizer itself places the step count: fused kernels need it on the device.
                 keep = Tensor.cpu if self.waits and key != "step" else None
             else:
                 paged = key in entry.kind.dtypes and self.is_paged(entry, value)
@@ -300,7 +310,7 @@ class PagedState:
         return found
 
     def view(self, entry: ParamEntry, key: str) -> Tensor:
-        """The state of `entry` under `key`, where it is kept."""
+        """Return the state of `entry` under `key` as a view of the memory that holds it."""
         if (entry, key) not in self._views:
             bundle = self._bundle_of[entry]
             start = bundle.start_of(entry, key)
@@ -309,23 +319,21 @@ class PagedState:
         return self._views[entry, key]
 
     def moves(self, page: Page) -> bool:
-        """Whether anything of `page` passes through a buffer: it is elsewhere than in DRAM, or stepped on elsewhere
-        than where it is.
-        """
+        """Return whether any part of `page` goes through a buffer: it is not in DRAM, or not stepped on in place."""
         return page not in self._stay or self._places.moved_bytes(page) > 0
 
     def crosses(self, page: Page) -> bool:
-        """Whether its state is brought to the device, where its parameters are."""
+        """Return whether the state of `page` is copied to the device, where its parameters are."""
         entry = page.slices[0].entry
         return bool(page.bundle.dtypes) and self._on_device(entry.parameter) and self._places.keeps(entry)
 
     def copies(self, page: Page) -> bool:
-        """Whether its parameters are on the device, and are copied from there to be stepped on."""
+        """Return whether the parameters of `page` are on the device and are copied to DRAM to be stepped on."""
         entry = page.slices[0].entry
         return self._on_device(entry.parameter) and not self._places.keeps(entry)
 
     def by_host(self, page: Page) -> bool:
-        """Whether it is stepped on by the host's cores, beside a device."""
+        """Return whether the CPU steps on `page` although there is a device."""
         on_device = self._on_device(page.slices[0].entry.parameter)
         return self._lanes is not None and (self.copies(page) or not on_device)
 
@@ -333,11 +341,13 @@ class PagedState:
         return self._after_state(page) + self._places.moved_bytes(page)
 
     def _after_state(self, page: Page) -> int:
-        """Where in a buffer the state of a page ends, and what else moves with it begins."""
+        """Return the byte of a buffer at which the state of a page ends and the rest of its data begins."""
         return 0 if page in self._stay else page.state_bytes
 
     def _segments(self, page: Page) -> Iterator[tuple[str, int, int, int]]:
-        """Keys, with the bytes of the region that they have in a page, and where these are in a buffer."""
+        """Yield each state key of a page, the first byte and the one after the last in the region, and the first byte
+        in a buffer.
+        """
         at = 0
         for key in page.bundle.dtypes if page not in self._stay else ():
             start, stop = page.bundle.stretch(key, page.start, page.stop)
@@ -345,7 +355,7 @@ class PagedState:
             at += stop - start
 
     def read(self, page: Page, buffer: Memory) -> Transfer:
-        """Begin to bring what moves with `page` into `buffer`."""
+        """Begin to read the data of `page` into `buffer`."""
         region = self._regions[page.bundle]
         transfers = []
         if any(self.is_here(span.entry, key) for span in page.slices for key in page.bundle.dtypes):
@@ -353,29 +363,29 @@ class PagedState:
         return Transfer.of([*transfers, *self._places.read(page, buffer, self._after_state(page))])
 
     def write(self, page: Page, buffer: Memory) -> Transfer:
-        """Begin to take what moves with `page`, and was changed, from where `read` brought it."""
+        """Begin to write the changed data of `page` back from `buffer`, laid out as `read` does."""
         region = self._regions[page.bundle]
         transfers = [region.write_from(buffer, start, stop, at) for _, start, stop, at in self._segments(page)]
         return Transfer.of([*transfers, *self._places.write(page, buffer, self._after_state(page))])
 
     def is_here(self, entry: ParamEntry, key: str) -> bool:
-        """Whether the state of `entry` under `key` is what the region has, and not another's tensor."""
+        """Return whether the optimizer's state of `entry` under `key` is the region's memory, not a foreign tensor."""
         value = self._optimizer.state.get(entry.parameter, {}).get(key)
         if not self.is_paged(entry, value):
             return False
         return self._regions[self._bundle_of[entry]].holds(local_of(value))
 
     def is_paged(self, entry: ParamEntry, value: Any) -> bool:
-        """Whether `value`, of the state of `entry`, has its shape."""
+        """Return whether `value`, from the state of `entry`, is a tensor of the local shard's shape."""
         return isinstance(value, Tensor) and entry.local.numel() > 0 and local_of(value).shape == entry.local.shape
 
     def values(self, page: Page, buffer: Memory | None) -> Iterator[tuple[ParamSlice, Tensor, Tensor | None]]:
-        """Each slice of a page, its elements and their gradient."""
+        """Yield each slice of a page with its elements and their gradient."""
         found = self._places.values(page, buffer, self._after_state(page))
         yield from ((span, *one) for span, one in zip(page.slices, found, strict=True))
 
     def slots(self, page: Page, span: ParamSlice, buffer: Memory | None) -> dict[str, Tensor]:
-        """Where the state of `span` is while `page` is in `buffer`, by key."""
+        """Return the state tensors of `span`, by key, while `page` is in `buffer`."""
         entry = span.entry
         if page in self._stay:
             return {key: elements(self.view(entry, key), span) for key in page.bundle.dtypes}

@@ -1,7 +1,7 @@
-"""An optimizer's parameters in pages: stretches of elements that are stepped on at once.
+"""Pages of an optimizer's parameters: ranges of elements that are stepped on together.
 
-The state of a parameter lies in one stretch, key by key, so that it stays a tensor of the parameter's shape; a large
-parameter is cut into several pages, small ones share one.
+Each state tensor of a parameter is contiguous in memory, so it keeps the parameter's shape. State is laid out key by
+key. A large parameter is split into several pages; small parameters share a page.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale.pageable import Kind
 from lightning_largescale.tiers import ALIGNMENT_BYTES, PAGE_BYTES, aligned
 
-# Pages end at multiples of it, whatever the size of an element: O_DIRECT takes any stretch, and kernels that treat the
-# rest of a vector apart have none in the middle of a parameter.
+# Pages end at multiples of this many elements, for every element size. So any range is aligned for O_DIRECT, and
+# vectorized kernels have no remainder loop in the middle of a parameter.
 _STRIDE = ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ParamEntry:
-    """A parameter, and which group of its optimizer it is in.
+    """A parameter and its group in the optimizer.
 
     Attributes:
-        parameter: of the optimizer, divided among ranks or not.
-        group: the number of its group.
-        kind: of its state.
-        label: parameters with different ones are never in the same page.
+        parameter: The optimizer's parameter, sharded among ranks or not.
+        group: The number of its group.
+        kind: The kind of its state.
+        label: Its label. Parameters with different labels never share a page.
     """
 
     parameter: Tensor
@@ -40,24 +40,24 @@ class ParamEntry:
 
     @property
     def local(self) -> Tensor:
-        """What this rank has of it, sharing storage."""
+        """The local shard of the parameter, sharing storage with it."""
         return local_of(self.parameter.detach())
 
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """A contiguous tensor of its shape in the order of its memory, as torch makes the state of a parameter."""
+        """Return a contiguous tensor of the local shard's shape with its memory order, as torch lays out state."""
         local = self.local
         return tensor if local.is_contiguous() else tensor.as_strided(local.shape, _dense_strides(local))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ParamSlice:
-    """Elements of a parameter in a page.
+    """The elements of one parameter in a page.
 
     Attributes:
-        entry: the parameter.
-        start: its first element here, of this rank's part.
-        stop: the one after its last.
-        at: where the first lies among the elements of the bundle.
+        entry: The parameter.
+        start: The first element, as an index into the flat local shard.
+        stop: The index after the last element.
+        at: The index of the first element among those of the bundle.
     """
 
     entry: ParamEntry
@@ -67,20 +67,20 @@ class ParamSlice:
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the parameter that this rank has."""
+        """Whether the slice is the full local shard."""
         return self.start == 0 and self.stop == self.entry.local.numel()
 
 
 class Bundle:
-    """Parameters whose state lies side by side: all they have under one key, then under the next.
+    """Parameters whose state is adjacent in memory: all of it under one key, then all of it under the next.
 
     Args:
-        entries: of one kind.
+        entries: Parameters whose state is of the same kind.
 
     Attributes:
-        entries: as given.
-        dtypes: of the state, by key.
-        nbytes: of all of it.
+        entries: The parameters.
+        dtypes: The dtype of the state, by key.
+        nbytes: The bytes of the state, under all keys.
     """
 
     def __init__(self, entries: Sequence[ParamEntry]) -> None:
@@ -94,19 +94,21 @@ class Bundle:
         self.nbytes = sum(lengths)
 
     def start_of(self, entry: ParamEntry, key: str) -> int:
-        """The first byte of the state of `entry` under `key`."""
+        """Return the first byte of the state of `entry` under `key`."""
         return self._starts[key] + self._offsets[id(entry)] * self.dtypes[key].itemsize
 
     def stretch(self, key: str, start: int, stop: int) -> tuple[int, int]:
-        """First byte, and the one after the last, of elements `start` to `stop` under `key`, as O_DIRECT takes them."""
+        """Return the first byte, and the byte after the last, of elements `start` to `stop` under `key`, aligned for
+        O_DIRECT.
+        """
         size = self.dtypes[key].itemsize
         return self._starts[key] + start * size, self._starts[key] + aligned(stop * size)
 
     def pages(self, moved_bytes: int) -> Iterator[Page]:
-        """The pages that it is cut into.
+        """Yield the pages of the bundle.
 
         Args:
-            moved_bytes: of a parameter's element, beside its state, that are elsewhere too.
+            moved_bytes: Offloaded bytes per element of a parameter, besides its state.
         """
         length = max(_STRIDE, PAGE_BYTES // max(1, moved_bytes + self.entries[0].kind.bytes_per_element))
         length = length // _STRIDE * _STRIDE if len(self.entries) == 1 and self.entries[0].kind.divisible else 0
@@ -124,13 +126,13 @@ class Bundle:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Page:
-    """Elements of a bundle that are stepped on at once.
+    """Elements of a bundle that are stepped on together.
 
     Attributes:
-        bundle: whose they are.
-        start: the first.
-        stop: the one after the last.
-        slices: of parameters, in it.
+        bundle: The bundle.
+        start: The first element.
+        stop: The element after the last.
+        slices: The slices of parameters in the page.
     """
 
     bundle: Bundle
@@ -140,7 +142,7 @@ class Page:
 
     @property
     def state_bytes(self) -> int:
-        """Of the state of its elements."""
+        """The bytes of the state of the page's elements."""
         stretches = (self.bundle.stretch(key, self.start, self.stop) for key in self.bundle.dtypes)
         return sum(stop - start for start, stop in stretches)
 
@@ -148,11 +150,14 @@ class Page:
 def bundles_of(
     entries: Sequence[ParamEntry], moved_bytes: Callable[[ParamEntry], int] = lambda entry: 0
 ) -> Iterator[Bundle]:
-    """`entries` in bundles: a large one by itself, small ones of a kind, a group and a label together.
+    """Yield `entries` in bundles: a large one alone, small ones together if kind, group, label, dtype, device and moved
+    bytes agree.
+
+    Entries whose local shard is empty are left out.
 
     Args:
-        entries: of one optimizer.
-        moved_bytes: of a parameter's element, beside its state, that are elsewhere too.
+        entries: Parameters of one optimizer.
+        moved_bytes: Function that returns the offloaded bytes per element of a parameter, besides its state.
     """
     small: dict[object, list[ParamEntry]] = {}
     for entry in entries:
@@ -182,7 +187,7 @@ def bundles_of(
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor, sharing storage."""
+    """Return the local shard of a DTensor, sharing storage; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -191,5 +196,7 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _padded(numel: int) -> int:
-    """`numel` rounded up so that what comes next begins at 64 bytes, whatever its dtype."""
+    """Round `numel` up to a multiple of 64, so that the next parameter begins at a multiple of 64 bytes for any
+    dtype.
+    """
     return -(-numel // 64) * 64

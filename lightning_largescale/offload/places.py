@@ -1,4 +1,4 @@
-"""Where an optimizer finds the parameters and gradients of a page.
+"""The location of the parameters and gradients of a page during an optimizer step.
 
 Source: Ren et al. 2021, "ZeRO-Offload", section 4 (the optimizer's step on the host).
 """
@@ -17,36 +17,36 @@ from lightning_largescale.tiers import aligned
 
 
 class Places:
-    """Parameters and gradients that are in memory, where they stay; one of another kind moves them as well.
+    """Parameters and gradients that stay in memory. Subclasses move them along with the state.
 
     Attributes:
-        on_host: whether parameters on a device are stepped on in DRAM.
+        on_host: Whether parameters on a device are stepped on in DRAM.
     """
 
     on_host = False
 
     def bytes_per_element(self, entry: ParamEntry) -> int:
-        """What moves with an element of `entry`, beside its state."""
+        """Return the bytes that move per element of `entry`, besides its state."""
         return 0
 
     def moved_bytes(self, page: Page) -> int:
-        """What moves with `page`, beside its state."""
+        """Return the bytes that move with `page`, besides its state."""
         return 0
 
     def keeps(self, entry: ParamEntry) -> bool:
-        """Whether `entry` is stepped on where it is."""
+        """Return whether `entry` is stepped on in place."""
         return True
 
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
-        """Begin to bring what moves with `page` into `buffer`, from its byte `at` on."""
+        """Begin to read what moves with `page` into `buffer`, starting at byte `at`."""
         return ()
 
     def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
-        """Begin to take what moves with `page`, and was changed, from where `read` brought it."""
+        """Begin to write what moves with `page` and was changed back from `buffer`, laid out as `read` does."""
         return ()
 
     def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The elements of each slice of `page`, and their gradient, if they have one; views of where they are."""
+        """Yield views of the elements of each slice of `page` and of their gradient; None if they have no gradient."""
         for span in page.slices:
             gradient = span.entry.parameter.grad
             yield (
@@ -56,12 +56,13 @@ class Places:
 
 
 class HostPlaces(Places):
-    """Parameters on a device that are stepped on in DRAM by the host's cores: they and their gradients are copied
-    there, and they back.
+    """Parameters on a device that the CPU steps on in DRAM.
+
+    They and their gradients are copied to DRAM; afterwards the parameters are copied back.
 
     Args:
-        lanes: to the device.
-        others: where those are that are elsewhere already.
+        lanes: Copies to and from the device.
+        others: The places of parameters that are offloaded already.
     """
 
     on_host = True
@@ -70,21 +71,21 @@ class HostPlaces(Places):
         self._lanes, self._others = lanes, others
 
     def bytes_per_element(self, entry: ParamEntry) -> int:
-        """Of the parameter and of its gradient."""
+        """Return the bytes per element of the parameter and its gradient, if they are copied."""
         return 2 * entry.local.element_size() if self._copies(entry) else self._others.bytes_per_element(entry)
 
     def moved_bytes(self, page: Page) -> int:
-        """Of the parameters and of their gradients."""
+        """Return the bytes of the page's parameters and gradients, if they are copied."""
         if not self._copies(page.slices[0].entry):
             return self._others.moved_bytes(page)
         return sum(2 * _aligned_bytes(span) for span in page.slices)
 
     def keeps(self, entry: ParamEntry) -> bool:
-        """Not, where it is copied."""
+        """Return False for a parameter that is copied, else what the other places return."""
         return not self._copies(entry) and self._others.keeps(entry)
 
     def read(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
-        """Begin to copy parameters and gradients."""
+        """Begin to copy parameters and gradients to DRAM."""
         if not self._copies(page.slices[0].entry):
             return self._others.read(page, buffer, at)
         here, there = super().values(page, buffer, at), self.values(page, buffer, at)
@@ -97,14 +98,14 @@ class HostPlaces(Places):
         return [self._lanes.fetch(pairs)]
 
     def write(self, page: Page, buffer: Memory, at: int) -> Sequence[Transfer]:
-        """Begin to copy parameters back."""
+        """Begin to copy parameters back to the device."""
         if not self._copies(page.slices[0].entry):
             return self._others.write(page, buffer, at)
         here, there = super().values(page, buffer, at), self.values(page, buffer, at)
         return [self._lanes.put([(given, copy) for (given, _), (copy, _) in zip(here, there, strict=True)])]
 
     def values(self, page: Page, buffer: Memory | None, at: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The copies."""
+        """Yield views of the copies in `buffer`."""
         if not self._copies(page.slices[0].entry):
             yield from self._others.values(page, buffer, at)
             return
@@ -115,21 +116,21 @@ class HostPlaces(Places):
             length = _aligned_bytes(span)
             copies = [buffer.tensor(local.dtype, shape, at + place) for place in (0, length)]
             at += 2 * length
-            # As the state is: some kernels walk through the memory of all of them at once.
+            # In the memory order of the state, since some kernels traverse the memory of all of these tensors together.
             values, copied = map(span.entry.laid_out, copies) if span.whole else copies
             yield values, None if gradient is None else copied
 
     def _copies(self, entry: ParamEntry) -> bool:
-        """Whether it is on the device, and its state is not."""
+        """Return whether `entry` is on the device and its state is not."""
         on_device = entry.local.device.type == self._lanes.device.type
         return on_device and bool(entry.kind.dtypes) and self._others.keeps(entry)
 
 
 def _aligned_bytes(span: ParamSlice) -> int:
-    """Of its elements, up to where others may begin."""
+    """Return the bytes of the slice's elements, rounded up to the alignment of the next tensor."""
     return aligned((span.stop - span.start) * span.entry.local.element_size())
 
 
 def elements(tensor: Tensor, span: ParamSlice) -> Tensor:
-    """Of this rank's part of a parameter, or of what has its shape, those in `span`."""
+    """Return the elements in `span` of the local shard of a parameter, or of a tensor of its shape."""
     return tensor if span.whole else tensor.reshape(-1)[span.start : span.stop]

@@ -1,7 +1,7 @@
-"""Room that is handed out and comes back by itself: buffers in DRAM, and stretches of a store's file.
+"""Resources that return to their pool when their holder is freed: buffers in DRAM, and extents of a store's file.
 
-What has room gives it back by being no more, on whatever thread that happens and in the middle of whatever else is done
-there. So what is called then takes no lock; it does what Python does in one piece.
+A finalizer of the holder returns the resource. It may run on any thread, in the middle of any other code. So finalizers
+take no lock; they only use operations that are atomic in Python.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 6.3 (pinned memory management layer).
 """
@@ -19,13 +19,14 @@ from lightning_largescale.tiers import ALIGNMENT_BYTES, aligned
 
 
 class Buffers:
-    """Buffers of any size. One that came back is kept for the next of its size, as what repeats in a model asks for.
+    """A pool of buffers of any size. A returned buffer is reused for requests of its size, which recur in a model.
 
-    Memory that was used before is copied to at ten times the rate of what the system has yet to find. So no more is
-    kept than was in use at once, and nothing once all are back.
+    Copies into memory that was used before run at ten times the rate of copies into newly allocated memory, so returned
+    buffers are kept. The pool keeps no more than were in use at once, and nothing once all buffers are returned.
 
     Args:
-        pinned: whether CUDA copies to and from them; then they are kept, since to pin takes long.
+        pinned: Whether to pin the buffers for CUDA copies. Pinned buffers stay in the pool even when all are returned,
+            since pinning is slow.
     """
 
     def __init__(self, *, pinned: bool = False) -> None:
@@ -35,13 +36,16 @@ class Buffers:
 
     @property
     def nbytes(self) -> int:
-        """Of all that there are, in use or not."""
+        """The bytes of all buffers, in use or not."""
         free = [memory for memories in list(self._free.values()) for memory in list(memories)]
         return sum(memory.nbytes for memory in (*free, *list(self._lent.values())))
 
     def take(self, nbytes: int) -> tuple[Tensor, memoryview]:
-        """A buffer as a tensor of bytes, `nbytes` of them or a few more, and for requests; without either it comes
-        back. For one thread at a time.
+        """Take a buffer of at least `nbytes`. Call this from one thread at a time.
+
+        Returns:
+            The buffer as a tensor of bytes, and as a memoryview for requests. It returns to the pool once neither is
+            referenced any more.
         """
         size = aligned(nbytes)
         try:
@@ -53,7 +57,7 @@ class Buffers:
         return memory.lend(self._take_back)
 
     def _drop(self, nbytes: int) -> None:
-        """Let others that are free go, as many bytes at least."""
+        """Release free buffers of `nbytes` in total or more, as far as there are any."""
         for memories in self._free.values():
             while memories and nbytes > 0:
                 nbytes -= memories.pop().nbytes
@@ -67,24 +71,28 @@ class Buffers:
 
 
 class Extents:
-    """Stretches of a store's file: those that came back are handed out again, before the file grows."""
+    """Extents of a store's file. Returned extents are reused before the file grows.
+
+    Args:
+        store: The store.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        # By where they begin; none touches the next.
+        # Offset and size of each free extent, in order of offset; adjacent ones are merged.
         self._free: list[tuple[int, int]] = []
         self._returned: deque[tuple[int, int]] = deque()
 
     def take(self, name: str, nbytes: int, holder: object) -> Extent:
-        """A stretch of `nbytes`, rounded up, which comes back when `holder` is no more. For one thread at a time.
+        """Take an extent, which is returned when `holder` is freed. Call this from one thread at a time.
 
         Args:
-            name: of what is to be kept there, for messages.
-            nbytes: as many as are needed.
-            holder: of which a weak reference is kept.
+            name: The name of the contents, for messages.
+            nbytes: The number of bytes; rounded up to a multiple of `ALIGNMENT_BYTES`.
+            holder: The object that holds the extent; only a weak reference to it is kept.
 
         Raises:
-            PlanError: the disk has not as many.
+            PlanError: The disk has too little free space.
         """
         nbytes = max(ALIGNMENT_BYTES, aligned(nbytes))
         while self._returned:
@@ -102,7 +110,7 @@ class Extents:
         return extent
 
     def _merge(self, offset: int, nbytes: int) -> None:
-        """Add a stretch to those that are free, as one with those that it touches."""
+        """Add an extent to the free ones, merged with those that are adjacent to it."""
         touching = [(at, size) for at, size in self._free if at + size == offset or offset + nbytes == at]
         for at, size in touching:
             self._free.remove((at, size))

@@ -1,10 +1,10 @@
-"""Storages that autograd saves, on their way to another tier and back.
+"""Transfer of the storages that autograd saves to another tier and back.
 
-To a disk: requests past the page cache want aligned memory, which tensors have not. So a few threads copy a storage, a
-piece of a request's size at a time, into a buffer that each of them has, and write that: memory that stays warm takes a
-copy at several times a disk's rate, and nothing of a storage's size is needed twice. Back from there a storage is read
-into a buffer of its size, which the tensors that come out of it view; a CUDA device copies it from there, beside what
-computes.
+To a disk: O_DIRECT requires aligned memory, and tensors are not aligned. So a few threads copy a storage, in chunks of
+a request's size, into a staging buffer of each thread, and write the buffer. A copy into a small buffer that is reused
+runs at several times a disk's rate, and no second buffer of the storage's size is needed. From a disk, a storage is
+read into a buffer of its size, which the unpacked tensors view. For a CUDA device, the buffer is copied to the device,
+overlapping with computation.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 5.1 and 6.3; torch notes, "CUDA semantics", streams and
     pinned memory.
@@ -31,21 +31,21 @@ from lightning_largescale.tiers import REQUEST_BYTES, aligned
 
 
 class Saved:
-    """A storage that autograd saves, of which tensors are views.
+    """A storage that autograd saves, which saved tensors view.
 
     Attributes:
-        name: of the block that saves it.
-        nbytes: its size.
-        version: of the tensor that was saved first, when it was.
-        content: its bytes on the device; None while they are elsewhere only.
-        wanted: its backward has come, so it does not leave any more.
-        sent: it is away, or on its way.
-        used: it came back, and something was computed with it.
-        left: how many pieces of it are to be written still.
-        error: why it could not leave or come back.
-        place: where it is in the other tier.
-        coming: on its way back, or back.
-        lock: for what changes these, other than the last reference.
+        name: The name of the block that saves it.
+        nbytes: Its size in bytes.
+        version: The version of the first tensor that was saved, at the time of saving.
+        content: Its bytes on the device; None while they are only in the other tier.
+        wanted: Whether its backward has begun, so that it is not offloaded any more.
+        sent: Whether its offload has begun.
+        used: Whether it was fetched and used.
+        left: The number of chunks of it that are not written yet.
+        error: The reason why it could not be offloaded or fetched; empty if there is none.
+        place: Its location in the other tier.
+        coming: The fetch, pending or complete; None if there is none.
+        lock: Lock for changes of these attributes. Dropping the last reference takes no lock.
     """
 
     __slots__ = (
@@ -71,52 +71,54 @@ class Saved:
         self.left = 0
         self.place: Any = None
         self.coming: Any = None
-        # In words: an error has its traceback, which may have the graph that has this.
+        # A string: an exception holds its traceback, which may hold the graph that holds this object.
         self.error = ""
         self.lock = threading.Lock()
 
     def forget(self) -> None:
-        """Let what came back, and was used, go once more, as far as the tier still has it."""
+        """Free the fetched bytes if they were used; the other tier still holds them."""
         with self.lock:
             if self.used:
                 self.coming, self.used = None, False
 
 
-# What `send` gave: what left, and by what it is known that it has.
+# The result of `send`: each storage, and the object that tells when its offload is complete.
 Sent = list[tuple["weakref.ref[Saved]", Any]]
 
 
 class Tier(ABC):
-    """Where storages go, and come from."""
+    """A tier that storages are offloaded to and fetched from."""
 
     @abstractmethod
     def send(self, storages: Iterable[Saved]) -> Sent:
-        """Have them begin to leave: each stays on the device until it has left, or is used again.
+        """Begin to offload `storages`. Each stays on the device until its offload is complete.
+
+        A storage that is used before that stays on the device.
 
         Raises:
-            PlanError: the tier has no room for them.
+            PlanError: The tier has no room for them.
         """
 
     @abstractmethod
     def settle(self, sent: Sent) -> None:
-        """Until they have left.
+        """Wait until the storages are offloaded.
 
         Raises:
-            StoreError: one of them could not.
+            StoreError: A storage could not be offloaded.
         """
 
     def fetch(self, saved: Saved) -> None:
-        """Have it begin to come back, if it is not here; it is not to leave any more."""
+        """Begin to fetch `saved`, if it is not on the device; from now on it is not offloaded any more."""
         with saved.lock:
             saved.wanted = True
             if saved.content is None and saved.coming is None and not saved.error:
                 saved.coming = self._begin(saved)
 
     def bytes_of(self, saved: Saved) -> Tensor:
-        """Its bytes on the device; until they are there.
+        """Return the bytes of `saved` on the device, waiting for them if necessary.
 
         Raises:
-            StoreError: it could not leave, or come back.
+            StoreError: The storage could not be offloaded or fetched.
         """
         self.fetch(saved)
         with saved.lock:
@@ -127,7 +129,8 @@ class Tier(ABC):
             try:
                 found = self._end(saved)
             except StoreError as error:
-                # What failed has the error, and the error this graph, in which a garbage collector does not look.
+                # The failed transfer holds the error and, through its traceback, this graph. The garbage collector does
+                # not look into graphs, so this cycle would never be freed.
                 saved.error, saved.coming = str(error), None
                 raise
             saved.used = True
@@ -135,22 +138,23 @@ class Tier(ABC):
 
     @abstractmethod
     def _begin(self, saved: Saved) -> Any:
-        """What is known of it while it comes, and after that."""
+        """Begin the fetch, and return the object that represents it, while it is pending and afterwards."""
 
     @abstractmethod
     def _end(self, saved: Saved) -> Tensor:
-        """Its bytes, when they are there; called as often as they are used."""
+        """Wait for the fetch, and return the bytes. Called every time they are used."""
 
 
 @dataclass
 class _Coming:
-    """A storage on its way back from a disk.
+    """The fetch of a storage from a disk.
 
     Attributes:
-        buffer: in DRAM, into which it is read; None when it has been copied on from there.
-        transfer: that reads it.
-        target: on a CUDA device, into which it is copied from there.
-        event: of the device, before which it may not be copied; once it is, after which it is there.
+        buffer: The buffer in DRAM that it is read into; None once its copy to the device has begun.
+        transfer: The transfer that reads it.
+        target: The tensor on a CUDA device that the buffer is copied to; None on a CPU.
+        event: A CUDA event. Before the copy is enqueued, it is the event that the copy must wait for; then, the event
+            that marks the end of the copy.
     """
 
     buffer: Tensor | None
@@ -160,11 +164,11 @@ class _Coming:
 
 
 class DiskTier(Tier):
-    """A store.
+    """The nvme tier: a store on a disk.
 
     Args:
-        store: on the disk.
-        device: the device tier's.
+        store: The store.
+        device: The device that storages come from.
     """
 
     def __init__(self, store: Store, device: torch.device) -> None:
@@ -175,40 +179,40 @@ class DiskTier(Tier):
         self._taking = threading.Lock()
         self._own = threading.local()
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
-        # Copies to the device that are under way: of which block, and out of which buffer.
+        # Pending copies to the device: the block's name, the event that marks the end, and the source buffer.
         self._copying: list[tuple[str, Any, Tensor]] = []
-        # The two blocks of which storages began to come back last.
+        # The two blocks whose storages were fetched last.
         self._names: tuple[str, ...] = ()
         self._threads = request_threads("activations")
         weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True).atexit = False
 
     def send(self, storages: Iterable[Saved]) -> Sent:
-        """As of every tier."""
+        """Begin to copy `storages` to the store, in chunks, on the threads."""
         computed = torch.cuda.current_stream(self._device).record_event() if self._cuda else None
         sent: Sent = []
         for saved in storages:
             saved.place = self._extents.take(f"what {saved.name} saves", saved.nbytes, saved)
             starts = range(0, saved.nbytes, REQUEST_BYTES)
             saved.left, saved.sent = len(starts), True
-            # The last reference to it is then its graph's: without that nothing is written.
+            # A weak reference, so that the graph holds the only strong one: once the graph is gone, nothing is written.
             known = weakref.ref(saved)
             sent += [(known, self._threads.submit(self._write, known, start, computed)) for start in starts]
         return sent
 
     def settle(self, sent: Sent) -> None:
-        """As of every tier."""
+        """Wait until the chunks are written, and raise the error of a failed write."""
         written: Future[None]
         for _, written in sent:
             written.result()
         for known, _ in sent:
             saved = known()
-            # Where backward has come to it, backward says so.
+            # If backward needs it already, backward raises the error.
             if saved is not None and saved.error and not saved.wanted:
                 raise StoreError(saved.error)
 
     def _write(self, known: weakref.ref[Saved], start: int, computed: Any) -> None:
         saved = known()
-        # Used before it was gone: it stays.
+        # A storage that is used before its offload is complete stays on the device.
         if saved is None or saved.wanted or saved.content is None:
             return
         extent: Extent = saved.place
@@ -234,7 +238,7 @@ class DiskTier(Tier):
         transfer = self._store.read(saved.place, view)
         if not self._cuda:
             return _Coming(buffer, transfer)
-        # Memory of the stream that computes, which may still compute in it.
+        # The memory belongs to the computing stream, which may still use its previous contents.
         target = torch.empty(buffer.nbytes, dtype=torch.uint8, device=self._device)
         return _Coming(buffer, transfer, target, torch.cuda.current_stream(self._device).record_event())
 
@@ -248,7 +252,7 @@ class DiskTier(Tier):
             self._stream.wait_event(coming.event)
             with torch.cuda.stream(self._stream):
                 coming.target.copy_(coming.buffer, non_blocking=True)
-                # It may be let go before the copy is over.
+                # The target may be freed before the copy ends.
                 coming.target.record_stream(self._stream)
                 coming.event = self._stream.record_event()
             with self._taking:
@@ -258,8 +262,9 @@ class DiskTier(Tier):
         return coming.target
 
     def _wait_for_others(self, name: str) -> None:
-        """Until buffers are in use for the block `name` and the one before it alone, as plans count them: the host may
-        be any number of blocks ahead of the device.
+        """Wait until buffers are in use only for the block `name` and the one fetched before it, as plans assume.
+
+        The host may run any number of blocks ahead of the device.
         """
         with self._taking:
             if name not in self._names:
@@ -267,19 +272,19 @@ class DiskTier(Tier):
             for block, event, _ in self._copying:
                 if block not in self._names:
                     event.synchronize()
-            # A buffer comes back only when its copy is over.
+            # A buffer is returned only after its copy has ended.
             self._copying = [one for one in self._copying if not one[1].query()]
 
 
 class HostTier(Tier):
-    """Pinned DRAM, for a CUDA device: copies run on a stream of their own, and no step of the host waits for one.
+    """The cpu tier for a CUDA device: pinned DRAM. Copies run on a stream of their own, and the host waits for none.
 
-    A storage that left is let go only after the stream that computes was told to wait for its copy: whatever that
-    computes next in the same memory comes after it. One that goes before, used or not, leaves its memory to others when
-    its copy is over.
+    An offloaded storage is freed only after the computing stream was made to wait for its copy, so that later work in
+    the same memory runs after the copy. If the storage is freed before that, used or not, the allocator reuses its
+    memory only after the copy has ended.
 
     Args:
-        device: that computes.
+        device: The device that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -289,7 +294,7 @@ class HostTier(Tier):
         self._taking = threading.Lock()
 
     def send(self, storages: Iterable[Saved]) -> Sent:
-        """As of every tier."""
+        """Begin to copy `storages` to pinned DRAM, on the copy stream."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         sent: Sent = []
         with torch.cuda.stream(self._stream):
@@ -299,14 +304,15 @@ class HostTier(Tier):
                     saved.place, _ = self._buffers.take(saved.nbytes)
                 saved.place[: saved.nbytes].copy_(saved.content, non_blocking=True)
                 saved.sent = True
-                # Told of the copy at once, the allocator would keep what leaves in time for longer as well.
+                # Only storages that are freed early are recorded on the copy's stream. Recording all of them now would
+                # make the allocator hold the memory of the others longer too.
                 early = weakref.finalize(saved, saved.content.record_stream, self._stream)
                 early.atexit = False
                 sent.append((weakref.ref(saved), (self._stream.record_event(), early)))
         return sent
 
     def settle(self, sent: Sent) -> None:
-        """As of every tier."""
+        """Make the computing stream wait for the copies, and free the storages on the device."""
         for known, (copied, early) in sent:
             saved = known()
             if saved is None:
@@ -318,12 +324,12 @@ class HostTier(Tier):
                     saved.content = None
 
     def _begin(self, saved: Saved) -> tuple[Tensor, Any]:
-        # Memory of the stream that computes, which may still compute in it.
+        # The memory belongs to the computing stream, which may still use its previous contents.
         found = torch.empty(saved.nbytes, dtype=torch.uint8, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             found.copy_(saved.place[: saved.nbytes], non_blocking=True)
-            # It may be let go before anything waited for it.
+            # The tensor may be freed before any stream waits for the copy.
             found.record_stream(self._stream)
             return found, self._stream.record_event()
 
@@ -335,9 +341,9 @@ class HostTier(Tier):
 
 
 def _copy(target: Tensor, source: Tensor, computed: Any) -> None:
-    """Copy bytes into DRAM; from a CUDA device once the event `computed` is over."""
+    """Copy bytes into DRAM. From a CUDA device, wait for the event `computed` first, then for the copy."""
     if computed is None:
-        # Tensor.copy_ would start threads of its own, beside those that compute; the GIL is not held.
+        # Tensor.copy_ would start threads that compete with those that compute. memmove does not hold the GIL.
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
         return
     with torch.cuda.device(source.device):

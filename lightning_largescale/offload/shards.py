@@ -1,8 +1,8 @@
-"""Shards on their way from DRAM to a CUDA device, where FSDP2 gathers them.
+"""Copies of shards from DRAM to a CUDA device, where FSDP2 gathers them.
 
-FSDP2 copies a shard on the stream that computes where there is one rank, and waits for each copy of memory that is not
-pinned. Here the shards of a group are copied together, on a stream of their own, so that a copy runs beside what is
-still to be computed of the groups before.
+With one rank, FSDP2 copies a shard on the computing stream; it also blocks on each copy from memory that is not pinned.
+Here the shards of an FSDP group are copied together on a separate stream, so that the copies overlap with the
+computation of the preceding groups.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2 (overlap of the tiers' transfers).
 """
@@ -21,10 +21,10 @@ from lightning_largescale.offload.store import Transfer
 
 
 class ShardCopies:
-    """The way of shards from DRAM to a CUDA device.
+    """Copies of shards from DRAM to a CUDA device.
 
     Args:
-        device: that gathers.
+        device: The device that gathers the shards.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,8 +33,12 @@ class ShardCopies:
 
     @contextlib.contextmanager
     def copies(self, sources: Iterable[Tensor]) -> Iterator[tuple[Sequence[Tensor], Transfer]]:
-        """Within, tensors on the device with the values of `sources`, in pinned DRAM, for which the current stream
-        waits, and which it alone reads; and what tells when `sources` have been read.
+        """Context that yields copies of `sources` on the device, and the transfer that ends when `sources` are read.
+
+        The current stream waits for the copies and must be the only one that reads them.
+
+        Args:
+            sources: Tensors in pinned DRAM.
         """
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
@@ -44,16 +48,16 @@ class ShardCopies:
         try:
             yield found, Transfer([Copied(copied)])
         finally:
-            # Before others are made in their memory.
+            # Later copies may reuse this memory, so they wait for the current stream.
             self._stream.wait_event(current.record_event())
 
 
 class ShardsInDram:
-    """The shards of a module's blocks in pinned DRAM, copied as `ShardCopies` does, until `stop`.
+    """The shards of a module's blocks in pinned DRAM, copied to the device by `ShardCopies`, until `stop`.
 
     Args:
-        blocks: that `fully_shard` was applied to.
-        copies: to the device.
+        blocks: The blocks that `fully_shard` was applied to.
+        copies: Copies to the device.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], copies: ShardCopies) -> None:
@@ -63,7 +67,7 @@ class ShardsInDram:
             self._undo.callback(compat.around_gathers(module, bring=self._bring))
 
     def stop(self) -> None:
-        """Leave it to FSDP2."""
+        """Let FSDP2 copy the shards again."""
         self._undo.close()
 
     @contextlib.contextmanager

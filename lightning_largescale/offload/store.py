@@ -1,8 +1,8 @@
-"""Tensors in files: aligned requests past the page cache, several under way at once, reads beside writes.
+"""Tensors in files, through aligned requests that bypass the page cache; reads and writes run concurrently.
 
-Threads with preadv and pwritev reach the disk's own rate; the GIL is not held in a request. Each process has a folder
-of its own below `nvme_path`, which a lock marks as in use for as long as the process lives, so that the next start can
-tell what a dead one has left behind and remove it.
+Threads that call preadv and pwritev reach the disk's own rate; the GIL is not held during a request. Each process has a
+folder of its own below `nvme_path`. A lock marks it as in use while the process lives, so that a later start can detect
+and remove the folders of dead processes.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 6.3 (DeepNVMe); man pages open(2), O_DIRECT, and flock(2).
 """
@@ -37,17 +37,17 @@ _VERIFY = "LARGESCALE_STORE_VERIFY"
 
 
 class StoreError(RuntimeError):
-    """A file of the store could not be read or written; the message names it, the tensors, and the offset."""
+    """Failure to read or write a file of the store; the message names the file, the tensors and the offset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A stretch of the store's file.
+    """A range of bytes in the store's file.
 
     Attributes:
-        name: of what is kept there.
-        offset: of its first byte, a multiple of `ALIGNMENT_BYTES`.
-        nbytes: its length, a multiple of `ALIGNMENT_BYTES`.
+        name: The name of its contents.
+        offset: The offset of its first byte, a multiple of `ALIGNMENT_BYTES`.
+        nbytes: Its length in bytes, a multiple of `ALIGNMENT_BYTES`.
     """
 
     name: str
@@ -56,17 +56,17 @@ class Extent:
 
 
 class Request(Protocol):
-    """What is asked of one that is under way, as of a `Future`."""
+    """Interface of a pending request, a subset of `Future`."""
 
     def done(self) -> bool:
-        """Whether it is over."""
+        """Return whether the request has ended."""
 
     def exception(self) -> BaseException | None:
-        """Until it is over: what it failed with, or None."""
+        """Wait for the end of the request, and return the exception that it failed with, or None."""
 
 
 class Transfer:
-    """Requests that are under way."""
+    """A group of pending requests."""
 
     def __init__(self, requests: Sequence[Request] = ()) -> None:
         self._requests = requests
@@ -75,20 +75,20 @@ class Transfer:
 
     @classmethod
     def of(cls, transfers: Sequence[Transfer]) -> Transfer:
-        """All of `transfers` as one."""
+        """Return one transfer of all requests of `transfers`."""
         whole = cls([request for transfer in transfers for request in transfer._requests])
         whole._on_failure = [call for transfer in transfers for call in transfer._on_failure]
         return whole
 
     def wait(self) -> None:
-        """Until all are done; may be called again, and from several threads.
+        """Wait until all requests have ended. May be called repeatedly, and from several threads.
 
         Raises:
-            StoreError: one of them failed, or the store was closed before it began.
+            StoreError: A request failed, or the store was closed before it began.
         """
         if not self.over and self._process != os.getpid():
             raise StoreError("this transfer was begun before a fork, so this process has no thread that ends it.")
-        # All of them end before the first failure is told: then nothing touches their memory any more.
+        # Wait for all requests before raising, so that none of them accesses its memory afterwards.
         failures = [error for error in map(_failure, self._requests) if error is not None]
         if failures:
             calls, self._on_failure = self._on_failure, []
@@ -99,11 +99,11 @@ class Transfer:
 
     @property
     def over(self) -> bool:
-        """Whether all are done, and none failed."""
+        """Whether all requests have ended and none failed."""
         return all(request.done() and _failure(request) is None for request in self._requests)
 
     def on_failure(self, call: Callable[[], None]) -> None:
-        """Have `wait` call this once before it raises."""
+        """Register a function that `wait` calls once before it raises."""
         self._on_failure.append(call)
 
 
@@ -115,25 +115,25 @@ def _failure(request: Request) -> BaseException | None:
 
 
 class Store:
-    """A file of tensors in a folder of this process's own, removed with it.
+    """A file of tensors in a folder of this process's own, which is removed with the store.
 
-    Requests on the same bytes are done in any order: wait for one before the next begins. A forked process may use its
-    copy, with threads of its own; the file is the same.
+    Requests on the same bytes run in any order: wait for one before the next begins. A forked process may use its copy
+    of the store; the copy has threads of its own and shares the file.
 
     Args:
-        folder: on the disk of the nvme tier; what dead processes have left there is removed.
-        verify: whether a checksum is kept of the bytes that are written, and compared when they are read; None for what
-            the environment variable LARGESCALE_STORE_VERIFY says, "1" or not. What is written into a mapping of the
-            file is not known to it, and counts as wrong.
-        file: what the requests go to.
+        folder: The folder of the nvme tier. The folders of dead processes in it are removed.
+        verify: Whether to keep checksums of written bytes and compare them on reads; None to do so if the environment
+            variable LARGESCALE_STORE_VERIFY is "1". Writes through a mapping of the file do not update the checksums,
+            and count as errors.
+        file: The class of the file that the requests go to.
 
     Attributes:
-        path: the folder.
-        read_bytes: read so far.
-        written_bytes: written so far.
+        path: The process's own folder.
+        read_bytes: The bytes read so far.
+        written_bytes: The bytes written so far.
 
     Raises:
-        PlanError: there is no such folder, or it cannot be written to.
+        PlanError: The folder does not exist or is not writable.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool | None = None, file: type[DirectFile] = DirectFile) -> None:
@@ -155,23 +155,24 @@ class Store:
 
     @property
     def descriptor(self) -> int:
-        """Of the file, to map it."""
+        """The file's descriptor, for mapping it."""
         return self._file.descriptor
 
     @property
     def closed(self) -> bool:
-        """Whether it is; then it takes no requests, and `descriptor` is none."""
+        """Whether the store is closed. It then takes no requests, and `descriptor` is invalid."""
         return not self._finalizer.alive
 
     def reserve(self, name: str, nbytes: int) -> Extent:
-        """Set space aside, so that no write can meet a full disk.
+        """Reserve space on the disk, so that no write can fail because the disk is full.
 
         Args:
-            name: of what is to be kept there, for messages.
-            nbytes: rounded up to a multiple of `ALIGNMENT_BYTES`.
+            name: The name of the contents, for messages.
+            nbytes: The number of bytes; rounded up to a multiple of `ALIGNMENT_BYTES`.
 
         Raises:
-            PlanError: the disk has not as many.
+            PlanError: The disk has too little free space.
+            StoreError: The reservation failed for another reason, or the store is closed.
         """
         nbytes = max(ALIGNMENT_BYTES, aligned(nbytes))
         with self._lock:
@@ -188,7 +189,7 @@ class Store:
                     f" there are {format_bytes(self._file.free_bytes())} ({error.strerror}); free some, or give another"
                     " folder as nvme_path."
                 ) from error
-            # What is mapped begins at a page, and pages may be larger than what O_DIRECT wants.
+            # Mappings must begin at a memory page, and memory pages may be larger than the alignment for O_DIRECT.
             self._end += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         return extent
 
@@ -196,10 +197,10 @@ class Store:
         """Begin to read into `memory`.
 
         Args:
-            extent: what to read from.
-            memory: bytes at an address, and of a length, that are multiples of `ALIGNMENT_BYTES`; not to be touched
-                until the transfer is over.
-            start: the first byte in the extent, such a multiple too.
+            extent: The extent to read from.
+            memory: The bytes to read into; address and length are multiples of `ALIGNMENT_BYTES`. Do not access them
+                until the transfer has ended.
+            start: The first byte in the extent, a multiple of `ALIGNMENT_BYTES` too.
         """
         transfer = self._begin(self._read, extent, memory, start)
         with self._lock:
@@ -207,14 +208,14 @@ class Store:
         return transfer
 
     def write(self, extent: Extent, memory: memoryview, start: int = 0) -> Transfer:
-        """Begin to write `memory`; arguments as of `read`."""
+        """Begin to write `memory`; the arguments are as for `read`."""
         transfer = self._begin(self._write, extent, memory, start)
         with self._lock:
             self.written_bytes += len(memory)
         return transfer
 
     def close(self) -> None:
-        """End what is under way, give up what has not begun, and remove the folder; mappings of the file stay valid."""
+        """Wait for running requests, cancel the others, and remove the folder. Mappings of the file stay valid."""
         self._threads.end(wait=True)
         self._finalizer()
 
@@ -258,7 +259,7 @@ class Store:
                     self._file.go_buffered()
                     continue
                 raise self._error(doing, extent, start + done, len(memory) - done, error) from error
-            # The next request has to be aligned too.
+            # The remaining request has to be aligned too.
             if direct and done + count < len(memory):
                 count -= count % ALIGNMENT_BYTES
             if count == 0:
@@ -275,8 +276,10 @@ class Store:
 
 
 def request_threads(name: str) -> ThreadPoolExecutor:
-    """Threads that run requests, on the CUDA device of the one that makes them: they would begin with the first, and
-    open a context on it that takes the memory of another rank's.
+    """Return a pool of threads that run requests, on the CUDA device of the calling thread.
+
+    By default a new thread uses the first CUDA device. It would open a context there, which takes memory of the device
+    of another rank.
     """
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
@@ -288,7 +291,7 @@ def request_threads(name: str) -> ThreadPoolExecutor:
 
 
 class _Threads:
-    """What runs requests; in a forked process, which has none of its parent's threads, others."""
+    """The threads that run requests. A forked process has none of its parent's threads, and starts its own."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
@@ -303,7 +306,7 @@ class _Threads:
             try:
                 return self._pool.submit(request, *arguments)
             except RuntimeError as error:
-                # What was submitted before it is under way, so the whole is told of when it is over.
+                # Earlier requests of the same transfer are running, so the transfer's `wait` reports the failure.
                 refused: Future[None] = Future()
                 refused.set_exception(StoreError(f"a request came too late ({error})."))
                 return refused
@@ -314,10 +317,10 @@ class _Threads:
 
 
 class _Checksums:
-    """Of every `ALIGNMENT_BYTES` that were written."""
+    """Checksums of each block of `ALIGNMENT_BYTES` that was written."""
 
     def __init__(self) -> None:
-        # 0 where nothing is known; else the sum, and a bit above it.
+        # 0 if no checksum is known; otherwise the CRC-32 with bit 32 set.
         self._known = array("Q")
         self._lock = threading.Lock()
 
@@ -328,11 +331,11 @@ class _Checksums:
             self._known[first : first + len(sums)] = sums
 
     def wrong(self, offset: int, memory: memoryview) -> int | None:
-        """Where in `memory` the first bytes are that differ; None where none do."""
+        """Return the offset in `memory` of the first block that differs; None if none does."""
         first = offset // ALIGNMENT_BYTES
         with self._lock:
             known = self._known[first : first + len(memory) // ALIGNMENT_BYTES]
-        # Beyond the end of what is known nothing is.
+        # Blocks beyond the end of `known` have no checksum.
         for index, (found, wanted) in enumerate(zip(_sums(memory), known, strict=False)):
             if wanted not in (0, found):
                 return index * ALIGNMENT_BYTES
@@ -356,10 +359,10 @@ def _check_request(extent: Extent, memory: memoryview, start: int) -> None:
 
 
 def _end(path: Path, file: DirectFile, threads: _Threads, lock: int, owner: int) -> None:
-    # Requests keep their store alive, so none is under way; this may be one of the threads, which cannot wait for all.
+    # Requests keep their store alive, so none is running. This may run on one of the threads, which cannot join itself.
     threads.end(wait=False)
     file.close()
-    # A forked process has a copy of the store, which is not its own to remove.
+    # A forked process has a copy of the store and must not remove the folder.
     if os.getpid() != owner:
         os.close(lock)
         return

@@ -1,4 +1,4 @@
-"""The time in which an optimizer holds the elements of a page, in the place of parameters.
+"""One turn of a paged step: the optimizer holds the elements of a page in place of its parameters.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2; Dettmers et al. 2023, "QLoRA", section 3 (paged
     optimizers).
@@ -21,12 +21,12 @@ from lightning_largescale.offload.store import Transfer
 
 
 class Turn:
-    """The time in which an optimizer holds parts of parameters in the place of these.
+    """A turn in which an optimizer holds slices of parameters in place of the parameters.
 
     Args:
-        optimizer: whose groups are empty.
-        paged: where its state is.
-        made: is given the state of each parameter.
+        optimizer: The optimizer, with empty groups.
+        paged: The pages of its state.
+        made: Dictionary that receives the new state of each parameter.
     """
 
     def __init__(self, optimizer: Optimizer, paged: PagedState, made: dict[ParamEntry, dict[str, Any]]) -> None:
@@ -43,10 +43,10 @@ class Turn:
         slots: Mapping[str, Tensor],
         lanes: Lanes | None,
     ) -> None:
-        """Hold a slice, whose state is in `slots`, or is brought from there by `lanes`."""
+        """Add a slice to the optimizer, with its state in `slots`, or copied from there to the device by `lanes`."""
         state = self._optimizer.state.get(span.entry.parameter)
         self._lanes = lanes or self._lanes
-        # Of a first step there is nothing to bring, and what it makes is taken as it is.
+        # At the first step there is no state to copy; `end` takes what the step creates.
         if lanes is not None and state:
             kept, slots = slots, lanes.bring(slots)
             self._brought += [(kept[key], slot) for key, slot in slots.items()]
@@ -59,7 +59,7 @@ class Turn:
         )
 
     def hold_row(self, entry: ParamEntry) -> None:
-        """Hold a row of zeros in the place of nothing: not all optimizers step on that."""
+        """Add a row of zeros in place of an empty shard, since not all optimizers can step on an empty tensor."""
         local = entry.local
         row = local.new_zeros((1, *local.shape[1:]))
         state = self._optimizer.state.get(entry.parameter, {})
@@ -68,10 +68,14 @@ class Turn:
         self._add(entry, row, torch.zeros_like(row), {}, found or None)
 
     def end(self) -> Transfer:
-        """Take what the step has made of them; what takes back what was brought."""
+        """Store the values and state that the step computed.
+
+        Returns:
+            The transfer that copies state from the device back to its slots.
+        """
         for entry, part, values, slots in self._held:
             if values.data_ptr() != part.data_ptr():
-                # Some write a new tensor into `parameter.data`.
+                # Some optimizers assign a new tensor to `parameter.data`.
                 values.copy_(part.detach())
             made = self._optimizer.state.pop(part, None)
             if made is not None:
@@ -79,7 +83,7 @@ class Turn:
         return Transfer() if self._lanes is None else self._lanes.fetch(self._brought)
 
     def leave(self) -> None:
-        """Leave nothing of theirs with the optimizer, also after a step that raised."""
+        """Remove the slices' state from the optimizer, also after a step that raised."""
         for _, part, _, _ in self._held:
             self._optimizer.state.pop(part, None)
 
@@ -114,21 +118,21 @@ class Turn:
 
     @staticmethod
     def _unpaged(value: Tensor, span: ParamSlice, device: torch.device) -> Tensor:
-        """State that no page has, as a part is stepped on with it: plain, as the part is."""
+        """Return state that is not paged as a plain tensor, for the step on a slice."""
         local = local_of(value)
         if device.type == "cpu" != local.device.type:
-            # Of an earlier run, in which the device stepped.
+            # The state is from an earlier run, in which the device stepped.
             return local.cpu()
-        # Of several slices each counts its steps.
+        # Each of several slices counts its own steps.
         return local if span.whole else local.clone()
 
     def _kept(self, entry: ParamEntry, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:
-        """What the optimizer is to have, between steps, of what it has made of a part's state."""
+        """Return the value that `optimizer.state` keeps between steps for a slice's new state `value`."""
         slot = slots.get(key)
         if not entry.local.numel() and key in entry.kind.dtypes:
             return as_divided(entry.parameter, value[:0])
         if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
-            # A number is nobody's part, of a parameter that is one either.
+            # A scalar is not sharded, even if the parameter is a scalar too.
             return as_divided(entry.parameter, value) if isinstance(value, Tensor) and value.dim() else value
         if slot.device.type == "cpu" != value.device.type:
             self._brought.append((slot, value))
