@@ -1,4 +1,4 @@
-"""Workload: what one step of a module needs, and what its structure permits; nothing allocated."""
+"""Workload: the resources that one step of a module needs, and the sharding that its structure permits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of any shape: tensors found, replaced, counted and cut."""
+"""Helpers for nested batches: find, replace, measure and slice their tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_largescale import compat
 
 
 def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`batch` with `change(tensor)` in place of each tensor; dicts, lists, tuples and dataclasses are rebuilt."""
+    """Replace each tensor of `batch` by `change(tensor)`; dicts, lists, tuples and dataclasses are rebuilt."""
     return apply_to_collection(batch, torch.Tensor, change, allow_frozen=True)
 
 
 def tensors_in(batch: Any) -> list[torch.Tensor]:
-    """The tensors of `batch`, in order; one that stands there twice is there twice."""
+    """Return the tensors of `batch` in order; a tensor that occurs twice is listed twice."""
     found: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def tensors_in(batch: Any) -> list[torch.Tensor]:
 
 
 def digest_of(batch: Any) -> str:
-    """A digest of the tensors of `batch`: values, shapes and dtypes; of those without strides no values."""
+    """Return a SHA-256 digest of the tensors of `batch`: shapes, dtypes and, of strided tensors, values."""
     digest = hashlib.sha256()
     for tensor in tensors_in(batch):
         digest.update(f"{tensor.shape} {tensor.dtype}".encode())
@@ -42,9 +42,10 @@ def digest_of(batch: Any) -> str:
 
 
 def batch_samples(batch: Any) -> int:
-    """Sequences in the first PackedSequence, or else the size of the first dimension of the first tensor that has one.
+    """Return the number of samples of `batch`.
 
-    1 when there is neither.
+    This is the number of sequences in the last PackedSequence, or else the size of the first dimension of the first
+    tensor where it is not 0. It is 1 when there is neither.
     """
     sizes: list[int] = []
 
@@ -60,17 +61,17 @@ def batch_samples(batch: Any) -> int:
 
 
 def batch_bytes(batch: Any) -> int:
-    """Bytes of the tensors of `batch`."""
+    """Return the total bytes of the tensors of `batch`."""
     return sum(map(tensor_bytes, tensors_in(batch)))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the elements of `tensor`, of a sparse one those that it has."""
+    """Return the bytes of the elements of `tensor`; of a sparse tensor, the bytes that it stores."""
     return sum(part.numel() * part.element_size() for part in compat.dense_parts(tensor))
 
 
 def first_samples(batch: Any, count: int) -> Any:
-    """The first `count` samples: tensors whose first dimension is that of the batch are cut, and packed sequences."""
+    """Slice packed sequences, and tensors whose first dimension is the batch size, to the first `count` samples."""
     samples = batch_samples(batch)
 
     def cut(found: Any) -> Any:

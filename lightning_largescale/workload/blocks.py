@@ -1,14 +1,13 @@
-"""The repeated blocks of any nn.Module, other modules worth gathering by themselves, and the groups of parameters that
-FSDP gathers together.
+"""Find the repeated blocks of an nn.Module, other modules worth all-gathering separately, and the FSDP groups.
 
-A chain is a ModuleList, Sequential or ModuleDict. Its members of one class are repeated blocks when there are two or
-more of them and they own matrices (a parameter of two or more dimensions). What follows from that:
+A chain is a ModuleList, Sequential or ModuleDict. Its members of one class are repeated blocks if there are at least
+two of them and they own matrices (parameters of two or more dimensions). It follows:
 
-- nested chains: the outermost counts, nothing is searched inside a block; a stage that stands alone is searched.
-- heterogeneous chains: each class that repeats counts, the others belong to the root.
-- encoder and decoder, or several stages: each chain counts by itself.
-- one object several times in a chain (shared layers): one block, named by its first place.
-- a member that is itself a container without a forward of its own is no block; it is searched.
+- nested chains: the outermost counts; the inside of a block is not searched. A stage that occurs once is searched.
+- heterogeneous chains: each class that repeats forms blocks; the other members belong to the root.
+- encoder and decoder, or several stages: each chain is treated separately.
+- one object several times in a chain (shared layers): one block, named by its first position.
+- a member that is itself a container without a forward is not a block; it is searched.
 - a member that torch.compile wraps counts as the module it wraps.
 - no chain with repeated members: no blocks, and the root is the only group.
 """
@@ -29,18 +28,19 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.workload.batch import tensor_bytes
 
 _CHAINS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-# Of a model without repeated blocks, how many groups of about one size are aimed at.
+# The number of groups of about equal size to aim for in a model without repeated blocks.
 _GROUPS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """What FSDP gathers and frees together.
+    """An FSDP group: the parameters that FSDP all-gathers and frees together.
 
     Attributes:
-        modules: the block, or the root; in the order of their names.
+        modules: the block, or the root module, in the order of their names.
         parameters: names of the parameters that the group owns, as `named_parameters` gives them first.
-        shared: names by which the group's modules use parameters that the root owns, several groups using them (tied).
+        shared: names under which the group's modules use parameters that the root owns, because several groups use
+            them (tied) or because of their dtype.
     """
 
     modules: tuple[nn.Module, ...]
@@ -49,20 +49,20 @@ class Group:
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of `module` by fully qualified name, in the order of `named_modules`; may be empty."""
+    """Return the repeated blocks of `module` by fully qualified name, in the order of `named_modules`; may be empty."""
     blocks: dict[str, nn.Module] = {}
     _search("", module, blocks, set())
     return blocks
 
 
 def find_wraps(module: nn.Module) -> dict[str, nn.Module]:
-    """Modules outside of repeated blocks that are large enough to be gathered by themselves, by name.
+    """Return the modules outside repeated blocks that are large enough to be all-gathered separately, by name.
 
-    Embeddings and heads are, at half a block's bytes or more. A model without repeated blocks is taken apart into
-    modules of about an eighth of its bytes: a larger one that has large parts gives way to these. What several modules
-    use (tied) counts for none. Whether nothing reads their parameters from outside, only the step can tell.
+    Embeddings and heads qualify at half a block's bytes or more. A model without repeated blocks is split into modules
+    of about an eighth of its bytes: a larger module is replaced by its large submodules, if it has any. Tied parameters
+    count for no module. Whether other modules read their parameters is known only from the step.
 
-    Source: torch.distributed.fsdp.wrap.size_based_auto_wrap_policy, which this is like.
+    Source: similar to torch.distributed.fsdp.wrap.size_based_auto_wrap_policy.
     """
     blocks = find_blocks(module)
     groups = find_groups(module)
@@ -74,7 +74,7 @@ def find_wraps(module: nn.Module) -> dict[str, nn.Module]:
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    # By the only name they have.
+    # Tied parameters have several names and are left out.
     rest = {name: tensor_bytes(module.get_parameter(name)) for name in groups[""].parameters}
     rest = {name: size for name, size in rest.items() if len(names[id(module.get_parameter(name))]) == 1}
     found: dict[str, nn.Module] = {}
@@ -84,15 +84,14 @@ def find_wraps(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_groups(module: nn.Module, wraps: Collection[str] = ()) -> dict[str, Group]:
-    """The FSDP groups of `module`: one a block by the block's name, one for each of `wraps`, then `""`, the root, with
-    all that is left.
+    """Return the FSDP groups of `module` by name: one for each block, one for each of `wraps`, and `""`, the root.
 
-    A parameter that several blocks, or a block and the rest, use belongs to the root: a group frees its own after
-    forward, and the other user would find it gone. So do trainable parameters of a block in another dtype than most of
-    its bytes: a group reduces gradients of one.
+    The root owns all other parameters. It also owns a parameter that several blocks, or a block and the rest, use: a
+    group frees its parameters after forward, and the other user would find them freed. And it owns trainable parameters
+    of a block whose dtype is not that of most of the block's bytes: a group reduce-scatters gradients of one dtype.
 
     Args:
-        module: any.
+        module: any module.
         wraps: names of modules outside of its blocks.
     """
     blocks = find_blocks(module)
@@ -126,17 +125,17 @@ def find_groups(module: nn.Module, wraps: Collection[str] = ()) -> dict[str, Gro
 
 
 def trained_dtypes(parameters: Iterable[nn.Parameter]) -> list[torch.dtype]:
-    """The dtypes of those that are trained, that of most bytes first."""
+    """Return the dtypes of the trainable parameters, in descending order of bytes."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in parameters:
         if parameter.requires_grad and not is_lazy(parameter):
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + tensor_bytes(parameter)
-    # Of as many bytes the first.
+    # The sort is stable: of equal bytes, the first dtype stays first.
     return sorted(sizes, key=lambda dtype: -sizes[dtype])
 
 
 def no_such_module(option: str, name: str, module: nn.Module, among: Collection[str]) -> PlanError:
-    """What is said where `option` of a plan has the name of no part of `module`; `among` are those that it may have."""
+    """Return the error for an `option` of a plan that names no submodule of `module`; `among` has the valid names."""
     near = difflib.get_close_matches(name, among, 1)
     return PlanError(
         f"{option} has {name!r} and {type(module).__name__} has no such module; give names that named_modules"
@@ -152,7 +151,7 @@ def _split(
     blocks: frozenset[int],
     found: dict[str, nn.Module],
 ) -> None:
-    """Add `module`, or the large ones of its parts, to `found`; `sizes` has the parameters that count."""
+    """Add the large submodules of `module` to `found`; `sizes` has the bytes of the parameters that count."""
     children = {f"{prefix}{name}": child for name, child in compat.all_children(module)}
     within = {path: sum(size for name, size in sizes.items() if name.startswith(f"{path}.")) for path in children}
     for path, child in children.items():
@@ -168,7 +167,7 @@ def _split(
 
 
 def _block_paths(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, str]:
-    """Every path in `module` that leads to a block, with that block's name."""
+    """Map every path in `module` that leads to a block to that block's name."""
     names = {id(block): name for name, block in blocks.items()}
     return {
         path: names[id(found)] for path, found in module.named_modules(remove_duplicate=False) if id(found) in names
@@ -176,14 +175,14 @@ def _block_paths(module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, s
 
 
 def _block_of(parameter_name: str, paths: dict[str, str]) -> str:
-    """Name of the block that a parameter's name lies in, `""` for the root."""
+    """Return the name of the block that contains the named parameter; `""` for the root."""
     parts = parameter_name.split(".")
     prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
     return next((paths[prefix] for prefix in prefixes if prefix in paths), "")
 
 
 def _search(prefix: str, module: nn.Module, blocks: dict[str, nn.Module], seen: set[int]) -> None:
-    """Add the blocks below `module` to `blocks`; `seen` holds ids of what was searched or taken."""
+    """Add the blocks below `module` to `blocks`; `seen` holds the ids of modules already searched or added."""
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -211,5 +210,5 @@ def _owns_matrix(module: nn.Module) -> bool:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether `module` can be called; containers cannot."""
+    """Whether `module` has a forward of its own; containers do not."""
     return type(compat.compiled_module(module)).forward is not nn.Module.forward

@@ -1,7 +1,7 @@
-"""Tensor parallelism as a model's own authors declare it: the plan in the config of a transformers model.
+"""The tensor-parallel plan that a model's authors declare in the config of a transformers model.
 
-Source: transformers, `PretrainedConfig.base_model_tp_plan`: styles by names of modules of the base model, * standing
-    for the number of a layer.
+Source: transformers, `PretrainedConfig.base_model_tp_plan`: styles by module name of the base model; * stands for a
+    layer number.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import nn
 
 from lightning_largescale.workload.parts import Part
 
-# Of a linear layer: the dimension of its weight that a style divides. Others say how results are put together, which is
-# found from what the code does.
+# The dimension of a linear layer's weight that each style shards. Other styles say how results are combined, which is
+# derived from the code itself.
 _DIMS = {"colwise": 0, "rowwise": 1}
 
 
 def declared_parts(module: nn.Module, block: str) -> dict[str, Part]:
-    """What the authors of a model inside `module` declare to be divided of the block of that name; by name in it."""
+    """Return the sharding that a model inside `module` declares for `block`, by parameter name within the block."""
     parts: dict[str, Part] = {}
     for pattern, style in _patterns(module).items():
         dim = _DIMS.get(style)
@@ -32,7 +32,7 @@ def declared_parts(module: nn.Module, block: str) -> dict[str, Part]:
 
 
 def _patterns(module: nn.Module) -> dict[str, str]:
-    """Styles by pattern of a module's name in `module`."""
+    """Map patterns of module names in `module` to their declared styles."""
     found: dict[str, str] = {}
     for path, part in module.named_modules():
         plan: Any = getattr(getattr(part, "config", None), "base_model_tp_plan", None)

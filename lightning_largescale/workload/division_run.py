@@ -1,4 +1,4 @@
-"""One run of a block, or of a step, that finds what of its matrices parts could be computed with."""
+"""One run of a block, or of a step, that finds which of its matrices tensor parallelism can shard."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from lightning_largescale.workload.tracker import MadeUpNumbers
 
 
 class _AgainError(BaseException):
-    """Ends a run that has found what the next one is to do otherwise; no error, so that no block catches it."""
+    """Ends a run that has found what the next run must change; a BaseException, so that blocks do not catch it."""
 
 
 class DivisionRun(OnParts):
-    """One run of code on fakes, its matrices divided where they may be.
+    """One run of code on fake tensors, with its matrices sharded where they can be.
 
     Args:
-        ranks: number of them.
-        whole: names of parameters that stay whole, and why.
-        stretches: of matrices by name, the stretches of their outputs that are divided each by itself.
-        uneven: numbers of outputs that ranks cannot have alike are divided too.
-        sequence: the length of a sequence that the ranks share, and that the code is given in parts.
-        block: whose forward the code is; None where it is more than that.
+        ranks: the number of tensor-parallel ranks.
+        whole: names of parameters that stay replicated, with the reason.
+        stretches: by matrix name, the sizes of the sections of its outputs that are each sharded separately.
+        uneven: also shard outputs whose number is not divisible by the number of ranks.
+        sequence: the length of the sequence, if the ranks share it; the code then receives sequence shards.
+        block: the block whose forward the code is; None if the code is not a block's forward.
 
     Attributes:
-        parts: what it divides.
-        refused: what may not be divided, and why.
-        separated: new stretches of matrices.
-        shapes: what was communicated.
+        parts: the sharding of each sharded parameter, by name.
+        refused: names of parameters that must not be sharded, with the reason.
+        separated: by matrix name, the new sections that have to be sharded separately.
+        shapes: the record of the run's communication.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class DivisionRun(OnParts):
         self._whole, self._stretches, self._uneven = whole, stretches, uneven
         self.parts: dict[str, Part] = {}
         self.refused: dict[str, str] = {}
-        # Stretches of matrices, that were found to go different ways.
+        # Sections of matrices that the code turned out to use separately.
         self.separated: dict[str, tuple[int, ...]] = {}
-        # Parameters, and matrices that were turned, with whether they were.
+        # Parameters and transposed matrices, each with the parameter's name and whether it is transposed.
         self._names: MutableMapping[Tensor, tuple[str, bool]] = WeakTensorKeyDictionary()
         self._used_otherwise: set[str] = set()
 
     @property
     def settled(self) -> bool:
-        """Whether the next run would be the same."""
+        """Whether the next run would give the same result."""
         return not self.refused and not self.separated
 
     def __call__(self, parameters: Mapping[str, Tensor], call: Callable[[], Any], mode: Any) -> None:
@@ -90,7 +90,7 @@ class DivisionRun(OnParts):
                 output = call()
             with mode:
                 self._look_at(output)
-        except Exception as error:  # whatever the rules have to say, or the code about fakes
+        except Exception as error:  # raised by a rule, or by code that cannot run on fakes
             if self.settled:
                 self._give_up(error)
         except _AgainError:
@@ -99,7 +99,7 @@ class DivisionRun(OnParts):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`, a product with its matrix divided where it may be."""
+        """Call `func`; shard the matrix of a product and the table of an embedding where possible."""
         kwargs = kwargs or {}
         product = Product.of(func, args, kwargs)
         unseen = None
@@ -126,13 +126,13 @@ class DivisionRun(OnParts):
         return super().__torch_function__(func, types, args, kwargs)
 
     def computed_whole(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Nothing: parts would have to be gathered, so their origins are refused."""
+        """Refuse the matrices that the operands come from, since shards would have to be all-gathered; end the run."""
         self._refuse(tensors_in((tuple(args), kwargs)), f"{called(func)} would have to gather it")
-        # What comes after would meet other inputs than in the next run.
+        # The code after this would receive other inputs than in the next run.
         raise _AgainError
 
     def reduced(self, partial: Tensor, operands: Sequence[Part]) -> Tensor:
-        """The sum of what only rows of a matrix may leave to be summed."""
+        """Sum a row-wise product over the ranks; refuse one whose operands both come from sharded matrices."""
         origins = [origins for part in operands if (origins := part.origins - SEQUENCE)]
         if len(origins) > 1:
             self._refuse_names(frozenset().union(*origins), "a product of two that are divided would have to be summed")
@@ -140,13 +140,13 @@ class DivisionRun(OnParts):
         return super().reduced(partial, operands)
 
     def offered(self, weight: Tensor, bias: Tensor | None, part: Part) -> tuple[Tensor, Tensor | None]:
-        """A matrix and its bias, divided by their outputs as `part` where they may be."""
+        """Return a matrix and its bias, sharded column-wise as `part` where possible."""
         if weight not in self._names or self._names[weight][0] in self._whole:
             return weight, bias
         return self._column(weight, bias, part)
 
     def separates(self, part: Part, sizes: Sequence[int]) -> None:
-        """Note the stretches of the matrices that `part` comes from."""
+        """Record the sections of the matrices that `part` comes from; end the run if there are new ones."""
         for name in part.origins - SEQUENCE:
             before = self._stretches.get(name) or self.parts[name].pieces
             total = sum(before)
@@ -162,7 +162,7 @@ class DivisionRun(OnParts):
             raise _AgainError
 
     def _divided(self, product: Product) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a product, its matrix and bias divided as its input has it."""
+        """Return the arguments of a product, with its matrix and bias sharded to match its input."""
         (name, _), part = self._names[product.weight], part_of(product.input)
         weight, bias = product.weight, product.bias
         if name not in self._whole:
@@ -195,7 +195,7 @@ class DivisionRun(OnParts):
         return all(piece % ranks == 0 for piece in part.pieces)
 
     def _looked_up(self, args: Sequence[Any]) -> Sequence[Any]:
-        """The arguments of an embedding, its table divided by its entries where it may be."""
+        """Return the arguments of an embedding, with its table sharded by entries where possible."""
         table = args[1] if len(args) > 1 else None
         if not self._uneven or not isinstance(table, Tensor) or table not in self._names:
             return args
@@ -205,7 +205,7 @@ class DivisionRun(OnParts):
         return (args[0], self._noted(table, part, frozenset()), *args[2:])
 
     def _noted(self, whole: Tensor, part: Part, origins: frozenset[str]) -> Tensor:
-        """The part of a parameter, or of one turned, which is what it is divided into from now on."""
+        """Return the shard of a parameter, or of a transposed one, and record how the parameter is sharded."""
         name, turned = self._names[whole]
         of_parameter = part.at(1 - part.dim) if turned else part
         if self.parts.setdefault(name, of_parameter) != of_parameter:
@@ -237,7 +237,7 @@ class DivisionRun(OnParts):
         self._refuse_names(frozenset().union(*(part.origins for part in parts)), why)
 
     def _refuse_names(self, names: Collection[str], why: str) -> None:
-        # What was divided in stretches on trial is the first to blame.
+        # Matrices whose sections are sharded on trial are refused first.
         on_trial = [name for name in names if name in self._stretches]
         self.refused |= {
             name: why for name in on_trial or names if name not in self._whole and name not in self.refused
@@ -246,14 +246,14 @@ class DivisionRun(OnParts):
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A product of an input, contracted in its last dimension, with a matrix.
+    """The product of an input, contracted in its last dimension, and a matrix.
 
     Attributes:
-        input: the other operand.
+        input: the operand that is not the matrix.
         weight: the matrix.
-        bias: what is added to the result, None without.
-        outputs: the dimension of `weight` that the result's last one comes from; the other is contracted.
-        again: the arguments of the call with another matrix and bias.
+        bias: the tensor added to the result; None without a bias.
+        outputs: the dimension of `weight` that becomes the result's last; the other dimension is contracted.
+        again: returns the arguments of the call for another matrix and bias.
     """
 
     input: Tensor
@@ -264,7 +264,7 @@ class Product:
 
     @classmethod
     def of(cls, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
-        """The product that a call of torch is, None where it is no such."""
+        """Return the product that a call of torch computes; None if it computes no such product."""
         if function is F.linear:
             given = LINEAR.bind(*args, **kwargs).arguments
             input, bias = given["input"], given.get("bias")
@@ -298,10 +298,10 @@ _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.
 
 
 def _runs_unseen(block: nn.Module | None) -> str | None:
-    """Why the code that runs will run, or differentiate, without being seen again; None where it will not.
+    """Return why the rules do not cover a later rerun or backward of the running code; None if they do.
 
-    That of an autograd function of the user's has a backward that goes by no rule; what is recomputed inside of the
-    forward of `block` is run again in backward, when nobody looks.
+    The backward of a user's autograd function follows no rule. Code that is checkpointed inside the forward of `block`
+    runs again in backward, outside of this mode.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -316,7 +316,7 @@ def _runs_unseen(block: nn.Module | None) -> str | None:
 
 
 def _turns(function: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a call gives a matrix with rows for columns."""
+    """Whether a call transposes a matrix."""
     if not args or not isinstance(args[0], Tensor) or args[0].dim() != 2:
         return False
     if function in (torch.transpose, torch.Tensor.transpose):

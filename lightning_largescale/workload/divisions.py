@@ -1,4 +1,4 @@
-"""What tensor parallelism divides of each repeated block of a module, found from what the step calls the block with."""
+"""Find what tensor parallelism shards in each repeated block, from the arguments that the step calls the block with."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from lightning_largescale.workload.steps import TraceRequest, call_step
 from lightning_largescale.workload.tracker import MadeUpNumbers
 from lightning_largescale.workload.workload import Divided, Workload
 
-# Of all parameters: what has less outside of blocks is not worth its communication.
+# Minimum share of all parameters: outside of blocks, a smaller matrix is not worth the communication.
 _LARGE_SHARE = 0.01
 
 
-# Of the elements of matrices: so much more is reason to ask for another number of ranks.
+# If another number of ranks shards so much more of the elements of matrices, `check_division` asks for it.
 _MUCH = 0.15
 
 
 class _BlockCall(NamedTuple):
-    """What a block was called with, and what it returned."""
+    """The arguments that a block was called with, and its output."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,12 +39,12 @@ class _BlockCall(NamedTuple):
 
 
 def divide_blocks(request: TraceRequest, sizes: tuple[int, ...], mode: Any) -> dict[int, dict[str, Divided]]:
-    """What may be divided of each block of the module, by a number of ranks and the block's name; "" is the rest.
+    """Return what can be sharded of each block, by number of ranks, then by the block's name; "" is the rest.
 
     Args:
-        request: its module and batch hold fake tensors.
-        sizes: numbers of ranks.
-        mode: of the fake tensors, active.
+        request: the step to run; its module and batch hold fake tensors.
+        sizes: the numbers of ranks to search for.
+        mode: the fake tensor mode, which is active.
     """
     groups = find_groups(request.module)
     blocks = {name: group.modules[0] for name, group in groups.items() if name}
@@ -57,7 +57,7 @@ def divide_blocks(request: TraceRequest, sizes: tuple[int, ...], mode: Any) -> d
             shared = [shared.removeprefix(f"{name}.") for shared in groups[name].shared]
             why = None
             if compat.has_full_backward_hooks(blocks[name]):
-                # They pass what a module is given, and returns, through an autograd function.
+                # Such hooks pass a module's inputs and outputs through an autograd function.
                 why = "full backward hooks are registered inside the block"
             elif any(compat.is_compiled(part) for part in blocks[name].modules()):
                 why = "torch.compile wraps a part of the block"
@@ -65,8 +65,8 @@ def divide_blocks(request: TraceRequest, sizes: tuple[int, ...], mode: Any) -> d
                 divided[name] = Divided(whole={one: why for one, _ in blocks[name].named_parameters()})
                 continue
             kind = (_kind(blocks[name], call), tuple(shared))
-            # What is computed is right whatever is divided, so blocks that differ in numbers alone, as in their own,
-            # need no run each.
+            # Every sharding computes the right result, so blocks that differ only in integer attributes, such as their
+            # index, do not need a run each.
             own = (kind, repr(blocks[name]), _settings(blocks[name]))
             if own not in same:
                 like = alike.get(kind)
@@ -87,7 +87,7 @@ def divide_blocks(request: TraceRequest, sizes: tuple[int, ...], mode: Any) -> d
 
 
 def share_divided(workload: Workload, ranks: int) -> float:
-    """Of the elements of matrices in blocks, those that are divided among `ranks`."""
+    """Return the share of the elements of matrices in blocks that is sharded among `ranks`."""
     matrices = [p for p in workload.parameters if p.block in workload.blocks and len(p.shape) > 1]
     divided = {f"{block}.{name}" for block, found in workload.divisions.get(ranks, {}).items() for name in found.parts}
     total = sum(parameter.numel for parameter in matrices)
@@ -95,11 +95,11 @@ def share_divided(workload: Workload, ranks: int) -> float:
 
 
 def division_words(workload: Workload, ranks: int) -> str:
-    """What `ranks` of tensor parallelism divide: the share of all parameters; and the matrices that stay whole."""
+    """Describe tensor parallelism over `ranks`: the share of all parameters sharded, and the replicated matrices."""
     found = workload.divisions.get(ranks, {})
     names = {f"{block}.{name}" if block else name for block, divided in found.items() for name in divided.parts}
     share = sum(one.numel for one in workload.parameters if one.name in names) / max(1, workload.numel)
-    # Blocks that are alike, once.
+    # Layer numbers become *, so that blocks that are alike are named once.
     whole: dict[str, str] = {}
     for block, divided in found.items():
         for name, why in divided.whole.items():
@@ -109,15 +109,15 @@ def division_words(workload: Workload, ranks: int) -> str:
 
 
 def check_division(workload: Workload, others: Workload, ranks: int) -> None:
-    """Make sure that `ranks` divide something, and nearly as much as another number would.
+    """Check that `ranks` shard something, and nearly as much as another number of ranks would.
 
     Args:
-        workload: of which it was looked for what `ranks` divide.
-        others: the same, looked at with other numbers.
-        ranks: what was asked for.
+        workload: the workload, with divisions for `ranks`.
+        others: the same workload, with divisions for other numbers of ranks.
+        ranks: the requested number of ranks.
 
     Raises:
-        PlanError: they divide nothing, or much less than another number would.
+        PlanError: `ranks` shard nothing, or much less than another number would.
     """
     share = share_divided(workload, ranks)
     better = [size for size in others.divisions if share_divided(others, size) > share + _MUCH]
@@ -142,7 +142,7 @@ def check_division(workload: Workload, others: Workload, ranks: int) -> None:
 def _rest(
     request: TraceRequest, groups: Mapping[str, Group], calls: Mapping[str, _BlockCall], ranks: int, mode: Any
 ) -> Divided:
-    """What may be divided of what lies outside of blocks: tables and heads of a vocabulary, by its entries."""
+    """Return what can be sharded outside of blocks: tables and heads of a vocabulary, by entries."""
     module = request.module
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     own, in_blocks = {*groups[""].parameters}, {name for group in groups.values() for name in group.shared}
@@ -163,13 +163,13 @@ def _rest(
 
 
 def _step_without(request: TraceRequest, blocks: Mapping[str, nn.Module], calls: Mapping[str, _BlockCall]) -> Any:
-    """What the step returns, and what it gives blocks: they give what they gave before."""
+    """Return the step's result and the tensors that it passes to blocks; each block returns its recorded output."""
     before: dict[str, Any] = {name: vars(block).get("forward") for name, block in blocks.items()}
     entering: list[Any] = []
 
     def forward_of(name: str) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            # Blocks compute with whole inputs, so what is divided there would have to be gathered.
+            # Blocks compute with unsharded inputs, so a shard passed to one would have to be all-gathered.
             entering.extend(tensors_in((args, kwargs)))
             return copied(calls[name].output)
 
@@ -192,14 +192,14 @@ def _forward_of(request: TraceRequest) -> Any:
 
 
 def _calls(request: TraceRequest, blocks: Mapping[str, nn.Module]) -> dict[str, _BlockCall]:
-    """What the step calls each block with, the first time, and what it returns, as far as the step comes; in order."""
+    """Record the first call of each block in the step, in order, up to where the step fails."""
     given: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, _BlockCall] = {}
 
     def before(name: str) -> Any:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in given:
-                # What holds tensors may be written into once the block runs.
+                # The block may write into the containers of its tensors.
                 given[name] = copied(map_tensors((args, kwargs), _given))
 
         return hook
@@ -216,8 +216,8 @@ def _calls(request: TraceRequest, blocks: Mapping[str, nn.Module]) -> dict[str, 
             handles.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(block.register_forward_hook(after(name)))
     try:
-        # Without gradients, so that what the blocks are given can be copied with what holds it. Where the step fails
-        # is known from tracing it; what was called before is known.
+        # Without gradients, so that the arguments can be copied together with their containers. Tracing reports where
+        # the step fails; the calls before that are recorded.
         with contextlib.suppress(Exception), torch.no_grad():
             _forward_of(request)
     finally:
@@ -227,12 +227,12 @@ def _calls(request: TraceRequest, blocks: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def _given(tensor: Tensor) -> Tensor:
-    """As a block is given it in training, when gradients are wanted of what is computed with parameters."""
+    """Return `tensor` as a block receives it in training: a floating-point tensor requires a gradient."""
     return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 def _settings(block: nn.Module) -> tuple[Any, ...]:
-    """Attributes of the parts of a block that may decide what they compute, but for whole numbers."""
+    """Return the attributes of a block's modules that may decide what they compute, except integers."""
     return tuple(
         (path, name, value)
         for path, part in block.named_modules()
@@ -242,7 +242,7 @@ def _settings(block: nn.Module) -> tuple[Any, ...]:
 
 
 def _kind(block: nn.Module, call: _BlockCall) -> Any:
-    """The same for blocks of which probably the same may be divided."""
+    """Return a key that is equal for blocks of which probably the same can be sharded."""
     parameters = tuple((name, one.shape, one.requires_grad) for name, one in block.named_parameters())
     tensors = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in((call.args, call.kwargs)))
     return type(block), parameters, tensors

@@ -1,4 +1,4 @@
-"""Closed-form estimates of a step from the parameters alone, where it can be run in no way."""
+"""Closed-form estimates, from the parameters alone, of a step that cannot be run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from lightning_largescale.workload.steps import Traced, TraceRequest
 from lightning_largescale.workload.workload import Segment, Step
 
 _ITEM_BYTES = {"32-true": 4, "bf16-mixed": 2, "16-mixed": 2, "bf16-true": 2, "16-true": 2, "64-true": 8}
-# Of a matrix's output, beside its input: itself, and what an activation function or normalisation after it keeps.
+# Multiple of a matrix's output that is saved beside its input: for itself, and for an activation function or
+# normalization after it.
 _KEPT_OF_OUTPUT = 2
 
 
 def estimate(request: TraceRequest, why: str) -> Traced:
-    """The step from matrix shapes and the number of positions in the batch.
+    """Estimate the step from matrix shapes and the number of positions in the batch.
 
-    Each matrix meets every position once: `2 * numel` FLOPs forward and twice that backward; its input and twice its
-    output are saved.
+    Each matrix multiplies every position once: `2 * numel` FLOPs forward and twice that backward. Its input and twice
+    its output are saved.
 
     Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1: 2 N FLOPs a token, and twice
         that in backward.
@@ -31,7 +32,7 @@ def estimate(request: TraceRequest, why: str) -> Traced:
 
 
 def _positions(batch: object) -> int:
-    """Tokens of the longest integer tensor, or samples where there is none."""
+    """Return the elements of the largest integer tensor (its tokens), or the samples if these are more."""
     integers = [
         tensor.numel() for tensor in tensors_in(batch) if not tensor.is_floating_point() and not tensor.is_complex()
     ]
@@ -63,7 +64,7 @@ def _step(request: TraceRequest, positions: int, blocks: dict[str, nn.Module]) -
 
 
 def _saved(matrices: list[nn.Parameter], positions: int, item_bytes: int) -> tuple[int, int]:
-    """Bytes that a segment saves, and those of its widest input."""
+    """Return the bytes that a segment saves, and the bytes of its widest input."""
     inputs = [positions * item_bytes * matrix[0].numel() for matrix in matrices]
     outputs = [positions * item_bytes * matrix.shape[0] for matrix in matrices]
     return sum(inputs) + _KEPT_OF_OUTPUT * sum(outputs), max(inputs, default=0)

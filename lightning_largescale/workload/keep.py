@@ -1,6 +1,6 @@
-"""Remember what modules and objects hold, at any depth, and put it back.
+"""Record what modules and objects hold, at any depth, and restore it.
 
-What has changed is put back by the methods of Python's own types: a subclass may forbid its own, or count with them.
+Changes are undone with the methods of Python's built-in types: a subclass may forbid its own methods, or count calls.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-# Packages whose objects a step does not keep its own state in, and that hold much (a trainer, a tokenizer).
+# Packages whose objects do not hold a step's own state, and hold much else (a trainer, a tokenizer).
 _FOREIGN = {"torch", "lightning", "lightning_largescale", "numpy", "transformers", "tokenizers", "torchmetrics"}
-# Objects of the standard library that people keep state in.
+# Classes of the standard library that users keep state in.
 _PLAIN = (SimpleNamespace, Namespace, UserDict, UserList)
-# Objects below the attributes that are looked through, nearest first: a step's own books are never so many, and to look
-# takes a tenth of a second. What is larger is data, which steps read; of a longer list only the items are kept, not
-# what they hold.
+# Limit on the objects below attributes that are searched, nearest first: a step's own state is never so large, and the
+# search takes a tenth of a second. Larger structures are data, which steps only read. Of a collection longer than
+# `_LONGEST` the items are kept, but not their content.
 MOST_OBJECTS = 20_000
 _LONGEST = 10_000
-# The same for a NumPy array, which has to be copied (bytes).
+# The largest NumPy array that is kept (bytes), since it has to be copied.
 _LARGEST_ARRAY = 2**20
 _ATOMS = (str, int, float, complex, bytes, type(None), torch.Tensor, type, ModuleType)
 
@@ -36,13 +36,13 @@ _ATOMS = (str, int, float, complex, bytes, type(None), torch.Tensor, type, Modul
 def keep(
     modules: Sequence[nn.Module], held: Any, *, most: int = MOST_OBJECTS, data: bool = False
 ) -> list[Callable[[], None]]:
-    """What puts back `modules`, and all that they and `held` hold, as they are now; one function for each object.
+    """Return functions that restore `modules`, and all that they and `held` hold now; one function for each object.
 
     Args:
-        modules: of which all attributes are kept.
-        held: beside them, such as a batch.
-        most: objects below these that are looked through.
-        data: datasets are looked through, too.
+        modules: the modules; all their attributes are kept.
+        held: a further object to keep, such as a batch.
+        most: the limit on the objects below these that are searched.
+        data: search datasets too.
     """
     atoms = _ATOMS if data else (*_ATOMS, Dataset)
     kept: list[Callable[[], None]] = []
@@ -52,7 +52,7 @@ def keep(
         kept.append(_Attributes(module).put_back)
         waiting.extend(_compound(vars(module).values(), seen, atoms))
     waiting.extend(_compound([held], seen, atoms))
-    # All attributes of modules are looked at, however many there are: they hold the parameters.
+    # All attributes of modules are searched, however many there are: they hold the parameters.
     left = len(waiting) + most
     while waiting and left:
         left -= 1
@@ -67,14 +67,14 @@ def keep(
 
 
 def random_state() -> tuple[Any, ...]:
-    """Of torch, of its CUDA devices where they are in use, of Python, and of NumPy where it is loaded."""
+    """Return the random states of torch, its CUDA devices if initialized, Python, and NumPy if loaded."""
     numpy = sys.modules.get("numpy")
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     return torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state() if numpy else None
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Make the generators what they were when `random_state` returned `state`."""
+    """Restore the generators to a `state` that `random_state` returned."""
     cpu, cuda, python, for_numpy = state
     torch.set_rng_state(cpu)
     if cuda is not None:
@@ -85,7 +85,7 @@ def set_random_state(state: tuple[Any, ...]) -> None:
 
 
 def _compound(values: Iterable[Any], seen: set[int], atoms: tuple[type, ...]) -> list[Any]:
-    """Those of `values` that may hold something, are none of `atoms`, and were not seen before."""
+    """Return the `values` that are not of `atoms` and not in `seen`, and add them to `seen`."""
     found: list[Any] = []
     for value in values:
         if not isinstance(value, atoms) and id(value) not in seen:
@@ -95,7 +95,7 @@ def _compound(values: Iterable[Any], seen: set[int], atoms: tuple[type, ...]) ->
 
 
 def _items(value: Any) -> list[Any]:
-    """What `value` holds."""
+    """Return the objects that `value` holds."""
     if isinstance(value, dict):
         return list(dict.values(value))
     if isinstance(value, (list, tuple, set, deque)):
@@ -104,7 +104,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def _held_by(value: Any) -> Any:
-    """What keeps the content of `value`; None where there is nothing to be kept."""
+    """Return the keeper of the content of `value`; None if there is nothing to keep."""
     if isinstance(value, dict):
         return _Dict(value)
     if isinstance(value, (list, set, deque)):
@@ -122,7 +122,7 @@ def _held_by(value: Any) -> Any:
 
 
 def _is_users(value: Any) -> bool:
-    """Whether `value` has attributes that a step may keep its state in: a module, or an object of a user's class."""
+    """Whether a step may keep state in attributes of `value`: a module, or an object of a user's class."""
     if isinstance(value, (nn.Module, Dataset, *_PLAIN)):
         return True
     package = type(value).__module__.partition(".")[0]
@@ -136,10 +136,10 @@ def _slots(kind: type) -> list[MemberDescriptorType]:
 
 
 def _in_slots(holder: Any) -> dict[MemberDescriptorType, Any]:
-    """What the slots of `holder` hold, those without a value left out."""
+    """Return the values in the slots of `holder`; empty slots are left out."""
     held: dict[MemberDescriptorType, Any] = {}
     for slot in _slots(type(holder)):
-        # A slot without a value has no other way to say so.
+        # An empty slot can only be recognized by its AttributeError.
         with contextlib.suppress(AttributeError):
             held[slot] = slot.__get__(holder)
     return held
@@ -151,7 +151,7 @@ def _content(held: Any) -> list[Any]:
 
 
 def _same(one: Collection[Any], other: Collection[Any]) -> bool:
-    """Whether both have the same objects; equality is left out, which tensors do not answer."""
+    """Whether both hold the same objects in order; compared by identity, since `==` of tensors gives no bool."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 

@@ -1,7 +1,7 @@
-"""Which kinds of tensors among a module's parameters and buffers a plan serves, asked before anything is planned.
+"""Check the kinds of tensors among a module's parameters and buffers against a plan, before anything is planned.
 
-What a plan gathers, it gathers into plain dense tensors: other kinds stay whole where nothing trains them, and are
-refused where something does. Buffers of any kind stay whole, and are made equal on all ranks.
+A plan all-gathers parameters into plain dense tensors. Parameters of other kinds stay unsharded if they are not
+trained, and are refused if they are. Buffers of any kind stay unsharded, and are made equal on all ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
 
-# Dtypes that every backend of torch.distributed takes.
+# Dtypes that every backend of torch.distributed accepts.
 EVERYWHERE = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
@@ -26,10 +26,10 @@ EVERYWHERE = {
 
 
 def check_tensors(module: nn.Module, plan: Plan) -> None:
-    """Make sure that `plan` serves every parameter and buffer of `module`, which is not sharded yet.
+    """Check that `plan` supports every parameter and buffer of `module`, which is not sharded yet.
 
     Raises:
-        PlanError: it does not serve one; names it, and what to do.
+        PlanError: the plan does not support a tensor; the error names the tensor and a remedy.
     """
     for name, tensor in _tensors(module):
         if is_lazy(tensor) and (plan.world_size > 1 or plan.gathers or plan.offloads or plan.release_gradients):
@@ -62,7 +62,7 @@ def check_tensors(module: nn.Module, plan: Plan) -> None:
 
 
 def lazy_error(name: str) -> PlanError:
-    """What is said of a parameter or buffer of a lazy module, which has no shape yet."""
+    """Return the error for a parameter or buffer of a lazy module, which has no shape yet."""
     return PlanError(
         f"{name!r} is of a lazy module, so it has no shape to plan with; call the module once on a batch in __init__ or"
         " setup, or build its layer with sizes given."
@@ -70,12 +70,12 @@ def lazy_error(name: str) -> PlanError:
 
 
 def find_lazy(module: nn.Module) -> str | None:
-    """The name of a parameter or buffer of `module` that has no shape yet."""
+    """Return the name of a parameter or buffer of `module` that has no shape yet; None if all have one."""
     return next((name for name, tensor in _tensors(module) if is_lazy(tensor)), None)
 
 
 def why_whole(module: nn.Module) -> str:
-    """Why parameters of `module`, which is not sharded, cannot be gathered from shards, and what to do; else empty."""
+    """Return why parameters of `module`, not sharded yet, cannot be all-gathered, and a remedy; empty if they can."""
     for name, parameter in module.named_parameters():
         if is_lazy(parameter) or (is_plain(parameter) and parameter.dtype in EVERYWHERE):
             continue
@@ -98,7 +98,7 @@ def why_whole(module: nn.Module) -> str:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is dense, and computes as torch's own class of tensors; a class of parameters may say more."""
+    """Whether `tensor` is dense and computes as `torch.Tensor` does; subclasses of `nn.Parameter` count as such."""
     plain_class = type(tensor) in (Tensor, nn.Parameter) or nn.Parameter in type(tensor).__mro__
     dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
     return plain_class and dense and not compat.is_wrapper(tensor)
@@ -119,14 +119,14 @@ def _in_words(tensor: Tensor) -> str:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    """Whether elements of `tensor` share memory by a stride of 0."""
+    """Whether elements of `tensor` share memory through a stride of 0."""
     if tensor.layout is not torch.strided or tensor.is_nested or compat.is_wrapper(tensor):
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _shared_memory(module: nn.Module) -> tuple[str, str] | None:
-    """Names of two parameters that have elements in common and are two objects."""
+    """Return the names of two distinct parameters that share elements in memory; None if there are none."""
     by_storage: dict[int, list[_StorageSpan]] = {}
     for name, parameter in module.named_parameters():
         if not is_lazy(parameter) and not parameter.is_meta and is_plain(parameter) and parameter.numel():
@@ -151,7 +151,7 @@ class _StorageSpan:
 
 
 def _overlapping_runs(extents: list[_StorageSpan]) -> Iterator[list[_StorageSpan]]:
-    """Those of one storage, in its order, each run reaching into one another; without those that no other reaches."""
+    """Group the spans of one storage, in order, into runs that overlap; spans that overlap no other are left out."""
     run: list[_StorageSpan] = []
     stop = 0
     for extent in sorted(extents, key=lambda one: one.span.start):
@@ -166,7 +166,7 @@ def _overlapping_runs(extents: list[_StorageSpan]) -> Iterator[list[_StorageSpan
 
 
 def _first_shared(run: list[_StorageSpan]) -> tuple[_StorageSpan, _StorageSpan] | None:
-    """Two of a run that have elements in common; each is compared with all before it at once."""
+    """Return two parameters of a run that share elements; each is compared with all before it at once."""
     start, stop = run[0].span.start, max(one.span.stop for one in run)
     taken = torch.zeros(stop - start, dtype=torch.bool)
     for place, extent in enumerate(run):
@@ -187,9 +187,9 @@ def _span(tensor: Tensor) -> range:
 
 
 def _bytes_in(taken: Tensor, extent: _StorageSpan, start: int) -> Tensor:
-    """Of `taken`, one element for each byte of a storage from `start` on, those that a parameter has."""
+    """Return the view of `taken`, one element per byte of a storage from `start` on, at a parameter's bytes."""
     size = extent.parameter.element_size()
     shape, strides = extent.parameter.shape, extent.parameter.stride()
-    # What is expanded has one element there, and nothing is written into several at once.
+    # An expanded dimension has one element in memory, and torch refuses to write into overlapping elements.
     lengths = [1 if stride == 0 else length for length, stride in zip(shape, strides, strict=True)]
     return taken.as_strided((*lengths, size), (*(stride * size for stride in strides), 1), extent.span.start - start)

@@ -1,4 +1,4 @@
-"""A real step on one sample, and on two, where fakes fail: a line through the two is read at the batch's size."""
+"""Measure a real step on one and two samples where fake tensors fail, and extrapolate linearly to the batch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lightning_largescale.workload.steps import Traced, TraceRequest, eager, run
 from lightning_largescale.workload.tracker import CannotTraceError
 from lightning_largescale.workload.workload import Step, combine_steps
 
-# Up to these bytes a whole batch is run where no part of it can be: no machine misses a step of that size.
+# Bytes up to which the full batch is run if no part of it can be: every machine has memory for such a step.
 _SMALL_BATCH, _SMALL_STEP = 2**20, 2**28
 
 
 def trace_on_samples(request: TraceRequest) -> Traced:
-    """The step for real on one and on two samples, drawn out to the batch; the last of its notes says so.
+    """Run the step for real on one and on two samples and extrapolate to the batch; its last note says so.
 
-    A step that takes neither runs on the whole batch, if that is small.
+    A step that accepts neither runs on the full batch, if that is small.
 
     Raises:
-        CannotTraceError: a parameter has no data, so that there is nothing to run.
-        Exception: what the step raises on two samples, or on one where the batch has no more.
+        CannotTraceError: a parameter or buffer is on the meta device, so the step cannot run.
+        Exception: what the step raises on two samples, or on one if the batch has only one.
     """
     held = [*request.module.parameters(), *request.module.buffers()]
     if any(tensor.is_meta for tensor in held):
         raise CannotTraceError("its parameters have no values yet")
-    # The step runs where the module is now, before it moves to the device that is asked about.
+    # The step runs on the module's current device, which may differ from the requested one.
     device_type = next((tensor.device.type for tensor in held), "cpu")
     where = "" if device_type == request.device_type else f" with kernels for {device_type}"
     request = dataclasses.replace(request, device_type=device_type)
@@ -47,16 +47,16 @@ def trace_on_samples(request: TraceRequest) -> Traced:
 
 
 def _runs(request: TraceRequest, samples: int) -> dict[int, Traced]:
-    """The step on one sample and on two, as far as it takes them, or else on all; by their number."""
+    """Run the step on one sample and on two, if it accepts them, or else on all; by number of samples."""
     runs: dict[int, Traced] = {}
     errors: list[Exception] = []
     for count in range(1, min(2, samples) + 1):
         try:
             runs[count] = trace_for_real(dataclasses.replace(request, batch=first_samples(request.batch, count)))
         except Exception as error:
-            # A single sample is refused by batch normalisation, among others; then two stand for the batch.
+            # Batch normalization, among others, refuses a single sample; then only the run on two counts.
             errors.append(error)
-    # Targets that are flattened, or sizes that are written into the step, go with the whole batch only.
+    # Flattened targets, or sizes that are hard-coded in the step, fit the full batch only.
     if not runs and samples > 2 and _is_small(request):
         runs[samples] = trace_for_real(request)
     if not runs:
@@ -65,12 +65,12 @@ def _runs(request: TraceRequest, samples: int) -> dict[int, Traced]:
 
 
 def _is_small(request: TraceRequest) -> bool:
-    """Whether the whole batch can be run without a thought to memory: of convolutions the estimate knows too little."""
+    """Whether the full batch surely fits in memory; its bytes count too, as the estimate is unfit for convolutions."""
     return batch_bytes(request.batch) <= _SMALL_BATCH and estimate(request, "").step.peak_bytes <= _SMALL_STEP
 
 
 def trace_for_real(request: TraceRequest) -> Traced:
-    """The step for real on the batch as it is; every tensor that it overwrites is put back."""
+    """Run the step for real on the batch as it is; every tensor that it overwrites is restored."""
 
     def parameter(tensor: torch.Tensor) -> torch.Tensor:
         # The same data, without the gradients and the hooks that the user's parameters carry.
@@ -87,7 +87,7 @@ def trace_for_real(request: TraceRequest) -> Traced:
 
 
 def _drawn_out(steps: dict[int, Step], samples: int) -> Step:
-    """The step at `samples`, given those at 1, at 2 or at both."""
+    """Extrapolate the measured steps, given by number of samples, to `samples`."""
     measured = [steps[count] for count in sorted(steps)]
     if len({tuple(segment.block for segment in step.segments) for step in measured}) == 1 and len(measured) == 2:
         return combine_steps(measured, lambda one, two: one + (two - one) * (samples - 1))

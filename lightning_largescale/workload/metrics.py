@@ -1,4 +1,4 @@
-"""torchmetrics inside a step on fake tensors: a metric that needs values is passed over, for it holds little."""
+"""torchmetrics inside a step on fake tensors: a metric that needs values is skipped, since it holds little memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_largescale import compat
 
 
 def forgive_metrics(module: nn.Module) -> list[str]:
-    """Let each metric in `module` do nothing where it needs the values of tensors; call while it is untouched.
+    """Make each metric in `module` skip what needs the values of tensors; call within `Snapshot.untouched`.
 
-    Checks of their arguments, which read values, are switched off where a metric has a switch.
+    Metrics' checks of arguments, which read values, are switched off where a metric has a switch.
 
     Returns:
-        A list that gains a sentence when a metric had to be passed over.
+        A list that receives a sentence when a metric is skipped.
     """
     notes: list[str] = []
     for child in module.modules():

@@ -1,7 +1,7 @@
-"""What an optimizer keeps for each parameter, and takes for a while in `step()`: asked of the optimizer itself.
+"""Measure an optimizer's state for each parameter, and the temporaries of its `step()`, by running it.
 
-It steps twice over fakes of the true shapes. One that needs data steps over small real parameters instead, and the
-bytes are fitted to the shapes.
+The optimizer steps twice over fake tensors of the true shapes. An optimizer that needs data steps over small real
+parameters instead, and the bytes are fitted to the shapes.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from lightning_largescale.workload.steps import in_words
 from lightning_largescale.workload.tracker import Tracker
 from lightning_largescale.workload.workload import OptimizerNeeds
 
-# The count of steps that a step on fakes reads: past warm-up, where branches on it (RAdam's) take their usual side.
+# The step count that an optimizer reads off fakes: past warm-up, where branches on it (RAdam's) take their usual side.
 _STEP_READ = 1000.0
-# Small real parameters: up to this size an optimizer is asked with the very shape, above it with the sides of `_SIDES`.
+# Small real parameters: up to this number of elements they have the true shape, above it sides of `_SIDES`.
 _SMALL = 2**16
 _SIDES = (128, 256, 512)
 
 
 class _MeasuredNeeds(NamedTuple):
-    """What an optimizer was seen to need, bytes.
+    """The measured needs of an optimizer, in bytes.
 
     Attributes:
-        state: of each parameter.
-        unpaged: of these, in tensors of another shape than the parameter's.
-        alone: peak of the temporaries with the largest parameter alone.
-        peak: with all.
-        moved: read and written.
+        state: the state of each parameter.
+        unpaged: the part of `state` in tensors that do not have the parameter's shape.
+        alone: the peak of the temporaries with the largest parameter alone.
+        peak: the peak of the temporaries with all parameters.
+        moved: bytes that one step reads and writes.
     """
 
     state: list[int]
@@ -48,7 +48,7 @@ class _MeasuredNeeds(NamedTuple):
 
 
 def assumed_needs(class_name: str, sizes: Mapping[str, int]) -> OptimizerNeeds:
-    """Two states of the parameter's size and two temporaries, as Adam has, for an optimizer that could not be asked."""
+    """Assume Adam's needs for an optimizer that cannot be measured: two states and two temporaries a parameter."""
     return OptimizerNeeds(
         class_name=class_name,
         state_bytes={name: 2 * size for name, size in sizes.items()},
@@ -67,16 +67,16 @@ def optimizer_needs(
     device_type: str,
     notes: list[str],
 ) -> OptimizerNeeds:
-    """What `optimizer`, built over fakes, needs.
+    """Return the needs of `optimizer`, which is built over fake tensors.
 
     Args:
-        optimizer: its parameters are fakes; their gradients, and its state, are replaced.
-        names: of the module's parameters, by id.
-        used: names of those that receive a gradient.
+        optimizer: the optimizer; its parameters are fakes. Their gradients and its state are replaced.
+        names: names of the module's parameters, by id.
+        used: names of the parameters that receive a gradient.
         sizes: bytes of the module's trainable parameters, by name.
-        mode: under which the fakes were made.
-        device_type: "cuda" lets it take the multi-tensor implementation that it takes there by default.
-        notes: gains a sentence where the answer is not exact.
+        mode: the mode that the fakes were made in.
+        device_type: "cuda" selects the multi-tensor implementation where that is the default on CUDA.
+        notes: receives a sentence where the result is not exact.
     """
     received = set(used)
     alike: dict[Any, dict[str, torch.Tensor]] = {}
@@ -85,7 +85,7 @@ def optimizer_needs(
             name = names.get(id(parameter), "")
             if name in received:
                 alike.setdefault((index, parameter.shape, parameter.dtype), {})[name] = parameter
-    # One of each shape is asked and answers for those like it.
+    # One parameter of each shape is measured and represents those like it.
     asked = [next(iter(members.values())) for members in alike.values()]
     numbers = [index for index, *_ in alike]
     if device_type == "cuda":
@@ -119,8 +119,10 @@ def optimizer_needs(
 
 
 def _is_divisible(optimizer: Optimizer, parameters: Sequence[tuple[torch.Tensor, int]]) -> bool:
-    """Whether pages of its state may end within a parameter; of one that does not step on small tensors here, as one
-    that has kernels for a device alone, nothing is known but that a page may hold a parameter as a whole.
+    """Whether pages of the optimizer's state may end within a parameter.
+
+    False for an optimizer that cannot step on small CPU tensors, such as one with kernels for a device only: a page may
+    then hold full parameters only.
     """
     try:
         with compat.without_dispatch_modes():
@@ -147,7 +149,7 @@ def _asked(
 
 
 def _second_step(optimizer: Optimizer, to_fake: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[int, int]:
-    """Peak of the temporaries and bytes moved in a `step()` that finds its state made."""
+    """Return the peak of the temporaries and the bytes moved in a `step()` whose state already exists."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     arguments = [lambda: 1.0] if closure is not None and closure.default is inspect.Parameter.empty else []
     for _ in range(2):
@@ -158,7 +160,7 @@ def _second_step(optimizer: Optimizer, to_fake: Callable[[torch.Tensor], torch.T
 
 
 def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> _MeasuredNeeds:
-    """`_asked`, of copies of the optimizer over small real parameters."""
+    """Measure as `_asked` does, but with copies of the optimizer over small real parameters."""
     if not parameters:
         return _MeasuredNeeds([], [])
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -195,12 +197,14 @@ def _fitted(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> _Measur
 def _small_step(
     optimizer: Optimizer, group: dict[str, Any], parameters: list[torch.Tensor]
 ) -> tuple[int, int, int, int]:
-    """State bytes of the first parameter, those of them that are not paged, peak of the temporaries and bytes moved,
-    of a copy of `optimizer`.
+    """Measure a copy of `optimizer` over `parameters`.
+
+    Returns:
+        State bytes of the first parameter, the unpaged part of them, peak of the temporaries, and bytes moved.
     """
     clone = copy.copy(optimizer)
     clone.__dict__.update(optimizer.__dict__)
-    # Schedulers wrap the method of the object they were given; the copy has its class's own.
+    # Schedulers wrap the method on the instance; the copy uses that of its class.
     clone.__dict__.pop("step", None)
     clone.state = defaultdict(dict)
     clone.param_groups = [{**group, "params": parameters}]
@@ -210,14 +214,14 @@ def _small_step(
 
 
 def _shapes_like(parameter: torch.Tensor) -> list[tuple[int, ...]]:
-    """Small shapes, enough of them to tell what state follows the elements, the rows or the columns."""
+    """Return small shapes, enough to tell whether state grows with the elements, the rows or the columns."""
     if parameter.dim() < 2:
         return [(side * side,) for side in _SIDES]
     return [(rows, columns) for rows in _SIDES for columns in _SIDES]
 
 
 def _predicted(shape: Sequence[int], shapes: Sequence[tuple[int, ...]], state_bytes: Sequence[int]) -> int:
-    """Bytes at `shape`, by least squares over `bytes = a + b * numel + c * rows + d * columns`."""
+    """Predict the bytes at `shape` by least squares over `bytes = a + b * numel + c * rows + d * columns`."""
     table = torch.tensor([_features(one) for one in shapes], dtype=torch.float64)
     measured = torch.tensor(state_bytes, dtype=torch.float64).unsqueeze(1)
     weights = torch.linalg.lstsq(table, measured, driver="gelsd").solution.squeeze(1)
@@ -238,7 +242,7 @@ def _set_gradients(
         parameter.grad = None
     for parameter in with_gradient:
         gradient = torch.ones_like(parameter)
-        # This one takes no others; its states are dense, and a fake knows of no rows.
+        # SparseAdam accepts sparse gradients only; its state is dense, and a fake has no row indices.
         parameter.grad = _no_rows(gradient) if isinstance(optimizer, torch.optim.SparseAdam) else gradient
 
 
@@ -249,7 +253,7 @@ def _no_rows(gradient: torch.Tensor) -> torch.Tensor:
 
 def _prefer_foreach(optimizer: Optimizer) -> None:
     if isinstance(optimizer, torch.optim.Adafactor):
-        # It takes one parameter after the other unless told otherwise.
+        # Its default is one parameter after the other.
         return
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused") and not group.get("differentiable"):
@@ -257,7 +261,7 @@ def _prefer_foreach(optimizer: Optimizer) -> None:
 
 
 def _state_bytes(state: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int]:
-    """Of a parameter of `shape`: of all its state, and of what pages have none of."""
+    """Return the state bytes of a parameter of `shape`, and the part of them that is not paged."""
     tensors = [leaf for leaf in compat.leaves(state) if isinstance(leaf, torch.Tensor)]
     paged = {id(one) for one in state.values() if isinstance(one, torch.Tensor) and one.shape == shape and one.dim()}
     return sum(map(_bytes, tensors)), sum(_bytes(one) for one in tensors if id(one) not in paged)

@@ -1,4 +1,4 @@
-"""Which modules FSDP may gather by themselves, as a step shows it."""
+"""Find which modules FSDP may all-gather separately, by watching a step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_largescale.workload.segments import SegmentLog
 
 
 class Reads:
-    """Follows some modules through a step: each forward is a segment of its own, unless a block runs it.
+    """Watches modules through a step; each forward is a segment of its own, unless a block runs it.
 
-    One may be gathered by itself if nothing takes its parameters but its own forward, and its own backward once the
-    gradient of what it returned is there, as FSDP2 looks for that. Nor may it write into what it is given, or others
-    into a view that it returned: FSDP2 has nodes of its own there.
+    A module may be all-gathered separately if only its own forward reads its parameters, and only its own backward
+    after the gradient of its output has arrived, which is when FSDP2 unshards. Nor may the module write into its
+    inputs, or other code into a view that it returned: FSDP2 inserts autograd nodes there.
 
     Args:
-        modules: by name; none inside another.
-        owned: the parameters of each that nothing but it may read.
+        modules: the modules by name; none contains another.
+        owned: by module name, the parameters that only this module may read.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], owned: Mapping[str, Iterable[torch.Tensor]]) -> None:
@@ -32,18 +32,19 @@ class Reads:
         self._running: list[str] = []
         self._ran: set[str] = set()
         self._refused: set[str] = set()
-        # Whose gradients came, and what may not be written into, by whom of these: in its forward, or after it.
+        # Modules whose output gradient has arrived. By storage, the module whose input must not be written into during
+        # its forward, and the module whose output must not be written into after it.
         self._in_backward: set[str] = set()
         self._given: dict[int, str] = {}
         self._returned: dict[int, str] = {}
 
     @property
     def closed(self) -> frozenset[str]:
-        """Names of those that may be."""
+        """Names of the modules that may be all-gathered separately."""
         return frozenset(self._ran - self._refused)
 
     def see(self, inputs: Iterable[torch.Tensor], written: Iterable[torch.Tensor], *, in_backward: bool) -> None:
-        """Note what an operation takes, and of that what it writes into."""
+        """Record the inputs of an operation, and those that it writes into."""
         if not self._owners:
             return
         allowed = {*self._running, *(self._in_backward if in_backward else ())}
@@ -58,7 +59,7 @@ class Reads:
 
     @contextmanager
     def watching(self, log: SegmentLog) -> Iterator[None]:
-        """Under this context the step runs."""
+        """Hook the modules; the step runs inside this context."""
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 enter = module.register_forward_pre_hook(partial(self._enter, log, name), with_kwargs=True)
@@ -74,7 +75,7 @@ class Reads:
         self._ran.add(name)
         given = _with_gradients((args, kwargs))
         if any(compat.is_transformed(tensor) for tensor in given):
-            # Derivatives that torch.func takes inside the step, of which FSDP2 knows nothing.
+            # FSDP2 does not see derivatives that torch.func takes inside the step.
             self._refused.add(name)
             return
         for tensor in given:
@@ -96,5 +97,5 @@ def _with_gradients(tree: Any) -> list[torch.Tensor]:
 
 
 def storage_keys(tensor: torch.Tensor) -> list[int]:
-    """By which the storages of `tensor` are known."""
+    """Return the ids that identify the storages of `tensor`."""
     return [id(part.untyped_storage()) for part in compat.dense_parts(tensor)]

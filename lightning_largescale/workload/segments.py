@@ -1,4 +1,4 @@
-"""Which part of the step an operation belongs to, and live bytes at entry, at the worst moment and at exit of each."""
+"""Assign operations to the segments of a step, and track each segment's live bytes at entry, peak and exit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_largescale.workload.workload import Segment
 class Phase:
     """One direction of one segment while it is traced; bytes and FLOPs as in `Segment`.
 
-    What is "own" leaves out the copies of parameters that casts made.
+    Fields named "own" leave out the copies of parameters that casts made.
     """
 
     entry: int | None = None
@@ -32,7 +32,7 @@ class Phase:
     moved_products: int = 0
 
     def reach(self, live: int, own: int) -> None:
-        """Now so much is live (bytes)."""
+        """Update the peaks with the bytes that are live now; `own` leaves out copies of parameters."""
         self.peak = max(self.peak, live)
         self.own_peak = max(self.own_peak, own)
         self.peak_with_gradients = max(self.peak_with_gradients, live + self.gradients)
@@ -54,9 +54,9 @@ class OpenSegment:
 class SegmentLog:
     """The segments of one step, in executed order.
 
-    Autograd numbers its nodes as they are made. Which segment was running when a number was given out is noted as
-    intervals; a backward operation belongs to the segment whose interval holds its node's number. Nodes made during
-    backward (a gradient of a gradient, reentrant checkpoints) belong to the segment whose backward made them.
+    Autograd numbers its nodes as they are made. The log records intervals of numbers with the segment that was running;
+    a backward operation belongs to the segment whose interval holds its node's number. Nodes made during backward
+    (a gradient of a gradient, reentrant checkpoints) belong to the segment whose backward made them.
     """
 
     def __init__(self) -> None:
@@ -64,19 +64,19 @@ class SegmentLog:
         self._starts: list[int] = []
         self._owners: list[int] = []
         self._pending = compat.sequence_number()
-        self._index: int | None = None  # of the segment whose forward is running; None: the next operation opens a rest
+        self._index: int | None = None  # of the segment whose forward is running; None: the next operation opens one
         self._latest: int | None = None  # of the segment whose backward ran last
         self._active: Phase | None = None
         self.in_backward = False
 
     def enter_block(self, name: str) -> None:
-        """The forward of the block `name` begins; does nothing in backward, where recomputation runs it again."""
+        """Begin the forward of the block `name`; do nothing in backward, where recomputation runs it again."""
         if compat.current_node_sequence() is None:
             self._pending = compat.sequence_number()
             self._index = self._open(name)
 
     def leave_block(self) -> None:
-        """The forward of the block that runs ends."""
+        """End the forward of the running block; do nothing in backward."""
         if compat.current_node_sequence() is None:
             self._pending = compat.sequence_number()
             self._index = None
@@ -87,21 +87,24 @@ class SegmentLog:
         return None if self._index is None else self.segments[self._index].block
 
     def current(self) -> OpenSegment:
-        """The segment whose forward is running."""
+        """Return the segment whose forward is running; open one outside of blocks if there is none."""
         if self._index is None:
             self._index = self._open(None)
         return self.segments[self._index]
 
     def complete(self, key: int, size: int) -> None:
-        """The gradient of the parameter that is known by `key` is there, of so many bytes."""
+        """Record that the gradient of the parameter `key`, of `size` bytes, exists."""
         if self._latest is not None:
             segment = self.segments[self._latest]
             segment.completed.append(key)
             segment.backward.gradients += size
 
     def phase(self, live: int, own: int) -> Phase:
-        """The phase that the operation about to run belongs to; `live` is what is live now (bytes), `own` without
-        copies of parameters.
+        """Return the phase that the operation about to run belongs to.
+
+        Args:
+            live: bytes that are live now.
+            own: the same without copies of parameters.
         """
         node = compat.current_node_sequence()
         if node is None:
@@ -120,20 +123,20 @@ class SegmentLog:
         return phase
 
     def close(self, live: int, own: int) -> None:
-        """The step is over and `live` bytes are left."""
+        """Close the active phase, with `live` bytes left; `own` leaves out copies of parameters."""
         if self._active is not None:
             self._active.exit, self._active.own_exit = live, own
 
     def assume_saved(self) -> None:
-        """Take what each forward left alive as saved, where saved tensors could not be watched."""
+        """Count what each forward left alive as saved, for steps whose saved tensors cannot be watched."""
         for segment in self.segments:
             segment.saved = max(0, segment.forward.exit - (segment.forward.entry or 0))
 
     def finished(self, names: Mapping[int, str] = {}) -> tuple[Segment, ...]:
-        """All segments; one whose backward ran no operation has what the next one's backward left.
+        """Return all segments; one whose backward ran no operation has the exit bytes of the next one's backward.
 
         Args:
-            names: of parameters, by the keys of those that were completed.
+            names: parameter names, by the keys passed to `complete`.
         """
         left = own_left = 0
         rows: list[Segment] = []
@@ -152,7 +155,7 @@ class SegmentLog:
         return len(self.segments) - 1
 
     def _own(self, index: int) -> None:
-        """Nodes numbered from the last operation on belong to segment `index`."""
+        """Assign the nodes numbered from the last operation on to segment `index`."""
         if self._owners and self._owners[-1] == index:
             return
         if self._starts and self._starts[-1] == self._pending:
@@ -165,7 +168,7 @@ class SegmentLog:
         fallback = self._latest if self._latest is not None else max(0, len(self.segments) - 1)
         if not self.segments:
             self._open(None)
-        # Nodes that accumulate gradients have the largest number there is, and no segment of their own.
+        # AccumulateGrad nodes have the largest possible number, and no segment of their own.
         if node >= compat.sequence_number():
             return fallback
         place = bisect.bisect_right(self._starts, node) - 1

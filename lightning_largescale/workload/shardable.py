@@ -1,12 +1,12 @@
-"""Which matrices of a block tensor parallelism divides, and how: found by running the block on parts.
+"""Find which matrices of a block tensor parallelism shards, and how, by running the block on shards.
 
-The block runs on fake tensors, all of them whole at first. A matrix that meets a whole input is divided by its outputs
-("column"); one that meets an input that is divided where it is contracted, by its inputs ("row"), and the sums over the
-ranks are whole. What lies between (views to heads, attention, gates, functions of elements) is carried by the rules of
-`workload.parts`. Where they cannot carry a division it would have to be gathered: then the matrices that it came from
-are divided in stretches, if it is that stretches of it go different ways (q, k and v of one matrix), or stay whole; and
-the block runs again. What is left communicates where a division ends and, in backward, where it begins, and nowhere
-else; and it is right by construction.
+The block runs on fake tensors, all of them unsharded at first. A matrix with an unsharded input is sharded column-wise,
+by its outputs. A matrix whose input is sharded in the contracted dimension is sharded row-wise, by its inputs, and the
+all-reduced result is unsharded. The rules of `workload.parts` carry a sharding through the functions between (views to
+heads, attention, gates, elementwise functions). Where they cannot, the shards would have to be all-gathered. Then the
+matrices that the shards come from are sharded in sections, if their sections are used separately (q, k and v of one
+matrix), or stay replicated, and the block runs again. The result communicates only where a sharding ends and, in
+backward, where it begins. It is correct by construction.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (column and row).
 """
@@ -34,15 +34,15 @@ from lightning_largescale.workload.workload import Divided
 
 
 class Subject(NamedTuple):
-    """Code to be run, on fake tensors.
+    """Code to run on fake tensors.
 
     Attributes:
-        parameters: what it computes with, by name.
-        others: other tensors that it is given.
-        call: runs it.
-        hidden: of the others, the one whose sequence ranks may share; None without such.
-        call_on: runs it on another one for that.
-        block: whose forward it is; None where it is more than that.
+        parameters: the parameters that it computes with, by name.
+        others: the other tensors that it receives.
+        call: runs the code.
+        hidden: the tensor of `others` whose sequence the ranks may share; None if there is none.
+        call_on: runs the code on another tensor in place of `hidden`.
+        block: the block whose forward the code is; None if the code is not a block's forward.
     """
 
     parameters: Mapping[str, Tensor]
@@ -64,17 +64,17 @@ def divide(
     like: Divided | None = None,
     declared: Mapping[str, Part] = {},
 ) -> Divided:
-    """Find what of `block` can be divided among `ranks`.
+    """Find what of `block` can be sharded among `ranks`.
 
     Args:
-        block: nothing of it is changed.
-        args: what its forward is called with, tensors of the same shapes; fake ones do.
-        kwargs: likewise.
-        ranks: number of them.
-        shared: names of parameters that others use as well, which stay whole.
-        mode: of the fake tensors, where some are given.
-        like: what was found of a block of the same class and shapes, which one run then confirms.
-        declared: what its authors want divided; that is what is divided, if nothing has to be gathered then.
+        block: the block; it is not changed.
+        args: the arguments of its forward; fake tensors of the same shapes suffice.
+        kwargs: its keyword arguments, likewise.
+        ranks: the number of ranks.
+        shared: names of parameters that are used outside of the block as well, which stay replicated.
+        mode: the fake tensor mode, if some tensors are fake.
+        like: the result for a block of the same class and shapes, which one run then confirms.
+        declared: the sharding that the model's authors declare; it is used if it requires no all-gather.
 
     Source: the module's docstring.
     """
@@ -94,16 +94,16 @@ def divide_subject(
     like: Divided | None = None,
     declared: Mapping[str, Part] = {},
 ) -> Divided:
-    """Find what of the parameters of a subject can be divided among `ranks`.
+    """Find what of the parameters of a subject can be sharded among `ranks`.
 
     Args:
-        subject: made anew for each run.
-        ranks: number of them.
-        whole: names of parameters that stay whole, and why.
-        mode: of the fake tensors.
-        uneven: numbers of outputs that ranks cannot have alike are divided too.
-        like: what was found of a like subject, which one run then confirms.
-        declared: what is divided if nothing has to be gathered then.
+        subject: makes a new subject for each run.
+        ranks: the number of ranks.
+        whole: names of parameters that stay replicated, with the reason.
+        mode: the fake tensor mode.
+        uneven: also shard outputs whose number is not divisible by `ranks`.
+        like: the result for a similar subject, which one run then confirms.
+        declared: a sharding that is used if it requires no all-gather.
     """
     if like is not None:
         given = subject()
@@ -134,7 +134,7 @@ def divide_subject(
 
 
 def _sharing(found: Divided, subject: Callable[[], Subject], ranks: int, mode: Any) -> tuple[Divided, int] | None:
-    """What is divided of a subject costs where ranks share the sequence, and the bytes it saves; None: they cannot."""
+    """Return the costs if the ranks share the sequence, and the bytes saved for backward; None if they cannot."""
     given = subject()
     hidden, call_on = given.hidden, given.call_on
     if hidden is None or call_on is None:
@@ -169,11 +169,11 @@ def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
         for name, parameter in block.named_parameters()
     }
     for name, parameter in block.named_parameters():
-        # What its authors have noted on it, which its forward may read.
+        # Attributes that the authors set on the parameter, which the forward may read.
         parameters[name].__dict__.update(parameter.__dict__)
     args, kwargs = map_tensors((tuple(args), dict(kwargs)), mode.from_tensor)
     given = tensors_in((args, kwargs))
-    # A block may write into objects that it is given, such as caches of keys and values.
+    # A block may write into its arguments, such as caches of keys and values.
     args, kwargs = copied((args, kwargs))
     hidden = sequence_in((args, kwargs), ranks)
 
@@ -188,7 +188,7 @@ def _of_block(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
 
 
 def _why(name: str, why: str, stretches: Mapping[str, tuple[int, ...]], ranks: int) -> str:
-    """Why a matrix stays whole, where it was tried to divide stretches of it."""
+    """Return why a matrix stays replicated, also if sharding its sections was tried."""
     pieces = stretches.get(name, ())
     if len({*pieces}) != 1 or len(pieces) % ranks == 0:
         return why
@@ -200,7 +200,7 @@ def _stretches(found: Divided) -> dict[str, tuple[int, ...]]:
 
 
 def _measured(found: Divided, subject: Callable[[], Subject], ranks: int, mode: Any, *, uneven: bool) -> Divided:
-    """`found` with what it costs, as shares of what the subject costs as it is."""
+    """Return `found` with its costs, as shares of the costs of the unsharded subject."""
     given = subject()
     nothing = dict.fromkeys(given.parameters, "to be compared with")
     as_it_is, own = (
@@ -219,7 +219,7 @@ def _measured(found: Divided, subject: Callable[[], Subject], ranks: int, mode: 
 
 
 def _cost(run: DivisionRun, subject: Subject, mode: Any) -> tuple[int, int]:
-    """Bytes that a run saves for backward, parameters and inputs left out, and its floating-point operations."""
+    """Return the bytes that a run saves for backward, parameters and inputs left out, and its FLOPs."""
     saved: dict[Any, int] = {}
     reference: Any = StorageWeakRef
 
@@ -236,13 +236,13 @@ def _cost(run: DivisionRun, subject: Subject, mode: Any) -> tuple[int, int]:
 
 
 def copied(value: Any) -> Any:
-    """A deep copy of `value` with the same tensors in it."""
+    """Return a deep copy of `value` that shares its tensors."""
     with _SameTensors():
         return copy.deepcopy(value)
 
 
 class _SameTensors(TorchFunctionMode):
-    """Within, `copy.deepcopy` copies no tensors: of fakes it would read what they do not have."""
+    """Mode in which `copy.deepcopy` copies no tensors: it would read the data of fakes, which have none."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Leave a module and a batch as they were: attributes, the tensors they hold and the random number generators."""
+"""Restore a module and a batch after a run: attributes, the tensors they hold and the random number generators."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_largescale.workload.keep import MOST_OBJECTS, keep, random_state,
 
 
 class Snapshot:
-    """What a module and a batch hold now, looked through once, to be put back after every run of a step.
+    """The content of a module and a batch at construction, restored after every run of a step.
 
-    Attributes are kept, and the content of lists, dicts, sets, deques, small NumPy arrays, generators of random numbers
-    and plain objects (meters) below them, at any depth up to a limit on their number.
+    Attributes are kept, and the content of lists, dicts, sets, deques, small NumPy arrays, random number generators and
+    plain objects (meters) below them, at any depth up to a limit on their number.
 
     Args:
-        module: its submodules are kept too.
-        batch: what the step is given.
-        most_objects: the limit.
+        module: the module; its submodules are kept too.
+        batch: the input of the step.
+        most_objects: the limit on the number of objects.
     """
 
     def __init__(self, module: nn.Module, batch: Any = None, *, most_objects: int = MOST_OBJECTS) -> None:
@@ -30,14 +30,14 @@ class Snapshot:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """What happens inside is undone on leaving, whatever happens; random numbers drawn inside were never drawn."""
+        """Undo all changes made inside on leaving, also after an error; random number generators are restored too."""
         before = random_state()
         try:
             yield
         finally:
             errors: list[Exception] = []
             for put_back in self._put_back:
-                # Each is put back even where another cannot be.
+                # Each object is restored even if another cannot be.
                 try:
                     put_back()
                 except Exception as error:
@@ -55,13 +55,13 @@ def has_script(module: nn.Module) -> bool:
 def swap_tensors(
     module: nn.Module, parameter: Callable[[torch.Tensor], torch.Tensor], buffer: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[int, torch.Tensor]:
-    """Put other tensors in place of the parameters and buffers of `module`; call while it is untouched.
+    """Replace the parameters and buffers of `module` by other tensors; call within `Snapshot.untouched`.
 
-    A tensor with several places stays one tensor. Attributes that are, or list, a parameter or buffer follow (the flat
-    weights of recurrent layers).
+    A tensor in several places stays one tensor. Attributes that are, or contain, a parameter or buffer are replaced too
+    (the flat weights of recurrent layers).
 
     Returns:
-        The new tensor by the id of the old.
+        The new tensors by the id of the old.
     """
     new: dict[int, torch.Tensor] = {}
     for child in module.modules():
@@ -90,7 +90,7 @@ def _replaced(value: Any, new: dict[int, torch.Tensor]) -> Any:
 
 
 def _kept_tensors(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """What puts back the tensors of TorchScript modules, which keep them outside Python's attributes."""
+    """Yield functions that restore the tensors of TorchScript modules, which keep them outside Python's attributes."""
     for child in module.modules():
         for held in compat.own_tensors(child):
             if not isinstance(held, dict):
@@ -98,7 +98,7 @@ def _kept_tensors(module: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 class _Tensors:
-    """The tensors in a mapping that is no dict."""
+    """The tensors in a mapping that is not a dict."""
 
     def __init__(self, held: Any) -> None:
         self._held, self._before = held, dict(held.items())

@@ -1,4 +1,4 @@
-"""What a LightningModule's step asks of the world, answered without consequence: trainer, optimizers, logging."""
+"""Stand-ins without side effects for what a LightningModule's step uses: trainer, optimizers, logging."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_largescale import compat
 
-# For schedulers built over the length of the run when there is no trainer to ask, or asking would load the data.
+# The run's length for schedulers that need it, if there is no trainer to ask, or asking would load the data.
 _STEPS_ASSUMED = 1000
 
 
 class TrainerStandIn:
-    """Answers as the trainer would, keeps what is set on it to itself, and does nothing it is asked to do.
+    """Has the trainer's attributes, keeps attributes set on it to itself, and ignores calls of the trainer's methods.
 
     Args:
-        module: whose `configure_optimizers` is asked when its optimizers are first asked for.
-        real: the trainer whose settings are read; None when the module has none.
+        module: the module whose `configure_optimizers` is called when its optimizers are first read.
+        real: the trainer whose settings are read; None if the module has none.
     """
 
     def __init__(self, module: Any = None, real: Any = None) -> None:
@@ -55,7 +55,7 @@ class TrainerStandIn:
         return _nothing if callable(value) and getattr(value, "__self__", None) is self._real else value
 
     def _configure(self) -> None:
-        # Outside the modes: what optimizers allocate when they are made is no part of the step.
+        # Outside the modes: what optimizers allocate at construction is not part of the step.
         with compat.without_dispatch_modes(), torch.no_grad():
             configured = self._module.configure_optimizers()
         self.optimizers = [OptimizerStandIn(optimizer) for optimizer in optimizers_of(configured)]
@@ -113,7 +113,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class _StrategyStandIn:
-    """One process on the CPU."""
+    """The strategy of one process on the CPU."""
 
     root_device = torch.device("cpu")
     world_size = 1
@@ -142,7 +142,7 @@ class _StrategyStandIn:
 
 
 class OptimizerStandIn:
-    """An optimizer of the module as `self.optimizers()` gives it: its settings are real, its step changes nothing."""
+    """An optimizer of the module as `self.optimizers()` returns it: its settings are real, its step changes nothing."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -163,12 +163,12 @@ class OptimizerStandIn:
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        """Nothing is synchronised here."""
+        """Do nothing; there is nothing to synchronize."""
         yield
 
 
 class SchedulerStandIn:
-    """A learning-rate scheduler as `self.lr_schedulers()` hands it out; its steps do nothing."""
+    """A learning-rate scheduler as `self.lr_schedulers()` returns it; its steps do nothing."""
 
     def __init__(self, scheduler: Any = None) -> None:
         self.scheduler = scheduler
@@ -183,7 +183,7 @@ class SchedulerStandIn:
 def attach(module: nn.Module) -> None:
     """Give every LightningModule in `module` a stand-in trainer, optimizers and schedulers, and silence what it logs.
 
-    Call while the module is untouched.
+    Call within `Snapshot.untouched`.
     """
     modules = [child for child in module.modules() if isinstance(child, LightningModule)]
     trainer = TrainerStandIn(module, next((t for t in map(compat.attached_trainer, modules) if t is not None), None))
@@ -199,7 +199,7 @@ def attach(module: nn.Module) -> None:
 
 
 def optimizers_of(configured: Any) -> list[Optimizer]:
-    """The optimizers in what `configure_optimizers` returned, in its order."""
+    """Return the optimizers in the result of `configure_optimizers`, in its order."""
     if isinstance(configured, Optimizer):
         return [configured]
     if isinstance(configured, dict):
@@ -210,7 +210,7 @@ def optimizers_of(configured: Any) -> list[Optimizer]:
 
 
 def schedulers_of(configured: Any) -> list[Any]:
-    """The schedulers in what `configure_optimizers` returned, in its order."""
+    """Return the schedulers in the result of `configure_optimizers`, in its order."""
     if isinstance(configured, dict):
         return schedulers_of(configured.get("lr_scheduler", configured.get("scheduler")))
     if isinstance(configured, (list, tuple)):

@@ -34,10 +34,10 @@ STAGES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceRequest:
-    """What is to be traced: the arguments of `Workload.trace`, with one precision.
+    """A step to trace: the arguments of `Workload.trace`, with one precision.
 
     Attributes:
-        snapshot: of the module and the batch, put back after each run.
+        snapshot: the snapshot of the module and the batch, restored after each run.
         watch_saved: whether autograd's saved tensors are watched.
     """
 
@@ -58,8 +58,14 @@ class TraceRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
-    """What a run of the step told: `used` holds names of the parameters that received a gradient, `wraps` those of the
-    modules outside of blocks that may be gathered by themselves; the step `branches` if it reads numbers off tensors.
+    """The result of a run of the step.
+
+    Attributes:
+        step: the traced step.
+        used: names of the parameters that received a gradient.
+        wraps: names of the modules outside of blocks that may be all-gathered separately.
+        approximate: why the numbers are not exact, a sentence each.
+        branches: the step reads numbers off tensors.
     """
 
     step: Step
@@ -72,12 +78,12 @@ class Traced:
 def run_step(
     request: TraceRequest, swapped: list[torch.Tensor], to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Traced:
-    """One step; call while the module is untouched, after `attach` and `swap_tensors`.
+    """Run one step under a tracker; call within `Snapshot.untouched`, after `attach` and `swap_tensors`.
 
     Args:
-        request: whose batch is the one to run on.
+        request: the request, with the batch to run on.
         swapped: the parameters and buffers that the module now holds.
-        to_fake: makes a fake of a tensor from outside; None when the step runs on real tensors.
+        to_fake: makes a fake of a tensor from outside the step; None if the step runs on real tensors.
     """
     blocks = find_blocks(request.module)
     notes: list[str] = []
@@ -124,7 +130,7 @@ def _run(request: TraceRequest, tracker: Tracker, blocks: dict[str, nn.Module], 
 
 
 def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """What FSDP gathers in the type of compute: matrices that repeated blocks own."""
+    """Return the matrices that repeated blocks own, which FSDP all-gathers in the compute dtype."""
     own = [
         module.get_parameter(name) for block, group in find_groups(module).items() if block for name in group.parameters
     ]
@@ -132,7 +138,7 @@ def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _reads(module: nn.Module) -> Reads:
-    """What tells which modules outside of blocks may be gathered by themselves."""
+    """Return the watcher that finds which modules outside of blocks may be all-gathered separately."""
     wraps = find_wraps(module)
     groups = find_groups(module, wraps)
     return Reads(wraps, {name: [module.get_parameter(own) for own in groups[name].parameters] for name in wraps})
@@ -157,7 +163,7 @@ def _step(
 
 
 def call_step(request: TraceRequest) -> Any:
-    """The step's result."""
+    """Call the step as Lightning does, and return its result."""
     hook = getattr(request.module, request.step, None)
     if request.step == "forward" or hook is None or not isinstance(request.module, LightningModule):
         return _forward(request.module, request.batch)
@@ -192,7 +198,7 @@ def _loss(result: Any, module: nn.Module) -> torch.Tensor | None:
 
 
 def _safe_kernels(precision: str) -> Any:
-    """On some virtual machines oneDNN's bfloat16 kernels use instructions that end the process; torch's own do not."""
+    """Disable oneDNN for bfloat16: on some virtual machines its kernels use instructions that end the process."""
     if MATMUL_TYPE[precision] == "bfloat16":
         return torch.backends.mkldnn.flags(enabled=False)
     return contextlib.nullcontext()
@@ -200,7 +206,7 @@ def _safe_kernels(precision: str) -> Any:
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """What torch.compile wrapped runs as plain Python; nothing was wrapped while its machinery is not imported."""
+    """Run what torch.compile wrapped as plain Python; nothing is wrapped unless `torch._dynamo` is imported."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -209,7 +215,7 @@ def eager() -> Iterator[None]:
 
 
 def in_words(error: Exception) -> str:
-    """Type and first line of an error; ours, and those of a fake tensor without data, in plainer words."""
+    """Describe an error by type and first line; `CannotTraceError` and missing values of fakes in plainer words."""
     if isinstance(error, CannotTraceError):
         return str(error)
     if isinstance(error, compat.data_dependent_errors()):

@@ -1,4 +1,4 @@
-"""`Workload.trace`: the step on fake tensors; failing that a real step on one sample; failing that an estimate."""
+"""`Workload.trace`: the step on fake tensors; failing that a real step on samples; failing that an estimate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_largescale.workload.steps import STAGES, Traced, TraceRequest, ea
 from lightning_largescale.workload.tracker import CannotTraceError
 from lightning_largescale.workload.workload import Divided, OptimizerNeeds, Parameter, Workload, only_blocks
 
-# Below the attributes of modules: what a run of the step may find of the run before it.
+# Limit on the objects below attributes of modules that are restored between isolated runs.
 _NEAR_OBJECTS = 1000
 
 
@@ -48,11 +48,10 @@ def trace_workload(
     tp_sizes: tuple[int, ...] = (),
     isolated: bool = False,
 ) -> Workload:
-    """`Workload.trace`, which says what is taken, given and raised; without a batch and `ask` it calls nothing of
-    the module's, and two states a parameter are assumed.
+    """Implement `Workload.trace`, which documents arguments, result and errors.
 
-    Where it is `isolated`, somebody else sees to it that nothing is left of the runs: between them only what is near
-    is put back.
+    Without a batch and `ask`, no code of the module is called, and two states a parameter are assumed. If `isolated`,
+    the caller discards all effects of the runs; between them only objects near the modules are restored.
     """
     _check(module, step, precisions)
     snapshot = Snapshot(module, batch, most_objects=_NEAR_OBJECTS if isolated else MOST_OBJECTS)
@@ -69,7 +68,7 @@ def trace_workload(
         for precision in precisions
     }
     with warnings.catch_warnings():
-        # What the step warns of, the run itself will say.
+        # The real run repeats the warnings of the step.
         warnings.simplefilter("ignore")
         traced, left_out = _traced(requests)
         used = frozenset(name for one in traced.values() for name in one.used)
@@ -115,7 +114,7 @@ def _check(module: nn.Module, step: str, precisions: Sequence[str]) -> None:
 
 
 def _traced(requests: Mapping[str, TraceRequest]) -> tuple[dict[str, Traced], list[str]]:
-    """The step in each precision that it can run in, and a sentence about each that is left out; or all estimated."""
+    """Trace the step in each precision, with a sentence on each in which it cannot run; if none runs, estimate all."""
     traced: dict[str, Traced] = {}
     failed: dict[str, str] = {}
     for precision, request in requests.items():
@@ -132,16 +131,16 @@ def _traced(requests: Mapping[str, TraceRequest]) -> tuple[dict[str, Traced], li
 
 
 def _run(request: TraceRequest) -> Traced:
-    """The step on fakes, or else on a sample.
+    """Run the step on fakes, or else on samples.
 
     Raises:
-        CannotTraceError: it runs on neither; says why.
+        CannotTraceError: the step runs on neither; the error says why.
     """
     try:
         try:
             return _trace_on_fakes(request)
         except RuntimeError as error:
-            # functorch's transforms, and whoever disables them, say so in these words.
+            # The message of functorch's transforms, and of code that disables these hooks.
             if "saved tensor hooks" not in str(error):
                 raise
             request = replace(request, watch_saved=False)
@@ -158,7 +157,7 @@ def _run(request: TraceRequest) -> Traced:
 
 
 def _said(traced: Mapping[str, Traced]) -> list[str]:
-    """The notes of all precisions, each once; one that is not true of all says of which."""
+    """Return the notes of all precisions, each once; a note that does not hold for all names its precisions."""
     notes: dict[str, list[str]] = {}
     for precision, one in traced.items():
         for note in dict.fromkeys(one.approximate):
@@ -176,11 +175,11 @@ def _of_the_batch(batch: Any) -> list[str]:
 
 
 class _Fakes:
-    """Fakes of tensors: their shapes, types and strides, on the request's device, and no data."""
+    """Makes fakes of tensors: same shapes, dtypes and strides, on the request's device, without data."""
 
     def __init__(self, device_type: str) -> None:
         self.mode = compat.fake_tensor_mode()
-        # A build without CUDA makes no CUDA tensors, nor fakes of them; shapes and bytes are nearly those of the CPU.
+        # A build without CUDA cannot make CUDA tensors, not even fakes; the CPU's shapes and bytes are nearly the same.
         self.device_type = device_type if device_type != "cuda" or torch.cuda.is_available() else "cpu"
         self.notes = [] if self.device_type == device_type else ["there is no CUDA here: CPU kernels were traced"]
 
@@ -189,7 +188,7 @@ class _Fakes:
             self.notes.append("tensors of classes and layouts of which there are no fakes were traced as they are")
             return tensor
         if tensor.layout is not torch.strided:
-            # A sparse fake holds nothing, whatever the tensor holds.
+            # A sparse fake has no elements, whatever the tensor has.
             self.notes.append("sparse tensors were traced as dense ones, whose operations need more")
         with self.mode:
             strides = tensor.stride() if tensor.layout is torch.strided else torch.empty(tensor.shape).stride()
@@ -204,7 +203,7 @@ class _Fakes:
 
 @contextmanager
 def _holding_fakes(request: TraceRequest) -> Iterator[tuple[_Fakes, list[torch.Tensor]]]:
-    """Within, the module holds fakes, which are listed, and is detached from the world; new tensors are fakes too."""
+    """Context in which the module holds fakes, which are yielded, and a stand-in trainer; new tensors are fakes too."""
     fakes = _Fakes(request.device_type)
     with request.snapshot.untouched(), eager(), compat.silent_fakes():
         attach(request.module)
@@ -227,7 +226,7 @@ def _trace_on_fakes(request: TraceRequest) -> Traced:
 def _optimizers(
     request: TraceRequest, used: frozenset[str], *, ask: bool
 ) -> tuple[tuple[OptimizerNeeds, ...], tuple[str, ...]]:
-    """What the optimizers of the module need, and what is to be said about it."""
+    """Return the needs of the module's optimizers, and notes about them."""
     module = request.module
     if not (request.trains and isinstance(module, LightningModule)):
         return (), ()
@@ -262,7 +261,7 @@ def _configured(module: LightningModule) -> list[Optimizer]:
     try:
         return optimizers_of(module.configure_optimizers())
     except compat.data_dependent_errors():
-        # Tables that an optimizer computes with as it is made, such as those of 8-bit codes, can be real.
+        # Tables that an optimizer computes at construction, such as those of 8-bit codes, can be real.
         with compat.without_dispatch_modes():
             return optimizers_of(module.configure_optimizers())
 

@@ -1,7 +1,7 @@
 """A dispatch mode that counts live bytes, saved bytes and FLOPs of whatever runs under it, on fake or on real tensors.
 
-A storage counts from the operation that made it until it is freed, once, however many tensors view it. Storages that an
-operation did not make (parameters, buffers, the batch, constants) never count.
+A storage counts once, from the operation that made it until it is freed, however many tensors view it. Storages that no
+operation made (parameters, buffers, the batch, constants) never count.
 
 Source: torch.distributed._tools.mem_tracker, for storages followed by weak references; torch.utils.flop_counter.
 """
@@ -25,9 +25,9 @@ from lightning_largescale.workload.segments import SegmentLog
 from lightning_largescale.workload.workload import LARGE_BYTES
 
 _aten = torch.ops.aten
-# Made from a constant that Python holds: the tensor that goes in is the one that comes out, and the step made it.
+# Returns its input, a tensor made of a Python constant: the step made it, so it counts.
 _MAKES_ITS_INPUT = frozenset({_aten.lift_fresh.default})
-# Kernels that keep for backward what their fakes leave out.
+# Kernels that keep a workspace for backward, which their fakes leave out.
 _HIDES_ITS_WORKSPACE = frozenset({_aten.mkldnn_rnn_layer.default, _aten._cudnn_rnn.default})
 
 
@@ -36,7 +36,7 @@ class CannotTraceError(RuntimeError):
 
 
 class _Storage:
-    """What is known of one living storage."""
+    """The record of one live storage."""
 
     __slots__ = ("bytes", "copied", "entered", "reference", "saved")
 
@@ -49,11 +49,11 @@ class _Storage:
 
 
 class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what runs under it, by segment.
+    """Counts the bytes and FLOPs of the operations that run under it, by segment.
 
     Args:
-        to_fake: makes a fake of a tensor from outside; None when the step runs on real tensors.
-        value: the number given to a step that reads a floating value off a fake.
+        to_fake: makes a fake of a tensor from outside the step; None if the step runs on real tensors.
+        value: the number that a step reads off a floating-point fake.
     """
 
     def __init__(self, *, to_fake: Callable[[torch.Tensor], torch.Tensor] | None = None, value: float = 1.0) -> None:
@@ -79,15 +79,15 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             self._note(tensor, counts=False)
 
     def tell_copies_of(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Count the copies that casts make of `parameters` also by themselves; they are left out and live on."""
+        """Also count separately the copies that casts make of `parameters`, which must be left out and stay alive."""
         self._gathered = {key for parameter in parameters for key in storage_keys(parameter)}
 
     def follow(self, reads: Reads) -> None:
-        """Tell `reads` what operations take."""
+        """Notify `reads` of the inputs of operations."""
         self.reads = reads
 
     def storage_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Bytes of the storages of `tensors` that count, each once."""
+        """Return the bytes of the counted storages of `tensors`, each storage once."""
         found = {id(known): known for tensor in tensors for known in self._known(tensor)}
         return sum(storage.bytes for storage in found.values())
 
@@ -137,12 +137,12 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
     def watching(
         self, blocks: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter], *, saved: bool = True
     ) -> Iterator[None]:
-        """Under this context the step runs: operations are counted, blocks, gradients and saved tensors told apart.
+        """Context in which the step runs: operations are counted; blocks, gradients and saved tensors are watched.
 
         Args:
-            blocks: whose forwards are segments of their own.
-            parameters: whose gradients count until they are in `.grad`.
-            saved: watch what autograd saves; functorch's transforms do not bear it.
+            blocks: the blocks by name; their forwards are segments of their own.
+            parameters: the parameters; their gradients count until they are in `.grad`.
+            saved: watch what autograd saves; functorch's transforms do not allow it.
         """
         with ExitStack() as stack:
             for name, block in blocks.items():
@@ -162,20 +162,20 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
             yield
 
     def finish(self) -> None:
-        """Close the last segment; what is still live counts as a temporary unless it was saved."""
+        """Close the last segment; a storage that is still live counts as a temporary unless it was saved."""
         self.log.close(self.live, self.live - self.copies)
         for storage in self._storages.values():
             self._temporary(storage)
 
     def put_back(self) -> None:
-        """Give the tensors from outside that the step overwrote what they held before."""
+        """Restore the tensors from outside the step that it overwrote."""
         with torch.no_grad():
             for tensor, before in self.overwritten.values():
                 tensor.copy_(before)
         self.overwritten.clear()
 
     def _note(self, tensor: torch.Tensor, *, counts: bool) -> bool:
-        """Follow the storages of `tensor` that are new, and say whether there were any."""
+        """Track the storages of `tensor` that are new, and return whether there are any."""
         new = False
         for part in compat.dense_parts(tensor):
             storage = part.untyped_storage()
@@ -188,7 +188,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         return new
 
     def _known(self, tensor: torch.Tensor) -> list[_Storage]:
-        """What is known of the storages of `tensor`."""
+        """Return the records of the storages of `tensor`."""
         return [self._storages[key] for key in storage_keys(tensor) if key in self._storages]
 
     def _mark_copy(self, tensor: torch.Tensor) -> None:
@@ -224,7 +224,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
                     segment = self.log.current()
                     segment.saved += storage.bytes
                     segment.saved_copies += storage.bytes if storage.copied else 0
-        # Not the tensor itself: an operation's own output would then keep the node alive that keeps the output.
+        # Detached, since an operation's own output and its node would otherwise keep each other alive.
         return tensor.detach()
 
     def _enter(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
@@ -249,12 +249,12 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         return self._value if found is None else found
 
     def _faked(self, tree: Any) -> Any:
-        """`tree` with fakes in place of the tensors from outside."""
+        """Replace the tensors from outside the step in `tree` by fakes."""
         if isinstance(tree, torch.Tensor):
             if compat.is_fake(tree):
                 return tree
             if id(tree) not in self._outside:
-                # The original is kept beside its fake, so that its id stays its own.
+                # The original is kept beside its fake, so that its id is not reused.
                 self._outside[id(tree)] = (tree, self._to_fake(tree))  # type: ignore[misc]
             return self._outside[id(tree)][1]
         if isinstance(tree, (list, tuple)):
@@ -264,7 +264,7 @@ class Tracker(compat.DispatchMode):  # type: ignore[no-untyped-call]
         return tree
 
     def _keep_originals(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Copy what an operation is about to overwrite of the tensors that the step did not make, once each."""
+        """Copy the tensors from outside the step that an operation is about to overwrite, once each."""
         changing = _tensors(written(func, args, kwargs))
         for tensor in (part for one in changing for part in compat.dense_parts(one)):
             key = id(tensor.untyped_storage())
@@ -278,12 +278,12 @@ _mutated_arguments = functools.cache(compat.mutated_arguments)
 
 
 def writes(func: Any) -> bool:
-    """Whether `func`, an operator, writes into what it is given."""
+    """Whether `func`, an operator, writes into its arguments."""
     return bool(_mutated_arguments(func))
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What a call of `func` writes into."""
+    """Return the arguments that a call of `func` writes into."""
     return [
         args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
         for place in _mutated_arguments(func)
@@ -295,7 +295,7 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples, dicts and plain objects' fields."""
+    """Yield the tensors in nested lists, tuples and mappings."""
     if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
@@ -307,10 +307,10 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def read_number(func: Any, tensor: torch.Tensor) -> Any:
-    """The number that `func` reads off a fake; None where it has none and any floating one may stand for it.
+    """Return the number that `func` reads off a fake; None for a floating-point fake without a value.
 
     Raises:
-        Exception: it has none, and others cannot.
+        Exception: the fake has no value and is not floating-point, so that no other number can replace it.
     """
     try:
         return func(tensor)
@@ -321,7 +321,7 @@ def read_number(func: Any, tensor: torch.Tensor) -> Any:
 
 
 class MadeUpNumbers(compat.DispatchMode):  # type: ignore[no-untyped-call]
-    """Within, code that reads floating numbers off fakes reads ones."""
+    """Mode in which code that reads numbers off floating-point fakes reads 1.0."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -334,10 +334,10 @@ class MadeUpNumbers(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class FlopsOf(compat.DispatchMode):  # type: ignore[no-untyped-call]
-    """Counts floating-point operations of whatever runs under it, and nothing else.
+    """Counts the floating-point operations of whatever runs under it, and nothing else.
 
     Attributes:
-        flops: so far.
+        flops: the count so far.
     """
 
     def __init__(self) -> None:
@@ -351,7 +351,7 @@ class FlopsOf(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def is_product(func: Any) -> bool:
-    """Whether `func` is a matrix product, a convolution, attention, or what else has FLOPs that count."""
+    """Whether `func` is a matrix product, a convolution, attention, or another operator whose FLOPs are counted."""
     packet = getattr(func, "overloadpacket", None)
     return packet in _OUR_FLOPS or packet in flop_registry
 
@@ -373,8 +373,9 @@ def _attention_backward_flops(args: Any) -> int:
 
 
 def _attention_shapes(query: torch.Tensor, *keys_and_values: torch.Tensor) -> Iterator[tuple[int, ...]]:
-    """Every query head computes with a head of keys and values, also where several share one: torch 2.11 refuses to
-    count these.
+    """Yield the shapes with as many heads of keys and values as of queries.
+
+    Several query heads may share a head of keys and values, which torch 2.11 refuses to count.
     """
     yield tuple(query.shape)
     for shared in keys_and_values:
@@ -382,7 +383,7 @@ def _attention_shapes(query: torch.Tensor, *keys_and_values: torch.Tensor) -> It
 
 
 def _recurrent_flops(args: Any) -> int:
-    """One layer in one direction: at each place in time the input and the state meet a matrix each."""
+    """Count one layer in one direction: at each time step, input and state are each multiplied by a matrix."""
     places = args[0].numel() // args[0].shape[-1]
     return int(2 * places * (args[1].numel() + args[2].numel()))
 
@@ -392,7 +393,7 @@ def _recurrent_backward_flops(args: Any) -> int:
 
 
 _ATTENTION = ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu")
-# Attention with shared heads, and what torch's registry has not: the CPU's attention, recurrent kernels.
+# Attention with shared heads, and what torch's registry lacks: the CPU's attention, recurrent kernels.
 _OUR_FLOPS: dict[Any, Callable[[Any], int]] = {
     **{getattr(_aten, f"_scaled_dot_product_{name}"): _attention_flops for name in _ATTENTION},
     **{getattr(_aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops for name in _ATTENTION},

@@ -1,4 +1,4 @@
-"""Workload and its parts: the nouns that the tracer fills and the planner reads. Frozen, and JSON in and out."""
+"""Workload and its parts: the frozen data classes that the tracer fills and the planner reads, with JSON support."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _COMMUNICATED = ("forward_reduced", "backward_reduced", "forward_halves", "backward_halves")
-# Tensors that an allocator may map afresh each time they are made.
+# From this size on, an allocator may map memory afresh each time a tensor is made.
 LARGE_BYTES = 2**20
 
 
@@ -26,14 +26,14 @@ class Parameter:
     Attributes:
         name: its first name in `named_parameters`.
         shape: its full shape.
-        dtype: of its elements, as torch names it: `"float32"`.
-        bytes: of the full parameter.
+        dtype: dtype of its elements, as torch names it: `"float32"`.
+        bytes: bytes of the unsharded parameter.
         trainable: `requires_grad`.
         used: it received a gradient in the trace; False throughout in evaluation.
-        block: name of the repeated block whose FSDP group owns it, or of the one of `Workload.wraps`; None for the root
-            group.
+        block: name of the repeated block, or the module of `Workload.wraps`, whose FSDP group owns it; None for the
+            root group.
         aliases: its other names.
-        embedding: it is the table of an embedding.
+        embedding: whether it is the table of an embedding.
     """
 
     name: str
@@ -54,38 +54,38 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """One stretch of the step, in executed order: a run of a repeated block, or what lies between two.
+    """One section of the step, in executed order: a run of a repeated block, or the operations between two blocks.
 
     Live bytes are activations and temporaries. Parameters, buffers, the batch and accumulated gradients are left out; a
     gradient counts until it is in `.grad`. The backward of a segment is that of the autograd nodes its forward made.
 
     Attributes:
-        block: name of the block, or of one of `Workload.wraps`; None for what lies between. A block run twice appears
-            twice.
+        block: name of the block, or of a module of `Workload.wraps`; None for the operations between them. A block that
+            runs twice appears twice.
         forward_flops: floating-point operations of matrix products and convolutions.
         backward_flops: the same in backward.
-        forward_moved_bytes: what the operations read and write.
+        forward_moved_bytes: bytes that the operations read and write.
         backward_moved_bytes: the same in backward.
-        forward_large_bytes: of the tensors that operations make, those of `LARGE_BYTES` or more.
+        forward_large_bytes: bytes of the tensors of `LARGE_BYTES` or more that operations make.
         backward_large_bytes: the same in backward.
-        input_bytes: activations entering the block that entered none before: what recomputation keeps; 0 for a rest.
-        saved_bytes: first saved for backward here; each storage once, parameters, buffers and the batch left out.
-        forward_entry_bytes: live when the forward enters.
-        forward_peak_bytes: live at the worst moment inside.
-        forward_exit_bytes: live when the forward leaves.
-        backward_entry_bytes: live when the backward enters.
-        backward_peak_bytes: live at the worst moment inside.
-        backward_exit_bytes: live when the backward leaves.
-        saved_copy_bytes: part of `saved_bytes` that are copies which casts made of the matrices that blocks own; FSDP
-            gathers these in the type of compute and makes no copies.
-        forward_copy_bytes: what such copies, of all segments, add to `forward_peak_bytes`.
-        backward_copy_bytes: what they add to `backward_peak_bytes`.
-        moved_copy_bytes: part of `forward_moved_bytes` that those casts read and write.
-        product_bytes: results of matrix products, convolutions and attention in the forward.
-        moved_product_bytes: part of `forward_moved_bytes` that these read and write.
-        backward_gradient_bytes: of the gradients that its backward makes, those that are there at the worst moment of
-            it, beside `backward_peak_bytes`, which has gradients until they are made; None where that is not known.
-        completed: names of the parameters whose gradient is there when its backward leaves, and not before.
+        input_bytes: activations that enter the block and none before: what recomputation keeps; 0 outside of blocks.
+        saved_bytes: bytes first saved for backward here; each storage once, without parameters, buffers and the batch.
+        forward_entry_bytes: live bytes when the forward begins.
+        forward_peak_bytes: peak live bytes of the forward.
+        forward_exit_bytes: live bytes when the forward ends.
+        backward_entry_bytes: live bytes when the backward begins.
+        backward_peak_bytes: peak live bytes of the backward.
+        backward_exit_bytes: live bytes when the backward ends.
+        saved_copy_bytes: the part of `saved_bytes` in copies that casts make of the matrices that blocks own; FSDP
+            all-gathers these in the compute dtype and makes no copies.
+        forward_copy_bytes: bytes that such copies, of all segments, add to `forward_peak_bytes`.
+        backward_copy_bytes: bytes that they add to `backward_peak_bytes`.
+        moved_copy_bytes: the part of `forward_moved_bytes` that those casts read and write.
+        product_bytes: bytes of the results of matrix products, convolutions and attention in the forward.
+        moved_product_bytes: the part of `forward_moved_bytes` that these read and write.
+        backward_gradient_bytes: bytes that finished gradients of its backward add to `backward_peak_bytes`, which
+            counts a gradient only until it is in `.grad`; None if not known.
+        completed: names of the parameters whose gradient is finished during its backward.
     """
 
     block: str | None
@@ -118,11 +118,12 @@ class Step:
     """One traced step in one precision.
 
     Attributes:
-        precision: Lightning's name of it, as a Plan has it.
-        segments: in executed order.
-        largest_temporary_bytes: largest single storage that an operation made and that was not saved for backward.
-        loss_peak_bytes: live bytes at the worst moment of what follows the last block (logits, loss), either direction.
-        output_bytes: of the tensors that the step returned.
+        precision: Lightning's name of the precision, as a Plan has it.
+        segments: the segments in executed order.
+        largest_temporary_bytes: bytes of the largest single storage that an operation made and did not save for
+            backward.
+        loss_peak_bytes: peak live bytes of what follows the last block (logits, loss), in either direction.
+        output_bytes: bytes of the tensors that the step returned.
     """
 
     precision: str
@@ -133,7 +134,7 @@ class Step:
 
     @property
     def saved_bytes(self) -> int:
-        """Saved for backward by all segments, bytes."""
+        """Bytes that all segments save for backward."""
         return sum(segment.saved_bytes for segment in self.segments)
 
     @property
@@ -148,23 +149,23 @@ class Step:
 
     @property
     def peak_bytes(self) -> int:
-        """Live bytes at the worst moment of the step."""
+        """Peak live bytes of the step."""
         return max((max(s.forward_peak_bytes, s.backward_peak_bytes) for s in self.segments), default=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerNeeds:
-    """What one optimizer of the module keeps, and takes for a while in `step()`.
+    """The state that one optimizer of the module keeps, and the temporaries of its `step()`.
 
     Attributes:
-        class_name: of the optimizer.
-        state_bytes: by name of the parameter it updates, unsharded.
+        class_name: name of the optimizer's class.
+        state_bytes: bytes of the unsharded optimizer state, by name of the parameter.
         step_temporary_largest: peak temporaries of `step()` as a multiple of the largest trainable parameter's bytes.
         step_temporary_total: the same as a multiple of all trainable bytes; one of the two is 0.
-        moved_bytes: what the operations of one `step()` read and write.
-        unpaged_bytes: of `state_bytes`, those of tensors of another shape than the parameter's, as of its rows: pages
-            have none of them.
-        divisible: a step on some elements of a parameter is that on all of it, as far as they go.
+        moved_bytes: bytes that the operations of one `step()` read and write.
+        unpaged_bytes: the part of `state_bytes` in tensors that do not have the parameter's shape, such as one value a
+            row; it is not paged.
+        divisible: whether a step on some elements of a parameter updates them as a step on all elements does.
     """
 
     class_name: str
@@ -178,18 +179,18 @@ class OptimizerNeeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divided:
-    """How the parameters of a block are divided among the ranks of tensor parallelism.
+    """How the parameters of a block are sharded among the ranks of tensor parallelism.
 
     Attributes:
-        parts: by a parameter's name in the block, how it is divided; others stay whole.
-        whole: by its name, why a matrix stays whole.
-        saved_share: of what the forward saves for backward, what it saves when divided, on one rank.
-        flops_share: of the floating-point operations of its forward, those of one rank.
-        forward_reduced: bytes of each tensor that is summed over the ranks in forward.
+        parts: the sharding of each sharded parameter, by its name in the block; other parameters stay replicated.
+        whole: by name, the reason why a matrix stays replicated.
+        saved_share: bytes that one rank saves for backward, as a share of those of the unsharded forward.
+        flops_share: floating-point operations of one rank's forward, as a share of those of the unsharded forward.
+        forward_reduced: bytes of each tensor that is all-reduced in forward.
         backward_reduced: the same in backward.
-        forward_halves: bytes of each tensor that is gathered from the ranks in forward, or summed to parts of it.
+        forward_halves: bytes of each unsharded tensor that is all-gathered or reduce-scattered in forward.
         backward_halves: the same in backward.
-        sequence: what it costs where ranks share the sequence between the matrices; None where they cannot.
+        sequence: the costs if the ranks share the sequence between the matrices; None if they cannot.
     """
 
     parts: Mapping[str, Part] = field(default_factory=dict)
@@ -203,7 +204,7 @@ class Divided:
     sequence: Divided | None = None
 
     def scaled(self, share: float) -> Divided:
-        """The same for `share` times the samples."""
+        """Return the division for `share` times the samples."""
         scaled: dict[str, Any] = {
             name: tuple(round(size * share) for size in getattr(self, name)) for name in _COMMUNICATED
         }
@@ -213,24 +214,24 @@ class Divided:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What one step of a module needs on one device, and what its structure permits.
+    """The resources that one step of a module needs on one device, and the sharding that its structure permits.
 
     Attributes:
-        name: of the module's class.
-        parameters: each once.
-        buffer_bytes: of all buffers.
-        optimizers: those of `configure_optimizers`, in its order; empty outside fit.
-        steps: by precision.
+        name: name of the module's class.
+        parameters: the parameters, each once.
+        buffer_bytes: bytes of all buffers.
+        optimizers: the needs of the optimizers of `configure_optimizers`, in its order; empty outside fit.
+        steps: the traced step by precision.
         batch_samples: samples in the traced batch.
-        batch_bytes: of its tensors.
+        batch_bytes: bytes of the tensors of the traced batch.
         blocks: names of the repeated blocks.
-        wraps: names of modules outside of them that are large and whose parameters nothing else reads in the step.
-        divisions: by a number of ranks of tensor parallelism, what these divide of each block, by its name; "" is what
-            lies outside of blocks.
+        wraps: names of large modules outside of blocks whose parameters no other module reads in the step.
+        divisions: by number of tensor-parallel ranks, how these shard each block, by its name; "" is what lies outside
+            of blocks.
         stage: "fit", "validate", "test" or "predict".
-        branches: the step reads numbers off tensors, so that ranks may run different modules.
-        whole: why parameters can be neither sharded nor offloaded, and what to do; empty where they can.
-        approximate: why the numbers are not exact, a sentence each; empty when they are.
+        branches: whether the step reads numbers off tensors, so that ranks may run different modules.
+        whole: why parameters can be neither sharded nor offloaded, and a remedy; empty if they can.
+        approximate: why the numbers are not exact, a sentence each; empty if they are exact.
     """
 
     name: str
@@ -275,26 +276,26 @@ class Workload:
         device_type: str = "cpu",
         tp_sizes: Sequence[int] = (),
     ) -> Workload:
-        """Run one step of `module` on fake tensors and note what it needs; nothing is allocated, the module stays.
+        """Run one step of `module` on fake tensors, which allocate nothing, and record its needs; `module` is kept.
 
         Args:
-            module: a LightningModule, or any module: then its forward, the loss being the sum of its floating outputs.
-            batch: what the step receives, on the CPU; any nesting of tensors. None: only the parameters are looked at.
+            module: a LightningModule, or any module: then its forward, with the sum of its floating outputs as loss.
+            batch: the input of the step, on the CPU; any nesting of tensors. If None, only the parameters are used.
             step: "training_step", "validation_step", "test_step", "predict_step", or "forward": forward and backward.
-            precisions: to trace, Lightning's names, as a Plan has them; "bf16-true", "16-true" and "64-true" take a
-                module that has been converted.
-            batch_idx: given to the step.
-            device_type: whose kernels and optimizer defaults count: "cpu" or "cuda".
-            tp_sizes: numbers of ranks to look for what tensor parallelism may divide among.
+            precisions: precisions to trace, by Lightning's names, as a Plan has them; "bf16-true", "16-true" and
+                "64-true" require a converted module.
+            batch_idx: the batch index passed to the step.
+            device_type: the device whose kernels and optimizer defaults count: "cpu" or "cuda".
+            tp_sizes: numbers of tensor-parallel ranks for which to find what can be sharded.
 
         Returns:
-            The workload. Where the step cannot run on fakes it is that of a real step on one sample and on two, drawn
-            out to the batch; a precision in which it cannot run at all is left out of `steps` where it can in another;
-            failing all, an estimate from the parameters. `approximate` says which and why.
+            The workload. If the step cannot run on fakes, it is extrapolated from a real step on one sample and on two.
+            If the step can run in some precisions only, the others are left out of `steps`; if in none, the workload is
+            estimated from the parameters. `approximate` says which applies and why.
 
         Raises:
-            PlanError: `step` or a precision is not of those above, there is no precision, the module is not
-                converted to it, or a parameter of a lazy module has no shape yet.
+            PlanError: `step` or a precision is not one of those above, `precisions` is empty, the module is not
+                converted to a precision, or a parameter or buffer of a lazy module has no shape yet.
         """
         from lightning_largescale.workload.trace import trace_workload
 
@@ -309,7 +310,7 @@ class Workload:
         )
 
     def with_batch(self, samples: int) -> Workload:
-        """The same step with `samples` samples: live and saved bytes, FLOPs and the batch grow in proportion."""
+        """Scale the step to `samples` samples: live and saved bytes, FLOPs and the batch grow in proportion."""
         share = samples / max(1, self.batch_samples)
         return dataclasses.replace(
             self,
@@ -323,7 +324,7 @@ class Workload:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and text, for JSON."""
+        """Return the workload as plain dicts, lists, numbers and text, for JSON."""
         fields = dataclasses.asdict(self)
         for blocks in fields["divisions"].values():
             for found in blocks.values():
@@ -332,7 +333,7 @@ class Workload:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Workload:
-        """The workload that `to_dict` gave, also after a round trip through JSON.
+        """Rebuild the workload from the result of `to_dict`, also after a round trip through JSON.
 
         Raises:
             PlanError: a field is missing, unknown, or not of the accepted type.
@@ -341,7 +342,7 @@ class Workload:
 
 
 def _forget_origins(found: dict[str, Any]) -> None:
-    """Leave out of a division what only a search for it needs, and no JSON has."""
+    """Remove the origins of a division, which only the search for it needs and JSON cannot represent."""
     for part in found["parts"].values():
         del part["origins"]
     if found["sequence"] is not None:
@@ -349,17 +350,19 @@ def _forget_origins(found: dict[str, Any]) -> None:
 
 
 def only_blocks(step: Step, names: Collection[str]) -> Step:
-    """`step` with segments of the blocks in `names` only; what others ran lies between these."""
+    """Keep the block names of `step` that are in `names`; other segments become segments outside of blocks."""
     segments = (s if s.block in names else dataclasses.replace(s, block=None) for s in step.segments)
     return dataclasses.replace(step, segments=tuple(segments))
 
 
 def combine_steps(steps: Sequence[Step], rule: Callable[..., float]) -> Step:
-    """The step whose every number is `rule` of those numbers of `steps`, rounded, never below 0.
+    """Combine `steps` number by number: each is `rule` of the numbers of `steps`, rounded, never below 0.
+
+    `backward_gradient_bytes` and `completed` are those of the first step.
 
     Args:
-        steps: with the same segments.
-        rule: takes one number of each step.
+        steps: the steps, which have the same segments.
+        rule: combines one number of each step.
     """
     segments = [
         dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Functions of torch on parts of tensors: what tensor parallelism computes, and what is looked at to find it."""
+"""Functions of torch on tensor-parallel shards: used to run tensor parallelism, and to find what can be sharded."""
 
 from lightning_largescale.workload.parts.engine import (
     SEQUENCE,

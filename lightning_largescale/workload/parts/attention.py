@@ -1,4 +1,4 @@
-"""Attention: heads, and batches, are computed each by itself."""
+"""Rules of attention: heads and samples are computed independently, so either can be sharded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEADS = -3  # of queries, keys and values, counted from the last dimension
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function."""
+    """Return the rules by function."""
     return {F.scaled_dot_product_attention: _attention, F.multi_head_attention_forward: _multi_head}
 
 
@@ -68,7 +68,7 @@ def _attention(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
     elif key.shape[from_last] == value.shape[from_last] == heads.size:
         key, value = (fitted(engine, one, heads, from_last) for one in (key, value))
     elif from_last == _HEADS and given.get("enable_gqa") and of_key is of_value is None:
-        # Fewer than there are ranks: each takes those that its queries look at.
+        # Too few heads to shard: each rank takes those that its queries attend to.
         key, value = (_looked_at(engine, one, heads) for one in (key, value))
         given["enable_gqa"] = False
     else:
@@ -80,7 +80,7 @@ def _attention(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
 
 
 def _looked_at(engine: OnParts, whole: Tensor, heads: Part) -> Tensor:
-    """Of keys or values with all their heads, the one that each of this rank's query heads looks at."""
+    """Select from all heads of keys or values the one that each of this rank's query heads attends to."""
     start, length = share(heads.size, engine.ranks.rank, engine.ranks.size)
     each = heads.size // whole.shape[_HEADS]
     index = torch.arange(start, start + length, device=whole.device) // each
@@ -88,7 +88,7 @@ def _looked_at(engine: OnParts, whole: Tensor, heads: Part) -> Tensor:
 
 
 def _multi_head(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The attention of `nn.MultiheadAttention`, taken apart into functions that have rules."""
+    """Compute the attention of `nn.MultiheadAttention` by functions that have rules."""
     bound = _MULTI_HEAD.bind(*args, **kwargs)
     bound.apply_defaults()
     given = SimpleNamespace(**bound.arguments)
@@ -97,7 +97,7 @@ def _multi_head(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], 
         return NotImplemented
     width = given.embed_dim_to_check
     if not given.use_separate_proj_weight:
-        # q, k and v side by side.
+        # One matrix holds q, k and v side by side.
         given.in_proj_weight, given.in_proj_bias = engine.offered(
             given.in_proj_weight, given.in_proj_bias, Part(0, (width,) * 3)
         )
@@ -105,7 +105,7 @@ def _multi_head(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], 
         output, weights = _attended(given)
     if weights is None:
         return output, None
-    # By rule it would be gathered first.
+    # Without this, the mean over heads would all-gather the weights first.
     if given.average_attn_weights:
         weights = _averaged(engine, weights)
     batched = given.query.dim() == 3
@@ -119,7 +119,7 @@ def _attended(given: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
     batched = given.query.dim() == 3
     query, key, value = (one if batched else one.unsqueeze(1) for one in (given.query, given.key, given.value))
     projected = _projected(given, query, key, value)
-    # Places, samples, heads, width of a head -> samples, heads, places, width of a head.
+    # (positions, samples, heads, head width) -> (samples, heads, positions, head width).
     q, k, v = (one.view(*one.shape[:2], given.num_heads, -1).permute(1, 2, 0, 3) for one in projected)
     mask = _mask(given, q, k.shape[-2])
     dropout = given.dropout_p if given.training else 0.0
@@ -147,7 +147,7 @@ def _projected(given: SimpleNamespace, query: Tensor, key: Tensor, value: Tensor
 
 
 def _mask(given: SimpleNamespace, query: Tensor, places: int) -> Tensor | None:
-    """What is added to the scores: of the places that may not be looked at, minus infinity."""
+    """Return the mask to add to the scores: minus infinity at masked positions; None without masks."""
     samples, heads, length, _ = query.shape
     masks = []
     if given.attn_mask is not None:

@@ -1,14 +1,14 @@
-"""OnParts: torch's functions on parts of tensors, each rank computing its part of the result.
+"""OnParts: torch's functions on tensor-parallel shards; each rank computes its shard of the result.
 
-Tensors are local and plain; one that is a part is marked so. A function that takes a marked one is computed by its
-rule, which knows of what the result is a part; their sizes are those of the whole, so that code which views a tensor
-with a number of heads written into it means what it meant. What no rule knows is gathered and computed whole, on every
-rank: slower, and right. The code that runs needs to know nothing of it, nor need its control flow be known; but what is
-no function of torch, as an autograd function or a recomputation of the code's own, goes by it, and is looked for when
-it is decided what is divided.
+Tensors are local and plain; a shard is marked as such. A function that receives a marked tensor is computed by its
+rule, which determines how the result is sharded. Marked tensors report their global sizes, so that code with a
+hard-coded number of heads keeps its meaning. Where no rule applies, shards are all-gathered and every rank computes the
+full function: slower, but right. The code that runs need not be changed, nor its control flow be known. But what is not
+a function of torch, such as the code's own autograd function or recomputation, bypasses the rules; the search for what
+can be sharded detects it.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (its operators f and g are `enter` and `reduce`); Xu et al. 2021,
-    "GSPMD", section 3.3 (propagation of divisions).
+    "GSPMD", section 3.3 (propagation of shardings).
 """
 
 from __future__ import annotations
@@ -29,70 +29,70 @@ from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.parts.part import Part, as_part, cut, part_of
 
-# What computes a function on parts: the engine, the function and its arguments; NotImplemented where it cannot.
+# Computes a function on shards, from the engine, the function and its arguments; returns NotImplemented if it cannot.
 Rule = Callable[["OnParts", Callable[..., Any], Sequence[Any], dict[str, Any]], Any]
 
 
-# The origin of the division of a sequence.
+# The origin of a sequence sharding.
 SEQUENCE = frozenset(["the sequence"])
 
 
 class Ranks(Protocol):
-    """The ranks among which tensors are divided, and how they communicate; results are differentiable.
+    """The ranks among which tensors are sharded, and their collectives; results are differentiable.
 
     Attributes:
-        size: how many.
-        rank: which of them this process is.
+        size: the number of ranks.
+        rank: the rank of this process.
     """
 
     size: int
     rank: int
 
     def enter(self, tensor: Tensor) -> Tensor:
-        """`tensor`, whole, for each rank to compute a part with: gradients, each rank's of its part, are added up."""
+        """Return the replicated `tensor` for each rank to compute its shard with; the gradient is all-reduced."""
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's `tensor`, which is used by nothing else; the gradient is that of the sum."""
+        """All-reduce `tensor`, which nothing else uses; the gradient is that of the sum."""
 
     def own(self, whole: Tensor, part: Part) -> Tensor:
-        """This rank's part of `whole`, which all ranks have made alike; the gradient is gathered."""
+        """Return this rank's shard of `whole`, which is equal on all ranks; the gradient is all-gathered."""
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
-        """The whole of `local`, for every rank to compute the same with: each takes its part of the gradient."""
+        """All-gather `local` for all ranks to compute the same; each takes its shard of the gradient."""
 
     def gather_entering(self, local: Tensor, part: Part) -> Tensor:
-        """The whole of `local`, for each rank to compute a part with: gradients are added up, each taking its part."""
+        """All-gather `local` for each rank to compute its shard with; the gradient is reduce-scattered."""
 
     def reduce_to_part(self, tensor: Tensor, part: Part) -> Tensor:
-        """This rank's part of the sum of every rank's `tensor`; the gradient is gathered."""
+        """Reduce-scatter `tensor`; the gradient is all-gathered."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's `tensor`, of which no gradient is taken."""
+        """All-reduce `tensor` by sum, without a gradient."""
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """The largest of every rank's `tensor`, element by element, of which no gradient is taken."""
+        """All-reduce `tensor` by elementwise maximum, without a gradient."""
 
     def check(self, condition: Tensor, message: str) -> None:
-        """Make sure that `condition`, of one element, is true."""
+        """Check that `condition`, a tensor of one element, is true."""
 
     def own_random(self, device: torch.device) -> AbstractContextManager[None]:
-        """Within, random numbers are other ones on each rank; afterwards they go on equal."""
+        """Context in which random numbers differ between ranks; after it they are equal again."""
 
 
 class Shapes:
-    """Ranks that are not there: what communication returns has the right shape.
+    """Simulated ranks: collectives return tensors of the right shape, and their bytes are recorded.
 
     Args:
-        size: how many they would be.
+        size: the number of ranks.
 
     Attributes:
-        size: as given.
-        rank: the first.
-        forward: bytes of each tensor that was summed over the ranks.
-        backward: the same of what a backward would sum.
-        forward_halves: bytes of each tensor that was gathered, or summed in parts, which is half of a sum.
-        backward_halves: the same of what a backward would.
-        kept: bytes of the parts that are kept to be gathered again.
+        size: the number of ranks.
+        rank: 0.
+        forward: bytes of each all-reduced tensor.
+        backward: bytes of each tensor that backward would all-reduce.
+        forward_halves: bytes of each unsharded tensor of an all-gather or reduce-scatter, half of an all-reduce each.
+        backward_halves: the same for backward.
+        kept: bytes of the shards that are saved to be all-gathered again.
     """
 
     def __init__(self, size: int) -> None:
@@ -104,22 +104,22 @@ class Shapes:
         self.kept = 0
 
     def enter(self, tensor: Tensor) -> Tensor:
-        """`tensor`."""
+        """Return `tensor` and record its bytes."""
         self.backward.append(tensor.nbytes)
         return tensor
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """`tensor`."""
+        """Return `tensor` and record its bytes."""
         self.forward.append(tensor.nbytes)
         return tensor
 
     def own(self, whole: Tensor, part: Part) -> Tensor:
-        """A tensor of the part's shape."""
+        """Return a tensor of the shard's shape."""
         self.backward_halves.append(whole.nbytes)
         return cut(whole, part, self.rank, self.size).clone()
 
     def gather(self, local: Tensor, part: Part) -> Tensor:
-        """A tensor of the whole's shape."""
+        """Return a tensor of the unsharded shape."""
         shape = [part.size if dim == part.dim else size for dim, size in enumerate(local.shape)]
         whole = local.new_empty(shape)
         if local.is_floating_point():
@@ -128,61 +128,61 @@ class Shapes:
         return whole
 
     def gather_entering(self, local: Tensor, part: Part) -> Tensor:
-        """A tensor of the whole's shape."""
-        # Gathered once more in backward, where the gradient is summed to parts.
+        """Return a tensor of the unsharded shape."""
+        # Backward all-gathers once more, and reduce-scatters the gradient.
         self.backward_halves += [local.nbytes * self.size] * 2
         self.kept += local.nbytes
         return self.gather(local, part)
 
     def reduce_to_part(self, tensor: Tensor, part: Part) -> Tensor:
-        """A tensor of the part's shape."""
+        """Return a tensor of the shard's shape."""
         self.forward_halves.append(tensor.nbytes)
         self.backward_halves.append(tensor.nbytes)
         return cut(tensor, part, self.rank, self.size).clone()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor`."""
+        """Return `tensor` and record its bytes."""
         self.forward.append(tensor.nbytes)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """`tensor`."""
+        """Return `tensor` and record its bytes."""
         self.forward.append(tensor.nbytes)
         return tensor
 
     def check(self, condition: Tensor, message: str) -> None:
-        """Nothing, since there are no values."""
+        """Do nothing, since there are no values."""
 
     def own_random(self, device: torch.device) -> AbstractContextManager[None]:
-        """No context."""
+        """Return a null context."""
         return nullcontext()
 
 
 class CannotDivideError(RuntimeError):
-    """A function would write into a part what is not its part."""
+    """A function would write into a shard what is not its shard."""
 
 
 class OnParts(TorchFunctionMode):
-    """Within, functions take parts of tensors; the module's docstring says how.
+    """Mode in which functions of torch accept shards; see the module's docstring.
 
     Args:
-        ranks: among which tensors are divided.
+        ranks: the ranks among which tensors are sharded.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         super().__init__()
         self.ranks = ranks
-        # The length of a sequence along which whole results of products are divided, where the ranks share it.
+        # The length of the sequence, if the ranks share it: summed results of products are then sharded along it.
         self.sequence: int | None = None
         self._gathered: _Gathered | None = None
-        # Whole tensors that parts were computed with, as they were (version, whether gradients were recorded), and what
-        # stands for them there: their gradients are added up over the ranks once, for all that is computed with them.
+        # Replicated tensors that shards were computed with, their state then (version, whether gradients were
+        # recorded), and the result of `enter`: the gradient is all-reduced once, for all that is computed with it.
         self._entered: MutableMapping[Tensor, tuple[tuple[int, bool], Tensor]] = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`."""
+        """Call `func` by its rule if an argument is a shard."""
         kwargs = kwargs or {}
         if not any_part(args) and not any_part(kwargs.values()):
             return func(*args, **kwargs)
@@ -190,7 +190,7 @@ class OnParts(TorchFunctionMode):
         return self.computed_whole(func, args, kwargs) if result is NotImplemented else result
 
     def taken_apart(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What the rule of `func` makes of it; NotImplemented where there is none, or it cannot."""
+        """Return the result of the rule of `func`; NotImplemented if there is no rule, or it does not apply."""
         rule = _rules().get(func)
         if rule is None or kwargs.get("out") is not None:
             return NotImplemented
@@ -198,14 +198,14 @@ class OnParts(TorchFunctionMode):
         try:
             return rule(self, func, args, kwargs)
         except (IndexError, KeyError, TypeError):
-            # Arguments that the rule does not know, or the function neither, which then says so.
+            # The rule does not know these arguments. If the function does not either, it raises.
             return NotImplemented
 
     def computed_whole(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What `func` makes of whole tensors.
+        """Call `func` on all-gathered tensors.
 
         Raises:
-            CannotDivideError: it writes into one that is a part.
+            CannotDivideError: `func` writes into a shard.
         """
         if _writes(func, args, kwargs):
             raise CannotDivideError(f"{called(func)} writes into what is divided")
@@ -213,12 +213,12 @@ class OnParts(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """`tensor`, gathered where it is a part."""
+        """Return `tensor`, all-gathered if it is a shard."""
         part = part_of(tensor)
         return tensor if part is None else self.ranks.gather(tensor, part)
 
     def entered(self, whole: Tensor) -> Tensor:
-        """What stands for `whole` where parts are computed with it."""
+        """Return `whole` for computing with shards, passed through `enter` once if it requires a gradient."""
         if not (whole.requires_grad and torch.is_grad_enabled()):
             return whole
         as_it_is = compat.version(whole), True
@@ -228,14 +228,14 @@ class OnParts(TorchFunctionMode):
         return known[1]
 
     def gathered(self, local: Tensor, part: Part) -> Tensor:
-        """The whole of `local`, for each rank to compute a part with; use it in `saving_gathered`."""
+        """All-gather `local` for each rank to compute its shard with; use the result in `saving_gathered`."""
         last = self._gathered
         if last is None or last.given is not local or last.version != _version(local):
             self._gathered = last = _Gathered(self.ranks, local, part)
         return last.whole
 
     def saving_gathered(self, operand: Tensor) -> AbstractContextManager[Any]:
-        """Within, where `operand` is what `gathered` made last, its part is saved for backward, which gathers it again.
+        """Context that saves the shard of `operand`, if `gathered` made it last; backward all-gathers the shard again.
 
         Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
         """
@@ -245,7 +245,7 @@ class OnParts(TorchFunctionMode):
 
     @contextmanager
     def scope(self, sequence: int | None) -> Iterator[None]:
-        """Within, ranks share a sequence of this length, if it is one; what was entered and gathered ends with it."""
+        """Context in which ranks share a sequence of this length, if any, with its own entered and gathered tensors."""
         before = self._entered, self._gathered, self.sequence
         self._entered, self._gathered, self.sequence = WeakTensorKeyDictionary(), None, sequence
         try:
@@ -254,19 +254,20 @@ class OnParts(TorchFunctionMode):
             self._entered, self._gathered, self.sequence = before
 
     def own(self, whole: Tensor, part: Part) -> Tensor:
-        """This rank's part of `whole`, to be computed with."""
+        """Return this rank's shard of `whole`, to compute with."""
         return as_part(cut(self.entered(whole), part, self.ranks.rank, self.ranks.size), part)
 
     def offered(self, weight: Tensor, bias: Tensor | None, part: Part) -> tuple[Tensor, Tensor | None]:
-        """A matrix and its bias that may be divided as `part`: as they are, or divided."""
+        """Return a matrix and its bias, sharded as `part` or as they are; subclasses decide."""
         return weight, bias
 
     def separates(self, part: Part, sizes: Sequence[int]) -> None:
-        """Called where stretches of what is divided, of these sizes in their order, go different ways."""
+        """Hook called when sections of a sharded dimension, of these sizes in order, are used separately."""
 
     def reduced(self, partial: Tensor, operands: Sequence[Part]) -> Tensor:
-        """The sum of every rank's `partial`, a product contracted in what is divided of its `operands`; of a sequence
-        that the ranks share, this rank's part.
+        """All-reduce `partial`, a product contracted in the sharded dimension of its `operands`.
+
+        If the ranks share the sequence, reduce-scatter it along the sequence instead.
         """
         if self.sequence is not None and partial.dim() == 3 and partial.shape[1] == self.sequence:
             part = Part(1, (self.sequence,), SEQUENCE)
@@ -275,13 +276,13 @@ class OnParts(TorchFunctionMode):
 
 
 class _Gathered:
-    """What was gathered of a part, and how it is gathered again for backward."""
+    """The all-gathered tensor of a shard, and the means to all-gather it again for backward."""
 
     def __init__(self, ranks: Ranks, local: Tensor, part: Part) -> None:
         self.given, self.version = local, _version(local)
         kind = local.device.type
         if torch.is_autocast_enabled(kind) and local.is_floating_point():
-            # As products have it, or its cast would be saved beside it.
+            # Cast as products would cast it; otherwise the cast would be saved as well.
             local = local.to(torch.get_autocast_dtype(kind))
         self.whole = ranks.gather_entering(local, part)
         self._again = _Again(ranks, local.detach(), part)
@@ -294,12 +295,12 @@ class _Gathered:
 
 
 def _version(tensor: Tensor) -> int:
-    # Of what is computed in inference mode none is kept.
+    # Tensors made in inference mode have no version counter.
     return 0 if tensor.is_inference() else compat.version(tensor)
 
 
 class _Again:
-    """Gathers a part once more, once for all that want it at a time."""
+    """All-gathers a shard again; users at the same time share the result."""
 
     def __init__(self, ranks: Ranks, local: Tensor, part: Part) -> None:
         self._ranks, self._local, self._part = ranks, local, part
@@ -323,7 +324,7 @@ def _unpacked(packed: Any) -> Tensor:
 
 
 def sequence_in(args: Any, ranks: int) -> Tensor | None:
-    """The hidden states among the arguments of a block, whose second dimension `ranks` can share; None without such."""
+    """Return the hidden states among a block's arguments, if `ranks` can share their second dimension; else None."""
     for tensor in tensors_in(args):
         if tensor.is_floating_point() and tensor.dim() == 3:
             return tensor if tensor.shape[1] % ranks == 0 and part_of(tensor) is None else None
@@ -331,7 +332,7 @@ def sequence_in(args: Any, ranks: int) -> Tensor | None:
 
 
 def any_part(values: Any) -> bool:
-    """Whether one of `values`, or of lists and tuples in them, is a part."""
+    """Whether one of `values`, or of lists and tuples in them, is a shard."""
     for value in values:
         if isinstance(value, Tensor):
             if part_of(value) is not None:
@@ -342,7 +343,7 @@ def any_part(values: Any) -> bool:
 
 
 def _by_usual_names(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-    """Arguments whose first is in its place, and NumPy's names, which torch takes too, are torch's."""
+    """Make the first argument positional, and replace NumPy's argument names, which torch accepts, by torch's."""
     usual = {{"axis": "dim", "keepdims": "keepdim"}.get(name, name): value for name, value in kwargs.items()}
     if not args:
         first = next((name for name in ("input", "tensors", "condition") if name in usual), None)
@@ -352,12 +353,12 @@ def _by_usual_names(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequen
 
 
 def names(text: str) -> list[str]:
-    """The words of `text`."""
+    """Return the words of `text`."""
     return text.split()
 
 
 def called(func: Callable[..., Any]) -> str:
-    """The name of a function, as a person knows it."""
+    """Return the readable name of a function."""
     return getattr(func, "__name__", str(func))
 
 
@@ -382,7 +383,7 @@ _RULES: dict[Callable[..., Any], Rule] = {}
 
 def _rules() -> dict[Callable[..., Any], Rule]:
     if not _RULES:
-        # They import this module.
+        # The rules import this module.
         from lightning_largescale.workload.parts import rules
 
         _RULES.update(rules.all_rules())

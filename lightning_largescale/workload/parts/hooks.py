@@ -1,4 +1,4 @@
-"""Hooks on parts: code that asks for the gradient of a tensor is given that of the whole."""
+"""Rules of hooks on shards: code that asks for the gradient of a tensor receives the unsharded gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_largescale.workload.parts.part import cut, part_of
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function."""
+    """Return the rules by function."""
     return {torch.Tensor.register_hook: _register_hook, torch.Tensor._base.__get__: _base}  # type: ignore[union-attr]
 
 
@@ -22,7 +22,7 @@ def _register_hook(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
     tensor, hook = args
     part = part_of(tensor)
     if part is None or compat.is_of_sharding(hook):
-        # Of what gathers parameters for a backward: it passes the gradient on.
+        # FSDP2's hook, which unshards parameters for backward, returns the gradient unchanged.
         return func(tensor, hook)
     ranks = engine.ranks
 
@@ -33,6 +33,6 @@ def _register_hook(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
     return func(tensor, on_whole)
 
 
-# FSDP2 warns of outputs that are views.
+# FSDP2 reads `_base` to warn of outputs that are views.
 def _base(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return func(*args)

@@ -1,4 +1,4 @@
-"""Part: what of a tensor one rank of tensor parallelism holds."""
+"""Part: how a tensor is sharded among the ranks of tensor parallelism."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _ATTRIBUTE = "_largescale_part"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which part of a tensor a local tensor is.
+    """The sharding of which a local tensor is one rank's shard.
 
     Attributes:
-        dim: the dimension that is divided.
-        pieces: sizes of the stretches of that dimension which are divided each by itself, in elements of the whole
-            tensor: `(size,)`, or three of q, k and v side by side. A rank holds its share of each, side by side.
-        origins: names of the matrices that the division comes from, where they are looked for.
+        dim: the sharded dimension.
+        pieces: sizes of the sections of that dimension that are each sharded separately, in elements of the unsharded
+            tensor: `(size,)`, or three sections for q, k and v side by side. A rank holds its shards of all sections,
+            side by side.
+        origins: names of the matrices that the sharding comes from; filled only by the search for what can be sharded.
     """
 
     dim: int
@@ -29,37 +30,37 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Of the whole dimension."""
+        """Size of the unsharded dimension."""
         return sum(self.pieces)
 
     def at(self, dim: int) -> Part:
-        """The same division, of another dimension."""
+        """Return the same sharding of dimension `dim`."""
         return dataclasses.replace(self, dim=dim)
 
     def alike(self, other: Part) -> bool:
-        """Whether the dimensions are divided alike, whichever they are."""
+        """Whether both shard their dimension alike, whichever dimension that is."""
         return self.pieces == other.pieces
 
     def joined(self, other: Part) -> Part:
-        """The same division, coming from both."""
+        """Return the same sharding, with the origins of both."""
         return dataclasses.replace(self, origins=self.origins | other.origins)
 
 
 def part_of(tensor: object) -> Part | None:
-    """What `tensor` is a part of; None where it is whole, or no tensor."""
+    """Return the sharding of `tensor`; None if it is unsharded or not a tensor."""
     return getattr(tensor, _ATTRIBUTE, None)
 
 
 def as_part(local: Tensor, part: Part) -> Tensor:
-    """`local`, marked as the part that it is."""
+    """Mark `local` as a shard of `part`, and return it."""
     setattr(local, _ATTRIBUTE, part)
     return local
 
 
 def share(size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Start and length of what `rank` of `ranks` has of `size` elements: the first ranks have more where it is uneven.
+    """Return start and length of the shard of `rank` of `ranks` in `size` elements; uneven shards are larger first.
 
-    Source: torch.distributed.tensor.Shard, which divides as `torch.chunk` does.
+    Source: torch.distributed.tensor.Shard, which shards as `torch.chunk` does.
     """
     chunk = -(-size // ranks)
     start = min(rank * chunk, size)
@@ -67,7 +68,7 @@ def share(size: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def cut(whole: Tensor, part: Part, rank: int, ranks: int) -> Tensor:
-    """What `rank` of `ranks` has of `whole`; a view of it where `part` is of one piece."""
+    """Return the shard of `whole` on `rank` of `ranks`; a view if `part` has one section."""
     starts = itertools.accumulate(part.pieces[:-1], initial=0)
     shares = [(start, *share(size, rank, ranks)) for start, size in zip(starts, part.pieces, strict=True)]
     stretches = [whole.narrow(part.dim, start + offset, length) for start, offset, length in shares]
@@ -75,7 +76,7 @@ def cut(whole: Tensor, part: Part, rank: int, ranks: int) -> Tensor:
 
 
 def join(parts: list[Tensor], part: Part) -> Tensor:
-    """The whole tensor whose parts, those of all ranks in their order, are `parts`."""
+    """Return the unsharded tensor from `parts`, the shards of all ranks in order."""
     ranks = len(parts)
     by_rank = [
         torch.split(one, [share(size, rank, ranks)[1] for size in part.pieces], part.dim)
@@ -85,7 +86,7 @@ def join(parts: list[Tensor], part: Part) -> Tensor:
 
 
 def global_shape(local: Tensor) -> torch.Size:
-    """The shape of the whole tensor that `local` is, or is a part of."""
+    """Return the unsharded shape of `local`."""
     part = part_of(local)
     if part is None:
         return local.shape

@@ -1,4 +1,4 @@
-"""Functions of elements: each rank computes those that it has."""
+"""Rules of elementwise functions: each rank computes the elements of its shard."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ACTIVATIONS = names(
     softplus softshrink softsign tanh tanhshrink threshold
     """
 )
-# The other arguments of these say nothing of the elements.
+# Functions whose result is sharded as the first argument; the other arguments do not matter for it.
 _OF_THE_FIRST = names(
     """
     alias bfloat16 bool byte char clone contiguous cpu cuda detach detach_ double empty_like float half int long
@@ -50,7 +50,7 @@ _RANDOM = ("dropout", "dropout_", "rand_like", "randn_like")
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function."""
+    """Return the rules by function."""
     methods = [*_ARITHMETIC, *_OPERATORS, *(f"{name}_" for name in _ARITHMETIC)]
     places: list[tuple[Any, Sequence[str]]] = [(torch.Tensor, methods), (torch, [*methods, "dropout", "dropout_"])]
     places += [(F, [*_ACTIVATIONS, *(f"{name}_" for name in _ACTIVATIONS)]), (torch.special, _ARITHMETIC)]
@@ -64,17 +64,17 @@ def rules() -> dict[Callable[..., Any], Rule]:
 
 
 def _data(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The values, in which writes are counted, for those who take them from the part."""
+    """Return the values as `detach` does, so that writes into them increase the version counter."""
     return _of_the_first(engine, torch.Tensor.detach, args, kwargs)
 
 
 def _pointwise(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if called(func) == "where" and len(args) + len(kwargs) < 3:
-        return NotImplemented  # the places where it is true
+        return NotImplemented  # returns the indices where the condition is true
     tensors = tensors_in((tuple(args), kwargs))
     parts = [(part, tensor.dim()) for tensor in tensors if (part := part_of(tensor)) is not None]
     first, dims = parts[0]
-    # Counted from the last dimension, as operands of fewer dimensions are aligned.
+    # Dimensions are counted from the last, since broadcasting aligns operands there.
     from_last = first.dim - dims
     if any(part.dim - dims != from_last or not part.alike(first) for part, dims in parts):
         return NotImplemented
@@ -89,10 +89,10 @@ def _pointwise(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
 
 
 def fitted(engine: OnParts, tensor: Tensor, part: Part, from_last: int) -> Tensor:
-    """`tensor` as it is computed with beside one that is divided as `part`, in the dimension `from_last` of both.
+    """Return `tensor`, sharded to match a tensor that is sharded as `part` in the dimension `from_last` of both.
 
     Raises:
-        TypeError: it is divided otherwise.
+        TypeError: `tensor` is sharded otherwise.
     """
     own = part_of(tensor)
     if own is not None:

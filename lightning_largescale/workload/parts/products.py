@@ -1,10 +1,10 @@
-"""Products of matrices and of batches of them.
+"""Rules of products of matrices and of batches of them.
 
-A matrix divided by its outputs ("column") takes whole inputs and gives parts; one divided by its inputs ("row") takes
-these parts, and the sums over the ranks are whole.
+A column-wise sharded matrix takes unsharded inputs and gives shards. A row-wise sharded matrix takes these shards, and
+its results are all-reduced.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3; Korthikanti et al. 2022, "Reducing Activation Recomputation in
-    Large Transformer Models", section 4.2.2, where inputs are divided along the sequence.
+    Large Transformer Models", section 4.2.2, where inputs are sharded along the sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_largescale.workload.parts.pointwise import fitted
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function."""
+    """Return the rules by function."""
     places = (torch, torch.Tensor)
     found: dict[Callable[..., Any], Rule] = {
         getattr(place, name): _product for name in ("matmul", "mm", "bmm") for place in places
@@ -86,7 +86,7 @@ def _added(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwarg
 
 
 def _scaled(added: Tensor, beta: Any) -> Tensor | None:
-    """What is added; torch leaves out what it would add none of, whatever its values."""
+    """Return `added * beta`; None for a beta of 0, since torch then ignores `added`, whatever its values."""
     return added * beta if beta else None
 
 
@@ -102,13 +102,13 @@ def _multiplied(engine: OnParts, func: Callable[..., Any], left: Tensor, right: 
 
 
 def _added_up(engine: OnParts, result: Tensor, division: Part | list[Part], added: Tensor | None) -> Tensor:
-    """A product as the part that it is, or summed over the ranks, and what is added to it."""
+    """Mark a product as a shard, or sum it over the ranks, and add `added`."""
     result = engine.reduced(result, division) if isinstance(division, list) else as_part(result, division)
     if added is None:
         return result
     part = part_of(result)
     if torch.is_autocast_enabled(result.device.type):
-        # Which casts what is added to a product with it.
+        # Autocast casts the added tensor as it casts the product.
         added = added.to(result.dtype)
     if part is None:
         return result + added
@@ -118,9 +118,10 @@ def _added_up(engine: OnParts, result: Tensor, division: Part | list[Part], adde
 def _operands(
     engine: OnParts, left: Tensor, right: Tensor, left_part: Part | None, right_part: Part | None
 ) -> tuple[Tensor, Tensor, Part | list[Part]] | None:
-    """What to multiply, and of what the product is a part, or both divisions where it is to be summed; None: whole.
+    """Return the local operands and the sharding of their product, or both shardings if it has to be summed.
 
-    Dimensions of the right operand are given as those of a matrix whose rows are contracted.
+    None if the product has to be computed unsharded. Dimensions of the right operand are given as those of a matrix
+    whose rows are contracted.
     """
     dims = max(left.dim(), right.dim())
     one = None if left_part is None else left_part.dim - left.dim()
@@ -131,7 +132,7 @@ def _operands(
         if one == other and one is not None and one < -2 and left_part.alike(right_part):
             return left, right, left_part.joined(right_part).at(dims + one)
         if other == -1 and one != -1 and right.dim() == 2:
-            # Inputs divided along the sequence: every rank needs all for its columns.
+            # The input is sharded along the sequence: every rank needs all of it for its columns.
             return engine.gathered(left, left_part), right, right_part.at(dims - 1)
         return None
     if right_part is None:

@@ -1,4 +1,4 @@
-"""Functions along a dimension that is not the divided one: sums, softmax, norms."""
+"""Rules of functions along a dimension that is not sharded: sums, softmax, norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_largescale.workload.parts.engine import OnParts, Rule, any_part
 from lightning_largescale.workload.parts.part import as_part, part_of
 
-# The dimension is the second argument, or the third.
+# The dimension is the second argument, or the third (`_THIRD`).
 _REMOVE = [
     "all",
     "amax",
@@ -35,7 +35,7 @@ _REMOVE_THIRD, _KEEP_THIRD = ["norm"], ["topk", "normalize"]
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function."""
+    """Return the rules by function."""
     found: dict[Callable[..., Any], Rule] = {}
     for listed, position, keeps in (
         (_REMOVE, 1, False),
@@ -48,14 +48,14 @@ def rules() -> dict[Callable[..., Any], Rule]:
             getattr(place, name): rule for name in listed for place in (torch, torch.Tensor, F) if hasattr(place, name)
         }
     found[torch.linalg.vector_norm] = _Along(2, keeps=False)
-    # Without a dimension given it is the second of two, or the last.
+    # Default dimensions: 1 of normalize, the last of topk.
     found[F.normalize] = _Along(2, keeps=True, default=1)
     found |= {torch.topk: _Along(2, keeps=True, default=-1), torch.Tensor.topk: _Along(2, keeps=True, default=-1)}
     return found | {F.layer_norm: _normalized, torch.layer_norm: _normalized, F.rms_norm: _normalized}
 
 
 class _Along:
-    """The rule of functions along dimensions, which the result has (`keeps`) or not, unless `keepdim` says so."""
+    """The rule of functions along dimensions; the result has these dimensions if `keeps`, or if `keepdim` is given."""
 
     def __init__(self, position: int, *, keeps: bool, default: int | None = None) -> None:
         self._position, self._keeps, self._default = position, keeps, default
@@ -64,7 +64,7 @@ class _Along:
         part = part_of(args[0]) if args else None
         given = kwargs.get("dim", args[self._position] if len(args) > self._position else self._default)
         others = [*args[1:], *kwargs.values()]
-        # A flag in its place is that of another signature.
+        # A bool in place of the dimension belongs to another signature.
         if (
             part is None
             or given is None

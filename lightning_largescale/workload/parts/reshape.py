@@ -1,6 +1,6 @@
-"""Where a division goes when a tensor is viewed in another shape: arithmetic alone.
+"""Compute the sharding of a tensor that is viewed in another shape; arithmetic only.
 
-Source: torch.distributed.tensor, `propagate_shape_and_sharding`, which does the same for divisions in one piece.
+Source: torch.distributed.tensor, `propagate_shape_and_sharding`, which does the same for shardings of one section.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from lightning_largescale.workload.parts.part import Part
 
 
 def reshaped(part: Part, shape: Sequence[int], target: Sequence[int], ranks: int) -> Part | None:
-    """The part of a tensor viewed as `target` that the local tensor, viewed alike, is; None where it is none.
+    """Return the sharding of a tensor viewed as `target`; None if the viewed local tensor is not a shard of it.
 
     Args:
-        part: of the tensor as it is.
-        shape: of the whole tensor as it is.
-        target: of the whole tensor as it is viewed, without -1.
-        ranks: how many it is divided among.
+        part: the sharding of the tensor before the view.
+        shape: the unsharded shape before the view.
+        target: the unsharded shape of the view, without -1.
+        ranks: the number of ranks.
     """
     for inputs, outputs in _groups(shape, target):
         if part.dim in inputs:
@@ -27,7 +27,7 @@ def reshaped(part: Part, shape: Sequence[int], target: Sequence[int], ranks: int
 
 
 def _groups(shape: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Dimensions of either that hold the same elements, as few together as can be."""
+    """Yield the smallest groups of dimensions of `shape` and `target` that hold the same elements."""
     here, there = 0, 0
     while here < len(shape) or there < len(target):
         inputs: list[int] = []
@@ -52,7 +52,7 @@ def _groups(shape: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[
 def _within(
     part: Part, sizes: Sequence[int], position: int, target: Sequence[int], outputs: Sequence[int], ranks: int
 ) -> Part | None:
-    # Seen as one dimension, what is divided lies in stretches as many times as there are combinations before it.
+    # Flattened into one dimension, the sections repeat for each combination of indices of the dimensions before.
     inner = math.prod(sizes[position + 1 :])
     pieces = tuple(piece * inner for piece in part.pieces) * math.prod(sizes[:position])
     divisible = all(piece % ranks == 0 for piece in part.pieces)

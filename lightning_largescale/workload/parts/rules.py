@@ -10,6 +10,6 @@ from lightning_largescale.workload.parts.engine import Rule
 
 
 def all_rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function: where two modules have one, the later one's."""
+    """Return the rules by function; if two modules have one for a function, the later module's counts."""
     modules = (pointwise, views, reductions, products, attention, vocabulary, hooks)
     return {func: rule for module in modules for func, rule in module.rules().items()}

@@ -1,4 +1,4 @@
-"""Functions that look at the same elements in another shape, take some of them, or put tensors together."""
+"""Rules of functions that view, slice, index, repeat or concatenate tensors, or read their shape and attributes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_largescale.workload.parts.reshape import reshaped
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function."""
+    """Return the rules by function."""
     by_name: dict[str, Rule] = {
         "cat": _cat,
         "chunk": _chunk,
@@ -96,14 +96,14 @@ def _numel(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwarg
 
 
 def _found(tensor: Any) -> tuple[Part, int]:
-    """What `tensor` is a part of, and its number of dimensions."""
+    """Return the sharding of `tensor` and its number of dimensions."""
     part = part_of(tensor)
     assert part is not None
     return part, tensor.dim()
 
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
-    """Sizes or dimensions, given one by one or as one sequence."""
+    """Return sizes or dimensions that are given one by one or as one sequence."""
     return list(values[0]) if len(values) == 1 and isinstance(values[0], list | tuple) else list(values)
 
 
@@ -230,7 +230,7 @@ def _repeat_interleave(engine: OnParts, func: Callable[..., Any], args: Sequence
 
 
 def _taken(engine: OnParts, tensor: Tensor, start: int, length: int) -> Any:
-    """What of a part is in a stretch of its divided dimension, where that is of whole pieces."""
+    """Slice the sharded dimension, if the slice consists of full sections."""
     part, _ = _found(tensor)
     edges = [*itertools.accumulate(part.pieces, initial=0)]
     if start not in edges or start + length not in edges:
@@ -304,7 +304,7 @@ def _stretches(engine: OnParts, tensor: Tensor, dim: int, sizes: list[int]) -> A
 
 
 def _cat(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    # Empty ones of one dimension are left out by torch as well.
+    # Torch also leaves out empty tensors of one dimension.
     tensors = [one for one in args[0] if one.shape != (0,)]
     first, dims = _found(next(one for one in tensors if part_of(one) is not None))
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % dims
@@ -329,7 +329,7 @@ def _stack(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwarg
 
 
 def _beside(engine: OnParts, tensors: Sequence[Tensor], first: Part) -> list[Tensor] | None:
-    """`tensors`, each divided as `first`; None where one is divided otherwise."""
+    """Return `tensors`, each sharded as `first`; None if one is sharded otherwise."""
     parts = [part_of(one) for one in tensors]
     if any(part is not None and (part.dim != first.dim or not part.alike(first)) for part in parts):
         return None
@@ -350,7 +350,7 @@ def _getitem(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwa
         for one in (index if Ellipsis in index else (*index, Ellipsis))
         for entry in ([slice(None)] * filled if one is Ellipsis else [one])
     )
-    # The place of the divided dimension among the indices, and what it becomes.
+    # The position of the sharded dimension among the indices, and its dimension in the result.
     at = next(place for place, _ in enumerate(index) if sum(one is not None for one in index[: place + 1]) > part.dim)
     dim = sum(not isinstance(one, int) for one in index[:at])
     taken = index[at]
@@ -370,7 +370,7 @@ def _getitem(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwa
 
 
 def _by_tensor(tensor: Tensor, index: tuple[Any, ...]) -> Any:
-    """Rows that one tensor of indices, or a mask, takes of a dimension that is not the divided one."""
+    """Index dimensions that are not sharded by one tensor of indices or one mask."""
     part = part_of(tensor)
     at = next((place for place, one in enumerate(index) if isinstance(one, Tensor)), None)
     if part is None or at is None or part_of(index[at]) is not None:

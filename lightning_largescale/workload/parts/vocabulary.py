@@ -1,4 +1,4 @@
-"""Tables and losses of a vocabulary: each rank has some of its entries.
+"""Rules of embedding tables and losses over a vocabulary, whose entries are sharded among the ranks.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (the embedding, and the cross entropy computed where the logits
     are).
@@ -20,7 +20,7 @@ from lightning_largescale.workload.parts.part import as_part, part_of, share
 
 
 def rules() -> dict[Callable[..., Any], Rule]:
-    """Rules by function."""
+    """Return the rules by function."""
     return {F.embedding: _embedding, F.cross_entropy: _cross_entropy}
 
 
@@ -74,7 +74,7 @@ def _cross_entropy(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
         given["label_smoothing"],
     ).masked_fill(~kept, 0)
     if not torch.is_autocast_enabled(logits.device.type):
-        # Which computes losses in float32.
+        # Autocast computes losses in float32.
         losses = losses.to(logits.dtype)
     if given["reduction"] == "none":
         return losses.reshape(target.shape)
@@ -82,7 +82,7 @@ def _cross_entropy(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
 
 
 class _VocabularyParallel(torch.autograd.Function):
-    """Cross entropy of rows of logits, (rows, this rank's classes); a loss a row, equal on all ranks."""
+    """Cross entropy of logits of shape (rows, this rank's classes); one loss per row, equal on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, ranks: Ranks, classes: int, smoothing: float) -> Tensor:
@@ -96,7 +96,7 @@ class _VocabularyParallel(torch.autograd.Function):
         largest = ranks.maximum(own)
         exponentials = (logits - largest.unsqueeze(-1)).exp_()
         summed = [exponentials.sum(-1), of_target]
-        # Not without: of logits that are minus infinity, and count for nothing, it would be no number.
+        # The sum of logits is left out without smoothing: 0 times its minus infinity, of masked logits, would be NaN.
         sums = ranks.sum(torch.stack([*summed, logits.sum(-1)] if smoothing else summed))
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), index, elsewhere)
         ctx.smoothing, ctx.classes = smoothing, classes
