@@ -107,7 +107,7 @@ class PagedState:
 
     @property
     def waits(self) -> bool:
-        """Whether the optimizer could not be probed yet, so that it is not known which state is paged."""
+        """Return whether the optimizer could not be probed yet, so that it is not known which state is paged."""
         return self._asked_early is not None and not self.entries
 
     def lay_out(self, *, early: bool = False) -> None:

@@ -67,7 +67,7 @@ class ParamSlice:
 
     @property
     def whole(self) -> bool:
-        """Whether the slice is the full local shard."""
+        """Return whether the slice is the full local shard."""
         return self.start == 0 and self.stop == self.entry.local.numel()
 
 

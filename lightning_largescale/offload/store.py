@@ -99,7 +99,7 @@ class Transfer:
 
     @property
     def over(self) -> bool:
-        """Whether all requests have ended and none failed."""
+        """Return whether all requests have ended and none failed."""
         return all(request.done() and _failure(request) is None for request in self._requests)
 
     def on_failure(self, call: Callable[[], None]) -> None:
@@ -160,7 +160,7 @@ class Store:
 
     @property
     def closed(self) -> bool:
-        """Whether the store is closed. It then takes no requests, and `descriptor` is invalid."""
+        """Return whether the store is closed. It then takes no requests, and `descriptor` is invalid."""
         return not self._finalizer.alive
 
     def reserve(self, name: str, nbytes: int) -> Extent:

@@ -66,7 +66,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _has_rows(tensor: object) -> bool:
-    """Whether `tensor` is the gradient of a row-sharded table."""
+    """Return whether `tensor` is the gradient of a row-sharded table."""
     return isinstance(tensor, Tensor) and rows_of(tensor) is not None and tensor.is_sparse
 
 

@@ -133,7 +133,7 @@ def divided(whole: Tensor, like: DTensor, part: Part | None = None) -> DTensor:
 
 
 def has_order(part: Part | None, tensor: DTensor) -> bool:
-    """Whether `tensor`, a parameter, gradient or state, has the element order of the parameter's `part`."""
+    """Return whether `tensor`, a parameter, gradient or state, has the element order of the parameter's `part`."""
     return part is not None and tensor.dim() > part.dim and tensor.shape[part.dim] == part.size
 
 

@@ -93,7 +93,7 @@ class _GradientAccess:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the parameter is trained."""
+        """Return whether the parameter is trained."""
         return TRAINED.__get__(self)  # type: ignore[no-any-return]
 
     @requires_grad.setter

@@ -105,7 +105,7 @@ class Replica:
 
     @property
     def unreduced(self) -> bool:
-        """Whether there are gradients of a backward that was not announced; always False without `watch_all`."""
+        """Return whether there are gradients of a backward that was not announced; always False without `watch_all`."""
         wrapper = self._current()
         return self._watch_all and self._accumulations.outside and wrapper.require_backward_grad_sync
 
@@ -137,7 +137,7 @@ class Replica:
             self._know(known)
 
     def _is_to_be_known(self, parameter: int, seen: Seen) -> bool:
-        """Whether gradients of a parameter are to be averaged within backward from now on."""
+        """Return whether gradients of a parameter are to be averaged within backward from now on."""
         if parameter in self._reentered or parameter in self._sparse:
             return False
         # Where some parameters are in reentrant checkpointing, unused ones may be too.

@@ -343,7 +343,7 @@ def block_tiers(
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP shards this kind of parameter; the user's ParallelStyles may have made it a DTensor."""
+    """Return whether FSDP shards this kind of parameter; the user's ParallelStyles may have made it a DTensor."""
     return is_plain(parameter) or isinstance(parameter, DTensor)
 
 

@@ -115,7 +115,7 @@ def _agreed(answer: OptimizerTraits) -> OptimizerTraits:
 
 
 def _known_to_step(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
-    """Whether the optimizer is known to step on DTensors, so that a trial is needless."""
+    """Return whether the optimizer is known to step on DTensors, so that a trial is needless."""
     meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in parameters}
     options = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
     if len(meshes) > 1 or any(isinstance(value, Tensor) for value in options):
@@ -256,7 +256,7 @@ def _joined(dim: int, samples: list[_Sample], first: list[Tensor], second: list[
 
 
 def _same(samples: list[_Sample], expected: list[Tensor], found: list[Tensor]) -> bool:
-    """Whether two ways to step made the same change, up to rounding."""
+    """Return whether two ways to step made the same change, up to rounding."""
     for sample, one, other in zip(samples, expected, found, strict=True):
         change = (one - sample.start).norm()
         if not bool((other - one).norm() <= _TOLERANCE * change):

@@ -39,7 +39,7 @@ class ShardStore(Protocol):
     """A store that keeps shards in another tier, at fixed addresses."""
 
     def keeps_shard(self, shard: Tensor) -> bool:
-        """Whether the store keeps `shard`."""
+        """Return whether the store keeps `shard`."""
 
     def writing(self, shard: Tensor) -> AbstractContextManager[None]:
         """Return a context in which writes into the memory of `shard` persist."""
@@ -125,7 +125,7 @@ class Watched:
             self.look()
 
     def is_written(self) -> bool:
-        """Whether the gathered leaf was written into since `look`."""
+        """Return whether the gathered leaf was written into since `look`."""
         if self._is_moved() or self.versions() != self._seen:
             return True
         return self._exposed and not self._equals_shard()
@@ -195,7 +195,7 @@ class Watched:
         return compat.version(leaf), local, 0 if self._values is None else compat.version(self._values)
 
     def _is_moved(self) -> bool:
-        """Whether a tensor was assigned to `data` of the leaf."""
+        """Return whether a tensor was assigned to `data` of the leaf."""
         leaf = self.one.leaf
         local = compat.local_tensor(leaf) if isinstance(leaf, DTensor) else leaf
         moved: bool = local.data_ptr() != self.one.gathered_memory.data_ptr()

@@ -132,7 +132,7 @@ class _WatchedGroup:
 
     @property
     def is_gathered(self) -> bool:
-        """Whether the leaves are in place of the shards."""
+        """Return whether the leaves are in place of the shards."""
         return bool(self._parameters) and self._parameters[0].one.is_gathered
 
     @contextlib.contextmanager

@@ -205,7 +205,7 @@ class Amounts:
         return seconds + least, by_host
 
     def _has_room_for_copies(self, away: Away) -> bool:
-        """Whether DRAM has room for the page buffers of a host step beside what it keeps."""
+        """Return whether DRAM has room for the page buffers of a host step beside what it keeps."""
         kept = (away.parameters, away.trained, away.state, away.activations)
         in_dram = sum(sizes.get("cpu", 0) for sizes in kept)
         return in_dram + PAGE_BUFFERS * largest_page(self.layout.sizes) <= self.layout.budgets.get("cpu", 0)
@@ -228,7 +228,7 @@ class Amounts:
 
 
 def _host_steps(sizes: Sizes) -> bool:
-    """Whether the host's cores may run the optimizer's step of a CUDA device.
+    """Return whether the host's cores may run the optimizer's step of a CUDA device.
 
     All optimizers must be torch's own that have a fused CPU kernel, which runs at the rate of the host's memory, and no
     gradient scaler may run on the device.

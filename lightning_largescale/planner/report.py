@@ -103,7 +103,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether any plan fits."""
+        """Return whether any plan fits."""
         return bool(self.candidates) and self.candidates[0].status == "chosen"
 
     @property

@@ -73,7 +73,7 @@ class Sizes:
 
     @cached_property
     def gathers(self) -> bool:
-        """Whether parameters are gathered group by group, from other ranks or from another tier."""
+        """Return whether parameters are gathered group by group, from other ranks or from another tier."""
         return self.plan.gathers
 
     @cached_property
@@ -250,7 +250,7 @@ class Sizes:
         return other
 
     def recomputes(self, segment: Segment) -> bool:
-        """Whether the forward of `segment` runs again in backward."""
+        """Return whether the forward of `segment` runs again in backward."""
         return segment.block in self._recomputed
 
     def kept(self, segment: Segment) -> int:

@@ -210,5 +210,5 @@ def _owns_matrix(module: nn.Module) -> bool:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether `module` has a forward of its own; containers do not."""
+    """Return whether `module` has a forward of its own; containers do not."""
     return type(compat.compiled_module(module)).forward is not nn.Module.forward

@@ -79,7 +79,7 @@ class DivisionRun(OnParts):
 
     @property
     def settled(self) -> bool:
-        """Whether the next run would give the same result."""
+        """Return whether the next run would give the same result."""
         return not self.refused and not self.separated
 
     def __call__(self, parameters: Mapping[str, Tensor], call: Callable[[], Any], mode: Any) -> None:
@@ -316,7 +316,7 @@ def _runs_unseen(block: nn.Module | None) -> str | None:
 
 
 def _turns(function: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a call transposes a matrix."""
+    """Return whether a call transposes a matrix."""
     if not args or not isinstance(args[0], Tensor) or args[0].dim() != 2:
         return False
     if function in (torch.transpose, torch.Tensor.transpose):

@@ -122,7 +122,7 @@ def _held_by(value: Any) -> Any:
 
 
 def _is_users(value: Any) -> bool:
-    """Whether a step may keep state in attributes of `value`: a module, or an object of a user's class."""
+    """Return whether a step may keep state in attributes of `value`: a module, or an object of a user's class."""
     if isinstance(value, (nn.Module, Dataset, *_PLAIN)):
         return True
     package = type(value).__module__.partition(".")[0]
@@ -151,7 +151,7 @@ def _content(held: Any) -> list[Any]:
 
 
 def _same(one: Collection[Any], other: Collection[Any]) -> bool:
-    """Whether both hold the same objects in order; compared by identity, since `==` of tensors gives no bool."""
+    """Return whether both hold the same objects in order; compared by identity, since `==` of tensors gives no bool."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 

@@ -119,7 +119,7 @@ def _in_words(tensor: Tensor) -> str:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    """Whether elements of `tensor` share memory through a stride of 0."""
+    """Return whether elements of `tensor` share memory through a stride of 0."""
     if tensor.layout is not torch.strided or tensor.is_nested or compat.is_wrapper(tensor):
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -119,7 +119,7 @@ def optimizer_needs(
 
 
 def _is_divisible(optimizer: Optimizer, parameters: Sequence[tuple[torch.Tensor, int]]) -> bool:
-    """Whether pages of the optimizer's state may end within a parameter.
+    """Return whether pages of the optimizer's state may end within a parameter.
 
     False for an optimizer that cannot step on small CPU tensors, such as one with kernels for a device only: a page may
     then hold full parameters only.

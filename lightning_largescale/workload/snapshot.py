@@ -48,7 +48,7 @@ class Snapshot:
 
 
 def has_script(module: nn.Module) -> bool:
-    """Whether TorchScript compiled a part of `module`, which then runs outside Python and may read addresses."""
+    """Return whether TorchScript compiled a part of `module`, which then runs outside Python and may read addresses."""
     return any(isinstance(child, torch.jit.ScriptModule) for child in module.modules())
 
 

@@ -52,7 +52,7 @@ class TraceRequest:
 
     @property
     def trains(self) -> bool:
-        """Whether the step has a backward."""
+        """Return whether the step has a backward."""
         return STAGES[self.step] == "fit"
 
 

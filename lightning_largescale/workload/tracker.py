@@ -278,7 +278,7 @@ _mutated_arguments = functools.cache(compat.mutated_arguments)
 
 
 def writes(func: Any) -> bool:
-    """Whether `func`, an operator, writes into its arguments."""
+    """Return whether `func`, an operator, writes into its arguments."""
     return bool(_mutated_arguments(func))
 
 

@@ -93,7 +93,7 @@ class _Run:
                 self._keep(cell, storage)
 
     def _goes_at_once(self, step: ReplayStep, target: Held) -> bool:
-        """Whether a draw's target has at most one taker, of the full target, and is freed in this step."""
+        """Return whether a draw's target has at most one taker, of the full target, and is freed in this step."""
         alone = len(step.takers) <= 1 and all(held.is_same(target) for held, _ in step.takers)
         return alone and not step.loads and target.cell in step.frees and self._keep is None
 

@@ -190,14 +190,14 @@ def check_kept_states(streams: Iterable[Stream]) -> None:
 
 
 def _finds_shown(streams: list[Stream]) -> bool:
-    """Whether a tensor with a marked state of one of `streams` is alive."""
+    """Return whether a tensor with a marked state of one of `streams` is alive."""
     # By type(), since isinstance() calls into proxy objects; there may be a million objects.
     tensors = [one for one in gc.get_objects() if type(one) is Tensor]
     return any(is_marked(one) and any(stream.shows(one) for stream in streams) for one in tensors)
 
 
 def is_marked(one: Any) -> bool:
-    """Whether `one` is a tensor with a marked generator state."""
+    """Return whether `one` is a tensor with a marked generator state."""
     if type(one) is not Tensor or one.dtype != torch.uint8 or one.layout is not torch.strided:
         return False
     return one.device.type == "cpu" and one.shape == _state_shape() and compat.mark_of(one) is not None

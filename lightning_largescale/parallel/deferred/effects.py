@@ -31,34 +31,34 @@ _LIFTS = frozenset({_aten.lift_fresh.default, _aten.lift.default})
 
 
 def makes_empty(func: Any) -> bool:
-    """Whether an operator returns uninitialized memory."""
+    """Return whether an operator returns uninitialized memory."""
     return _name(func) in _EMPTY
 
 
 def reads_shape_only(func: Any) -> bool:
-    """Whether an operator uses its first tensor as a template, without reading its elements."""
+    """Return whether an operator uses its first tensor as a template, without reading its elements."""
     return _name(func) in _LIKE
 
 
 def lifts(func: Any) -> bool:
-    """Whether an operator lifts a tensor that was made from Python numbers or arrays."""
+    """Return whether an operator lifts a tensor that was made from Python numbers or arrays."""
     return func in _LIFTS
 
 
 def is_elsewhere_laid_out(func: Any, args: Any) -> bool:
-    """Whether the result of a call has, or may have, another layout on the CPU than on the meta device."""
+    """Return whether the result of a call has, or may have, another layout on the CPU than on the meta device."""
     if func in _OTHER_LAYOUT_OF_CHANNELS_LAST:
         return any(isinstance(one, Tensor) and not one.is_contiguous() for one in args[:2])
     return func in _OTHER_LAYOUT
 
 
 def draws(func: Any) -> bool:
-    """Whether an operator may draw random numbers from a generator."""
+    """Return whether an operator may draw random numbers from a generator."""
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def overwrites(func: Any) -> bool:
-    """Whether an operator overwrites its targets completely and without reading them."""
+    """Return whether an operator overwrites its targets completely and without reading them."""
     return _name(func) in _FILLS or bool(_outs(func))
 
 

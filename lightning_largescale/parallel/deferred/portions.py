@@ -83,7 +83,7 @@ class Portions:
             start += length
 
     def _is_rows(self, chunk: Chunk) -> bool:
-        """Whether a chunk consists of full rows that are contiguous in memory."""
+        """Return whether a chunk consists of full rows that are contiguous in memory."""
         inner = (*chunk.values.shape[1:],) == self._target.size[1:]
         return bool(chunk.offsets) and inner and not any(chunk.offsets[1:]) and chunk.values.is_contiguous()
 

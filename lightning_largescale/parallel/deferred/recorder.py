@@ -51,12 +51,12 @@ class Recorder(compat.DispatchMode):  # type: ignore[no-untyped-call]
         self._constants: dict[Any, Tensor] = {}
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` has no values yet and is on the tape."""
+        """Return whether `tensor` has no values yet and is on the tape."""
         with compat.without_function_modes():
             return tensor.layout is torch.strided and self.tape.cell(tensor) is not None
 
     def left_out(self, taken: Iterable[Tensor]) -> bool:
-        """Whether tensors without values are alive that are not among `taken`."""
+        """Return whether tensors without values are alive that are not among `taken`."""
         known = {id(one): one for one in (*taken, *self._constants.values())}
         users = Counter(id(one.untyped_storage()) for one in known.values() if self.holds(one))
         return any(compat.storage_users(cell.storage) > users[key] for key, cell in self.tape.cells.items())

@@ -85,7 +85,7 @@ class Recording:
             raise recorder.failure
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` was made while recording and has no values yet."""
+        """Return whether `tensor` was made while recording and has no values yet."""
         return self._recorder is not None and self._recorder.holds(tensor)
 
     @property
@@ -110,7 +110,7 @@ class Recording:
         self._made().assign(target, source)
 
     def left_out(self, taken: Sequence[Tensor]) -> bool:
-        """Whether code keeps recorded tensors other than those `taken`; these would get no values.
+        """Return whether code keeps recorded tensors other than those `taken`; these would get no values.
 
         Sets, closures, caches, objects other than modules, and gradients of parameters may hold them. Tensors that
         share the memory of taken ones count too. Call this after `record()` has ended and the code under it returned.

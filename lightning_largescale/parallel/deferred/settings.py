@@ -49,5 +49,5 @@ def set_again(settings: Settings) -> None:
 
 
 def fills_memory() -> bool:
-    """Whether torch fills uninitialized memory."""
+    """Return whether torch fills uninitialized memory."""
     return torch.are_deterministic_algorithms_enabled() and bool(_deterministic.fill_uninitialized_memory)

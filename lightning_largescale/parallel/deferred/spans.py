@@ -8,7 +8,7 @@ Spans = list[Span]
 
 
 def meets(spans: Spans, span: Span) -> bool:
-    """Whether `span` overlaps `spans`."""
+    """Return whether `span` overlaps `spans`."""
     return any(low < span[1] and span[0] < high for low, high in spans)
 
 

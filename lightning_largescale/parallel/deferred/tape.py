@@ -72,7 +72,7 @@ class Held:
 
     @cached_property
     def dense(self) -> bool:
-        """Whether the tensor has every byte of its span exactly once."""
+        """Return whether the tensor has every byte of its span exactly once."""
         expected = 1
         for stride, size in sorted(zip(self.stride, self.size, strict=True)):
             if size != 1 and stride != expected:
@@ -89,7 +89,7 @@ class Held:
         return torch.ops.aten._neg_view(tensor) if self.negative else tensor
 
     def is_same(self, other: Held) -> bool:
-        """Whether `other` has the same cell and layout."""
+        """Return whether `other` has the same cell and layout."""
         return self.cell is other.cell and self.layout == other.layout
 
     @property
@@ -274,7 +274,7 @@ class _Planner:
             self.want_state(operation.draw.before)
 
     def _writes(self, place: int, cell: Cell, span: Span | None) -> bool:
-        """Whether the operation writes bytes of `cell` within `span`; needed bytes if `span` is None."""
+        """Return whether the operation writes bytes of `cell` within `span`; needed bytes if `span` is None."""
         needed = self._needed.get(cell, []) if span is None else [span]
         operation = self._operations[place]
         made = any(held.cell is cell for _, held in operation.makes)

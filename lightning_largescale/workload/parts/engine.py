@@ -332,7 +332,7 @@ def sequence_in(args: Any, ranks: int) -> Tensor | None:
 
 
 def any_part(values: Any) -> bool:
-    """Whether one of `values`, or of lists and tuples in them, is a shard."""
+    """Return whether one of `values`, or of lists and tuples in them, is a shard."""
     for value in values:
         if isinstance(value, Tensor):
             if part_of(value) is not None:
@@ -368,7 +368,7 @@ def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 
 
 def is_in_place(func: Callable[..., Any]) -> bool:
-    """Whether `func`, by its name, writes into its first argument."""
+    """Return whether `func`, by its name, writes into its first argument."""
     name = called(func)
     if name.startswith("__"):
         return name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in _NOT_IN_PLACE)

@@ -38,7 +38,7 @@ class Part:
         return dataclasses.replace(self, dim=dim)
 
     def alike(self, other: Part) -> bool:
-        """Whether both shard their dimension alike, whichever dimension that is."""
+        """Return whether both shard their dimension alike, whichever dimension that is."""
         return self.pieces == other.pieces
 
     def joined(self, other: Part) -> Part:
