@@ -53,7 +53,7 @@ def _rows(workload: Workload, block: str | None, matrices: list[Parameter]) -> t
 
 
 def _is_factor(parameter: Parameter) -> bool:
-    """Whether a parameter is a factor of matrix products: embeddings are looked up, unless the head is tied to them."""
+    """Return whether a parameter is a factor of matrix products, as embeddings are only if the head is tied to them."""
     return len(parameter.shape) > 1 and parameter.numel > 0 and (not parameter.embedding or bool(parameter.aliases))
 
 

@@ -98,7 +98,7 @@ def why_whole(module: nn.Module) -> str:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is dense and computes as `torch.Tensor` does; subclasses of `nn.Parameter` count as such."""
+    """Return whether `tensor` is dense and computes as `torch.Tensor` does; `nn.Parameter` subclasses count as such."""
     plain_class = type(tensor) in (Tensor, nn.Parameter) or nn.Parameter in type(tensor).__mro__
     dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
     return plain_class and dense and not compat.is_wrapper(tensor)

@@ -65,7 +65,7 @@ def _runs(request: TraceRequest, samples: int) -> dict[int, Traced]:
 
 
 def _is_small(request: TraceRequest) -> bool:
-    """Whether the full batch surely fits in memory; its bytes count too, as the estimate is unfit for convolutions."""
+    """Return whether the full batch surely fits in memory, its own bytes included."""
     return batch_bytes(request.batch) <= _SMALL_BATCH and estimate(request, "").step.peak_bytes <= _SMALL_STEP
 
 

@@ -351,7 +351,7 @@ class FlopsOf(compat.DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def is_product(func: Any) -> bool:
-    """Whether `func` is a matrix product, a convolution, attention, or another operator whose FLOPs are counted."""
+    """Return whether `func` is a matrix product, a convolution, attention, or another operator with counted FLOPs."""
     packet = getattr(func, "overloadpacket", None)
     return packet in _OUR_FLOPS or packet in flop_registry
 

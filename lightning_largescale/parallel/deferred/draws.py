@@ -143,7 +143,7 @@ class Stream:
         self.generator.set_state(end if ours and end is not None else before)
 
     def shows(self, state: Tensor) -> bool:
-        """Whether `state` is a marked state of this stream, other than the tensor that the stream keeps itself."""
+        """Return whether `state` is a marked state of this stream, but not the tensor that the stream keeps itself."""
         number = compat.mark_of(state)
         return number is not None and number // _POINTS * _POINTS == self._mark and state is not self._shown
 
