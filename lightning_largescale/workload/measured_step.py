@@ -66,6 +66,7 @@ def _runs(request: TraceRequest, samples: int) -> dict[int, Traced]:
 
 def _is_small(request: TraceRequest) -> bool:
     """Return whether the full batch surely fits in memory, its own bytes included."""
+    # The estimate is unfit for convolutions, so large inputs are told by their own bytes.
     return batch_bytes(request.batch) <= _SMALL_BATCH and estimate(request, "").step.peak_bytes <= _SMALL_STEP
 
 
