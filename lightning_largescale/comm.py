@@ -1,4 +1,4 @@
-"""What ranks tell one another: the only module that speaks on the default process group.
+"""Collectives of all ranks or of a group: the only module that speaks on the default process group.
 
 Each function is a collective of the ranks of `group`, None being all of them; a process without a group is alone.
 """
@@ -19,7 +19,7 @@ Group: TypeAlias = "dist.ProcessGroup | None"
 
 
 def is_connected() -> bool:
-    """Whether this process has a default group; no collective."""
+    """Return whether this process has a default group; no collective."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -175,9 +175,17 @@ class SteppingStrategy(StatefulStrategy):
             meet(self._module())
         lookups.end_backward()
 
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's backward; what reads in hooks and steps around it is not what runs in it.
+    def _adapt_backward(self) -> None:
+        """Make `_own_backward` this strategy's `backward` until teardown, where Lightning's is not enough.
+
+        Elsewhere Lightning's own stays, which may be wrapped on its class.
+        """
+        if self._replica is not None or self._is_divided():
+            self.backward = self._own_backward  # type: ignore[method-assign]
+            self._undo.callback(delattr, self, "backward")
+
+    def _own_backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the module's backward, apart from the reads in hooks and steps around it.
 
         Raises:
             PlanError: it reenters itself where that was not to be seen before, or the step has made parameters that are

@@ -183,6 +183,7 @@ class LargeScaleStrategy(OffloadingStrategy):
             self._join(trainer, module)
         else:
             self._place(trainer, module, plan, fitting=fitting)
+        self._adapt_backward()
         self._undo.enter_context(compat.around_hooks(trainer, self._around_hook))
         if self.has_peers:
             compat.flag_sigterm_only(trainer)

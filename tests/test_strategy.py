@@ -8,10 +8,12 @@ import itertools
 import os
 import warnings
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.strategies import Strategy
 from models import Block, Language, trainer
 from ranks import quiet
 from torch import nn
@@ -387,3 +389,11 @@ def test_ranks_as_forks_hand_the_trained_weights_back(monkeypatch):
     assert run.strategy.plan == Plan(dp_shard=2)
     for name, parameter in start.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=2e-3)
+
+
+def test_a_plain_run_has_lightnings_own_backward():
+    """As those who wrap it on its class expect."""
+    module, run = Language(), trainer(LargeScaleStrategy(Plan()))
+    with mock.patch.object(Strategy, "backward", wraps=run.strategy.backward) as called:
+        run.fit(module)
+    assert called.call_count == len(module.losses) > 0
