@@ -11,6 +11,7 @@ from ranks import quiet
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from lightning_largescale import looking
 from lightning_largescale.auto import LargeScaleAutoStrategy
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*does not have many workers")]
@@ -76,10 +77,10 @@ class Wide(LightningModule):
         return DataLoader(Rows(), BATCH)
 
 
-def fit(kind):
+def fit(kind, **options):
     torch.manual_seed(0)
     module = Wide(kind)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
     run = Trainer(accelerator="cpu", devices=2, strategy=LargeScaleAutoStrategy(), **options)
     run.fit(module)
     report = run.strategy.report
@@ -103,3 +104,18 @@ def test_ranks_that_are_given_their_own_samples_do_not(two, kind):
     assert "tensor parallelism is left out, since the loader gives each rank samples of its own" in told
     assert sorted(itertools.chain.from_iterable(seen + other[1])) == [*range(ROWS)]
     assert asked <= 2
+
+
+def fit_looking_here(kind):
+    """As where a fork cannot look at the step, so that the loader that the run is given is looked at twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looking, "can_run_apart", lambda: False)
+        return fit(kind, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+
+
+@pytest.mark.parametrize("kind", ["Lightning's sampler", "stream", "sampler of the ranks", "stream of the ranks"])
+def test_a_loader_that_was_looked_at_is_asked_for_anew_in_each_epoch(two, kind):
+    (_, seen, asked, _), other = two.run(fit_looking_here, kind)
+    assert asked == 3
+    rows = seen if seen == other[1] else seen + other[1]
+    assert sorted(itertools.chain.from_iterable(rows)) == sorted([*range(ROWS)] * 3)

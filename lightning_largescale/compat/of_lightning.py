@@ -52,6 +52,8 @@ def keep_loaders(loop: Any, source: Any, loaders: Any) -> None:
     """
     from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
+    # What was kept before is given no more.
+    source = getattr(source, "original", source)
     instance = source.instance
 
     class KeptSource(_DataLoaderSource):
