@@ -1,10 +1,10 @@
-"""Look-ups in tables whose rows lie on several ranks, and the way back of their gradients.
+"""Look-ups in row-sharded tables, and the exchange of their gradients.
 
-Ranks meet in rounds. In each of them every rank says which table it looks up, and how many rows of each rank it wants,
-or that it is done; the first table of those named is served, and ranks that named another, or none, take part with no
-rows. So ranks may look up different tables, or none, and a step ends when all are done; so does what comes before other
-collectives of it, which ranks may only enter together. Gradients stay with the rank that computed them until its
-backward is over: then rows go to their owners, once for every table.
+Look-ups run in rounds. In each round every rank announces the table that it looks up and the number of rows that it
+wants of each rank, or that it is done. The round serves the announced table with the lowest index; ranks that announced
+another table, or none, take part with no rows. So ranks may look up different tables, or none. Rounds go on until all
+ranks are done, at the end of a step and before other collectives of the step. Gradients stay on the rank that computed
+them until its backward ends; then their rows go to the owner ranks, once per table.
 
 Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
     section 3 (model parallelism of tables: personalised all-to-all).
@@ -27,23 +27,23 @@ from lightning_largescale.parallel.rows import Rows, mark_rows, sparse_rows
 from lightning_largescale.workload.parts import share
 
 _DONE = -1
-# What may be wrong with ids that a rank was given, as ranks say it to one another.
+# Fault codes for a rank's ids, exchanged in the headers of rounds.
 _NO_SUCH_ROW, _NO_IDS = 1, 2
 _DTYPES = sorted({str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)})
 
 
 @dataclass(eq=False, kw_only=True)
 class Table:
-    """One table and what its backward has left to be sent.
+    """A row-sharded table and its gradients that are not sent yet.
 
     Attributes:
-        name: of its module.
-        module: that has this rank's rows as its `weight`, of shape (local rows, dim).
-        rows: which these are.
+        name: the name of its module.
+        module: the module whose `weight` is this rank's rows, of shape (local rows, dim).
+        rows: the position of this rank's rows in the full table.
         padding_idx: the row that gets no gradient, if there is one.
-        aside: this rank's rows while the module has the whole table in their place, for a block of code.
-        pending: row numbers (k) and gradients (k, dim) that a backward under way has computed, of any rank's rows.
-        kept: the sum of those of backwards that are over and wait for the last one before the optimizer's step.
+        aside: this rank's rows while the module holds the full table instead, for a block of code.
+        pending: row numbers (k) and gradients (k, dim) that the running backward has computed, for any rank's rows.
+        kept: the sum of the gradients of finished backwards, kept until the last one before the optimizer's step.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Table:
 
     @property
     def weight(self) -> nn.Parameter:
-        """This rank's rows."""
+        """This rank's rows, as a parameter."""
         if self.aside is not None:
             return self.aside
         weight: nn.Parameter = own_parameters(self.module)["weight"]
@@ -74,35 +74,39 @@ class Table:
 
 
 class Lookups:
-    """The tables of a module and what their ranks say to one another; all methods that communicate are collectives.
+    """The row-sharded tables of a module and their exchanges; all methods that communicate are collectives.
 
     Args:
-        tables: the same on all ranks.
-        device: of this rank.
+        tables: The tables, the same on all ranks.
+        device: This rank's device.
 
     Attributes:
-        tables: as given.
+        tables: the tables, as a list.
         synchronize: whether the next backward sends its gradients.
-        stepping: a step of the module runs.
-        before_late: called before look-ups that follow what ranks did together otherwise, which only those of all ranks
-            can.
+        stepping: whether a step of the module runs.
+        before_late: called before look-ups that follow other collectives of the step, in which all ranks have to take
+            part.
     """
 
     def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
         self.tables, self._device = list(tables), device
         self.synchronize, self.stepping = True, False
         self.before_late: Callable[[], None] = lambda: None
-        # Of their own, since a backward reduces other gradients at the same time.
+        # A separate process group, since a backward reduces other gradients at the same time.
         self._group = dist.new_group()
         self._ranks = comm.world_size()
-        # Whether other ranks may be looking up what this one has not joined.
+        # Whether other ranks may be in look-ups that this rank has not joined.
         self._apart = True
 
     def serves(self, names: Sequence[str], ranks: int) -> bool:
-        """Whether these are tables of a plan that names `names`, on `ranks` ranks.
+        """Return whether these tables are exactly those that a plan names.
+
+        Args:
+            names: The plan's table names, in order.
+            ranks: The plan's world size.
 
         Raises:
-            PlanError: they are on another number of ranks.
+            PlanError: The tables are sharded over another number of ranks.
         """
         if ranks != self._ranks:
             raise PlanError(
@@ -112,14 +116,14 @@ class Lookups:
         return [table.name for table in self.tables] == [*names]
 
     def look_up(self, table: Table, ids: Tensor) -> Tensor:
-        """Rows (k, dim) of a table.
+        """Return rows (k, dim) of a table.
 
         Args:
-            table: one of `tables`.
-            ids: row numbers (k), sorted, each once.
+            table: One of `tables`.
+            ids: Row numbers (k), sorted and unique.
 
         Raises:
-            PlanError: on all ranks, when one of them asks for a row that a table has not.
+            PlanError: On all ranks, when one of them asks for a row that its table does not have.
         """
         wanted, fault = self.tables.index(table), self._out_of_range(table, ids)
         counts = self._counts(table, ids)
@@ -132,40 +136,45 @@ class Lookups:
                 return rows
 
     def refuse(self, table: Table, dtype: torch.dtype) -> None:
-        """Refuse what is no row numbers of `table`, being of `dtype`.
+        """Refuse ids of `dtype`, which is not an integer type that `table` accepts.
 
         Raises:
-            PlanError: on all ranks.
+            PlanError: Always, on all ranks.
         """
         fault = (_NO_IDS, _DTYPES.index(str(dtype)))
         self._round(self.tables.index(table), self._no_ids(), [0] * self._ranks, fault)
 
     def join(self) -> None:
-        """Take part in the look-ups of ranks that still have some, until all are done.
+        """Take part in the look-ups of other ranks until all ranks are done.
 
         Raises:
-            PlanError: as `look_up`.
+            PlanError: As for `look_up`.
         """
         while self._round(_DONE, self._no_ids(), [0] * self._ranks)[0] != _DONE:
             pass
         self._apart = False
 
     def look_up_along(self) -> None:
-        """Announce that others look up rows after what ranks did together otherwise: `meet` takes part in it."""
+        """Note that other ranks look up rows after another collective, so that the next `meet` joins them."""
         self._apart = True
 
     def start(self) -> None:
-        """Announce a step of the module."""
+        """Note that a step of the module starts."""
         self.stepping = self._apart = True
 
     def meet(self) -> None:
-        """The same, before what ranks do together otherwise: once in each forward, and after look-ups that follow."""
+        """Join other ranks' look-ups, if there may be any, before another collective.
+
+        Call it once in each forward, and again after look-ups that follow.
+        """
         if self._apart:
             self.join()
 
     def end_backward(self) -> None:
-        """Send gradients to the ranks that have the rows, average them there as data parallelism does, and add them to
-        `weight.grad`, sparse and coalesced; unless `synchronize` is off: then they are kept.
+        """Send gradients to the owners of the rows, unless `synchronize` is off: then keep them.
+
+        The owner averages them over the ranks, as data parallelism does, and adds them to `weight.grad`, sparse and
+        coalesced.
         """
         self._apart = True
         for table in self.tables:
@@ -184,10 +193,10 @@ class Lookups:
             table.kept = None
 
     def check_sent(self) -> None:
-        """Refuse to go on where a backward was not announced: its gradients are still here.
+        """Refuse to go on after a backward without `end_backward`, whose gradients are still pending.
 
         Raises:
-            PlanError: a table has gradients that no rank was sent.
+            PlanError: A table has pending gradients.
         """
         for table in self.tables:
             if table.pending:
@@ -198,21 +207,21 @@ class Lookups:
                 )
 
     def forget(self) -> None:
-        """Drop gradients that were not sent, after a step that ended halfway."""
+        """Drop gradients that were not sent, after a step that was interrupted."""
         self.stepping = False
         for table in self.tables:
             table.kept, table.pending = None, []
 
     def end(self) -> None:
-        """Leave the group that ranks met in; no other method is called after it."""
-        # Unless it ended with all others, before a Trainer that came later.
+        """Destroy the process group; no other method may be called afterwards."""
+        # All process groups may be destroyed already, before a later Trainer.
         with contextlib.suppress(ValueError):
             dist.destroy_process_group(self._group)
 
     def _round(
         self, wanted: int, ids: Tensor, counts: list[int], fault: tuple[int, int] = (0, 0)
     ) -> tuple[int, Tensor]:
-        """One round: which table is served, and its rows `ids` where it is the one that is wanted."""
+        """Run one round; return the index of the served table, and its rows `ids` if it is the wanted one."""
         header = torch.tensor([[wanted, *fault, count] for count in counts], device=self._device)
         heard = self._told(header)
         for other, wrong, value, _ in heard:
@@ -240,19 +249,19 @@ class Lookups:
         weight.grad = mark_rows(weight.grad.coalesce(), table.rows)
 
     def _sends(self, table: Table) -> list[tuple[int, int]]:
-        """By rank, how many rows of the gradient it is sent, and whether there is one at all."""
+        """Per rank, the number of gradient rows to send to it, and 1 if the table has a gradient, else 0."""
         if table.kept is None:
             return [(0, 0)] * self._ranks
         return [(count, 1) for count in self._counts(table, table.kept[0])]
 
     def _counts(self, table: Table, ids: Tensor) -> list[int]:
-        """How many of `ids`, sorted, lie on each rank."""
+        """Count the `ids`, sorted, that lie on each rank."""
         starts = [share(table.rows.rows, rank, self._ranks)[0] for rank in range(1, self._ranks)]
         cuts = torch.searchsorted(ids, torch.tensor(starts, device=ids.device)).tolist()
         return [end - start for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
     def _out_of_range(self, table: Table, ids: Tensor) -> tuple[int, int]:
-        """Whether one of `ids`, sorted, is none of the table's, and that one."""
+        """Return `_NO_SUCH_ROW` and an id if the table lacks a row for one of the sorted `ids`; else 0 and any id."""
         if not len(ids):
             return 0, 0
         first, last = ids[[0, -1]].tolist()
@@ -263,21 +272,21 @@ class Lookups:
         return torch.empty(0, dtype=torch.int64, device=self._device)
 
     def _told(self, header: Tensor) -> list[list[int]]:
-        """What each rank says to this one: rows of integers, of `header` the one for it."""
+        """Exchange header rows of integers, one for each rank; return the rows that each rank has sent to this one."""
         heard = torch.empty_like(header)
         dist.all_to_all_single(heard, header, group=self._group)
         rows: list[list[int]] = heard.tolist()
         return rows
 
     def _exchanged(self, tensor: Tensor, sends: list[int], comes: list[int]) -> Tensor:
-        """What ranks send, in their order, `tensor` going to them in theirs."""
+        """Send `sends[rank]` rows of `tensor` to each rank (all-to-all); return the received rows in rank order."""
         received = tensor.new_empty((sum(comes), *tensor.shape[1:]))
         dist.all_to_all_single(received, tensor.contiguous(), comes, sends, group=self._group)
         return received
 
 
 def own_parameters(module: nn.Module) -> MutableMapping[str, Any]:
-    """The parameters that `module` itself holds, by name; writing into it replaces them by any tensor."""
+    """Return the parameters that `module` itself holds, by name; an assignment replaces one by any tensor."""
     return compat.own_tensors(module)[0]
 
 
@@ -291,7 +300,7 @@ def _error(table: Table, wrong: int, value: int) -> PlanError:
 
 
 def _summed(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Row numbers sorted, each once, and the sum of the gradients of each."""
+    """Return the sorted unique row numbers, and the sum of the gradients of each."""
     ids, places = torch.unique(torch.cat([ids for ids, _ in pieces]), return_inverse=True)
     gradients = torch.cat([gradient for _, gradient in pieces])
     return ids, gradients.new_zeros((len(ids), *gradients.shape[1:])).index_add_(0, places, gradients)
