@@ -1,8 +1,8 @@
-"""Row-sharded embeddings: the rows of large tables divided over all ranks, looked up by an exchange of ids.
+"""Row-sharded embeddings: large tables sharded by rows over all ranks, with look-ups by all-to-all of ids.
 
-A table's `weight` becomes a plain parameter of this rank's rows, contiguous ones, as `torch.chunk` divides. Its
-gradient is sparse, of the rows that some rank looked up, and averaged over the ranks; so optimizers of torch that take
-sparse gradients step on it as they are, their state row by row beside it.
+A table's `weight` becomes a plain parameter of this rank's rows, a contiguous range as in `torch.chunk`. Its gradient
+is sparse, covers the rows that any rank looked up, and is averaged over the ranks. So torch optimizers that take sparse
+gradients work unchanged; their state is sharded by rows like the parameter.
 
 Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
     section 3.
@@ -31,23 +31,24 @@ from lightning_largescale.workload.blocks import find_blocks, no_such_module
 from lightning_largescale.workload.parts import share
 
 _STATE = "_largescale_lookups"
-# What torch's own look-ups take.
+# The dtypes of ids that torch's own look-ups accept.
 _IDS = (torch.int64, torch.int32)
 
 
 def shard_embeddings(module: nn.Module, names: Sequence[str], device: torch.device) -> Lookups:
-    """Divide the rows of tables of `module` among all ranks: a collective.
+    """Shard tables of `module` by rows over all ranks: a collective.
 
-    Ranks get rows of rank 0's values, on `device`, and free their full copy. Beside the full tables this takes a rank
-    its own rows of one, and a chunk. A table on the meta device becomes local rows on the meta device.
+    Each rank receives its rows of rank 0's values, on `device`, and frees its full copy. Beside the full tables this
+    takes memory for the rank's own rows of one table, and a chunk. A table on the meta device becomes local rows on the
+    meta device.
 
     Args:
-        module: the same on every rank but for its values.
-        names: of modules of it that `check_embeddings` accepts.
-        device: of this rank.
+        module: The module, the same on every rank but for its values.
+        names: Names of submodules that `check_embeddings` accepts.
+        device: This rank's device.
 
     Raises:
-        PlanError: the ranks built different modules.
+        PlanError: The ranks built different modules.
     """
     on_meta = any(module.get_submodule(name).weight.is_meta for name in names)
     if not on_meta:
@@ -72,21 +73,21 @@ def shard_embeddings(module: nn.Module, names: Sequence[str], device: torch.devi
 
 
 def row_sharded(module: nn.Module) -> Lookups | None:
-    """What looks up the row-sharded tables of `module`; None where it has none."""
+    """Return the `Lookups` of the row-sharded tables of `module`; None if it has none."""
     return vars(module).get(_STATE)
 
 
 def check_embeddings(module: nn.Module, names: Sequence[str], ranks: int, wrapped: Sequence[str] = ()) -> None:
-    """Make sure that the rows of these modules can be divided among `ranks`.
+    """Check that these modules can be sharded by rows over `ranks` ranks.
 
     Args:
-        module: whole.
-        names: as a plan has them.
-        ranks: of the plan.
-        wrapped: names of modules that are gathered by themselves.
+        module: The unsharded module.
+        names: Names of the tables, from the plan.
+        ranks: The plan's world size.
+        wrapped: Names of modules that are separate FSDP groups.
 
     Raises:
-        PlanError: one cannot be, and why.
+        PlanError: A table cannot be sharded; the message gives the reason.
     """
     paths = {name: found for name, found in module.named_modules(remove_duplicate=False) if name}
     tables = [name for name, found in paths.items() if isinstance(found, nn.Embedding | nn.EmbeddingBag)]
@@ -115,10 +116,10 @@ def check_embeddings(module: nn.Module, names: Sequence[str], ranks: int, wrappe
 
 
 def check_no_copies(copies: Iterable[nn.Module], names: Sequence[str]) -> None:
-    """Refuse copies of a module whose tables are about to be divided.
+    """Refuse copies of a module whose tables are about to be sharded.
 
     Raises:
-        PlanError: there is one.
+        PlanError: There is a copy.
     """
     if any(True for _ in copies):
         raise PlanError(
@@ -128,7 +129,7 @@ def check_no_copies(copies: Iterable[nn.Module], names: Sequence[str]) -> None:
 
 
 def make_tables_whole(module: nn.Module) -> None:
-    """Undo the division: full tables on the CPU, equal on all ranks: a collective where there are any."""
+    """Replace row-sharded tables by full ones on the CPU, equal on all ranks: a collective if there are any."""
     lookups = row_sharded(module)
     if lookups is None:
         return
@@ -144,8 +145,10 @@ def make_tables_whole(module: nn.Module) -> None:
 
 @contextmanager
 def whole_tables(module: nn.Module) -> Iterator[None]:
-    """Within, row-sharded tables of `module` are whole: a collective. What is written into them is kept, and is to be
-    the same on all ranks. In a step they are for reading, and a loss that is computed from them is differentiated.
+    """Context in which row-sharded tables of `module` are full: a collective.
+
+    Writes into them are kept, and must be the same on all ranks. In a step the tables are read-only, and a loss
+    computed from them is differentiated.
     """
     lookups = row_sharded(module)
     tables = [] if lookups is None else [table for table in lookups.tables if table.aside is None]
@@ -193,7 +196,7 @@ def _check_table(module: nn.Module, part: nn.Module, given: str) -> None:
 
 
 def _scattered(whole: Tensor, device: torch.device) -> Tensor:
-    """This rank's rows of rank 0's table, which goes piece by piece to those that hold it."""
+    """Return this rank's rows of rank 0's table, which rank 0 sends in chunks to their owners."""
     rank, ranks = comm.rank(), comm.world_size()
     start, length = share(whole.shape[0], rank, ranks)
     if whole.is_meta:
@@ -213,7 +216,7 @@ def _scattered(whole: Tensor, device: torch.device) -> Tensor:
 
 
 class _Fetched(torch.autograd.Function):
-    """Rows that were fetched, whose gradient stays with the table until it is sent."""
+    """Identity on fetched rows whose backward keeps the gradient with the table until it is sent."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, table: Table, ids: Tensor, values: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ class _Fetched(torch.autograd.Function):
 
 
 class _LookUp(Forward):
-    """The forward of an nn.Embedding over rows that all ranks have."""
+    """The forward of a row-sharded nn.Embedding."""
 
     def __init__(self, table: Table, lookups: Lookups) -> None:
         super().__init__(table.module)
@@ -243,10 +246,10 @@ class _LookUp(Forward):
         ]
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `nn.Embedding.forward`: a collective.
+        """Compute `nn.Embedding.forward`: a collective.
 
         Raises:
-            PlanError: on all ranks, when one of them has an id that the table has no row for, or no integers.
+            PlanError: On all ranks, when the ids of one of them are out of range, or not int64 or int32.
         """
         if self._table.aside is not None:
             result: Tensor = self.original(input, *args, **kwargs)
@@ -257,7 +260,7 @@ class _LookUp(Forward):
         rows = self._lookups.look_up(self._table, ids)
         rows = _Fetched.apply(self._table.weight, self._table, ids, rows)  # type: ignore[no-untyped-call]
         if not len(ids):
-            # Functions of torch want a row to look at.
+            # torch's functions need at least one row.
             rows = F.pad(rows, (0, 0, 0, 1))
         return self._computed(rows, ids, places, *args, **kwargs)
 
@@ -272,7 +275,7 @@ class _LookUp(Forward):
 
     @classmethod
     def restore(cls, root: nn.Module) -> None:
-        """Give each module its forward back."""
+        """Restore each module's own forward, and remove the state dict hooks."""
         for module in root.modules():
             forward = vars(module).get("forward")
             if isinstance(forward, cls):
@@ -282,7 +285,7 @@ class _LookUp(Forward):
 
 
 class _LookUpBags(_LookUp):
-    """The forward of an nn.EmbeddingBag over rows that all ranks have."""
+    """The forward of a row-sharded nn.EmbeddingBag."""
 
     def _computed(
         self,
@@ -300,7 +303,7 @@ class _LookUpBags(_LookUp):
         return F.embedding_bag(
             places,
             rows,
-            # As the places are; of what else there is, torch says that it is wrong.
+            # int64 like `places`; torch itself refuses any other dtype.
             offsets.long() if offsets is not None and offsets.dtype in _IDS else offsets,
             mode=bag.mode,
             per_sample_weights=per_sample_weights,
@@ -310,14 +313,14 @@ class _LookUpBags(_LookUp):
 
 
 def _take_full_table(table: Table, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let `load_state_dict`, whose copy of the state is `state`, take the whole table."""
+    """Let `load_state_dict`, whose copy of the state dict is `state`, accept the full table."""
     name = f"{prefix}weight"
-    # It may be this rank's rows already, where the whole module takes full tensors.
+    # It may be this rank's rows already, if loading of the whole module has sharded full tensors.
     if table.aside is None and name in state and state[name].shape[0] == table.rows.rows:
         state[name] = divided_like(state[name], table.weight)
 
 
 def _mark_rows(table: Table, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let what `state_dict` gives be known for rows of a table."""
+    """Mark the weight in a `state_dict` as rows of a table."""
     if table.aside is None:
         mark_rows(state[f"{prefix}weight"], table.rows)

@@ -1,6 +1,6 @@
 """The same initial weights on all ranks, whatever their seeds.
 
-torch ensures it for DistributedDataParallel only: `fully_shard` takes each rank's slice of whatever that rank drew.
+torch ensures this for DistributedDataParallel only: `fully_shard` shards each rank's own initial values.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.rows import global_shape, rows_of
 from lightning_largescale.workload.kinds import is_plain
 
-# Tensors smaller than this travel together, up to about as many bytes: a broadcast of few bytes costs as one of many.
+# Smaller tensors share a broadcast of about this size: a broadcast of few bytes costs as much as one of many.
 _BUCKET_BYTES = 16 * 2**20
 
 
 def check_equal_structure(module: nn.Module) -> None:
-    """Refuse to go on where ranks built different modules: their collectives would not match, and wait for ever.
+    """Check that all ranks built the same module; otherwise their collectives would not match, and would hang.
 
     Raises:
-        PlanError: on all ranks, when a parameter's or buffer's name, shape or dtype differs from rank 0's, or the
-            number of elements that a sparse one has.
+        PlanError: On all ranks, when a parameter's or buffer's name, shape or dtype, or the number of elements of a
+            sparse one, differs from rank 0's.
     """
     own = [
         f"{name} {_shapes(tensor)} {tensor.dtype}"
@@ -43,17 +43,17 @@ def check_equal_structure(module: nn.Module) -> None:
 
 
 def _shapes(tensor: torch.Tensor) -> list[tuple[int, ...]]:
-    """Of a tensor, or of what holds the elements of one that is not dense."""
+    """Return the global shape of a tensor, or the shapes of the dense parts of one that is not dense."""
     if isinstance(tensor, DTensor) or tensor.is_meta or is_plain(tensor):
         return [tuple(global_shape(tensor))]
     return [tuple(part.shape) for part in compat.dense_parts(tensor)]
 
 
 def equal_weights(tensors: Iterable[torch.Tensor]) -> None:
-    """Give every rank rank 0's values of `tensors`, in place: a collective.
+    """Broadcast rank 0's values of `tensors` to all ranks, in place: a collective.
 
-    What is sharded already, or has no values yet, is left alone. Bytes travel, whatever they mean, since not every
-    backend knows every dtype.
+    Sharded, meta and empty tensors are skipped. Tensors are sent as bytes, since not every backend
+    supports every dtype.
     """
     bucket: list[torch.Tensor] = []
     for tensor in tensors:
@@ -77,14 +77,14 @@ def _broadcast_together(bucket: list[torch.Tensor]) -> None:
     comm.broadcast(flat)
     start = 0
     for tensor in bucket:
-        # Bytes begin anywhere, and elements of a dtype only at multiples of their size.
+        # A clone is aligned for the dtype; a slice of the bytes may start anywhere.
         values = flat[start : start + tensor.nbytes].clone()
         tensor.copy_(values.view(tensor.dtype).view(tensor.shape))
         start += tensor.nbytes
 
 
 def _distinct(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of `tensor` that are several in memory."""
+    """Return a view of `tensor` without the expanded dimensions (stride 0), whose elements share memory."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)

@@ -1,8 +1,8 @@
-"""What user code reads of DTensors, in hooks and steps, as it would read it of the full tensors.
+"""Reads of DTensors by user code, in hooks and steps, with the results of the full tensors.
 
-A DTensor's own answers are of three kinds there: right; of this rank's shard alone (`item` of a sum that is not reduced
-yet), which nobody is told of; and refusals (`nonzero`, `numpy`, an operand that is a plain tensor). Here the second and
-third are computed of the full tensors.
+A DTensor's own result is one of three: correct; silently that of this rank's shard alone (`item` of a sum that is not
+reduced yet); or an error (`nonzero`, `numpy`, an operand that is a plain tensor). In the second and third case this
+module computes with the full tensors.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from lightning_largescale.workload.parts import share
 
 
 class FullReads(WholeNumbers):
-    """Within, functions of torch give of DTensors what they give of the full tensors; they are collectives where a
-    DTensor's are, or where nothing else answers.
+    """Context in which torch functions return for DTensors what they return for the full tensors.
 
-    Results of the shape of an argument stay sharded as it is; numbers, and what else is of another shape where a
-    DTensor does not know it, are plain tensors, equal on all ranks.
+    They are collectives where the DTensor's function is one, or where only the full tensors give the result.
+
+    Results of the shape of an argument stay sharded like it. Numbers, and results of another shape that DTensor
+    cannot compute, are plain tensors, equal on all ranks.
 
     Args:
-        in_step: what is computed may be differentiated: what needs a gradient is left to DTensor, which keeps it.
-        losses: numbers that need a gradient are plain in a step too.
-        note: is told of what is read by a collective.
+        in_step: Whether results may be differentiated; then DTensor computes those that need a gradient.
+        losses: Whether numbers that need a gradient are plain tensors in a step too.
+        note: Callback that receives the description and the DTensors of each read that takes a collective.
 
     Attributes:
-        suspended: functions are called as without, as while a step runs inside of a hook.
+        suspended: whether functions are called unchanged, as while a step runs inside a hook.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class FullReads(WholeNumbers):
             result = func(*args, **kwargs)
             return as_ordered(result, order_of(args[0])) if isinstance(result, DTensor) else result
         if func is torch.autograd.grad:
-            # What it is given is told from what autograd computes with by `parallel.by_hand`.
+            # `parallel.by_hand` maps its arguments to the tensors that autograd computes with.
             return func(*args, **kwargs)
         if _writes(name, kwargs):
             return _write(func, args, kwargs)
@@ -101,11 +102,11 @@ class FullReads(WholeNumbers):
                 return func(*args, **kwargs)
         try:
             with warnings.catch_warnings():
-                # That it takes a tensor of one element for equal on all ranks, as it is of user code.
+                # DTensor warns that it takes a tensor of one element as equal on all ranks; in user code it is.
                 warnings.filterwarnings("ignore", "Found a non-scalar tensor with numel=1")
                 result = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
-            # Of shapes and placements, so raised on all ranks alike.
+            # It depends on shapes and placements only, so all ranks raise it.
             if differentiated:
                 raise
             return self._of_full(func, args, kwargs)
@@ -115,10 +116,10 @@ class FullReads(WholeNumbers):
         return as_ordered(result, order_of(shards[0])) if isinstance(result, DTensor) else result
 
     def _of_full(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """`func` of the full tensors; what it gives of the shape of a shard is sharded as that is."""
+        """Call `func` with the full tensors; shard results that have the shape of a sharded argument like it."""
         shards = _shards_in(args, kwargs)
         self._note_read(func, shards)
-        # Those of parameters that are offloaded are in DRAM, and what the user computes with is on the device.
+        # Shards of offloaded parameters are in DRAM; the user's other tensors are on the device.
         plain = (one.device for one in tensors_in((args, kwargs)) if not isinstance(one, DTensor))
         device = next((one for one in plain if one.type != "cpu"), shards[0].device)
 
@@ -132,12 +133,12 @@ class FullReads(WholeNumbers):
         with torch.no_grad():
             result = func(*map_tensors(args, gathered), **map_tensors(kwargs, gathered))
         if isinstance(result, np.ndarray) and shards[0].device_mesh.device_type == "cpu":
-            # A copy, of what numpy shares elsewhere: what is written into it would be lost.
+            # It is a copy, unlike numpy's usual shared memory, so writes into it would be lost.
             result.flags.writeable = False
         return _map_results(result, like_shards)
 
     def _reduced(self, func: Callable[..., Any], shards: Sequence[DTensor], tensor: Tensor) -> Tensor:
-        """A plain number; else without what ranks have yet to add up, which nothing could be written into."""
+        """Return a number as a plain tensor, else reduce partial placements, which do not allow writes."""
         if not isinstance(tensor, DTensor):
             return tensor
         if any(not placement.is_replicate() for placement in tensor.placements) and not divided_dims(tensor):
@@ -146,7 +147,7 @@ class FullReads(WholeNumbers):
             return full(tensor)
         for axis, placement in enumerate(tensor.placements):
             if placement.is_partial():
-                # By one axis after the other; all at once torch warns that it does so.
+                # One mesh axis after the other: torch warns when it reduces several at once.
                 tensor = tensor.redistribute(
                     placements=[Replicate() if at == axis else one for at, one in enumerate(tensor.placements)]
                 )
@@ -157,7 +158,7 @@ class FullReads(WholeNumbers):
             self._note(f"{getattr(func, '__name__', func)} of {', '.join(map(name_of, shards))}", shards)
 
 
-# What is computed element by element, and of all elements, whatever their order and the mesh.
+# Elementwise functions, and below reductions of all elements, that are correct for any element order and mesh.
 _ELEMENTWISE = """
     abs add clone detach div eq ge gt isfinite isinf isnan le logical_not lt mul nan_to_num ne neg pow sign square sub
     double float bool __and__ __eq__ __ge__ __gt__ __invert__ __le__ __lt__ __ne__ __or__ __pow__ __rmul__
@@ -170,7 +171,7 @@ _EXTREMES = frozenset({"amax", "amin", "aminmax", "argmax", "argmin", "max", "mi
 
 
 def _loses_nan(func: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether ranks find the greatest of theirs, which of NaN and a number may be the number."""
+    """Return whether `func` reduces extremes of shards across ranks, which may drop a NaN in favor of a number."""
     name = getattr(func, "__name__", "")
     return name in _EXTREMES or ("norm" in name and _infinite(args[1:]))
 
@@ -180,7 +181,7 @@ def _infinite(orders: Sequence[Any]) -> bool:
 
 
 def _is_simple(func: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a DTensor's rules hold of `func` for each order of elements, and without any on some ranks."""
+    """Return whether DTensor computes `func` correctly for any element order, and with empty shards on some ranks."""
     name = getattr(func, "__name__", "")
     first, others = args[0], args[1:]
     if name in _SIMPLE:
@@ -193,7 +194,7 @@ def _is_simple(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     return name in _OF_ALL and len(args) <= (2 if "norm" in name else 1)
 
 
-# What gives values to Python; of a DTensor they are this rank's.
+# Functions that return Python values; a DTensor returns those of this rank's shard.
 _VALUES = frozenset(
     {
         Tensor.item,
@@ -219,7 +220,7 @@ _VALUES = frozenset(
 
 
 def _shards_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[DTensor]:
-    """The DTensors among arguments and in their lists."""
+    """Return the DTensors among the arguments, and in lists and tuples among them."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, DTensor):
@@ -230,12 +231,12 @@ def _shards_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[DTensor]:
 
 
 def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of that name changes an argument."""
+    """Return whether a function of that name writes into an argument."""
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in _IN_PLACE_OPERATORS or kwargs.get("out") is not None
 
 
-# As Python calls `a += b` and the like.
+# Python's methods for `a += b` and the like.
 _IN_PLACE_OPERATORS = frozenset(
     {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
     | {"__setitem__"}
@@ -243,8 +244,10 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 def _needs_full(shard: DTensor) -> bool:
-    """Whether DTensor's rules may not hold of it: its elements stand in another order than the user's, a rank has none,
-    of which there is no largest, or it is sharded over a mesh of several dimensions, of which torch warns.
+    """Return whether DTensor's own results may be wrong for `shard`.
+
+    They may be if its elements are in another order than the user's, if a rank's shard is empty, which has no maximum,
+    or if its mesh has several dimensions, about which torch warns.
     """
     return order_of(shard) is not None or shard.device_mesh.ndim > 1 or _has_empty(shard)
 
@@ -260,16 +263,14 @@ def _has_empty(shard: DTensor) -> bool:
 
 
 def _gathered_differentiably(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard, with the graph; its gradient is to be equal on all ranks."""
+    """Return the full tensor of a shard, differentiably; its gradient must be equal on all ranks."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
 
 
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A function that changes its first argument, or `out`: of plain operands of the same shape each rank takes its
-    shard.
-    """
+    """Call a function that writes into its first argument, or `out`, with plain operands sharded like that target."""
     target = kwargs.get("out", args[0] if args else None)
     if not isinstance(target, DTensor):
         return func(*args, **kwargs)
@@ -295,10 +296,10 @@ def _plain_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _map_results(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`result` of a function of torch, `change` made of each tensor in it."""
+    """Return the `result` of a torch function with `change` applied to each tensor in it."""
     if isinstance(result, Tensor):
         return change(result)
     if isinstance(result, tuple | list):
-        # Those that torch names fields of are made of an iterable too.
+        # torch's named result types are constructed from an iterable too.
         return type(result)(_map_results(one, change) for one in result)
     return result

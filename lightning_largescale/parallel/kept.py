@@ -1,15 +1,15 @@
-"""Recomputation by operation: results of products are kept, what is cheap runs again.
+"""Selective activation recomputation: keep the results of products, recompute cheap operations.
 
-Matrix products, convolutions and attention take most of a block's time and make a part of what it saves. A block that
-recomputes may keep their results, and its second forward takes these in their place. A result that was written into
-since, by the block, by a collective or by what came after, is no longer what the product made: then the product runs
-again. So does one that draws random numbers, or later ones would be others. Results are taken in the order in which
-they were made, as long as products are given what they were given then. Of a write past torch (into an array that
-shares its memory) nothing is known.
+Matrix products, convolutions and attention take most of a block's time and produce a fraction of its activations. A
+recomputed block may keep their results, and its second forward returns them instead of running the products. A product
+runs again if its result was written into since, by the block, by a collective or by later code. A product that draws
+random numbers runs again too, so that later draws stay the same. Results are reused in the order in which they were
+made, as long as products have the same arguments as then. A write that bypasses torch (into an array that shares its
+memory) is not detected.
 
 Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 5 (selective
-    activation recomputation); torch.utils.checkpoint.create_selective_checkpoint_contexts, which refuses writes into
-    what it keeps, when the first backward runs, and which torch.compile knows.
+    activation recomputation); torch.utils.checkpoint.create_selective_checkpoint_contexts, which torch.compile
+    supports, and which refuses writes into kept results when the first backward runs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.reads import storage_keys
 from lightning_largescale.workload.tracker import is_product, writes, written
 
-# Of a block's first forward, and of those in backward.
+# The contexts of a block's first forward, and of its recomputations in backward.
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def keep_products() -> Contexts:
-    """Contexts of a first forward, which keeps, and of those in backward, which take."""
+    """Return the context of the first forward, which keeps results, and that of recomputations, which reuses them."""
     if torch.compiler.is_compiling():
         return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call, no-any-return]
     kept = _SavedResults()
@@ -46,17 +46,17 @@ def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 
 
 class _Result:
-    """What one product made of what, and whether it still is that."""
+    """The result of one product, with its arguments and tensor versions, to tell whether it is still valid."""
 
     def __init__(self, given: Any, made: Any) -> None:
-        # Aliases, or what was made would hold the graph that holds this.
+        # Aliases, since the result itself would hold the graph that holds this object: a cycle.
         self.made = map_tensors(made, compat.alias)
         self._versions = [compat.version(tensor) for tensor in tensors_in(self.made)]
         self.storages = _storages(self.made)
         self._given = [(tensor.shape, tensor.dtype, _references(tensor)) for tensor in tensors_in(given)]
 
     def is_of(self, given: Any) -> bool:
-        """Whether it may be of what is `given`: as far as that is still there, it is the same."""
+        """Return whether the arguments `given` match those of this result; storages freed since are not compared."""
         now = tensors_in(given)
         return len(now) == len(self._given) and all(
             tensor.shape == shape
@@ -71,14 +71,14 @@ class _Result:
 
 
 class _SavedResults:
-    """Results by function, in the order in which they were made; None for those that are to be made again."""
+    """Results by function, in the order in which they were made; None for those that have to be recomputed."""
 
     def __init__(self) -> None:
         self.results: dict[Any, list[_Result | None]] = defaultdict(list)
 
     def note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Keep no longer what `func` writes into."""
-        # Collectives write into tensors past their versions.
+        """Drop the results that `func` writes into."""
+        # Collectives write into tensors without changing their versions.
         collective = func.namespace == "c10d"
         if not collective and not writes(func):
             return
@@ -90,7 +90,7 @@ class _SavedResults:
 
 
 class _Mode(compat.DispatchMode):  # type: ignore[no-untyped-call]
-    # As torch's own modes of this kind: functions that torch compiles, and those of higher order, go by.
+    # Like torch's own modes of this kind, ignore compiled functions and higher-order operators.
     supports_higher_order_operators = True
 
     def __init__(self, kept: _SavedResults) -> None:
@@ -129,10 +129,10 @@ class _Taking(_Mode):  # type: ignore[no-untyped-call]
         self._next[func] += 1
         if index >= len(results):
             return func(*args, **kwargs)
-        # Taken once, so that it is freed when its backward is done; a second backward runs the product.
+        # Each result is reused once, so that it is freed after its backward; a second backward runs the product.
         result, results[index] = results[index], None
         if result is not None and not result.is_of((args, kwargs)):
-            # It computes other things than the first time, such as what it keeps from then on.
+            # The recomputation differs from the first forward, so later results may not match either.
             self._follows, result = False, None
         return func(*args, **kwargs) if result is None or not result.is_whole else result.made
 
@@ -142,17 +142,17 @@ def _storages(tree: Any) -> set[int]:
 
 
 def _references(tensor: Tensor) -> list[Any]:
-    """Weak ones, to the storages of `tensor`."""
+    """Return weak references to the storages of `tensor`."""
     return [StorageWeakRef(part.untyped_storage()) for part in compat.dense_parts(tensor)]  # type: ignore[no-untyped-call]
 
 
 def _is_kept(func: Any) -> bool:
-    # What writes its result into a given tensor has to write it again.
+    # A function that writes its result into an argument has to write it again.
     return is_product(func) and not writes(func)
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call draws random numbers: attention does where it drops out."""
+    """Return whether a call draws random numbers; attention does only with dropout."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     return bool(compat.argument(func, "dropout_p", args, kwargs, 1.0))
