@@ -1,15 +1,16 @@
-"""What a step frees on the CPU goes back to the system, under plans that are there to save memory.
+"""Return of freed CPU memory to the system, under plans that save memory.
 
-A step leaves holes in glibc's heap, and how many depends on the sizes of a model's tensors and on glibc's version.
-`HeapWatch` gives them back when a process outgrows what it needs, or was planned to have: a step is slowed down by the
-holes that it does leave and fills again. Under the plain plan most models leave none too many; convolutions on large
-images do.
+A step fragments glibc's heap; how much depends on the sizes of a model's tensors and on glibc's version. `HeapWatch`
+trims the heap when a process outgrows the memory that it needs, or its planned memory; not at every step, since giving
+back holes that the next step fills again slows it down. Under the plain plan most models leave few holes; convolutions
+on large images leave many.
 
-A sharded step allocates and frees whole blocks all the time. glibc's malloc serves up to 32 MB from its heap once such
-a size was freed, and memory aligned as torch wants it seldom fits the hole that its like left. On 2 ranks with 6 blocks
-of 18 MB each (glibc 2.36) a rank grew by 0.8 to 1.0 GB in a step of 0.3 GB of live tensors: sharding took more than it
-saved. Memory above a fixed limit is mapped and unmapped instead: 0.34 to 0.45 GB in the same runs. It costs faults,
-there 1.4 to 1.6 times the step's time where it moves memory more than it computes. Above 32 MB glibc maps anyway.
+A sharded step allocates and frees full blocks all the time. glibc's malloc serves up to 32 MB from its heap once such a
+size was freed, and torch's aligned allocations seldom fit the hole that an equal one left. On 2 ranks with 6 blocks of
+18 MB each (glibc 2.36) a rank grew by 0.8 to 1.0 GB in a step of 0.3 GB of live tensors: sharding took more than it
+saved. With allocations above a fixed limit mapped and unmapped instead, it grew by 0.34 to 0.45 GB in the same runs.
+Mapping costs page faults: there 1.4 to 1.6 times the step's time if it moves memory more than it computes. Above 32 MB
+glibc maps anyway.
 
 Source: man page mallopt(3), M_MMAP_THRESHOLD; glibc bug 14581 (memalign).
 """
@@ -25,20 +26,20 @@ from lightning_largescale.hardware.usage import held_bytes, trim_heap
 _M_MMAP_THRESHOLD = -3
 # Below this a mapping costs more than the hole it avoids.
 _SMALLEST_BYTES = 2**20
-# What is held may be above what is needed by this share of it.
+# Fraction by which held memory may exceed needed memory.
 _SLACK = 0.02
-# A process fills fresh memory at no more than this (bytes/s); it is looked at more often the nearer it may be.
+# Upper bound of the growth of a process (bytes/s), and of the interval between looks, shorter near the limit.
 _GROWTH, _SHORTEST_SECONDS, _LONGEST_SECONDS = 4 * 2**30, 0.005, 0.5
-# Of the time of trimming, how long to leave the heap alone after it.
+# Pause after a trim, as a multiple of the trim's time.
 _PAUSE = 3.0
 
 
 def map_from(smallest_bytes: int) -> None:
-    """Let this process map every allocation of about `smallest_bytes` or more, from now on; nothing without glibc.
+    """Make malloc map every allocation of about `smallest_bytes` or more from now on; no-op without glibc.
 
     Args:
-        smallest_bytes: of the matrices that are gathered, 0 without sharding; what is smaller than half of it, or than
-            1 MiB, stays in the heap.
+        smallest_bytes: Bytes of the smallest matrix that is all-gathered, 0 without sharding. Allocations below half
+            of it, or below 1 MiB, stay in the heap.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -49,12 +50,12 @@ def map_from(smallest_bytes: int) -> None:
 
 
 class HeapWatch:
-    """Gives the holes in the heap back to the system whenever the process holds more than a limit.
+    """Watcher that trims the heap whenever the process holds more memory than a limit.
 
-    Where it holds more although it was just trimmed, that is what it needs, and the limit rises a little above that.
+    If the process holds more even after a trim, it needs that memory, and the limit rises to slightly above it.
 
     Args:
-        limit_bytes: resident memory up to which holes may stay; 0 where only a step can tell what it needs.
+        limit_bytes: Resident memory up to which holes may stay; 0 if the need is known only once steps run.
 
     Source: man page malloc_trim(3).
     """
@@ -65,7 +66,7 @@ class HeapWatch:
         self._thread = threading.Thread(target=self._run, name="lightning_largescale heap watch", daemon=True)
 
     def look(self) -> float:
-        """Trim if it is due; returns after how many seconds to look again."""
+        """Trim the heap if the limit is exceeded; return the seconds until the next look."""
         pause = 0.0
         if held_bytes("cpu") > self._limit:
             began = perf_counter()
@@ -76,11 +77,11 @@ class HeapWatch:
         return max(pause, min(_LONGEST_SECONDS, max(_SHORTEST_SECONDS, until_full)))
 
     def start(self) -> None:
-        """Look at the process from a thread, until `stop`."""
+        """Start the thread that watches the process until `stop`."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the thread and join it."""
         self._ended.set()
         self._thread.join()
 
