@@ -1,6 +1,6 @@
-"""An optimizer's parameters and state replaced for the time of a step.
+"""Temporary replacement of an optimizer's parameters and state for a step.
 
-The user's optimizer stays, and so do its groups, which schedulers hold: only the tensors in them are others in between.
+The user's optimizer and its groups, which schedulers refer to, stay the same objects: only their tensors are replaced.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 
 
 class Exchange:
-    """Gives an optimizer other tensors for its parameters, their gradients and their state, and takes them back.
+    """Replacement of an optimizer's parameters, gradients and state by other tensors, and its reversal.
 
     Args:
-        optimizer: between `begin` and `end` it may step, without evaluating the loss.
-        part: what to step on for a parameter, its gradient, or a tensor of its state: sharing storage, or the same.
-        to_whole: the reverse for a tensor of the state: of which parameter, under which key, and the tensor.
+        optimizer: The optimizer; between `begin` and `end` it may step, without evaluating the loss.
+        part: Returns the replacement of a parameter, gradient or state tensor, which shares its storage or is the same.
+        to_whole: The reverse for a state tensor; receives the parameter, the state key and the tensor.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Exchange:
         self._parts: dict[Tensor, nn.Parameter] = {}
 
     def begin(self) -> None:
-        """Replace them."""
+        """Replace the parameters, gradients and state."""
         for group in self._optimizer.param_groups:
             self._given.append(group["params"])
             group["params"] = [self._part_of(parameter) for parameter in group["params"]]
@@ -43,13 +43,13 @@ class Exchange:
             self._move(parameter, part, lambda _, tensor: self._part(tensor))
 
     def end(self) -> None:
-        """Put them back, with what the step has made of them; nothing where none are replaced."""
+        """Restore the original tensors, with the step's results; no-op if none are replaced."""
         for group, given in zip(self._optimizer.param_groups, self._given, strict=False):
             group["params"] = given
         for parameter, part in self._parts.items():
             target = self._part(parameter.detach())
             if target.data_ptr() != part.data_ptr():
-                # Some write a new tensor into `parameter.data`.
+                # Some optimizers assign a new tensor to `parameter.data`.
                 target.copy_(part.detach())
             self._move(part, parameter, partial(self._to_whole, parameter))
         self._given, self._parts = [], {}

@@ -1,6 +1,6 @@
-"""A sharded module made whole: for a block of code, or for good.
+"""Unsharding of a sharded module, for a block of code or permanently.
 
-Every rank then holds all parameters, so they must fit there.
+Every rank then holds all parameters, so they must fit into its memory.
 
 Source: torch.distributed.tensor, DTensor.full_tensor; FSDP1's `summon_full_params` for the block of code.
 """
@@ -27,15 +27,15 @@ from lightning_largescale.parallel.tensor import compute_plainly
 
 @contextmanager
 def whole_parameters(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, `module` has full plain parameters; what the block writes into them is kept: a collective.
+    """Context in which `module` has full plain parameters, with writes into them kept: a collective.
 
-    They are copies on `device`, wherever the shards are. Each rank keeps its own slices of what the block writes into
-    them, so all ranks are to write the same. Inside a step they are for reading: a loss that is computed from them is
-    differentiated as in a plain run, with a reduction of its own.
+    They are copies on `device`, wherever the shards are. Each rank keeps its own shards of the block's writes, so all
+    ranks must write the same values. Inside a step they are read-only: a loss computed from them is differentiated as in
+    a plain run, with a separate reduction.
 
     Args:
-        module: any; one that is not sharded stays as it is.
-        device: that the module computes on.
+        module: Any module; one that is not sharded stays unchanged.
+        device: The device that the module computes on.
     """
     state = sharded_state(module)
     if state is None or state.whole:
@@ -45,7 +45,7 @@ def whole_parameters(module: nn.Module, device: torch.device) -> Iterator[None]:
         reshard(module)
     places = _shards(module)
     if state.stepping:
-        # Parameters of blocks that are gathered are none of these.
+        # Parameters of unsharded blocks are not DTensors, and are left out.
         meet(module, *(number for number, one in enumerate(module.parameters()) if isinstance(one, DTensor)))
     shards = dict.fromkeys(shard for _, _, shard in places)
     whole = {
@@ -62,19 +62,19 @@ def whole_parameters(module: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             state.whole = False
             _put(places, {shard: shard for shard in shards})
-            # Whether they were written into cannot be told: through `.data` no version counts.
+            # Always copy back: writes through `.data` do not change the version, so they cannot be detected.
             for shard, values in whole.items() if not state.stepping else ():
                 _write(shard, values)
 
 
 def make_whole(module: nn.Module) -> Mapping[Tensor, nn.Parameter]:
-    """Undo the sharding of `module`: full plain parameters on the CPU, equal on all ranks, and nothing that gathers.
+    """Undo the sharding of `module`: full plain parameters on the CPU, equal on all ranks, without FSDP hooks.
 
-    A collective. Optimizers of the shards are optimizers of nothing from then on. A module that is not sharded stays
-    as it is. The shard of a single rank is all of a parameter, and its memory is kept.
+    A collective. Optimizers of the shards no longer affect the module. A module that is not sharded stays unchanged. On
+    a single rank the shard is the full parameter, and its memory is kept.
 
     Returns:
-        What each shard has become.
+        The full parameter of each shard.
     """
     state = sharded_state(module)
     if state is None:
@@ -87,7 +87,7 @@ def make_whole(module: nn.Module) -> Mapping[Tensor, nn.Parameter]:
     for group in reversed(state.every_group()):
         compat.undo_sharding(group)
     stop_gathering(module, state)
-    # One after the other, so that a shard is gone before the next full tensor is there.
+    # One after the other, so that a shard is freed before the next full tensor is allocated.
     while shards:
         shard = shards[-1][2]
         owners = [entry for entry in shards if entry[2] is shard]
@@ -98,7 +98,7 @@ def make_whole(module: nn.Module) -> Mapping[Tensor, nn.Parameter]:
 
 
 def _shards(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Each place of the module that holds a shard: the part, the name there, the shard; tied ones several times."""
+    """Return each (submodule, parameter name, shard) of the module; tied shards appear several times."""
     places = [
         (part, name, parameter) for part in module.modules() for name, parameter in compat.own_tensors(part)[0].items()
     ]
@@ -106,19 +106,17 @@ def _shards(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def _full(shard: nn.Parameter, device: torch.device, *, keep: bool = False) -> nn.Parameter:
-    """All of `shard`; of a single rank its own memory, where that may be kept."""
+    """Return the full parameter of `shard`; with `keep`, a single rank reuses the shard's memory."""
     assert isinstance(shard, DTensor)
     if keep and shard.device_mesh.size() == 1:
         return whole_of(shard).parameter(shard.to_local().detach(), shard)
     with torch.no_grad():
-        # Of a single rank the shard is the whole, which is not to be written into twice.
+        # A copy, since on a single rank the full tensor shares the shard's memory, and writes would apply twice.
         return whole_of(shard).parameter(full(shard, order_of(shard)).to(device, copy=True), shard)
 
 
 def _differentiable(shard: nn.Parameter, state: Sharded, number: int, device: torch.device) -> Tensor:
-    """The full tensor of `shard`, the one of this number, whose gradient is averaged over the ranks, as those of a step
-    are.
-    """
+    """Return the full tensor of `shard`, number `number`, whose gradient is averaged over the ranks, as in a step."""
     return _Averaged.apply(shard, state, number, device)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -137,7 +135,7 @@ class _Averaged(torch.autograd.Function):
         average = gradient.clone(memory_format=torch.contiguous_format)
         average_in_place(average)
         if gradient.is_cuda:
-            # It is added to what FSDP2 reduces, and copies to DRAM, on streams of its own until the backward ends.
+            # FSDP2 adds it to gradients that it reduces, and copies to DRAM, on its own streams until the backward ends.
             torch.cuda.synchronize(gradient.device)
         return divided(average, shard, order_of(shard)), None, None, None
 
