@@ -30,8 +30,8 @@ def whole_parameters(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Context in which `module` has full plain parameters, with writes into them kept: a collective.
 
     They are copies on `device`, wherever the shards are. Each rank keeps its own shards of the block's writes, so all
-    ranks must write the same values. Inside a step they are read-only: a loss computed from them is differentiated as in
-    a plain run, with a separate reduction.
+    ranks must write the same values. Inside a step they are read-only: a loss computed from them is differentiated
+    as in a plain run, with a separate reduction.
 
     Args:
         module: Any module; one that is not sharded stays unchanged.
@@ -135,7 +135,7 @@ class _Averaged(torch.autograd.Function):
         average = gradient.clone(memory_format=torch.contiguous_format)
         average_in_place(average)
         if gradient.is_cuda:
-            # FSDP2 adds it to gradients that it reduces, and copies to DRAM, on its own streams until the backward ends.
+            # FSDP2 adds it to what it reduces, and copies to DRAM, on its own streams until the backward ends.
             torch.cuda.synchronize(gradient.device)
         return divided(average, shard, order_of(shard)), None, None, None
 

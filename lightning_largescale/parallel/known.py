@@ -1,6 +1,6 @@
-"""The parameters that a plan was carried out on, and those that came later.
+"""Detection of parameters that appear after a plan was applied to a module.
 
-Parameters that appear in mid-run are neither divided nor averaged: ranks would go on with different values.
+Such parameters are neither sharded nor averaged, so ranks would continue with different values.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from lightning_largescale.plan import Plan
 
 
 class KnownParameters:
-    """Parameters of a module as it was set up.
+    """Parameters of a module at setup.
 
     Args:
-        module: sharded, or replicated.
-        plan: more than one rank.
+        module: The module, sharded or replicated.
+        plan: A plan for more than one rank.
 
     Attributes:
-        module: as given.
-        plan: as given.
+        module: the module.
+        plan: the plan.
     """
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.module, self.plan = module, plan
         self._names = {name for name, _ in module.named_parameters()}
-        # The parameters are kept alive, so that nothing else gets their ids.
+        # Keep the parameters alive, so that no other object gets their ids.
         self._parameters: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
         self._stay_frozen = _of_other_dtypes(module)
         self._frozen: dict[str, Tensor] = {}
 
     def check(self) -> None:
-        """Make sure that the module has no others to train; call it between steps.
+        """Check that the module has no other trainable parameters; call it between steps.
 
         Raises:
-            PlanError: it has grown, or some were replaced; or a frozen one is trained that no group can reduce.
+            PlanError: Parameters were added or replaced, or a frozen one that its group cannot reduce is now trained.
         """
         for other in self._stay_frozen:
             if other.requires_grad:
@@ -54,7 +54,7 @@ class KnownParameters:
                 raise self._error(f"parameter {name!r}, which came frozen, is not")
         if all(id(parameter) in self._parameters for parameter in self.module.parameters()):
             return
-        # Gathered, they are other objects.
+        # Unsharded parameters are other objects.
         reshard(self.module)
         for name, parameter in self.module.named_parameters():
             if id(parameter) in self._parameters:
@@ -64,10 +64,10 @@ class KnownParameters:
             self._parameters[id(parameter)] = self._frozen[name] = parameter
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Make sure that `optimizer` has no others.
+        """Check that `optimizer` has no other parameters.
 
         Raises:
-            PlanError: it holds parameters as they were before, or that came after.
+            PlanError: It holds parameters from before the setup, or added after it.
         """
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -87,7 +87,7 @@ class KnownParameters:
 
 
 def _of_other_dtypes(module: nn.Module) -> list[nn.Parameter]:
-    """Frozen parameters of groups whose trainable ones are of another dtype."""
+    """Return frozen parameters of FSDP groups whose trainable parameters have another dtype."""
     state = sharded_state(module)
     found: list[nn.Parameter] = []
     for group in () if state is None else state.every_group():
