@@ -1,4 +1,4 @@
-"""LargeScaleAutoStrategy: looks at the hardware and the step, plans, then is a LargeScaleStrategy.
+"""LargeScaleAutoStrategy: a LargeScaleStrategy that plans from the detected hardware and the traced step.
 
 Source: Nagrecha 2023, "Systems for Parallel and Distributed Large-Model Deep Learning Training", section 4.
 """
@@ -47,27 +47,27 @@ from lightning_largescale.workload import Workload
 from lightning_largescale.workload.kinds import find_lazy, lazy_error
 
 _Value = TypeVar("_Value")
-# Enough intervals for a steady median, few enough to cost nothing.
+# Enough intervals for a stable median, few enough to cost next to nothing.
 _TIMED_STEPS = 1000
-# Of the predicted peak, from where on a plain run's heap keeps no holes: it grows between two looks at it.
+# Share of the predicted peak above which a plain run's heap is trimmed; it grows between two checks.
 _NEAR = 0.97
 
 
 class LargeScaleAutoStrategy(LargeScaleStrategy):
-    """Trains under the plan that is predicted to be the fastest of those that fit; `report` says why.
+    """Strategy that trains under the plan with the lowest predicted step time that fits; `report` gives the reasons.
 
-    The plan is decided when the trainer sets the strategy up: the hardware is detected and measured (cached), one step
-    is traced on fake tensors, and every admissible plan is priced. Rank 0 decides and tells the others.
-    BatchSizeFinder and Tuner search under that plan, which was made for the batch size the module had before.
+    The plan is decided at setup: the hardware is detected and measured (cached), one step is traced on fake tensors,
+    and the cost of every admissible plan is predicted. Rank 0 decides and broadcasts the plan. BatchSizeFinder and
+    Tuner search under that plan, which was made for the module's original batch size.
 
     Args:
-        memory_budget: bytes, or text such as "6GiB", that one rank may hold in all on its device: on CPU the process's
-            resident memory, what is there before included; on CUDA what torch's allocator may have, beside the context.
-            Without it, 90% of what is free, beside what is held.
-        allow: values that change numerics and may be chosen all the same: "bf16-mixed".
-        sample_batch: a batch to trace with, in place of one from the trainer's own loader.
-        plan_out: file that the chosen plan's JSON is written to, for `LargeScaleStrategy(path)`.
-        nvme_path: a folder on the disk of the nvme tier; None takes that of the detected ones with the most free bytes.
+        memory_budget: the bytes, or text such as "6GiB", that one rank may hold on its device in total: on CPU the
+            process's resident memory, including what it holds before; on CUDA the memory of torch's allocator, without
+            the context. By default, 90% of the free memory, in addition to what is held already.
+        allow: values that change numerics and may be chosen nevertheless: "bf16-mixed".
+        sample_batch: a batch to trace with, in place of one from the trainer's loader.
+        plan_out: the file to which the chosen plan's JSON is written, for `LargeScaleStrategy(path)`.
+        nvme_path: a folder on the disk of the nvme tier; None selects the detected disk with the most free bytes.
         start_method: as for `LargeScaleStrategy`.
         process_group_backend: as for `LargeScaleStrategy`.
         timeout: as for `LargeScaleStrategy`.
@@ -76,7 +76,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         weights: as for `LargeScaleStrategy`.
 
     Raises:
-        PlanError: an argument is not accepted; at setup, nothing fits.
+        PlanError: an argument is not accepted; at setup, no plan fits.
     """
 
     decided_at_setup = ("plan", "report")
@@ -110,7 +110,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         check_allow(allow)
         self._allow = tuple(allow)
         self._plan_out = plan_out
-        # Checked as a plan's is.
+        # Checked like the field of a plan.
         self._nvme_path = Plan(nvme_path=nvme_path).nvme_path  # type: ignore[arg-type]  # a path is made text
         self.report: Report | None = None
         self._planned_for: tuple[object, TrainerFn | None] = (None, None)
@@ -129,20 +129,20 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         sharded = sharded_state(self._module())
         if sharded is not None and self._planned_for[0] is not self._module():
             if trainer.state.fn != TrainerFn.FITTING or sharded.plan.world_size != self.world_size:
-                # Another strategy divided it, which serves for evaluation.
+                # Another strategy's sharding is kept for evaluation.
                 self.report = None
                 return sharded.plan
-            # What is divided can be neither traced nor planned.
+            # A sharded module can be neither traced nor planned.
             self.make_whole()
         elif sharded is None and row_sharded(self._module()) is not None:
             self.make_whole()
         if not any(True for _ in self._module().parameters()):
-            # Nothing to place, reduce or keep small.
+            # Without parameters there is nothing to plan.
             self.report = None
             precision = asked_precision(self.precision_plugin) or Plan().precision
             return Plan(dp_replicate=self.world_size, precision=precision)
         if sharded_state(self._module()) is None and (lazy := find_lazy(self._module())) is not None:
-            # Its shape comes with the first batch, as in a plain run; nothing can be planned before.
+            # The first batch sets lazy shapes, as in a plain run; nothing can be planned before.
             if self.world_size > 1:
                 raise lazy_error(lazy)
             self.report = None
@@ -153,15 +153,15 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         kind = self.root_device.type
         shown = shows_summary(trainer)
         module = self._module()
-        # What will run is what is traced.
+        # The module is traced in the precision in which it will run.
         self._convert(module)
         self._told_samples_among = 0
         workload = self._looked_at(trainer)
-        # The trace came first, so that products are measured at sizes like its own.
+        # After the trace, so that matrix products are measured at sizes like the step's.
         hardware = self._hardware().calibrate(progress=shown, matmul_sizes=matmul_sizes(workload))
-        # Afterwards: a first measurement leaves work buffers and threads' heaps behind, which the run holds as well.
+        # After the measurement: a first one leaves work buffers and threads' heaps, which the run holds as well.
         held = _held_beside(module, kind)
-        # What the model takes now is there for it, and counted again in every plan.
+        # The model's current memory is available to it, and every plan counts it again.
         free_bytes = available_bytes(kind, hardware.memory_free_bytes) + _own_bytes(module, kind)
         ranks = self._gathered((free_bytes, held))
         self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
@@ -190,12 +190,12 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         super().on_train_start()
         estimate = None if self.report is None else self.report.estimate_of(self.plan)
         if estimate is not None and self._heap_is("left"):
-            # Nothing else keeps it as small as it was predicted.
+            # Nothing else keeps the heap below the predicted peak.
             self._watch_heap(int(_NEAR * estimate.memory.peak_bytes))
 
     @override
     def on_search_end(self) -> None:
-        # What the trials took and lasted is not the run's.
+        # Memory and time of the search's trials do not count for the run.
         self._step_starts.clear()
         start_peak(self.root_device.type)
 
@@ -216,9 +216,10 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             show(said, markup=False, highlight=False, soft_wrap=True)
 
     def _keeps_plan(self, trainer: Trainer) -> bool:
-        """Whether the plan in force serves: the same module, and it was planned for training or is only evaluated now.
+        """Return whether to keep the current plan.
 
-        A module that is sharded already stays so.
+        It is kept for the same module if it was made for training, if the module is only evaluated now, or if it shards
+        the module, which stays sharded.
         """
         module, planned_for = self._planned_for
         if module is not self.lightning_module:
@@ -226,24 +227,24 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         return planned_for == TrainerFn.FITTING or trainer.state.fn != TrainerFn.FITTING or self.plan.shards
 
     def _looked_at(self, trainer: Trainer) -> Workload:
-        """The step that is about to run, in what may be chosen, and in what is priced for the advice alone."""
+        """Trace the next step in all precisions that may be chosen or are only predicted for the report's advice."""
         asked = asked_precision(self.precision_plugin)
         precisions = (asked,) if asked else ("32-true", *LOSSY)
         workload = self._traced(trainer, precisions, self._tp_sizes())
-        # Nobody asked for what is only priced for the advice.
+        # Notes about precisions that only the advice needs are left out.
         unasked = tuple(set(precisions) - {"32-true", asked, *self._allow})
         return dataclasses.replace(
             workload, approximate=tuple(note for note in workload.approximate if not note.startswith(unasked))
         )
 
     def _gives_the_same_samples(self, trainer: Trainer, plan: Plan) -> bool:
-        """Whether the loaders give the ranks of tensor parallelism the same samples under `plan`: a collective."""
+        """Return whether loaders yield tensor-parallel ranks the same samples under `plan`: a collective."""
         before, self.plan = self.plan, plan
         self._divide_samples_for(trainer, plan)
         try:
             own = samples_of_rank(trainer)
         except Exception:
-            # Some loaders can only be made once the run is under way, which then compares what they give.
+            # Some loaders can only be created during the run, which then compares their batches.
             own = ()
         finally:
             self.plan = before
@@ -251,19 +252,26 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         return all(one == found[rank - rank % plan.tp] for rank, one in enumerate(found))
 
     def _divide_samples_for(self, trainer: Trainer, plan: Plan) -> None:
-        """Let loaders that were asked for early, and divided their samples for another plan, be asked for again."""
+        """Make the trainer request its loaders again if they were created early with samplers for another `tp`."""
         if self._told_samples_among not in (0, plan.tp):
             ask_for_loaders_again(trainer)
             self._told_samples_among = 0
 
     def _tp_sizes(self) -> tuple[int, ...]:
-        """Numbers of ranks that tensor parallelism may have: those that divide the ranks of a node."""
+        """Return the possible sizes of tensor parallelism: divisors of the ranks per node; none under `compile`."""
         if self._compile is not False:
             return ()
         return tuple(size for size in range(2, self.num_processes + 1) if self.num_processes % size == 0)
 
     def _plans(self, trainer: Trainer, hardware: Hardware, workload: Workload, ranks: list[tuple[int, int]]) -> Report:
-        """The report of a search; `ranks` has the free bytes of each rank and those it holds beside the model."""
+        """Search for plans and return the report.
+
+        Args:
+            trainer: The trainer to plan for.
+            hardware: The calibrated hardware.
+            workload: The traced step.
+            ranks: The free bytes of each rank, and the bytes that it holds beside the model.
+        """
         return find_plans(
             workload,
             dataclasses.replace(hardware, memory_free_bytes=min(free for free, _ in ranks)),
@@ -277,11 +285,11 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         )
 
     def _gathered(self, value: _Value) -> list[_Value]:
-        """Every rank's `value`, in the order of ranks."""
+        """Return every rank's `value`, in rank order."""
         return [value] if self.world_size == 1 else comm.all_gather_object(value)
 
     def _median_step_seconds(self) -> float | None:
-        """From one micro-batch's start to the next one's, times the micro-batches of a step."""
+        """Return the median seconds per micro-batch, times the micro-batches of a step; None if unknown."""
         starts = list(self._step_starts)
         if len(starts) < 2 or self.report is None:
             return None
@@ -289,13 +297,13 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
 
 
 def _held_beside(module: nn.Module, kind: str) -> int:
-    """Bytes this process holds on its device tier beside the module's own parameters and buffers."""
+    """Return the bytes that this process holds on its device tier beside the module's parameters and buffers."""
     release_free_memory()
     return max(0, held_bytes(kind) - _own_bytes(module, kind))
 
 
 def _own_bytes(module: nn.Module, kind: str) -> int:
-    """Bytes of the module's parameters and buffers on the device tier; each storage once."""
+    """Return the bytes of the module's parameters and buffers on the device tier, counting each storage once."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     here = [tensor for tensor in tensors if tensor.device.type == kind and not is_lazy(tensor)]
     storages = [part.untyped_storage() for tensor in here for part in compat.dense_parts(tensor)]

@@ -1,4 +1,4 @@
-"""BuildingStrategy: how a module comes to be, in each process its part alone: built, loaded, or made later."""
+"""BuildingStrategy: deferred construction, materialization and weight loading of a module's shards."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from lightning_largescale.sample import random_state_now
 
 
 class BuildingStrategy(DividingStrategy, ABC):
-    """Has `configure_model` run without values where the module may be divided, and gives them once it is."""
+    """Strategy that builds a module that may be sharded without values and materializes its shards at setup."""
 
     _weights: Weights | None = None
-    # Of what was built, or loaded, without values.
+    # Recordings of the modules that were built or loaded without values.
     _recordings: tuple[Recording, ...] = ()
     _unmade: Unmade | None = None
-    # What a checkpoint has for a module without values, and whether all of it is to be there.
+    # State dict to load into a module without values, and whether to load it strictly.
     _to_load: tuple[Mapping[str, Any], bool] | None = None
-    # Names that a checkpoint has for the module, and what the files that were given have for the others.
+    # Names in the checkpoint's state dict, and values from the weight files for the other names.
     _checkpointed: Collection[str] = ()
     _to_read: Mapping[str, Tensor] = {}
-    # The module that has read these files.
+    # The module into which the weight files were loaded.
     _has_read: nn.Module | None = None
 
     @contextlib.contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Where `configure_model` and `Trainer.init_module` build.
+        """Context in which `configure_model` and `Trainer.init_module` build the module.
 
-        A module that may be divided is built without values: each process makes its part of them at setup, with the
-        numbers of a plain construction on the CPU. Another is built in DRAM, since it need not fit the device.
+        A module that may be sharded is built without values: each process materializes its shards at setup, with the
+        numbers of a plain construction on the CPU. Other modules are built in DRAM, since they need not fit the device.
 
         Args:
-            empty_init: of `Trainer.init_module`: true has the module built without values there as well, as for one
-                whose weights are loaded next.
+            empty_init: The argument of `Trainer.init_module`. If true, the module is built without values there as
+                well, for example since its weights are loaded next.
         """
         with self.precision_plugin.tensor_init_context():
             if not (self._may_divide and (self._configures_model or empty_init)):
@@ -64,7 +64,7 @@ class BuildingStrategy(DividingStrategy, ABC):
                 return
             module = self.lightning_module if self._configures_model else None
             unmade = None if module is None else self._find_unmade()
-            # What goes on with a module that was recorded is of the same recording.
+            # Further construction of a recorded module belongs to the same recording.
             known = unmade.recordings if unmade is not None else []
             recording = known[0] if len(known) == 1 else Recording()
             if recording not in known:
@@ -91,7 +91,7 @@ class BuildingStrategy(DividingStrategy, ABC):
                 module.configure_model()
 
     def _check_all_is_found(self, recording: Recording) -> None:
-        """Raise a DeferredError where tensors were recorded that are in no place where they can be given values."""
+        """Raise a DeferredError if recorded tensors are kept where they cannot be found to be materialized."""
         unmade = self._find_unmade()
         found = [] if unmade is None else [*unmade.tensors.values(), *unmade.others]
         if recording.left_out(found):
@@ -99,13 +99,13 @@ class BuildingStrategy(DividingStrategy, ABC):
 
     @property
     def _configures_model(self) -> bool:
-        """Whether the Trainer is under way, and so asks for `configure_model`."""
+        """Return whether the Trainer is running, so that the build is that of `configure_model`."""
         module = self.lightning_module
         return module is not None and module.trainer.state.status == TrainerStatus.RUNNING
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the module's weights; into one without values once it has its parts."""
+        """Load the module's weights; if it has no values yet, defer loading until its shards are materialized."""
         self._checkpointed = frozenset(checkpoint["state_dict"])
         if sharded_state(self._module()) is None and self._find_unmade() is not None:
             self._to_load = checkpoint["state_dict"], strict
@@ -113,7 +113,7 @@ class BuildingStrategy(DividingStrategy, ABC):
         super().load_model_state_dict(checkpoint, strict)
 
     def make_all(self) -> None:
-        """Give the module, where it has none, all of its values in this process."""
+        """Materialize the full module in this process if it was built without values."""
         if (unmade := self._find_unmade()) is not None:
             self._make_all(unmade)
 
@@ -129,20 +129,23 @@ class BuildingStrategy(DividingStrategy, ABC):
         return find_unmade(self._module(), self._recordings)
 
     def _recorded(self) -> contextlib.AbstractContextManager[None]:
-        """Within, changes to a module without values are recorded."""
+        """Return a context in which changes to a module without values are recorded."""
         unmade = self._find_unmade()
         if unmade is None:
             return contextlib.nullcontext()
         if len(unmade.recordings) == 1:
             return unmade.recordings[0].record()
-        # A change may be to what stands in several recordings, or in files.
+        # A change may concern tensors of several recordings, or of files.
         self._make_all(unmade)
         return contextlib.nullcontext()
 
     def _prepare_values(self) -> None:
-        """Find what the module has no values of, before it is divided: a collective where it may be."""
+        """Find the module's unmaterialized tensors and the weights to read, before it is sharded.
+
+        This is a collective if there are several ranks and the module may be sharded.
+        """
         module = self._module()
-        # Before anything is changed, so that what does not fit is told of the user's own class.
+        # Before the module is changed, so that errors name the user's own class.
         weights = None if module is self._has_read else self._weights
         self._to_read = read_weights(module, weights, strict=module.strict_loading, without=self._checkpointed)
         self._checkpointed = ()
@@ -157,7 +160,7 @@ class BuildingStrategy(DividingStrategy, ABC):
             self._unmade = None
 
     def _make_values(self) -> None:
-        """Give the module, divided or not, the values that it has not."""
+        """Materialize the missing values of the module, sharded or not, and load weight files and the checkpoint."""
         module, unmade = self._module(), self._unmade
         state, strict = self._to_load or ({}, True)
         stored = {name: one for name, one in state.items() if isinstance(one, Stored)}
@@ -168,7 +171,7 @@ class BuildingStrategy(DividingStrategy, ABC):
         fill(module, self._to_read)
         if self._to_load is not None:
             module.load_state_dict(state, strict=strict)
-            # Not all that a state has is taken where hooks leave some out.
+            # Hooks may leave out entries of the state dict, so that they were not read.
             left = [name for name, one in stored.items() if not one.was_read and name not in self._to_read]
             if unmade is not None and left:
                 make_again(module, unmade, left)
@@ -178,17 +181,17 @@ class BuildingStrategy(DividingStrategy, ABC):
         self._forget_values()
 
     def _memory_of(self, parameter: Tensor) -> Tensor | None:
-        """Where this rank's part of a parameter is to be made; None for memory of its own."""
+        """Return the memory in which to materialize this rank's shard of a parameter; None for new memory."""
         return None
 
     def _forget_values(self) -> None:
-        """Leave nothing for the next module of what was found for this one."""
+        """Drop what was found for this module, so that the next one starts without it."""
         self._unmade, self._to_load, self._to_read, self._checkpointed = None, None, {}, ()
 
 
 @contextlib.contextmanager
 def _told_in_time() -> Generator[None, None, None]:
-    """Within, what shows only now that a construction cannot be deferred is said with what to do about it."""
+    """Turn a late `DeferredError` into a `PlanError` that names the remedy."""
     try:
         yield
     except DeferredError as error:
@@ -196,7 +199,7 @@ def _told_in_time() -> Generator[None, None, None]:
 
 
 def _attributes(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """What all parts of `module` have, and what they register, to be put back."""
+    """Return each submodule of `module` with copies of its attributes and registries, to restore them later."""
     kinds = (dict, list, set)
     return [
         (part, {name: copy.copy(value) if isinstance(value, kinds) else value for name, value in vars(part).items()})

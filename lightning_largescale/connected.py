@@ -1,4 +1,4 @@
-"""ConnectedStrategy: the processes of a run and what they say to one another; no model."""
+"""ConnectedStrategy: the processes of a run, their ranks and their collectives, independent of any model."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from lightning_largescale.groups import connect, end_groups
 from lightning_largescale.launch import watch_peers
 
 _Value = TypeVar("_Value")
-# Numbers of processes that Trainers of this process have asked for, and have been connected as.
+# World sizes that earlier Trainers of this process asked for and connected.
 _asked_before: set[int] = set()
 
 
 class ConnectedStrategy(ParallelStrategy, ABC):
-    """One process a device, connected by torch.distributed; a single process is connected to nothing.
+    """Strategy with one process per device, connected by torch.distributed; a single process has no process group.
 
-    Which processes there are is the cluster environment's to say, where it knows them by itself.
+    If the cluster environment knows the world size by itself, it takes precedence over the Trainer's arguments.
 
     Args:
-        process_group_backend: torch.distributed's name; None takes the device's default.
-        timeout: how long a collective may wait for the other ranks.
+        process_group_backend: torch.distributed's name of the backend; None selects the device's default.
+        timeout: the time that a collective may wait for the other ranks.
     """
 
     def __init__(self, *, process_group_backend: str | None, timeout: timedelta | None) -> None:
         super().__init__()
         self.num_nodes = 1
-        # By the environment's own word, where the Trainer's is another.
+        # World size that the environment reports, if it differs from the Trainer's.
         self._environment_ranks: int | None = None
         self._ranks_per_node: int | None = None
         self._process_group_backend = process_group_backend
         self._timeout = timeout
-        # What teardown takes back.
+        # Callbacks with which teardown reverts changes.
         self._undo = contextlib.ExitStack()
 
     @property
@@ -71,21 +71,23 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @property
     @override
     def local_rank(self) -> int:
-        """Of this process on its node. A Trainer with one device is alone, also in a process that others stand beside:
-        a script that trained on several may go on with each by itself.
+        """Rank of this process on its node.
+
+        It is 0 for a Trainer with one device, even if the process was launched with others: a script that trained on
+        several devices may go on with each process by itself.
         """
         return super().local_rank if self.has_peers else 0
 
     @property
     @override
     def global_rank(self) -> int:
-        """Of this process among all."""
+        """Rank of this process among all processes."""
         return super().global_rank if self.has_peers else 0
 
     @property
     @override
     def node_rank(self) -> int:
-        """Of this process's node; only asked of the environment where there are other processes."""
+        """Rank of this process's node; the environment is queried only if the run is distributed."""
         return super().node_rank if self.is_distributed else 0
 
     @property
@@ -100,12 +102,12 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         """The device of this rank.
 
         Raises:
-            PlanError: the Trainer has fewer than there are ranks on this node.
+            PlanError: the Trainer has fewer devices than there are ranks on this node.
         """
         devices, rank = self.parallel_devices or [torch.device("cpu")], self.local_rank
         if rank < len(devices):
             return devices[rank]
-        # Each process may be shown its own alone.
+        # Each process may see only its own device.
         if devices[0].type == "cpu" or torch.cuda.device_count() == 1:
             return devices[0]
         raise PlanError(
@@ -115,22 +117,22 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @property
     def num_processes(self) -> int:
-        """Number of ranks on this node; known once they are connected, where the environment has others than asked."""
+        """Number of ranks on this node; before the ranks are connected, the number of devices of the Trainer."""
         return self._ranks_per_node or len(self.parallel_devices or ())
 
     @property
     def _asked_ranks(self) -> int:
-        """Number of processes that the Trainer was asked for."""
+        """Number of processes that the Trainer's arguments ask for."""
         return max(1, len(self.parallel_devices or ()) * self.num_nodes)
 
     @property
     def is_distributed(self) -> bool:
-        """Whether loaders are to be divided among ranks; Lightning asks it also before it lets batch sizes be tried."""
+        """Return whether loaders are sharded among ranks; False when Lightning's batch size finder asks."""
         return self.has_peers and not compat.asked_by_batch_size_finder()
 
     @property
     def has_peers(self) -> bool:
-        """Whether there are other ranks."""
+        """Return whether there are other ranks."""
         return self.world_size > 1
 
     @property
@@ -141,12 +143,12 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @property
     def process_group_backend(self) -> str | None:
-        """torch.distributed's name of what carries the collectives."""
+        """torch.distributed's name of the backend."""
         return self._process_group_backend
 
     @property
     def _default_backend(self) -> str:
-        """Of the root device, and of DRAM where what is there may have to be summed."""
+        """Default backend of the root device, and of the CPU if tensors in DRAM may have to be reduced."""
         if self.root_device.type == "cpu":
             return "gloo"
         return "cpu:gloo,cuda:nccl" if self._sums_in_dram else "nccl"
@@ -154,15 +156,15 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @property
     @abstractmethod
     def _sums_in_dram(self) -> bool:
-        """Whether gradients may be kept in DRAM, of which norms are summed over the ranks."""
+        """Return whether gradients may be offloaded to DRAM, so that their norms are summed over the ranks there."""
 
     def set_world_ranks(self) -> None:
-        """Tell the cluster environment which of how many ranks this process is, and learn whether it knows better.
+        """Set the rank and world size of the cluster environment, and adopt its world size if it reports another.
 
-        A single process tells nobody: it may be one of the ranks of another Trainer, whose fit is under way.
+        A single process sets nothing: it may be a rank of another Trainer, whose fit is running.
 
         Raises:
-            PlanError: the environment knows of another number of processes than are to be started.
+            PlanError: the environment reports another world size than the number of processes to be started.
         """
         environment, asked = self.cluster_environment, self._asked_ranks
         if environment is not None and asked > 1:
@@ -170,7 +172,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
             environment.set_global_rank(rank)
             environment.set_world_size(asked)
         known = _ranks_of(environment)
-        # A script that trained on all of them may go on with each process by itself.
+        # A script that trained on all ranks may go on with each process by itself.
         alone = asked == 1 and known in _asked_before
         self._environment_ranks = None if known == asked or alone else known
         if self.has_peers:
@@ -185,10 +187,10 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @override
     def setup_environment(self) -> None:
-        """Connect the ranks; a single process connects to nothing.
+        """Initialize the process group; a single process has none.
 
         Raises:
-            PlanError: this process is connected to others already, of another number.
+            PlanError: a process group of another world size is initialized already.
         """
         super().setup_environment()
         self.set_world_ranks()
@@ -214,7 +216,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
             self._undo.callback(compat.set_rank_zero, compat.set_rank_zero(0))
 
     def _count_nodes(self) -> None:
-        """Find how many ranks a node has; nodes of different sizes count as several of the size that they share."""
+        """Count the ranks per node; for nodes of different sizes, use the greatest common divisor of the sizes."""
         if self._environment_ranks is None:
             _asked_before.add(self.world_size)
             return
@@ -222,10 +224,10 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         self._ranks_per_node = math.gcd(*Counter(nodes).values())
 
     def connect_alone(self) -> None:
-        """Give a single process a group of its own until teardown, for what only works in one.
+        """Initialize a process group of world size 1 for a single process until teardown, for code that needs one.
 
         Raises:
-            PlanError: it is one of several that are connected already.
+            PlanError: the process is in a process group of several ranks already.
         """
         if self.has_peers or (dist.is_initialized() and comm.world_size() == 1):
             return
@@ -238,7 +240,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(self._default_backend, store=store, rank=0, world_size=1)
         self._undo.callback(end_groups)
-        # Lightning takes any group for one of several processes.
+        # Lightning takes any process group for one of several processes.
         self._undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
 
@@ -247,14 +249,14 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank reaches the barrier."""
         self._meet_peers()
         if self.has_peers and dist.is_initialized():
             comm.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: _Value, src: int = 0) -> _Value:
-        """What rank `src` gives as `obj`, on every rank."""
+        """Return rank `src`'s `obj` on every rank."""
         if not (self.has_peers and dist.is_initialized()):
             return obj
         self._meet_peers()
@@ -262,13 +264,13 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Every rank's `tensor`, stacked; a single process has its own."""
+        """Return every rank's `tensor`, stacked; in a single process, `tensor` itself."""
         self._meet_peers()
         return super().all_gather(tensor, group, sync_grads) if self.has_peers else tensor
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """`tensor` reduced over all ranks; what is no tensor is returned as it is."""
+        """Reduce `tensor` over all ranks; return other objects unchanged."""
         if not (self.has_peers and isinstance(tensor, Tensor)):
             return tensor
         self._meet_peers()
@@ -276,12 +278,16 @@ class ConnectedStrategy(ParallelStrategy, ABC):
 
 
 def _ranks_of(environment: ClusterEnvironment | None) -> int | None:
-    """How many processes `environment` knows of; None where it knows what it is told, or nothing."""
-    # Lightning's own repeats what the last Trainer that it was given to has told it.
+    """Return the world size that `environment` reports by itself.
+
+    If its variables are not set, return the initialized process group's. Return None without a process group, and
+    for an environment that only repeats the world size that was set.
+    """
+    # Lightning's own environment repeats the world size that the last Trainer has set.
     if environment is None or type(environment).world_size is LightningEnvironment.world_size:
         return None
     try:
         return environment.world_size()
     except (KeyError, ValueError, RuntimeError):
-        # What it asks was not set, as this process was not started by what it stands for, or is set no longer.
+        # Its variables are not set: the launcher did not start this process, or they were unset since.
         return comm.world_size() if dist.is_initialized() else None

@@ -1,4 +1,4 @@
-"""DividingStrategy: what tensor parallelism is to divide of a module, and the samples its ranks share."""
+"""DividingStrategy: choice of a module's tensor-parallel shards, and the samples that tensor-parallel ranks share."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from lightning_largescale.precision import asked_precision
 from lightning_largescale.workload.divisions import check_division, division_words, share_divided
 from lightning_largescale.workload.workload import Divided
 
-# Of the matrices of blocks: a plan that divides as many is not asked whether another would divide more.
+# Share of the matrices of blocks; if a plan shards this much, other tp sizes are not traced for comparison.
 _ENOUGH = 0.9
 
 
 class DividingStrategy(LookingStrategy, ABC):
-    """Knows which ranks compute parts of the same samples, and of which matrices."""
+    """Strategy that knows which ranks share samples under tensor parallelism, and which matrices they shard."""
 
-    # As the user wants the module divided.
+    # The user's parallel styles.
     _styles: Mapping[str, ParallelStyle] | None = None
-    # By how many ranks that share their samples a sampler was last told to divide; 0 where it was not told.
+    # The tp size for which sampler arguments were last returned; 0 if they were not.
     _told_samples_among = 0
 
     def _user_styles(self) -> Mapping[str, ParallelStyle]:
-        """How the user wants the module divided by tensor parallelism; empty where that is for us to find."""
+        """Return the user's parallel styles by module names; empty if the shards are to be found by tracing."""
         module = self._module()
         own = getattr(module, "tensor_parallel_plan", None)
         styles = self._styles or (own() if callable(own) else None) or {}
@@ -48,7 +48,7 @@ class DividingStrategy(LookingStrategy, ABC):
         return styles
 
     def _divided(self, trainer: Trainer, plan: Plan) -> Mapping[str, Divided]:
-        """What tensor parallelism divides of each block, and of the rest: a collective."""
+        """Return the tensor-parallel shards of each block and of the rest of the module: a collective."""
         if plan.tp == 1 or self._user_styles():
             return {}
         found = self._known_divisions(trainer).get(plan.tp)
@@ -65,7 +65,7 @@ class DividingStrategy(LookingStrategy, ABC):
 
     @staticmethod
     def _compute_plainly(module: LightningModule) -> None:
-        """Take back what a setup that failed has begun; a module that is divided computes on parts."""
+        """Revert tensor-parallel compute after a failed setup; a sharded module keeps it."""
         if sharded_state(module) is None:
             compute_plainly(module)
 
@@ -79,7 +79,7 @@ class DividingStrategy(LookingStrategy, ABC):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """`tensor` reduced over all ranks; a sum counts what ranks compute of the same samples once."""
+        """Reduce `tensor` over all ranks; a sum counts samples that tensor-parallel ranks share once."""
         result = super().reduce(tensor, group, reduce_op)
         sums = reduce_op in (ReduceOp.SUM, "sum", "SUM")
         if self.plan.tp == 1 or group is not None or not sums or not isinstance(result, Tensor):
@@ -87,7 +87,7 @@ class DividingStrategy(LookingStrategy, ABC):
         return result / self.plan.tp if result.is_floating_point() else result // self.plan.tp
 
     def _count_samples_once(self, module: LightningModule, mesh: DeviceMesh) -> None:
-        """Let the metrics of `module` sum over ranks that see other samples."""
+        """Make the metrics of `module` reduce over the data-parallel ranks only."""
         group = data_group(mesh)
         for metric in module.modules():
             if isinstance(metric, Metric) and metric.process_group is None:

@@ -1,6 +1,7 @@
-"""The default process group, and those beside it, made once: each has threads and connections, or a communicator.
+"""Creation, reuse and destruction of the default process group and other process groups.
 
-A program may fit many times, on the same ranks.
+Other groups are created once per default group, since each has threads and connections, or a communicator, and a
+program may fit many times on the same ranks.
 """
 
 from __future__ import annotations
@@ -26,26 +27,25 @@ from lightning_largescale import comm, compat
 
 _Made = TypeVar("_Made")
 _made: dict[Hashable, Any] = {}
-# The default group that they were made beside; beside another they are not used.
+# The default group for which `_made` was created; with another one, `_made` is dropped.
 _world: list[weakref.ref[Any]] = []
 _inherited: list[Any] = []
-# How often groups were left, by the address and the port at which their ranks had met.
+# Number of default groups left, by address and port of their rendezvous.
 _left: dict[tuple[str, str], int] = {}
-# The port of each where this rank had the store, until ranks meet there again.
+# Sockets that reserve the ports at which this rank hosted the store, until the next rendezvous there.
 _ports: dict[tuple[str, str], socket.socket] = {}
-# For a rank that asks for the store: what answers at its port may be another's, or nobody.
+# Timeout and pause of a rank's attempts to reach the store: another store, or none, may answer at the port.
 _ASKING, _PAUSE_SECONDS = timedelta(seconds=20), 0.1
-# For groups to end in which nothing is under way.
+# Time for groups without running collectives to end.
 _ENDING_SECONDS = 2.0
 
 
 def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
-    """What `make` returns, a group or what has some: made when all ranks first ask for it, and kept for as long as the
-    default process group is the same.
+    """Return the result of `make`, a group or an object with groups, cached for the life of the default process group.
 
     Args:
-        key: of it; the same on all ranks.
-        make: a collective.
+        key: the cache key; the same on all ranks.
+        make: the function that creates the object: a collective.
     """
     world = dist.group.WORLD if dist.is_initialized() else None
     if world is None:
@@ -56,7 +56,7 @@ def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
     if key not in _made:
         made = _made[key] = make()
         if isinstance(made, DeviceMesh):
-            # Where it is forgotten a module may still have it, and nobody once that is gone.
+            # A module may still hold the mesh after it is dropped here; its groups end with the mesh.
             groups = [weakref.ref(group) for group in made.get_all_groups()]
             weakref.finalize(made, _end_later, groups, os.getpid()).atexit = False
     found: _Made = _made[key]
@@ -64,52 +64,52 @@ def made_once(key: Hashable, make: Callable[[], _Made]) -> _Made:
 
 
 def forget_groups() -> None:
-    """Let all of them go, with their connections."""
+    """Drop all cached groups; the connections of those that nothing else refers to close."""
     _made.clear()
     _world.clear()
 
 
 def drop_groups() -> None:
-    """Forget all of them, and end those beside meshes: what ranks that failed began there is met by nothing."""
+    """Drop all cached groups and end those in lists, in which collectives of failed ranks cannot complete."""
     groups = [one for made in _made.values() if isinstance(made, list) for one in made]
     forget_groups()
     _end(groups)
 
 
 def _end_later(groups: Sequence[weakref.ref[Any]], process: int) -> None:
-    """End those of `groups`, of a mesh that is no more, that there still are; in a fork they are the parent's."""
+    """End the groups of a collected mesh that still exist, but not in a fork, where they are the parent's."""
     if os.getpid() == process:
         _end([one() for one in groups])
 
 
 def _end(groups: list[Any]) -> None:
-    """Close the connections of groups beside the default one, which torch would keep for as long as that.
+    """Close the connections of groups other than the default one; torch would keep them as long as that.
 
-    Those of nccl stay: to abort one while others have collectives under way may wait for ever.
+    NCCL groups are not destroyed: aborting one while others have running collectives may wait forever.
     """
     for group in groups:
-        # With the default group all have ended.
+        # All groups end with the default group.
         if not dist.is_initialized() or not isinstance(group, dist.ProcessGroup) or group is dist.group.WORLD:
             continue
-        # Of an earlier default group.
+        # The group may belong to an earlier default group.
         with contextlib.suppress(ValueError):
             if "nccl" not in dist.get_backend(group):
                 dist.destroy_process_group(group)
     group = None
-    # The last reference to one waits for what is under way there, which may be met by nothing.
+    # Dropping the last reference to a group waits for its running collectives, which may never complete.
     ending = threading.Thread(target=groups.clear, daemon=True, name="lightning_largescale groups")
     ending.start()
     ending.join(_ENDING_SECONDS)
 
 
 def connect(environment: Any, backend: str, device: Any, timeout: timedelta | None) -> None:
-    """Connect this process to the others of the cluster `environment`, if it is not yet.
+    """Initialize the default process group of the cluster `environment` unless one is initialized.
 
     Args:
-        environment: Lightning's.
-        backend: of torch.distributed.
-        device: of this process.
-        timeout: for the others to come; None for torch's own.
+        environment: Lightning's cluster environment.
+        backend: torch.distributed's name of the backend.
+        device: the device of this process.
+        timeout: the time to wait for the other ranks; None for torch's default.
     """
     if dist.is_initialized():
         return
@@ -122,10 +122,10 @@ def connect(environment: Any, backend: str, device: Any, timeout: timedelta | No
 
 
 def _met_again(environment: Any, times: int, timeout: timedelta) -> Any:
-    """The store in which ranks meet that have left their group `times` times.
+    """Return the store for a rendezvous of ranks that have left their default group `times` times.
 
-    Its server lives in rank 0. Where that has not left yet, another rank finds the server of the group that is left,
-    with all that was written there, and loses it when rank 0 leaves: then it asks again.
+    The store's server runs in rank 0. If rank 0 has not left the old group yet, another rank reaches the old server
+    with its old keys, loses the connection when rank 0 leaves, and tries again.
     """
     rank, size, deadline = (
         environment.global_rank(),
@@ -148,8 +148,9 @@ def _met_again(environment: Any, times: int, timeout: timedelta) -> Any:
 
 
 def carrying_device(tensor: Tensor) -> torch.device:
-    """Where collectives of all ranks take `tensor`: where it is, or the CUDA device, for what is in DRAM of ranks that
-    are connected by NCCL alone.
+    """Return the device on which the default group's collectives take `tensor`.
+
+    This is the tensor's device, or the CUDA device for a CPU tensor if NCCL is the only backend.
     """
     return torch.device("cuda") if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor.device
 
@@ -157,9 +158,9 @@ def carrying_device(tensor: Tensor) -> torch.device:
 def leave_process_group() -> None:
     """Close this rank's connections, so that peers in a collective with it get an error instead of waiting.
 
-    gloo closes a connection when nobody refers to its group any longer, which modules may, also those of earlier fits
-    that nobody else needs; a peer that sees no end is ended by its own watcher. nccl is aborted: destroying it would
-    wait for the collectives that are under way.
+    Gloo closes a connection once nothing refers to its group. Modules may still refer to it, also garbage of earlier
+    fits; a peer that gets no error is ended by its own watcher. NCCL is aborted, since destroying it would wait for
+    running collectives.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -177,15 +178,16 @@ def leave_process_group() -> None:
 
 
 def _keep_port(endpoint: tuple[str, str]) -> None:
-    """Have the system give the port to nobody who asks for any; who asks for this one, to listen at it, has it.
+    """Reserve the port, so that the system does not assign it to a process that binds to any free port.
 
-    It was free once, and ranks know no other: whoever is given it meanwhile keeps them from meeting again.
+    A process that binds to this very port and listens still gets it. The ranks know no other port for the next
+    rendezvous.
 
     Source: man page socket(7), SO_REUSEADDR.
     """
     found = socket.socket()
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Who still listens there keeps it, as torchrun's agent does.
+    # A process that still listens at the port keeps it, as torchrun's agent does.
     with contextlib.suppress(OSError, ValueError, OverflowError):
         found.bind(("", int(endpoint[1])))
         if (before := _ports.pop(endpoint, None)) is not None:
@@ -196,14 +198,16 @@ def _keep_port(endpoint: tuple[str, str]) -> None:
 
 
 def end_groups() -> None:
-    """End the default group of a single process, and all beside it."""
+    """End the default group of a single process, and all other groups."""
     _forget_all()
     dist.destroy_process_group()
 
 
 def _forget_all() -> None:
-    """Let all groups go, for torch too: it remembers meshes for as long as the process lives, and these their groups,
-    with threads, and with the store that they met in, where others would find what was left there.
+    """Drop all cached groups, also those that torch keeps.
+
+    Torch caches meshes for the life of the process, and with them their groups, threads and rendezvous store, in which
+    later groups would find old keys.
     """
     for made in _made.values():
         if isinstance(made, DeviceMesh):
@@ -212,8 +216,8 @@ def _forget_all() -> None:
 
 
 def _leave_in_fork() -> None:
-    # Their threads and connections are the parent's: to end them here would end the process. So would the next
-    # collection where some of them are garbage.
+    # The groups' threads and connections are the parent's. Ending them here would end the process, and so would garbage
+    # collection of a group.
     gc.freeze()
     _inherited.append(dict(_made))
     _left.clear()

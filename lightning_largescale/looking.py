@@ -1,4 +1,4 @@
-"""LookingStrategy: the step that is about to run, traced before anything is changed."""
+"""LookingStrategy: tracing of the step that is about to run, before the module is changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_largescale.workload.snapshot import Snapshot
 from lightning_largescale.workload.trace import trace_workload
 
 _Value = TypeVar("_Value")
-# What tensor parallelism may divide, by the number of its ranks, of modules as they were when they were traced.
+# Possible tensor-parallel shards by tp size, for each module and its state when it was traced (`_as_it_is`).
 _found: MutableMapping[LightningModule, dict[object, Mapping[int, Mapping[str, Divided]]]] = WeakKeyDictionary()
 _STEPS = {
     TrainerFn.FITTING: ("training_step", RunningStage.TRAINING),
@@ -36,19 +36,21 @@ _STEPS = {
 
 
 class LookingStrategy(SteppingStrategy, ABC):
-    """Looks at the module's step: rank 0 does, and tells the others."""
+    """Strategy that traces the module's step on rank 0 and broadcasts the result."""
 
     # A batch to trace with, in place of one from the trainer's own loader.
     _sample_batch: Any = None
 
     def _known_divisions(self, trainer: Trainer) -> Mapping[int, Mapping[str, Divided]]:
-        """What was found in this process that tensor parallelism may divide of the module, as it is, for the stage."""
+        """Return the possible tensor-parallel shards by tp size, as traced earlier for this stage and module state."""
         found = _found.get(self._module(), {})
         return found.get(_as_it_is(trainer, self._module()), {})
 
     def _traced(self, trainer: Trainer, precisions: tuple[str, ...], tp_sizes: tuple[int, ...]) -> Workload:
-        """The step that is about to run, traced by rank 0: in a fork, which leaves no trace, where that can do what
-        this process can; else here, and what it leaves is put back.
+        """Trace the step that is about to run on rank 0 and broadcast the result.
+
+        Rank 0 traces in a forked process if a fork can run the step, else in this process, and then restores the
+        module's state.
         """
 
         def trace(batch: Any, notes: tuple[str, ...], *, ask: bool = True) -> Workload:
@@ -64,7 +66,7 @@ class LookingStrategy(SteppingStrategy, ABC):
                 )
                 return None
             except ApartError as error:
-                # What ended a fork would end this process, so nothing of the module's is called.
+                # What ended the fork would end this process too, so no code of the module is called.
                 return trace(None, (f"the step could not be traced apart ({error})",), ask=False)
 
         workload = None
@@ -88,9 +90,12 @@ class LookingStrategy(SteppingStrategy, ABC):
         return workload
 
     def _batch(self, trainer: Trainer, *, peek: bool = True, put_back: bool = False) -> tuple[Any, tuple[str, ...]]:
-        """A batch to trace with, as the loader gives it, and what is to be said about it; None without `peek`.
+        """Return a batch to trace with, as the loader yields it, and notes about it.
 
-        With `put_back` what a dataset holds is put back after it was read here.
+        Args:
+            trainer: The trainer whose loader is read if the user gave no sample batch.
+            peek: Whether to return the batch; without it, the batch is None.
+            put_back: Whether to restore the dataset's state after it was read in this process.
         """
         batch = self._sample_batch
         notes: tuple[str, ...] = ()
@@ -98,7 +103,7 @@ class LookingStrategy(SteppingStrategy, ABC):
             try:
                 batch = sample_batch(trainer, peek=peek, put_back=put_back)
             except Exception as error:
-                # Some loaders can only be made once the run is under way; then the run itself tells what is wrong.
+                # Some loaders can only be created during the run, which then reports any error itself.
                 notes = (f"no batch could be read before the run ({type(error).__name__}: {error})",)
         return batch if peek else None, notes
 
@@ -112,7 +117,7 @@ class LookingStrategy(SteppingStrategy, ABC):
         tp_sizes: tuple[int, ...],
         ask: bool,
     ) -> Workload:
-        """The step that is about to run, traced; estimated from the parameters where there is no batch."""
+        """Trace the step that is about to run; without a batch, estimate it from the parameters."""
         module = self._module()
         step, _ = _STEPS[trainer.state.fn or TrainerFn.FITTING]
         if ask and batch is None and module.example_input_array is not None:
@@ -121,7 +126,7 @@ class LookingStrategy(SteppingStrategy, ABC):
         own = self.precision_plugin.forward_context() if is_own(self.precision_plugin) else contextlib.nullcontext()
         with _running(trainer), random_state_kept(), own:
             if batch is not None and step != "forward":
-                # As the step will see it, but on the CPU.
+                # The batch as the step receives it, but on the CPU.
                 batch = self.precision_plugin.convert_input(batch)
                 batch = compat.before_transfer(module, batch)
                 batch = self.batch_to_device(batch, device=torch.device("cpu"))
@@ -138,7 +143,10 @@ class LookingStrategy(SteppingStrategy, ABC):
         return dataclasses.replace(workload, approximate=(*notes, *workload.approximate))
 
     def _told_by_rank_zero(self, decide: Callable[[], _Value]) -> _Value:
-        """What `decide` returns on rank 0, on every rank; its error too, so that no rank waits for one that failed."""
+        """Return on every rank what `decide` returns on rank 0.
+
+        An error of rank 0 is raised on every rank, so that no rank waits for a failed one.
+        """
         outcome: _Value | PlanError = PlanError("rank 0 sent no plan.")
         if self.is_global_zero:
             try:
@@ -153,13 +161,13 @@ class LookingStrategy(SteppingStrategy, ABC):
 
 
 def _as_it_is(trainer: Trainer, module: LightningModule) -> object:
-    """The stage, and what of a module decides what can be divided."""
+    """Return a key of the stage and of the parameters' names, shapes and requires_grad, on which sharding depends."""
     return trainer.state.fn, tuple((name, one.shape, one.requires_grad) for name, one in module.named_parameters())
 
 
 @contextlib.contextmanager
 def _running(trainer: Trainer) -> Iterator[None]:
-    """Within, the trainer's stage is the one that is about to run, which hooks and steps may ask for."""
+    """Context in which the trainer's stage is the one that is about to run, as hooks and steps may read it."""
     before = trainer.state.stage
     trainer.state.stage = _STEPS[trainer.state.fn or TrainerFn.FITTING][1]
     try:

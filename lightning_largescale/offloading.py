@@ -1,4 +1,4 @@
-"""OffloadingStrategy: what of a module and its optimizer is kept in other tiers than the device's."""
+"""OffloadingStrategy: offload of optimizer state, parameters and gradients to DRAM or NVMe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lightning_largescale.workload.blocks import find_groups
 
 
 class OffloadingStrategy(BuildingStrategy, ABC):
-    """Keeps optimizer state, parameters and gradients where the plan says, and brings them when they are needed."""
+    """Strategy that keeps optimizer state, parameters and gradients in the plan's tiers and fetches them for use."""
 
     _store: Store | None = None
     _buffers: PageBuffers | None = None
@@ -52,19 +52,20 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     _paged: Sequence[PagedOptimizer] = ()
     # Parameters whose shards FSDP2 copies from DRAM to another device.
     _in_dram: Collection[Tensor] = frozenset()
-    # Blocks whose shards are in DRAM or on a disk beside a CUDA device, and what copies those that are in DRAM.
+    # With a CUDA device: blocks whose shards are in DRAM or on disk, and the copier of those in DRAM.
     _copied: Collection[nn.Module] = ()
     _shards_in_dram: ShardsInDram | None = None
 
     @abstractmethod
     def _hardware(self) -> Hardware:
-        """What this rank finds."""
+        """Return the hardware that this rank detects."""
 
     def _open_tiers(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
-        """Make what the plan keeps elsewhere a place.
+        """Open the store and the page buffers that the plan's offload needs.
 
         Raises:
-            PlanError: there is none, or the module or the Trainer needs what the plan does not leave it.
+            PlanError: there is no place on disk, the module has sparse gradients, or something needs gradients that
+                the plan releases.
         """
         if plan.release_gradients:
             _check_release(trainer, module)
@@ -83,7 +84,11 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             bring_back(module, groups)
 
     def _spill(self, state: Sharded | None) -> None:
-        """Set space for the shards of the blocks of a module aside, which is divided."""
+        """Choose the tier of each block's shards and reserve their space, if the plan offloads parameters.
+
+        Raises:
+            PlanError: the module has no blocks.
+        """
         plan = self.plan
         if plan.offload_parameters is None or state is None:
             return
@@ -103,7 +108,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             self._copied = [blocks[name] for name in tiers]
             copies = ShardCopies(self.root_device)
             if plan.dp_shard == 1:
-                # Between ranks FSDP2 copies beside what computes itself.
+                # With several ranks, FSDP2 itself overlaps these copies with compute.
                 self._shards_in_dram = ShardsInDram(in_dram.values(), copies)
         on_disk = {name: blocks[name] for name, tier in tiers.items() if tier == "nvme"}
         if self._store is not None and on_disk:
@@ -118,7 +123,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         return torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=True)
 
     def _take_over(self, *, fitting: bool) -> None:
-        """Move the shards of blocks, and fetch them from now on when they are gathered."""
+        """Move the shards of blocks to disk, and fetch them from now on when they are unsharded."""
         state = sharded_state(self._module())
         if state is not None and self.plan.offload_parameters == "nvme":
             on_disk = () if self._spilled is None else self._spilled.blocks
@@ -141,12 +146,12 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             )
 
     def _page(self, optimizers: Sequence[Optimizer]) -> None:
-        """Have optimizers step page by page where their state, or what they step on, is elsewhere."""
+        """Make optimizers step page by page if their state, parameters or gradients are offloaded or released."""
         plan = self.plan
         if not self._pages or self._buffers is None:
             return
         labels = self._labels() if plan.release_gradients else {}
-        # Without it, only state of parameters that are elsewhere is.
+        # Without offload_optimizer, only the state of offloaded parameters is offloaded.
         stays = sys.maxsize if plan.offload_optimizer is None else plan.resident_optimizer_bytes or 0
         resident, dram = Allowance(stays), Allowance(plan.cpu_optimizer_bytes or 0)
         lanes = None if self.root_device.type == "cpu" else Lanes(self.root_device)
@@ -182,17 +187,17 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         paged = next((one for one in self._paged if one.optimizer is getattr(optimizer, "optimizer", optimizer)), None)
         if paged is None:
             return super()._state_memory(optimizer)
-        # Hooks since setup may have let it be tried.
+        # Hooks that ran since setup may have made it possible to probe the optimizer.
         paged.paged.lay_out(early=True)
         return paged.state_of
 
     @property
     def _pages(self) -> bool:
-        """Whether optimizers step page by page."""
+        """Return whether optimizers step page by page."""
         return bool(self.plan.offload_optimizer or self.plan.offload_parameters or self.plan.release_gradients)
 
     def _labels(self) -> Mapping[Tensor, str]:
-        """The block of each parameter that is in one."""
+        """Return the block name of each parameter that is in a block."""
         module = self._module()
         state = sharded_state(module)
         if state is None:
@@ -234,13 +239,13 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     @contextlib.contextmanager
     @override
     def _reading(self, *, in_step: bool = False) -> Generator[None, None, None]:
-        # A step that has its backward inside reads gradients there.
+        # A step with a manual backward reads gradients inside it.
         gradients = not in_step or not self._module().automatic_optimization
         with super()._reading(in_step=in_step), self._gone_gradients() if gradients else contextlib.nullcontext():
             yield
 
     def _gone_gradients(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, gradients that have left are read and changed as those that are here."""
+        """Return a context in which offloaded gradients are read and changed like those on the device."""
         return contextlib.nullcontext() if self._leaving is None else self._leaving.clipping()
 
     @override
@@ -254,7 +259,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
     def _end_steps(self) -> None:
         super()._end_steps()
         if self._spilled is not None:
-            # What callbacks write into shards that were fetched ahead would be dropped with them.
+            # Callbacks' writes into prefetched shards would be dropped with those.
             self._spilled.settle()
 
     @override
@@ -273,7 +278,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
         super().forget_step()
 
     def _close_tiers(self) -> None:
-        """Let the module and its optimizers be without the strategy; where their memory is, it stays."""
+        """Detach the module and its optimizers from offloading; their memory stays where it is."""
         for paged in self._paged:
             paged.undo()
         if self._release is not None:
@@ -295,7 +300,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
             self._make_plain()
 
     def _make_plain(self) -> None:
-        """Give the module of a single process plain parameters, whose memory stays, and its optimizers these."""
+        """Replace a single process's DTensors by plain tensors in the module and its optimizers; their memory stays."""
         plain = self.make_whole()
         for optimizer in self.optimizers:
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -309,7 +314,7 @@ class OffloadingStrategy(BuildingStrategy, ABC):
 
 
 def _check_release(trainer: Trainer, module: LightningModule) -> None:
-    """Raise PlanError where something needs all gradients of a step at once."""
+    """Raise PlanError if something needs all gradients of a step at once."""
     found = needs_all_gradients(trainer, module)
     if found is not None:
         raise PlanError(
@@ -318,7 +323,7 @@ def _check_release(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _check_dense(module: nn.Module) -> None:
-    """Raise PlanError where a module has sparse gradients."""
+    """Raise PlanError if an embedding of the module has sparse gradients."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
             raise PlanError(
@@ -329,7 +334,7 @@ def _check_dense(module: nn.Module) -> None:
 
 
 def _clips_values(trainer: Trainer) -> Callable[[Sequence[Tensor]], None]:
-    """What clips the gradients of parameters as the Trainer is to, which does it element by element, or not."""
+    """Return a function that clips gradients by value to the Trainer's limit; without a limit, it does nothing."""
     limit = trainer.gradient_clip_val
     if not limit:
         return lambda parameters: None

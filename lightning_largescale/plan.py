@@ -1,4 +1,4 @@
-"""Plan: every decision about how a model is trained, in one frozen dataclass that JSON can hold."""
+"""Plan: every decision about how a model is trained, in one frozen dataclass that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 
-# The type of the matrix products of each precision; hardware that cannot compute them cannot carry it out.
+# The data type of each precision's matrix products; the hardware must support it.
 MATMUL_TYPE = {
     "32-true": "float32",
     "bf16-mixed": "bfloat16",
@@ -50,7 +50,7 @@ _ACCEPTED: dict[str, tuple[str | None, ...]] = {
 
 
 def _refusing_unknown_fields(cls: type[Plan]) -> type[Plan]:
-    """Make the generated constructor answer an unknown or positional argument with `PlanError`, not `TypeError`."""
+    """Make the generated constructor raise `PlanError`, not `TypeError`, for an unknown or positional argument."""
     generated: Callable[..., None] = cls.__init__
 
     @functools.wraps(generated)
@@ -72,56 +72,57 @@ def _refusing_unknown_fields(cls: type[Plan]) -> type[Plan]:
 @_refusing_unknown_fields
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Plan:
-    """How one model is trained on one set of devices. `Plan()` is the plain run on one device.
+    """Decisions about how one model is trained on one set of devices; `Plan()` is a plain run on one device.
 
     Attributes:
-        dp_replicate: groups of devices that each hold the whole model, their gradients averaged.
-        dp_shard: devices that a model's parameters, gradients and optimizer state are divided among.
-        reshard_after_forward: gathered parameters are dropped after a block's forward and gathered again in backward
-            (ZeRO-3); False keeps them until after backward (ZeRO-2). Means nothing with `dp_shard=1`.
-        wrapped_modules: names of modules outside of repeated blocks (large embeddings and heads) that are gathered by
-            themselves, as blocks are; what lies outside of both stays gathered for the whole step. Means nothing where
-            parameters are neither divided nor kept elsewhere.
-        row_sharded_embeddings: names of `nn.Embedding` and `nn.EmbeddingBag` modules whose rows are divided over all
-            devices and looked up by an exchange of ids; their gradients are sparse. Means nothing on one device.
-        tp: devices that the matrices of blocks are divided among, each computing its part of every sample.
-        sequence_parallel: between these matrices, where each of them would compute the same (norms, residuals), each
-            computes and keeps a part of the sequence. Means nothing with `tp=1`.
-        precision: Lightning's name of the arithmetic: "32-true"; "bf16-mixed" or "16-mixed", matrix products in half
-            the bytes and weights in float32; "bf16-true", "16-true" or "64-true", weights and all in that type.
-        activation_checkpointing: "none"; "full": every repeated block keeps its input and runs its forward again in
-            backward; "selective": some do.
-        checkpointed_blocks: names of the blocks that do under "selective", as `named_modules` has them; None with the
-            others.
-        checkpointed_operations: what these blocks run again: "all" of their forward, or what is "cheap": then they keep
-            the results of matrix products, convolutions and attention.
+        dp_replicate: number of groups of devices that each hold the full model; their gradients are averaged.
+        dp_shard: number of devices that the parameters, gradients and optimizer state are sharded over.
+        reshard_after_forward: whether to reshard parameters after a block's forward and all-gather them again in
+            backward (ZeRO-3); False keeps them unsharded until after backward (ZeRO-2). Ignored with `dp_shard=1`.
+        wrapped_modules: names of modules outside of repeated blocks (large embeddings and heads) that are FSDP groups
+            of their own, as blocks are; all other parameters stay unsharded for the whole step. Ignored if parameters
+            are neither sharded nor offloaded.
+        row_sharded_embeddings: names of `nn.Embedding` and `nn.EmbeddingBag` modules whose rows are sharded over all
+            devices and looked up by an exchange of ids; their gradients are sparse. Ignored on one device.
+        tp: number of devices that the matrices of blocks are sharded over (tensor parallel), each computing its part of
+            every sample.
+        sequence_parallel: whether each tensor-parallel rank computes and keeps a part of the sequence between these
+            matrices (norms, residuals), where all ranks would compute the same. Ignored with `tp=1`.
+        precision: Lightning's name of the precision: "32-true"; "bf16-mixed" or "16-mixed", matrix products in 16 bits
+            and weights in float32; "bf16-true", "16-true" or "64-true", weights and everything else in that type.
+        activation_checkpointing: "none"; "full": every repeated block keeps its input and recomputes its forward in
+            backward; "selective": the blocks in `checkpointed_blocks` do.
+        checkpointed_blocks: names, as in `named_modules`, of the blocks to recompute under "selective"; None under
+            "none" and "full".
+        checkpointed_operations: operations that these blocks recompute: "all" of their forward, or only the "cheap"
+            ones: then they keep the results of matrix products, convolutions and attention.
 
-        offload_parameters: the tier that parameters of blocks are kept in while they do not compute: None, the device;
-            "cpu", DRAM; "nvme", a disk. Their gradients go there too.
-        offload_optimizer: the tier of the optimizer's state, which is paged in and out around each step.
-        host_optimizer_step: parameters whose state left the device are stepped on in DRAM, by the host's cores, to
-            which their gradients are copied; else their state is brought to the device. Means nothing on the CPU.
-        offload_activations: the tier of what blocks save for their backward.
-        nvme_path: a folder on the disk of the nvme tier; None takes the one with the most free bytes.
-        resident_parameter_bytes: of a rank's parameters, how many stay on the device all the same, in whole blocks;
-            None: only those outside of blocks. This and the next three may be given as text, such as "2GiB".
-        cpu_parameter_bytes: of those that leave it for "nvme", how many go to DRAM.
-        resident_optimizer_bytes: of a rank's optimizer state, how many stay on the device, in whole pages; None: none.
-        cpu_optimizer_bytes: of the state that leaves it for "nvme", how many go to DRAM.
-        offloaded_blocks: names of the blocks whose activations leave; None: all.
-        prefetched_blocks: how many blocks are fetched ahead of the one that computes.
-        release_gradients: a block's parameters are updated as soon as its gradients are complete in backward, and these
-            dropped.
+        offload_parameters: tier of the parameters of blocks while the blocks do not compute: None, the device; "cpu",
+            DRAM; "nvme", a disk. Their gradients are offloaded to it too.
+        offload_optimizer: tier of the optimizer state, which is paged in and out around each step.
+        host_optimizer_step: whether parameters with offloaded state are stepped in DRAM by the CPU cores, to which
+            their gradients are copied; otherwise their state is copied to the device. Ignored on the CPU.
+        offload_activations: tier of the tensors that blocks save for backward.
+        nvme_path: a folder on the disk of the nvme tier; None selects the disk with the most free bytes.
+        resident_parameter_bytes: bytes of a rank's parameters that stay on the device despite offload, in entire
+            blocks; None: only those outside of blocks. This and the next three may be given as text, such as "2GiB".
+        cpu_parameter_bytes: bytes of the parameters offloaded with "nvme" that are kept in DRAM.
+        resident_optimizer_bytes: bytes of a rank's optimizer state that stay on the device, in entire pages; None: 0.
+        cpu_optimizer_bytes: bytes of the optimizer state offloaded with "nvme" that are kept in DRAM.
+        offloaded_blocks: names of the blocks whose activations are offloaded; None: all.
+        prefetched_blocks: number of blocks to prefetch ahead of the one that computes.
+        release_gradients: whether to update a block's parameters as soon as its gradients are complete in backward, and
+            free these gradients.
 
     Raises:
-        PlanError: an unknown field, or a field whose value is not of the accepted type or range.
+        PlanError: a field is unknown, or its value is not of the accepted type or range.
 
     Source: Rajbhandari et al. 2020, "ZeRO", section 5 (stages); Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid
         sharding); Shoeybi et al. 2019, "Megatron-LM", section 3 (tensor parallelism); Korthikanti et al. 2022,
         "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (sequence parallelism);
         Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (the memory hierarchy); Ren et al. 2021, "ZeRO-Offload",
-        section 4 (the step on the host); Lv et al. 2023, "Full Parameter
-        Fine-tuning for Large Language Models with Limited Resources", section 3 (gradient release).
+        section 4 (the step on the host); Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with
+        Limited Resources", section 3 (gradient release).
     """
 
     dp_replicate: int = 1
@@ -162,16 +163,16 @@ class Plan:
             if isinstance(amount := getattr(self, name), str):
                 object.__setattr__(self, name, parse_bytes(amount, name=name))
         for check in (check_recomputation, check_names, check_offload):
-            # From JSON and YAML names come as a list.
+            # JSON and YAML give names as a list.
             for name, names in check(self).items():
                 object.__setattr__(self, name, names)
 
     def __repr__(self) -> str:
-        """As it is written, without the fields that are as in the plain run: `Plan(dp_shard=2)`."""
+        """Return the constructor call without the fields that have their defaults: `Plan(dp_shard=2)`."""
         return f"Plan({', '.join(f'{name}={value!r}' for name, value in self.changed_fields().items())})"
 
     def changed_fields(self) -> dict[str, object]:
-        """The fields that are not as in the plain run, by name."""
+        """Return the fields that differ from their defaults, by name."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -184,11 +185,11 @@ class Plan:
         return self.dp_replicate * self.dp_shard * self.tp
 
     def validate(self, hardware: Hardware | None = None, workload: Workload | None = None) -> None:
-        """Check the plan against the machine and the model it is meant for; what is None is not checked.
+        """Check the plan against the hardware and the model; an argument that is None is not checked.
 
         Raises:
             PlanError: the sizes do not multiply to the number of processes, the devices cannot compute in the
-                precision (known once they have rates), or the model cannot take what the plan asks for.
+                precision (known once their rates are measured), or the model does not fit the plan.
         """
         if hardware is not None:
             self._check_hardware(hardware)
@@ -230,7 +231,7 @@ class Plan:
         """Check the names in `checkpointed_blocks` and `offloaded_blocks` against those of a model's repeated blocks.
 
         Raises:
-            PlanError: one of them is not among `blocks`.
+            PlanError: a name is not in `blocks`.
         """
         for field in ("checkpointed_blocks", "offloaded_blocks"):
             for name in getattr(self, field) or ():
@@ -257,7 +258,7 @@ class Plan:
             )
 
     def _sizes_for(self, world: int) -> str:
-        """Sizes that multiply to `world`, those of the plan kept where they divide it."""
+        """Return sizes that multiply to `world`, in words; the plan's sizes are kept if they divide it."""
         tp = self.tp if world % self.tp == 0 else 1
         data = world // tp
         sizes = {"dp_shard": data}
@@ -270,30 +271,32 @@ class Plan:
 
     @property
     def dp(self) -> int:
-        """Number of ranks that see samples of their own."""
+        """Number of data-parallel ranks, each with samples of its own."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def shards(self) -> bool:
-        """Whether the ranks hold parts of the parameters, and not all of them."""
+        """Return whether the ranks hold shards of the parameters."""
         return self.dp_shard > 1 or self.tp > 1
 
     @property
     def gathers(self) -> bool:
-        """Whether parameters of blocks are brought together before they compute: from ranks, or from another tier."""
+        """Return whether parameters of blocks are gathered before blocks compute, from other ranks or another tier."""
         return self.shards or self.offload_parameters is not None
 
     @property
     def offloads(self) -> bool:
-        """Whether anything is kept in another tier than the device's."""
+        """Return whether parameters, optimizer state or activations are offloaded."""
         return any((self.offload_parameters, self.offload_optimizer, self.offload_activations))
 
     @property
     def heap(self) -> Literal["left", "trimmed", "watched", "mapped"]:
-        """What is done on the CPU about the holes that steps leave in a process's heap: nothing, it is trimmed between
-        steps, it is trimmed whenever it outgrows what the step needs, or tensors are kept out of it.
+        """Treatment of heap fragmentation on the CPU.
 
-        Source: parallel/heap.py, which says why.
+        "left": none; "trimmed": the heap is trimmed between steps; "watched": it is trimmed whenever it outgrows what
+        the step needs; "mapped": tensors are allocated outside of it.
+
+        Source: parallel/heap.py, which gives the reasons.
         """
         if self.dp_shard > 1 or self.offload_parameters is not None or self.offload_activations is not None:
             return "mapped"
@@ -302,19 +305,20 @@ class Plan:
         return "trimmed" if self.world_size > 1 else "left"
 
     def describe(self) -> str:
-        """The plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
+        """Return the plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
         return describe(self)
 
     def to_json(self) -> str:
-        """JSON text with the version of its format; `from_json` reads it back to an equal plan."""
+        """Return the plan as JSON text with its format version; `from_json` reads it back to an equal plan."""
         return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote, or that a person typed; a missing field has its default.
+        """Return the plan in JSON text, written by `to_json` or by hand; a missing field has its default.
 
         Raises:
-            PlanError: not JSON, of a newer version, or with a field or value that is not accepted, or a field twice.
+            PlanError: the text is not JSON, is of a newer version, repeats a field, or has a field or value that is not
+                accepted.
         """
         try:
             fields = json.loads(text, object_pairs_hook=_once_each)
@@ -324,10 +328,10 @@ class Plan:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
-        """The plan with these fields; `"version"`, when present, is that of the format.
+        """Return the plan with these fields; `"version"`, if present, is the format version.
 
         Raises:
-            PlanError: not a mapping of field names, of a newer version, or with a field or value that is not accepted.
+            PlanError: `fields` is not a mapping, is of a newer version, or has a field or value that is not accepted.
         """
         if not isinstance(fields, Mapping):
             raise PlanError(
@@ -338,10 +342,10 @@ class Plan:
 
     @classmethod
     def of(cls, given: Plan | Mapping[str, Any] | str | Path) -> Plan:
-        """The plan that a user means: one, a mapping of its fields, or the path of its JSON.
+        """Return the plan that a user gave as a Plan, a mapping of its fields, or the path of its JSON.
 
         Raises:
-            PlanError: `given` is none of these, or what `from_dict` or `load` raises.
+            PlanError: `given` is none of these, or `from_dict` or `load` raises it.
         """
         if isinstance(given, Plan):
             return given
@@ -362,7 +366,7 @@ class Plan:
         """Read the plan in the file at `path`.
 
         Raises:
-            PlanError: there is no such file, it is no text, or what `from_json` raises, with the path in front.
+            PlanError: the file cannot be read or is not UTF-8 text, or `from_json` raises it; the path is prepended.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -379,7 +383,7 @@ class Plan:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of a JSON object, of which json alone would keep the last of several of one name."""
+    """Return the fields of a JSON object; raise PlanError for a repeated name, of which json would keep the last."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:

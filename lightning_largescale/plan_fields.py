@@ -11,7 +11,7 @@ from lightning_largescale.errors import PlanError
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
 
-# Amounts, each with the field without which it means nothing, and the tiers it is an amount of.
+# Fields that are amounts of bytes, each with the offload field that it needs and the accepted tiers of that field.
 AMOUNTS = {
     "resident_parameter_bytes": ("offload_parameters", ("cpu", "nvme")),
     "resident_optimizer_bytes": ("offload_optimizer", ("cpu", "nvme")),
@@ -33,17 +33,17 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, accepted: Sequence[str | None]) -> None:
-    """Raise PlanError unless `value` is one of those accepted."""
+    """Raise PlanError unless `value` is in `accepted`."""
     if value not in accepted:
         *others, last = map(repr, accepted)
         raise PlanError(f"{name}={value!r} is not accepted; give {', '.join(others)} or {last}.")
 
 
 def check_path(name: str, value: object) -> str:
-    """`value` as text.
+    """Return the path `value` as text.
 
     Raises:
-        PlanError: it is no path.
+        PlanError: `value` is not a path, or is empty.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise PlanError(f"{name}={value!r} is not accepted; give the path of a folder.")
@@ -51,10 +51,10 @@ def check_path(name: str, value: object) -> str:
 
 
 def check_recomputation(plan: Plan) -> Mapping[str, tuple[str, ...]]:
-    """The names in `checkpointed_blocks` as a tuple.
+    """Return `checkpointed_blocks` as a tuple of names, by field; empty unless some blocks are selected.
 
     Raises:
-        PlanError: the fields of recomputation contradict one another, or these are no names.
+        PlanError: the fields of activation checkpointing contradict one another, or the value is not a list of names.
     """
     mode, blocks = plan.activation_checkpointing, plan.checkpointed_blocks
     if mode == "none" and plan.checkpointed_operations != "all":
@@ -78,10 +78,10 @@ def check_recomputation(plan: Plan) -> Mapping[str, tuple[str, ...]]:
 
 
 def check_names(plan: Plan) -> Mapping[str, tuple[str, ...]]:
-    """The names in `wrapped_modules` and `row_sharded_embeddings` as tuples.
+    """Return `wrapped_modules` and `row_sharded_embeddings` as tuples of names, by field.
 
     Raises:
-        PlanError: they are no names, or the plan has what cannot be combined with tables.
+        PlanError: a value is not a list of names, or a field cannot be combined with row-sharded embeddings.
     """
     found: dict[str, tuple[str, ...]] = {}
     for field in ("wrapped_modules", "row_sharded_embeddings"):
@@ -106,10 +106,11 @@ def check_names(plan: Plan) -> Mapping[str, tuple[str, ...]]:
 
 
 def check_offload(plan: Plan) -> Mapping[str, tuple[str, ...]]:
-    """The names in `offloaded_blocks` as a tuple.
+    """Return `offloaded_blocks` as a tuple of names, by field; empty if it is None.
 
     Raises:
-        PlanError: the fields of the memory hierarchy contradict one another, or these are no names.
+        PlanError: the offload fields contradict one another, an amount is not a number of bytes, or `offloaded_blocks`
+            is not a list of names.
     """
     for name, (field, tiers) in AMOUNTS.items():
         value, tier = getattr(plan, name), getattr(plan, field)
@@ -154,7 +155,7 @@ def check_offload(plan: Plan) -> Mapping[str, tuple[str, ...]]:
 
 
 def _are_names(value: object) -> bool:
-    """Whether `value` is a list or tuple of texts, each once."""
+    """Return whether `value` is a list or tuple of distinct strings."""
     named = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     return named and len(set(value)) == len(value)  # type: ignore[arg-type, call-overload]
 

@@ -1,4 +1,4 @@
-"""StatefulStrategy: what a module that may be divided is to those who read it whole: checkpoints, callbacks."""
+"""StatefulStrategy: full and sharded state of a module for checkpoints, callbacks and user code."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from lightning_largescale.plan import Plan
 
 
 class StatefulStrategy(ConnectedStrategy):
-    """Gives and takes full tensors, however the module's own are divided."""
+    """Strategy that saves, loads and exposes full tensors of a module that may be sharded."""
 
     plan: Plan
     _adapted: Sequence[AdaptedOptimizer] = ()
-    # Whether checkpoints of a sharded module are files of whole tensors.
+    # Whether checkpoints of a sharded module are files of full tensors.
     _save_full = False
 
     def _module(self) -> LightningModule:
@@ -43,50 +43,50 @@ class StatefulStrategy(ConnectedStrategy):
 
     @property
     def _fixed(self) -> bool:
-        """Whether the plan was given, and is not decided at setup."""
+        """Return whether the plan was given by the user; otherwise setup decides it."""
         raise NotImplementedError
 
     @property
     def _may_divide(self) -> bool:
-        """Whether the plan divides the module, or may do so once it is decided."""
+        """Return whether the plan shards the module or offloads its parameters, or may do so once it is decided."""
         if self.plan.offload_parameters is not None or not self._fixed:
             return True
         return self.has_peers and (self.plan.shards or bool(self.plan.row_sharded_embeddings))
 
     def _is_divided(self) -> bool:
-        """Whether ranks hold parts of the module's parameters."""
+        """Return whether the module has sharded parameters or row-sharded embedding tables."""
         module = self._module()
         return sharded_state(module) is not None or row_sharded(module) is not None
 
     @property
     def _keeps_elsewhere(self) -> bool:
-        """Whether what checkpoints hold is on a disk, and is not to be brought into memory for them."""
+        """Return whether checkpointed state is on disk and must not be loaded into memory to be saved."""
         return False
 
     def _in_parts(self) -> bool:
-        """Whether checkpoints are directories, to which what there is of each tensor is written part by part."""
+        """Return whether checkpoints are directories, to which each rank writes its shards."""
         return (self._is_divided() or self._keeps_elsewhere) and not self._saves_whole()
 
     @contextlib.contextmanager
     def full_parameters(self) -> Generator[None, None, None]:
-        """Within, the module's parameters are full plain tensors on its device, however they are divided and wherever
-        they are kept: a collective.
+        """Context in which the module's sharded or offloaded parameters are full plain tensors on its device.
 
-        For code that reads `parameters()` or `state_dict()`, or writes into them: what is written is kept, and is to be
-        the same on all ranks. The whole model must fit there, beside this rank's shards. In `training_step` they are
-        for reading, and a loss may be computed from them; elsewhere they have no gradients.
+        Entering and leaving it is a collective. It is for code that reads `parameters()` or `state_dict()`, or writes
+        into them. Written values are kept and must be the same on all ranks. The full model must fit on the device
+        beside this rank's shards. In `training_step` the parameters are read-only, and a loss may be computed from
+        them; elsewhere they have no gradients.
         """
         with whole_tables(self._module()), whole_parameters(self._module(), self.root_device):
             yield
 
     def make_whole(self) -> Mapping[Tensor, Parameter]:
-        """Give the module full plain parameters for good, on the CPU and equal on all ranks: a collective.
+        """Replace the module's shards with full plain parameters on the CPU, equal on all ranks: a collective.
 
-        After `fit` under a sharded plan, for code that knows nothing of ranks. Optimizers do not train them any more.
-        Copies of the module that callbacks keep become whole with it.
+        Call it after `fit` under a sharded plan, for code that is not distributed. Optimizers no longer train the
+        module. Copies of the module that callbacks keep are unsharded too.
 
         Returns:
-            What each shard has become.
+            The full parameter that replaces each shard.
         """
         module = self._module()
         make_tables_whole(module)
@@ -94,16 +94,18 @@ class StatefulStrategy(ConnectedStrategy):
         whole_copies(find_copies(callbacks_of(module.trainer), module))
         return made
 
-    # While a batch size is searched for.
+    # True during a batch size search.
     searching = False
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, file or directory; in a search it is rank 0's, since each rank has made up a path of its
-        own. Tensors of a directory, and of a file where the module is divided, are read later and in part.
+        """Read a checkpoint file or directory.
+
+        In a batch size search, all ranks read rank 0's path, since each rank has made up its own. Tensors of a
+        directory, and of a file if the module may be sharded, are read lazily and in part.
 
         Raises:
-            PlanError: a directory is not a checkpoint, or it or a file is not whole.
+            PlanError: a directory is not a checkpoint, or a directory or file is incomplete.
         """
         path = self.broadcast(checkpoint_path) if self.searching else checkpoint_path
         if Path(path).is_dir():
@@ -119,15 +121,15 @@ class StatefulStrategy(ConnectedStrategy):
 
     @property
     def _plain_files(self) -> bool:
-        """Whether checkpoints that are files are torch.save's, and no plugin of the Trainer writes and reads them."""
+        """Return whether checkpoint files are written by torch.save, and not by a checkpoint plugin of the Trainer."""
         return type(self.checkpoint_io) is TorchCheckpointIO
 
     def _saves_whole(self) -> bool:
-        """Whether the checkpoints of a sharded module are files of whole tensors."""
+        """Return whether checkpoints of a sharded module are files of full tensors."""
         return self._save_full or not self._plain_files
 
     def full_module_state(self) -> dict[str, Any]:
-        """`state_dict` of the module with full tensors, on rank 0 alone where it is sharded: a collective."""
+        """Return the module's `state_dict` with full tensors, only on rank 0 if it is sharded: a collective."""
         module = self._module()
         if not self._is_divided():
             return super().lightning_module_state_dict()
@@ -135,21 +137,24 @@ class StatefulStrategy(ConnectedStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What a checkpoint is to hold: of a sharded module its parts, or full tensors on rank 0 where these are saved;
-        a collective.
+        """Return the module's state for a checkpoint: a collective.
+
+        A sharded module has shards in it, or full tensors on rank 0 if checkpoints are files.
         """
         return self._module().state_dict() if self._in_parts() else self.full_module_state()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Of a sharded module the ranks' parts by names of parameters, or full tensors by parameter index on rank 0
-        where these are saved; a collective.
+        """Return the optimizer's state for a checkpoint: a collective.
+
+        A sharded module's has shards by parameter name, or full tensors by parameter index on rank 0 if checkpoints
+        are files.
 
         Raises:
-            PlanError: shards cut what the optimizer keeps in blocks.
+            PlanError: shards cut through blocks in which the optimizer keeps its state.
         """
         module = self._module()
-        # Lightning's stand-in where there is no optimizer has no parameters.
+        # Lightning's placeholder for a missing optimizer has no parameters.
         if not optimizer.param_groups or not (self._is_divided() or self._in_parts()):
             return super().optimizer_state(optimizer)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -162,12 +167,12 @@ class StatefulStrategy(ConnectedStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
-        """Load the states of optimizers in their order, as many as there are of both, each rank its part.
+        """Load the optimizer states in order, each rank its shards; surplus states or optimizers are skipped.
 
-        Neither counts where Lightning's stand-in for no optimizer is.
+        Lightning's placeholder for a missing optimizer is ignored, both in the checkpoint and among the optimizers.
 
         Raises:
-            PlanError: one is of another kind of optimizer, or of other parameters.
+            PlanError: a state is of another kind of optimizer, or of other parameters.
         """
         kinds = dict(enumerate(checkpoint.saved_kinds(checkpoint_) or ()))
         saved = [
@@ -190,19 +195,19 @@ class StatefulStrategy(ConnectedStrategy):
             adapted.divide_state()
 
     def _state_memory(self, optimizer: Optimizer) -> checkpoint.StateMemory:
-        """Where the state of a parameter of `optimizer` under a key is to be loaded; None for memory of its own."""
+        """Return a function from a parameter and a state key to the memory to load into, or None for new memory."""
         return lambda parameter, key: None
 
     @override
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; a collective.
+        """Write a checkpoint: a collective.
 
-        Of a sharded module, and of what is kept on a disk, it is a directory to which each rank writes its parts, of
-        others a file, and so with `save_full`, with a checkpoint plugin of the Trainer's, and on file systems that are
-        not mounted.
+        If the module is sharded or state is offloaded to disk, the checkpoint is a directory to which each rank writes
+        its shards. Otherwise it is a file; also with `save_full`, with a checkpoint plugin of the Trainer, and on file
+        systems that are not mounted.
 
         Raises:
-            PlanError: there is a folder of something else in its place.
+            PlanError: `filepath` is a folder that is not a checkpoint, or `storage_options` are given for a directory.
         """
         if not self._is_divided() and not self._in_parts():
             super().save_checkpoint(checkpoint_, filepath, storage_options)
@@ -217,7 +222,7 @@ class StatefulStrategy(ConnectedStrategy):
         checkpoint.save_directory(checkpoint_, Path(self.broadcast(str(filepath))), optimizers=optimizers)
 
     def _whole_checkpoint(self, checkpoint_: dict[str, Any]) -> dict[str, Any]:
-        """`checkpoint_` with full tensors, and optimizer states as torch has them: a collective."""
+        """Return `checkpoint_` with full tensors and optimizer states by parameter index: a collective."""
         found: dict[str, Any] = checkpoint.whole_everywhere(checkpoint_, keep=self.is_global_zero)
         if not self._saves_whole() and "optimizer_states" in found:
             states = [checkpoint.indexed_optimizer_state(state) for state in found["optimizer_states"]]

@@ -1,4 +1,4 @@
-"""SteppingStrategy: the steps of a module that may be divided or replicated, and their backward."""
+"""SteppingStrategy: steps and backward of a module that may be sharded or replicated."""
 
 from __future__ import annotations
 
@@ -64,33 +64,33 @@ _CONTEXTS = {
 
 
 class SteppingStrategy(StatefulStrategy):
-    """Runs the module's steps with its parameters gathered, or its gradients reduced, as the module was set up."""
+    """Strategy that runs the module's steps with unsharded parameters (sharded) or reduced gradients (replicated)."""
 
-    # What setup has found the module to need; None where it is not replicated, or the heap is left alone.
+    # Set by setup; None if the module is not replicated, or the plan does not trim the heap.
     _replica: Replica | None = None
     _trim_heap: HeapTrimmer | None = None
     _uneven: UnevenSteps | None = None
-    # None where no cluster requeues the job.
+    # None if no cluster requeues the job.
     _requeue: Requeue | None = None
     _known: KnownParameters | None = None
     _lookups: Lookups | None = None
-    # Of the ranks that compute the same samples; None where there are no such.
+    # Mesh of the ranks that compute the same samples; None if there are none.
     _tensor_mesh: DeviceMesh | None = None
-    # Steps whose first batch was compared among them.
+    # Names of the steps whose first batch was compared over `_tensor_mesh`.
     _compared: frozenset[str] = frozenset()
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # What reads for the user's code that is under way, the innermost last.
+        # Function modes active around the user's code, the innermost last.
         self._reads: list[FullReads] = []
-        # Those of the optimizer's step that is under way, where they are whole.
+        # Contexts of the current optimizer step in which scalars of sharded gradients are full.
         self._numbers_of_step: contextlib.ExitStack | None = None
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """The loader; to train from, one that has as many batches on every rank.
+        """Return the loader; in training, one that yields the same number of batches on every rank.
 
-        Workers that Lightning seeds by rank draw the same where ranks compute the same samples.
+        Seed loader workers by data-parallel rank, so that ranks that compute the same samples draw the same numbers.
         """
         seeded = self._tensor_mesh is not None and int(os.environ.get("PL_SEED_WORKERS", 0))
         if seeded and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
@@ -102,10 +102,10 @@ class SteppingStrategy(StatefulStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, through what reduces its gradients.
+        """Run the module's training step, through the DDP replica if the module is replicated.
 
         Raises:
-            PlanError: the module has other parameters to train than when it was set up.
+            PlanError: the module's trainable parameters are not those that it had at setup.
         """
         module = self._module()
         if self._known is not None:
@@ -122,19 +122,19 @@ class SteppingStrategy(StatefulStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with its parameters gathered."""
+        """Run the module's validation step with its parameters unsharded."""
         with self._reading(in_step=True):
             return self._step("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with its parameters gathered."""
+        """Run the module's test step with its parameters unsharded."""
         with self._reading(in_step=True):
             return self._step("test_step", *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with its parameters gathered."""
+        """Run the module's predict step with its parameters unsharded."""
         with self._reading(in_step=True):
             return self._step("predict_step", *args, **kwargs)
 
@@ -156,12 +156,12 @@ class SteppingStrategy(StatefulStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Let a backward that the user runs inside the step begin as one that the step's output began."""
+        """Prepare gradient reduction for the backward of `closure_loss`, also one that a manual step runs."""
         module = self._module()
         if self._lookups is not None:
             if not module.automatic_optimization:
                 self._lookups.join()
-            # What is pending would be taken for this one's.
+            # Pending row gradients would be attributed to this backward.
             self._lookups.check_sent()
             compat.call_after_backward(closure_loss, partial(self._send_rows, self._lookups))
         if self._replica is not None:
@@ -170,26 +170,26 @@ class SteppingStrategy(StatefulStrategy):
             begin_backward(module, closure_loss)
 
     def _send_rows(self, lookups: Lookups) -> None:
-        """Send gradients of rows to their ranks, when none has others to compute."""
+        """Send gradients of embedding rows to the ranks that own them, after all ranks have met."""
         if lookups.synchronize:
             meet(self._module())
         lookups.end_backward()
 
     def _adapt_backward(self) -> None:
-        """Make `_own_backward` this strategy's `backward` until teardown, where Lightning's is not enough.
+        """Make `_own_backward` this strategy's `backward` until teardown, if the module is replicated or sharded.
 
-        Elsewhere Lightning's own stays, which may be wrapped on its class.
+        Otherwise Lightning's own method stays, which may be wrapped on its class.
         """
         if self._replica is not None or self._is_divided():
             self.backward = self._own_backward  # type: ignore[method-assign]
             self._undo.callback(delattr, self, "backward")
 
     def _own_backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the module's backward, apart from the reads in hooks and steps around it.
+        """Run the module's backward with the `FullReads` mode of the surrounding hook or step suspended.
 
         Raises:
-            PlanError: it reenters itself where that was not to be seen before, or the step has made parameters that are
-                to be trained.
+            PlanError: the backward is reentrant, which could not be detected earlier, or the step created trainable
+                parameters.
         """
         with self._not_reading():
             if self._replica is None:
@@ -200,7 +200,7 @@ class SteppingStrategy(StatefulStrategy):
     def _reduced_backward(
         self, replica: Replica, loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Lightning's sequence, with gradients averaged before the hooks that follow backward look at them."""
+        """Run Lightning's backward sequence, and average the gradients before the hooks that follow read them."""
         module, precision = self._module(), self.precision_plugin
         self.pre_backward(loss)
         if is_overridden("backward", module) and loss.requires_grad:
@@ -216,23 +216,24 @@ class SteppingStrategy(StatefulStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        """The end of what `pre_backward` began."""
+        """End the backward that `pre_backward` began."""
         end_backward(self._module())
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Learn in each epoch which parameters are trained."""
+        """Make the replica find out again, once per epoch, which parameters are trained."""
         super().on_train_batch_start(batch, batch_idx)
         if self._replica is not None and batch_idx == 0:
             self._replica.look_again()
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """The optimizer's; what scales or clips gradients before it, and hooks after it, find numbers whole. Then holes
-        in the heap are given back, where the plan has them given back.
+        """Run the optimizer's step, then return free heap memory to the system if the plan says so.
+
+        Code that scales or clips gradients before the step, and hooks after it, read full scalars of sharded gradients.
 
         Raises:
-            PlanError: the gradients are this rank's alone.
+            PlanError: the gradients are local to this rank: they were not reduced.
         """
         if not self._module().automatic_optimization:
             self._check_reduced(optimizer)
@@ -260,7 +261,7 @@ class SteppingStrategy(StatefulStrategy):
 
     @contextlib.contextmanager
     def _optimizer_steps(self) -> Generator[None, None, None]:
-        """Within, `_enter_numbers` and `_leave_numbers` say where numbers about gradients are whole."""
+        """Context in which `_enter_numbers` and `_leave_numbers` toggle full scalars of sharded gradients."""
         before = self._numbers_of_step
         with contextlib.ExitStack() as self._numbers_of_step:
             try:
@@ -269,22 +270,22 @@ class SteppingStrategy(StatefulStrategy):
                 self._numbers_of_step = before
 
     def _enter_numbers(self) -> None:
-        """Numbers about gradients that are divided are whole from now on, until they are left or the step ends."""
+        """Make scalars of sharded gradients full until `_leave_numbers` or the end of the step."""
         if self._numbers_of_step is not None and self._is_divided():
             self._numbers_of_step.enter_context(self._numbers())
 
     def _leave_numbers(self) -> None:
-        """What the optimizer computes, and what pages its state, is computed with the tensors as they are."""
+        """End `_enter_numbers`, so that the optimizer and its paging compute with the sharded tensors themselves."""
         if self._numbers_of_step is not None:
             self._numbers_of_step.close()
 
     def _numbers(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, numbers about gradients that are divided are whole."""
+        """Return a context in which scalars of sharded gradients are full."""
         return WholeNumbers()
 
     @contextlib.contextmanager
     def _reading(self, *, in_step: bool = False) -> Generator[None, None, None]:
-        """Within, the user's code reads what is divided as it would read it whole."""
+        """Context in which the user's code reads sharded tensors as if they were full."""
         if not self._is_divided():
             yield
             return
@@ -299,7 +300,7 @@ class SteppingStrategy(StatefulStrategy):
 
     @contextlib.contextmanager
     def _not_reading(self) -> Generator[None, None, None]:
-        """Within, what the strategy itself computes is not taken for the code that it runs inside of."""
+        """Context that suspends `_reading` while the strategy itself computes inside user code."""
         reads = self._reads[-1] if self._reads else None
         if reads is None or reads.suspended:
             yield
@@ -312,11 +313,16 @@ class SteppingStrategy(StatefulStrategy):
 
     @contextlib.contextmanager
     def _around_hook(self, name: str) -> Generator[None, None, None]:
-        """A hook of the user's: it reads what is divided as it would read it whole, and between a step and its end
-        finds the parameters that have the gradients, also where they are gathered.
+        """Context of a user's hook, which reads sharded tensors as if they were full.
+
+        In training, other than before a backward, the module's parameters are the shards that hold the gradients, also
+        where they are unsharded at the time.
+
+        Raises:
+            PlanError: the hook called a function that torch does not support on sharded tensors.
         """
         module = self.lightning_module
-        # Lightning's own does nothing but run the step.
+        # Lightning's own hook only runs the step.
         runs_step = name == "optimizer_step" and module is not None and not is_overridden(name, module)
         if module is None or runs_step or not self._is_divided():
             yield
@@ -324,7 +330,7 @@ class SteppingStrategy(StatefulStrategy):
         if name == "on_after_backward":
             end_backward(module)
         with contextlib.ExitStack() as hook:
-            # Before a backward its parameters are those that the loss was computed with.
+            # Before a backward, the parameters are those that the loss was computed with.
             if module.trainer.training and name not in ("optimizer_step", "on_before_backward"):
                 hook.enter_context(sharded_in_place(module))
             hook.enter_context(self._reading())
@@ -339,7 +345,7 @@ class SteppingStrategy(StatefulStrategy):
                 ) from error
 
     def forget_step(self) -> None:
-        """Make good what a step, ended halfway on all ranks, left behind; its gradients are dropped."""
+        """Reset all state of a step that ended halfway on all ranks, and drop its gradients."""
         module = self._module()
         self._uneven = None
         for adapted in self._adapted:
@@ -353,10 +359,10 @@ class SteppingStrategy(StatefulStrategy):
         module.zero_grad()
 
     def _shard_tables(self, module: LightningModule, plan: Plan) -> None:
-        """Divide the tables that the plan names, those that an earlier plan named being whole before.
+        """Shard the embedding tables that the plan names by rows, after unsharding those of a different earlier plan.
 
         Raises:
-            PlanError: one of them cannot be divided, or a callback keeps a copy of the module.
+            PlanError: a table cannot be sharded, or a callback keeps a copy of the module.
         """
         lookups, names = row_sharded(module), plan.row_sharded_embeddings
         if lookups is not None and not lookups.serves(names, self.world_size):
@@ -371,13 +377,15 @@ class SteppingStrategy(StatefulStrategy):
         self._undo.callback(setattr, self, "_lookups", None)
 
     def on_search_end(self) -> None:
-        """Called when a batch size has been searched for."""
+        """Hook called at the end of a batch size search."""
 
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Within, backward does not communicate gradients, unless hooks look at those of a sharded module after it, or
-        its parameters are in another tier: unreduced, its gradients would be whole on the device.
+        """Context in which backward does not reduce gradients.
+
+        It still reduces those of a sharded module if hooks read them after backward, or if its parameters are
+        offloaded: unreduced gradients would be unsharded on the device.
         """
         module = self._module()
         blocked: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -395,7 +403,7 @@ class SteppingStrategy(StatefulStrategy):
                 self._lookups.synchronize = True
 
     def _heed_requeue_signal(self, trainer: Trainer) -> None:
-        """Until teardown, save and requeue at SLURM's signal where all ranks are between two steps."""
+        """Save and requeue the job on SLURM's signal, once all ranks are between two steps, until teardown."""
         environment = self.cluster_environment
         if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
             return
@@ -411,38 +419,38 @@ class SteppingStrategy(StatefulStrategy):
 
     @override
     def on_train_end(self) -> None:
-        """Heed a signal that came with the last batch."""
+        """Handle a requeue signal that came with the last batch."""
         if self._requeue is not None:
             self._requeue.meet()
 
     @override
     def on_validation_start(self) -> None:
-        """Learn how many batches each rank has."""
+        """Prepare an evaluation in which ranks may have different numbers of batches."""
         self._start_logged_evaluation()
 
     @override
     def on_test_start(self) -> None:
-        """Learn how many batches each rank has."""
+        """Prepare an evaluation in which ranks may have different numbers of batches."""
         self._start_logged_evaluation()
 
     @override
     def on_predict_start(self) -> None:
-        """Learn how many batches each rank has."""
+        """Prepare an evaluation in which ranks may have different numbers of batches."""
         self._start_evaluation()
 
     @override
     def on_validation_end(self) -> None:
-        """Drop what evaluation gathered."""
+        """Reshard the parameters that evaluation unsharded."""
         self._end_evaluation()
 
     @override
     def on_test_end(self) -> None:
-        """Drop what evaluation gathered."""
+        """Reshard the parameters that evaluation unsharded."""
         self._end_evaluation()
 
     @override
     def on_predict_end(self) -> None:
-        """Drop what evaluation gathered."""
+        """Reshard the parameters that evaluation unsharded."""
         self._end_evaluation()
 
     def _start_logged_evaluation(self) -> None:
@@ -453,7 +461,7 @@ class SteppingStrategy(StatefulStrategy):
     def _start_evaluation(self) -> None:
         module = self._module()
         if self.has_peers:
-            # Buffers such as running statistics are each rank's own in training; what is saved is rank 0's.
+            # Buffers such as running statistics differ between ranks in training; rank 0's are saved.
             equal_weights(module.buffers())
             copies = find_copies(callbacks_of(module.trainer), module)
             equal_copies(copies, self.root_device, buffers_only=True)
@@ -463,7 +471,7 @@ class SteppingStrategy(StatefulStrategy):
             compat.call_when_exhausted(module.trainer, self._end_steps)
 
     def _end_steps(self) -> None:
-        """Drop what evaluation gathered before callbacks come that read or change the shards."""
+        """Reshard the parameters that evaluation unsharded, before callbacks read or change the shards."""
         if self._uneven is not None:
             self._uneven.end()
             reshard(self._module())
@@ -477,8 +485,9 @@ class SteppingStrategy(StatefulStrategy):
 
 
 def _looks_after_backward(module: LightningModule) -> bool:
-    """Whether a hook is called between a backward that Lightning runs and the next, where gradients that are not
-    reduced would be nowhere.
+    """Return whether an `on_after_backward` hook runs after a backward of automatic optimization.
+
+    The shards would have no gradients for it if they were not reduced.
     """
     name = "on_after_backward"
     return module.automatic_optimization and (

@@ -1,4 +1,4 @@
-"""LargeScaleStrategy: a Plan carried out in the Trainer's life cycle."""
+"""LargeScaleStrategy: execution of a Plan in the Trainer's life cycle."""
 
 from __future__ import annotations
 
@@ -51,33 +51,33 @@ from lightning_largescale.workload.parts import Part
 
 
 class LargeScaleStrategy(OffloadingStrategy):
-    """Trains a LightningModule as a plan says; the module's code, names and state_dict keys stay as they are.
+    """Strategy that trains a LightningModule under a plan; the module's code, names and state_dict keys do not change.
 
     Args:
         plan: a Plan, a mapping of its fields, the path of a plan's JSON, or a function of the hardware that returns a
-            Plan, asked when the trainer sets the strategy up.
-        start_method: how ranks that the environment did not start come to be: "popen" runs the script again, "fork" and
-            "spawn" start them from this process; None chooses.
-        process_group_backend: torch.distributed's name; None takes the device's default.
-        timeout: how long a collective may wait for the other ranks.
-        compile: every repeated block is compiled by torch.compile, with these arguments where they are given.
-        sample_batch: a batch to look at the step with, in place of one from the trainer's own loader.
-        tensor_parallel_plan: torch's styles by names of modules, * standing for any part of a name, in place of what is
-            found; a method `tensor_parallel_plan` of the module may return the same.
-        save_full: checkpoints of a module that is sharded are single files of whole tensors, assembled on rank 0, in
-            place of directories to which each rank writes its parts; both are read under any plan.
-        weights: of the module, read when it is set up, each rank its part: a file of safetensors or torch, an index of
-            several, or a folder with them; or such paths by names of parts of the module, as in {"model": path}.
+            Plan and is called at setup.
+        start_method: the method to start ranks that the environment did not start: "popen" runs the script again,
+            "fork" and "spawn" start them from this process; None selects one.
+        process_group_backend: torch.distributed's name of the backend; None selects the device's default.
+        timeout: the time that a collective may wait for the other ranks.
+        compile: whether to compile every repeated block with torch.compile, or the arguments to compile them with.
+        sample_batch: a batch to trace the step with, in place of one from the trainer's loader.
+        tensor_parallel_plan: torch's parallel styles by module names, with * for any part of a name, in place of those
+            that are found; a method `tensor_parallel_plan` of the module may return the same.
+        save_full: whether checkpoints of a sharded module are single files of full tensors, assembled on rank 0, in
+            place of directories to which each rank writes its shards; both can be loaded under any plan.
+        weights: the module's weights, of which each rank reads its shards at setup: a safetensors or torch file, an
+            index of several, or a folder with them; or such paths by submodule names, as in {"model": path}.
 
     Attributes:
-        plan: the Plan in force; `Plan()` until a function has been asked.
+        plan: the current Plan; `Plan()` until a function of the hardware has returned one.
 
     Raises:
-        PlanError: the plan is not accepted; at setup, it does not fit the processes, the module, or the Trainer.
+        PlanError: the plan is not valid; at setup, it does not fit the processes, the module, or the Trainer.
     """
 
     _watch: HeapWatch | None = None
-    # Attributes that the parent of forked ranks is told.
+    # Attributes that forked ranks send to their parent.
     decided_at_setup: tuple[str, ...] = ("plan",)
 
     def __init__(
@@ -115,20 +115,19 @@ class LargeScaleStrategy(OffloadingStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Connect the ranks; a plan that was given has its precision from here on: `configure_model` builds in it."""
+        """Connect the ranks and, for a given plan, set its precision, in which `configure_model` builds."""
         super().setup_environment()
-        # Refused before it converts anything, if it is to be refused.
+        # Raises for a plugin that is not accepted before it converts anything.
         asked_precision(self.precision_plugin)
         if self._planner is None and self._fixed:
             self._use_precision(self.plan)
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """Decide the plan and apply it to the module: precision, recomputation, compilation, sharding or replication,
-        optimizers.
+        """Decide the plan and apply it: precision, recomputation, compilation, sharding or replication, optimizers.
 
         Raises:
-            PlanError: the plan does not fit the number of processes, the module, or what was given to the Trainer.
+            PlanError: the plan does not fit the number of processes, the module, or the Trainer's arguments.
         """
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -156,7 +155,7 @@ class LargeScaleStrategy(OffloadingStrategy):
         if fitting and self._layer_sync is not None and sharded_state(module) is None:
             self.model = self._layer_sync.apply(module)
             if not plan.gathers:
-                # A sharded module keeps its layers: others would not be known to what gathers their parameters.
+                # A sharded module keeps its layers: FSDP2 would not know replaced ones.
                 self._undo.callback(self._layer_sync.revert, module)
         self._trim_heap = HeapTrimmer() if self._heap_is("trimmed", "mapped") else None
         on_parts = None
@@ -198,11 +197,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         self.setup_precision_plugin()
 
     def _heap_is(self, *ways: str) -> bool:
-        """Whether one of these is what is done about the holes in this process's heap."""
+        """Return whether the device is the CPU and the plan's `heap` is one of `ways`."""
         return self.root_device.type == "cpu" and self.plan.heap in ways
 
     def _watch_heap(self, limit_bytes: int = 0) -> None:
-        """Until teardown, or the next watch, give holes back above that limit."""
+        """Return free heap memory to the system above `limit_bytes`, until teardown or the next call."""
         if self._watch is None:
             self._undo.callback(self._watch_no_longer)
         else:
@@ -216,26 +215,26 @@ class LargeScaleStrategy(OffloadingStrategy):
         self._watch = None
 
     def _record(self, trainer: Trainer) -> None:
-        """Leave the plan with the trainer's loggers."""
+        """Log the plan with the trainer's loggers."""
         record_plan(trainer, self.plan)
 
     def _convert(self, module: LightningModule) -> None:
-        """Make the module's parameters what the precision plugin in use makes of them, once."""
+        """Convert the module's parameters with the current precision plugin, once per plugin."""
         if sharded_state(module) is None and self._converted_by is not self.precision_plugin:
             with self._recorded():
                 convert_module(self.precision_plugin, module)
             self._converted_by = self.precision_plugin
 
     def _decide(self, trainer: Trainer) -> Plan:
-        """The plan to carry out; called on every rank once the module is built, before anything is changed."""
+        """Return the plan to apply; called on every rank after the module is built and before it is changed."""
         if self._planner is None:
             return self.plan
         plan = self._planner(self._hardware())
-        # A strategy named by a string says nothing of precision, so the Trainer's holds.
+        # A strategy named by a string sets no precision, so the Trainer's holds.
         return dataclasses.replace(plan, precision=asked_precision(self.precision_plugin) or plan.precision)
 
     def _hardware(self) -> Hardware:
-        """What this rank finds, for the processes of the Trainer."""
+        """Detect this rank's hardware, for the Trainer's number of processes."""
         return Hardware.detect(
             accelerator=self.root_device.type,
             environment=self.cluster_environment,
@@ -246,7 +245,7 @@ class LargeScaleStrategy(OffloadingStrategy):
     @property
     @override
     def _fixed(self) -> bool:
-        """Whether the plan was given, and is not decided at setup."""
+        """Return whether `_decide` is not overridden: the plan or its function was given by the user."""
         return type(self)._decide is LargeScaleStrategy._decide
 
     @property
@@ -255,7 +254,7 @@ class LargeScaleStrategy(OffloadingStrategy):
         return self._planner is not None or not self._fixed or self.plan.offload_parameters is not None
 
     def _use_precision(self, plan: Plan) -> None:
-        """Put the plan's precision plugin in the place of the Trainer's until teardown."""
+        """Replace the Trainer's precision plugin with the plan's until teardown."""
         given = self.precision_plugin
         plugin = plugin_for(plan, given, self.root_device.type)
         if plugin is not given:
@@ -266,7 +265,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         self.precision_plugin = plugin
 
     def _adapt(self, module: LightningModule, plan: Plan) -> None:
-        """Make a module whole that an earlier plan divided, unless `plan` divides it alike."""
+        """Unshard a module that an earlier plan sharded, unless it can be adapted to `plan`.
+
+        Raises:
+            PlanError: the module is sharded over another number of processes.
+        """
         state = sharded_state(module)
         if state is None or adapt(module, plan, self.root_device):
             return
@@ -301,11 +304,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         )
 
     def _join(self, trainer: Trainer, module: LightningModule) -> None:
-        """Make what surrounds a divided module ready for it."""
+        """Adapt callbacks, loops, random state and metrics to a sharded module."""
         callbacks = callbacks_of(trainer)
         shard_copies(find_copies(callbacks, module), module)
         average_shards(callbacks)
-        # Parameters that are gathered in inference mode cannot be used in training after it.
+        # Parameters that are unsharded in inference mode cannot be used in training afterwards.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             self._undo.callback(setattr, loop, "inference_mode", loop.inference_mode)
@@ -331,20 +334,20 @@ class LargeScaleStrategy(OffloadingStrategy):
 
     @override
     def model_to_device(self) -> None:
-        """Move the whole module to this rank's device."""
+        """Move the full module to this rank's device."""
         self._module().to(self.root_device)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Create the optimizers over the parameters as they are now.
+        """Create the optimizers of the current parameters and adapt them to shards and pages.
 
         Raises:
-            PlanError: one holds other parameters than the module's, or cannot step on shards.
+            PlanError: an optimizer has parameters that are not the module's, or cannot step on shards.
         """
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         known = self._known
-        # Where a module has no optimizer Lightning's stands in, which has nothing to step.
+        # Lightning's placeholder for a missing optimizer has nothing to step.
         optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
         self._adapted = (
             []
@@ -366,7 +369,7 @@ class LargeScaleStrategy(OffloadingStrategy):
 
     @override
     def teardown(self) -> None:
-        """Leave the module as it was, but for its weights; what is sharded stays sharded, on its device."""
+        """Restore the module except for its weights; a sharded module stays sharded, on its device."""
         self._uneven = None
         self._replica = None
         self._forget_values()
@@ -389,6 +392,6 @@ class LargeScaleStrategy(OffloadingStrategy):
         self.checkpoint_io.teardown()
 
 
-# The Trainer takes torch.compile(module) only with strategies that are this one, DDPStrategy or FSDPStrategy, and asks
-# for this one nowhere else.
+# The Trainer accepts torch.compile(module) only with SingleDeviceStrategy, DDPStrategy or FSDPStrategy, and checks for
+# SingleDeviceStrategy nowhere else.
 SingleDeviceStrategy.register(LargeScaleStrategy)
