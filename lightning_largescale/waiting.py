@@ -163,7 +163,7 @@ class Waiting:
         return _describe(frames) if now - self._since >= STILL_SECONDS else None
 
     def _sleeps(self) -> bool:
-        """Return whether the thread sleeps, rather than being ready to run without a CPU; True if the system cannot tell."""
+        """Return whether the thread sleeps, rather than being ready to run; True if the system cannot tell."""
         try:
             stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_text()
         except OSError:
@@ -198,8 +198,8 @@ def sentence_of(waits: Mapping[int, Wait | None], *, finished: bool) -> tuple[in
 
 
 def _not_agreed(found: Mapping[int, Wait], *, finished: bool) -> tuple[int, str] | None:
-    """Return the rank to blame and the error message if some ranks wait for all to agree or to gather, and others are in
-    another collective or have finished; else None.
+    """Return a rank and the error message if some ranks wait for all to agree or to gather, and others are in another
+    collective or have finished; else None.
     """
     agreeing = [rank for rank, wait in found.items() if wait.agrees]
     agreeing += [rank for rank, wait in found.items() if wait.gathers]
