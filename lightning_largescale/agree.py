@@ -46,8 +46,8 @@ def run_together(
     Args:
         function: the function to run; it enters the same collectives on all ranks, until the data of one rank ends.
         device: the device of this rank.
-        forget: a function that restores the state after a half-done run; called unless `function` finished on all
-            ranks.
+        forget: a function that restores the state after a half-done run; called unless `function` finished on this rank
+            and no rank failed. Not called after a connection loss.
 
     Returns:
         The result of `function`; None if another rank finished first.

@@ -39,7 +39,7 @@ def shows_summary(trainer: Trainer) -> bool:
 
 
 def needs_all_gradients(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return the name of a setting or hook that needs all gradients of a step at once, or accumulates them; else None."""
+    """Return the setting or hook that needs all gradients of a step at once, or accumulates them; None if none does."""
     if not module.automatic_optimization:
         return "automatic_optimization=False"
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
