@@ -187,7 +187,7 @@ class _Children:
             end_process(f"rank {self._first_rank} stops: {failure}", lambda: None, status=max(code, 1))
 
     def _failure(self) -> Failure | None:
-        """Return the failure of the first rank whose process ended with a status other than 0; None if there is none."""
+        """Return the failure of the lowest rank whose process ended with a status other than 0; None if none did."""
         codes = [process.poll() for process in self._processes]
         for rank, code in enumerate(codes, self._first_rank + 1):
             if code:

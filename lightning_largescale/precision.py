@@ -69,7 +69,7 @@ def plugin_for(plan: Plan, given: Precision, device_type: str) -> Precision:
 
 
 def is_own(plugin: Precision) -> bool:
-    """Whether `plugin` is of a class of the user's, which may do something else than its precision says."""
+    """Return whether `plugin` is of a user's class, which may do something else than its precision says."""
     return type(plugin) not in _STANDARD
 
 
