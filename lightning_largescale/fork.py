@@ -55,7 +55,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         Raises:
             PlanError: ranks are to be forks, and CUDA is initialised here, or autograd has threads, which a fork cannot
                 use.
-            torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
+            torch.multiprocessing.ProcessRaisedException: a rank failed; with the traceback of the first to fail.
         """
         if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise PlanError(
@@ -124,7 +124,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             sys.exit(1)
 
     def _until_tuned(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the result of `function`; None if a Tuner ends it, so that the parent receives the finders' results."""
+        """Return the result of `function`; None if a Tuner ends it, so that the parent gets the finders' results."""
         try:
             return function(*args, **kwargs)
         except compat.TunerExit:

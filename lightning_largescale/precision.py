@@ -74,7 +74,7 @@ def is_own(plugin: Precision) -> bool:
 
 
 def cast_type(plugin: Precision) -> torch.dtype | None:
-    """The type that every matrix is cast to under `plugin`; None where none is, or that is not known."""
+    """Return the type that `plugin` casts every matrix to; None if it casts none, or the type is not known."""
     return None if is_own(plugin) else CAST_TYPE.get(str(plugin.precision))
 
 
