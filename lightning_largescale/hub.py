@@ -92,7 +92,7 @@ def describe_exit(code: int | None) -> str | None:
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Return whether `error` says that a peer is gone, in the words of torch's backends, rather than what is wrong here."""
+    """Return whether `error` says, in the words of torch's backends, that a peer is gone, not what is wrong here."""
     if isinstance(error, dist.DistError | ConnectionError):
         return True
     # gloo raises a bare RuntimeError with the place in its transport and the system's words.
