@@ -1,8 +1,9 @@
-"""Ranks that stop together: where one cannot go on, the others learn it before they would wait for it.
+"""Trials that end together on all ranks: if one rank stops, the others learn it before they wait for it.
 
 A rank that runs out of memory leaves the others in a collective that it will never enter. Here every collective,
-whoever starts it (FSDP, DistributedDataParallel, a layer, a metric, the user), is preceded by one of a few numbers:
-whether all ranks are coming, and to the same. Too slow for training, good enough for trials.
+whoever starts it (FSDP, DistributedDataParallel, a layer, a metric, the user), is preceded by an all-reduce of three
+numbers, which tells whether all ranks are about to enter the same collective. Too slow for training, fast enough for
+trials.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from lightning_largescale.hub import is_connection_loss
 
 _Result = TypeVar("_Result")
 _COLLECTIVES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}
-# In the same registries, and not entered by all ranks at once.
+# Operations in the same namespaces that not all ranks enter at once.
 _OF_FEWER = {"send", "recv_", "recv_any_source_", "wait_tensor", "_wrap_tensor_autograd"}
 
 
 class _Outcome(IntEnum):
-    """Of the ranks together: the greatest of any."""
+    """The outcome of a trial; that of all ranks together is the greatest of any rank."""
 
     GOING = 0
     FINISHED = 1
@@ -40,19 +41,19 @@ class _Outcome(IntEnum):
 def run_together(
     function: Callable[[], _Result], *, device: torch.device, forget: Callable[[], None]
 ) -> _Result | None:
-    """Run `function` until it ends on any rank: a collective where there are several. How it ended there is how it ends
-    on all.
+    """Run `function` until it ends on any rank, and end it alike on all; a collective if there are several ranks.
 
     Args:
-        function: it enters the same collectives on all ranks, until the data of one ends.
-        device: of this rank.
-        forget: called, on all ranks, where `function` did not finish on this rank: makes good what is half done.
+        function: the function to run; it enters the same collectives on all ranks, until the data of one rank ends.
+        device: the device of this rank.
+        forget: a function that restores the state after a half-done run; called unless `function` finished on this rank
+            and no rank failed. Not called after a connection loss.
 
     Returns:
-        What `function` returns; None where it had not finished when another rank's had.
+        The result of `function`; None if another rank finished first.
 
     Raises:
-        RuntimeError: a rank ran out of memory; on the others in words that Lightning takes for the same.
+        RuntimeError: a rank ran out of memory; the other ranks raise a message that Lightning takes for the same.
         torch.distributed.DistError: another rank failed otherwise; that one raises its own error.
     """
     if comm.world_size() == 1:
@@ -84,7 +85,7 @@ def run_together(
 def _attempt(
     function: Callable[[], _Result], together: contextlib.AbstractContextManager[Any]
 ) -> tuple[_Result | None, Exception | None]:
-    """What `function` returns or raises."""
+    """Return the result of `function` and None, or None and its exception."""
     try:
         with together:
             return function(), None
@@ -103,29 +104,33 @@ def _outcome_of(error: Exception | None) -> _Outcome:
 
 
 class _Together(compat.DispatchMode):  # type: ignore[no-untyped-call]
-    """Within, no collective begins before all ranks are known to enter it.
+    """Context in which no collective begins before all ranks are known to enter it.
 
     Attributes:
-        outcome: GOING until a rank has stopped.
+        outcome: the outcome of all ranks together; GOING until a rank has stopped.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.outcome = _Outcome.GOING
-        # Made now: there may be no memory for it later.
+        # Allocated now: there may be no memory for it later.
         self._numbers = torch.zeros(3, dtype=torch.int64, device=device)
 
     @classmethod
     @override
     def ignore_compile_internals(cls) -> bool:
-        """What is compiled stays so: uncompiled it would need other memory."""
+        """Return True, so that compiled code stays compiled: uncompiled it would use a different amount of memory."""
         return True
 
     def settle(self, own: _Outcome, to: str = "") -> _Outcome:
-        """The outcome, this rank's being `own`: a collective, until a rank has stopped.
+        """Return the outcome of all ranks together: a collective, until a rank has stopped.
 
-        Ranks that are on their way to different collectives, by the names `to`, have finished: the data of one ended,
-        and it is in its next epoch.
+        Ranks that are about to enter different collectives count as finished: the data of one ended, and it is in its
+        next epoch.
+
+        Args:
+            own: the outcome of this rank.
+            to: the name of the collective that this rank is about to enter.
         """
         if self.outcome is _Outcome.GOING:
             name = zlib.crc32(to.encode())
@@ -139,7 +144,7 @@ class _Together(compat.DispatchMode):  # type: ignore[no-untyped-call]
     @override
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            # It comes back with the operations on its shards, and collectives among them.
+            # DTensor's own dispatch calls this again with the operations on its shards, collectives included.
             return NotImplemented
         if _is_collective(function) and self.settle(_Outcome.GOING, function.name()) is not _Outcome.GOING:
             raise RuntimeError("another rank has stopped")

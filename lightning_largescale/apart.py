@@ -1,10 +1,10 @@
-"""Run a function in a fork of this process, so that whatever it does to the process is not done here.
+"""Run a function in a fork of this process, which isolates its side effects.
 
-To trace a step is to run the user's code once more than the user asked for: counters count, streams are read, mocks are
-called. In a fork none of that is seen, and a crash ends the fork alone.
+Tracing a step runs the user's code once more than the user asked for: counters count, streams are read, mocks are
+called. In a fork none of these effects reach this process, and a crash ends only the fork.
 
-A fork has none of the other threads of its process, and of a lock that one held it has a copy that nobody opens. So
-there is none where others than those of torch and of tools are known to run, and one that waits is ended.
+A fork has none of the other threads of its process, and a lock that such a thread held stays locked in it. So no fork
+is made if threads other than torch's and known tools' run, and a fork that waits is killed.
 
 Source: man page fork(2), Notes; prctl(2), PR_SET_PDEATHSIG; Python's gc.freeze.
 """
@@ -36,16 +36,17 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.hub import describe_exit
 
 _Result = TypeVar("_Result")
-# Of work; a step of the largest models is traced in less.
+# Seconds of work; tracing a step of the largest models takes less.
 _TIMEOUT_SECONDS = 300.0
-# Without work: it waits, for what a fork does not have or for something that may be waited for here as well.
+# Seconds without work: the fork waits for something that it lacks, or that this process may wait for as well.
 _IDLE_SECONDS = 5.0
-# From when on it is said that there is a fork, and how often it is looked at.
+# Seconds until the user is told of the fork, and the interval at which the fork is polled.
 _TOLD_SECONDS, _POLL_SECONDS = 2.0, 0.25
-# Of a core: what polls for something that never comes takes less.
+# The fraction of a core that counts as work: polling for something that never comes takes less.
 _WORKS = 0.2
 _PR_SET_PDEATHSIG = 1
-# Whose threads nothing in a fork waits for: a progress bar's clock, a kernel's sockets, a logger's queue, our watchers.
+# Modules whose threads no code in a fork waits for: a progress bar's clock, a kernel's sockets, a logger's queue, our
+# watchers.
 _TOOLS = (
     "IPython.",
     "debugpy.",
@@ -62,8 +63,8 @@ _TOOLS = (
     "wandb.",
     "zmq.",
 )
-# How names begin that threads have which are not Python's: torch's, an allocator's, a notebook's sockets', those of a
-# process without a title.
+# Name prefixes of threads that Python did not start: those of torch, an allocator, a notebook's sockets, a process
+# without a title.
 _TOOLS_THREADS = ("pt_", "gloo_", "cuda", "jemalloc", "python", "ZMQbg")
 
 
@@ -72,14 +73,14 @@ class ApartError(RuntimeError):
 
 
 class StuckError(ApartError):
-    """The fork waited, for what may be there in this process."""
+    """The fork waited for something that this process may have."""
 
 
 def can_run_apart() -> bool:
-    """Whether a fork can do what this process can.
+    """Return whether a fork can do what this process can.
 
-    Not where CUDA is in use, which a fork cannot share, nor where others' threads run; nor where forks cannot run a
-    backward.
+    It cannot if CUDA is initialized, which a fork cannot share, if threads of other libraries run, or if a fork cannot
+    run a backward.
     """
     if not hasattr(os, "fork") or torch.cuda.is_initialized() or others_threads():  # type: ignore[no-untyped-call]
         return False
@@ -87,10 +88,10 @@ def can_run_apart() -> bool:
 
 
 def forks_differentiate() -> bool:
-    """Whether a fork of this process can run a backward.
+    """Return whether a fork of this process can run a backward; tries one if there are CUDA devices.
 
-    Not where there are CUDA devices and this process has run one, on the CPU too: autograd has a thread for each device
-    then, which a fork does not have. It is tried.
+    It cannot if there are CUDA devices and this process has run a backward, even on the CPU: autograd then has a thread
+    per device, which the fork lacks.
     """
     if torch.cuda.device_count() == 0:
         return True
@@ -101,10 +102,10 @@ def forks_differentiate() -> bool:
 
 
 def others_threads() -> list[str]:
-    """Names of the threads of this process that are none of torch's, of tools' or ours.
+    """Return the names of the threads of this process that belong neither to torch, nor to tools, nor to this package.
 
-    Libraries' own are told by their names, where the system tells these; one that has the name of the process is taken
-    for one that computes (OpenMP's).
+    Threads that Python did not start are recognized by their names, if the system has these; a thread with the name of
+    the process counts as a compute thread (OpenMP's).
     """
     ours = {threading.main_thread(), threading.current_thread()}
     every = threading.enumerate()
@@ -126,26 +127,26 @@ def run_apart(
     idle: float = _IDLE_SECONDS,
     what: str = "a batch and the step are looked at",
 ) -> _Result:
-    """What `function` returns in a fork of this process, which prints nothing and is then gone.
+    """Run `function` in a fork of this process, which prints nothing, and return its result.
 
-    The other ranks are not there for it: collectives of the fork return at once. It ends when this process does, and
-    collects no garbage of this process.
+    Collectives of the fork return at once, without the other ranks. The fork ends when this process does, and collects
+    no garbage of this process.
 
     Args:
-        function: without arguments; its result is pickled.
-        timeout: seconds that it may work.
-        idle: seconds that it, and what it starts, may wait.
-        what: is done there, as those who wait for it are told.
+        function: a function without arguments; its result is pickled.
+        timeout: seconds that the fork may work.
+        idle: seconds that the fork, and the processes that it starts, may wait.
+        what: the work of the fork, in the words of the log line.
 
     Raises:
-        PlanError: as `function` raises it.
+        PlanError: `function` raised it.
         StuckError: the fork waited for `idle`.
         ApartError: `function` raised something else, or the fork was killed or worked for more than `timeout`.
     """
     reader, writer = multiprocessing.connection.Pipe(duplex=False)
     parent = os.getpid()
     with warnings.catch_warnings(), no_collection():
-        # Python 3.12 warns of threads that are not there in the fork.
+        # Python 3.12 warns that the fork lacks the other threads.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
         if child == 0:
@@ -173,7 +174,7 @@ def run_apart(
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Within, no garbage is collected: for a fork, which has to freeze what it finds before it may collect any."""
+    """Context without garbage collection: a fork has to freeze the objects that it inherits before it collects any."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -186,7 +187,7 @@ def no_collection() -> Iterator[None]:
 def _is_tools(thread: threading.Thread) -> bool:
     target = getattr(thread, "_target", None)
     modules = (type(thread).__module__, getattr(target, "__module__", None) or "")
-    # A pool's threads run what is given them: ours are known by their names.
+    # The threads of a pool run any function: this package's are recognized by their names.
     return thread.name.startswith(("Dummy-", "lightning_largescale")) or any(
         f"{one}.".startswith(_TOOLS) for one in modules
     )
@@ -196,16 +197,16 @@ def _thread_name(folder: Path) -> str:
     try:
         return (folder / "comm").read_text().strip()
     except OSError:
-        # It is gone.
+        # The thread has ended.
         return ""
 
 
 def _wait(reader: Any, child: int, *, timeout: float, idle: float, what: str) -> None:
-    """Until there is something to read.
+    """Wait until `reader` has data.
 
     Raises:
         StuckError: the fork waited for `idle` seconds.
-        ApartError: it worked for `timeout`.
+        ApartError: the fork worked for `timeout` seconds.
     """
     began = busy = time.monotonic()
     used, told = 0.0, False
@@ -227,10 +228,10 @@ def _wait(reader: Any, child: int, *, timeout: float, idle: float, what: str) ->
 
 
 def _work(child: int) -> tuple[float, bool]:
-    """Seconds that the fork and what it has started have computed, and whether one of them computes or reads now."""
+    """Return the CPU seconds of the fork and its descendants, and whether one of them runs or reads a disk now."""
     used, runs = 0.0, False
     for process in _family(child):
-        # It may be gone by now.
+        # The process may have ended.
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             used += times.user + times.system + times.children_user + times.children_system
@@ -247,7 +248,7 @@ def _family(child: int) -> list[psutil.Process]:
 
 
 def _end(child: int) -> None:
-    """Kill the fork, and what it has started: workers of a loader."""
+    """Kill the fork and its descendants, such as the workers of a loader."""
     for process in _family(child):
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -259,26 +260,26 @@ def _differentiates() -> bool:
 
 
 def _serve(function: Callable[[], Any], writer: Any, parent: int) -> NoReturn:
-    """Be the fork: answer with a pair of the result and the error, and end."""
+    """Main function of the fork: send the result and the error as a pair, and exit."""
     status = 1
     try:
-        # What is garbage here is the parent's to collect: the end of a process group waits for its threads.
+        # Inherited garbage must not be collected here: destroying a process group waits for its threads.
         gc.freeze()
         _end_with(parent)
         _silence(writer.fileno())
-        # Threads of OpenMP do not survive a fork; one asks for none.
+        # OpenMP's threads do not survive a fork; a computation with one thread asks for no others.
         torch.set_num_threads(1)
         if dist.is_initialized():
             compat.fake_process_group()
         writer.send_bytes(_answer(function))
         status = 0
     finally:
-        # Whatever it was: nothing of this process may run on in the fork.
+        # After any exception: no code of the parent may run on in the fork.
         os._exit(status)
 
 
 def _end_with(parent: int) -> None:
-    """Let the fork end when its parent does, whatever it waits for then."""
+    """Make the fork end when its parent does, even while it waits."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
@@ -298,17 +299,17 @@ def _silence(kept: int) -> None:
     streams = (sys.__stdout__, sys.__stderr__)
     sys.stdout = sys.stderr = nowhere
     for number, stream in enumerate(streams, 1):
-        # Where a stream was closed before Python began, its number is that of another file.
+        # If a stream was closed before Python started, its number belongs to another file.
         if stream is not None and not stream.closed and number != kept:
             os.dup2(nowhere.fileno(), number)
 
 
 def _answer(function: Callable[[], Any]) -> bytes:
-    """The result of `function` and None, or None and its error, pickled."""
+    """Return, pickled, the result of `function` and None, or None and its error."""
     try:
         return pickle.dumps((function(), None))
     except PlanError as error:
         return pickle.dumps((None, error))
     except BaseException as error:
-        # Test runners raise what is no Exception; and whatever it is, this is the end of the fork.
+        # Test runners raise exceptions that do not derive from Exception; the fork ends after any of them.
         return pickle.dumps((None, ApartError(f"{type(error).__name__}: {error}")))

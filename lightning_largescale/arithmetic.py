@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 
-# The type that these convert the whole module to.
+# The type that each of these precisions converts the module to.
 STORED_TYPE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-# The type that these cast matrices to, for each product, and what is stored is float32.
+# The type that each of these precisions casts matrices to for each product; the stored type is float32.
 CAST_TYPE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def lightning_plugin(precision: str, device_type: str) -> Precision:
-    """What `Trainer(precision=precision)` makes for a device of `device_type`, "cpu" or "cuda".
+    """Return the plugin that `Trainer(precision=precision)` makes for a device of `device_type`, "cpu" or "cuda".
 
-    On the CPU "16-mixed" is what it says, which the Trainer would replace by "bf16-mixed".
+    On the CPU "16-mixed" stays as it is; the Trainer would replace it by "bf16-mixed".
     """
     name: Any = precision
     if precision in CAST_TYPE:

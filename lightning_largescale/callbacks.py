@@ -1,4 +1,4 @@
-"""What a plan means to Lightning's callbacks: which cannot work on shards, and which keep copies of the module."""
+"""Checks of Lightning's callbacks against a plan: which cannot work on shards, and which keep copies of the module."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.copies import find_copies
 from lightning_largescale.plan import Plan
 
-# Hooks of modules and of callbacks that may ask for the gradients of a step, or for what is done with them.
+# Hooks of modules and of callbacks that may read the gradients of a step, or change how they are used.
 _SEE_GRADIENTS = ("configure_gradient_clipping", "optimizer_step", "on_before_optimizer_step", "on_after_backward")
 
 
 def callbacks_of(trainer: Trainer) -> Sequence[Callback]:
-    """The callbacks of `trainer`, those that the module configures included."""
+    """Return the callbacks of `trainer`, including those that the module configures."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
     return callbacks
 
 
 def copies_of(module: nn.Module, callbacks: Sequence[Callback]) -> Iterator[nn.Module]:
-    """What `callbacks` have copied of `module`: all of it, or layers that pruning goes back to."""
+    """Yield the copies that `callbacks` hold of `module`: full copies, and layers that pruning goes back to."""
     yield from find_copies(callbacks, module)
     for callback in callbacks:
         if isinstance(callback, ModelPruning):
@@ -34,12 +34,12 @@ def copies_of(module: nn.Module, callbacks: Sequence[Callback]) -> Iterator[nn.M
 
 
 def shows_summary(trainer: Trainer) -> bool:
-    """Whether the user wants to be told: `enable_model_summary=False` and `barebones` say no."""
+    """Return whether the user wants a summary: not with `enable_model_summary=False` or `barebones`."""
     return any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))
 
 
 def needs_all_gradients(trainer: Trainer, module: LightningModule) -> str | None:
-    """What wants all gradients of a step at once, or accumulates them, in words; None where nothing does."""
+    """Return the setting or hook that needs all gradients of a step at once, or accumulates them; None if none does."""
     if not module.automatic_optimization:
         return "automatic_optimization=False"
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
@@ -59,7 +59,7 @@ def check_callbacks(callbacks: Sequence[Callback], plan: Plan) -> None:
     """Refuse callbacks that cannot work under `plan`.
 
     Raises:
-        PlanError: one replaces parameters, and the plan divides them.
+        PlanError: a callback replaces parameters, and the plan shards them.
     """
     divides = plan.gathers or (plan.world_size > 1 and plan.row_sharded_embeddings)
     for callback in callbacks:

@@ -1,6 +1,7 @@
-"""What is said on standard output and error, as far as they take it: no run ends for what it says.
+"""Output on standard output and standard error that never ends a run.
 
-They may be of an encoding that lacks a character, closed, a pipe that nobody reads, on a full disk, or None.
+A stream may have an encoding that lacks a character, be closed, be a pipe without a reader or on a full disk, or be
+None.
 
 Source: man page poll(2), POLLERR; rich.console.Console.on_broken_pipe, which ends the process.
 """
@@ -20,7 +21,7 @@ from rich.text import Text
 
 
 def show(said: RenderableType, **options: Any) -> None:
-    """Print on standard output, as `rich.print` does with `options` of `Console.print`."""
+    """Print on standard output as `rich.print` does, with `options` of `Console.print`."""
     if sys.stdout is not None:
         stream = _Forgiving(sys.stdout)
         if stream.is_read():
@@ -28,7 +29,7 @@ def show(said: RenderableType, **options: Any) -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line on standard error at once."""
+    """Print a line on standard error and flush it."""
     if sys.stderr is not None:
         stream = _Forgiving(sys.stderr)
         stream.write(f"{line}\n")
@@ -36,37 +37,37 @@ def tell(line: str) -> None:
 
 
 def flush() -> None:
-    """Have what was printed on standard output written."""
+    """Flush standard output."""
     if sys.stdout is not None:
         _Forgiving(sys.stdout).flush()
 
 
 def error_console() -> Console:
-    """A console on standard error."""
+    """Return a console on standard error."""
     return Console(file=cast(Any, io.StringIO() if sys.stderr is None else _Forgiving(sys.stderr)))
 
 
 def as_text(said: RenderableType, *, width: int) -> str:
-    """What `show` would print, in `width` columns and without colours: in characters that standard output has."""
+    """Return the text that `show` would print, `width` columns wide, without colours, in the encoding of stdout."""
     buffer = _Buffer()
     Console(file=buffer, width=width, color_system=None).print(said)
     return buffer.getvalue()
 
 
 class Bars:
-    """Bars side by side, of lengths and styles, the last of which may be empty; in ASCII where there is no more.
+    """A filled bar followed by an empty one; in ASCII if the console has nothing else.
 
     Args:
-        filled: the length of the first.
-        style: of it.
-        empty: the length of what it lacks.
+        filled: the length of the filled bar.
+        style: the style of the filled bar.
+        empty: the length of the empty bar.
     """
 
     def __init__(self, filled: int, style: str, empty: int = 0) -> None:
         self._parts = ((filled, style, "█", "#"), (empty, "dim", "░", "."))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The line that it is."""
+        """Yield the bars as one line."""
         plain = options.ascii_only
         parts = [
             ((ascii_ if plain else block) * length, Style.parse(style)) for length, style, block, ascii_ in self._parts
@@ -74,24 +75,24 @@ class Bars:
         yield Text.assemble(*parts)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """Its length."""
+        """Return the length of the bars."""
         length = sum(length for length, *_ in self._parts)
         return Measurement(length, length)
 
 
 class _Forgiving:
-    """A stream whose own errors are nobody's: characters that it lacks are replaced, what it does not take is lost.
+    """A stream wrapper that suppresses errors: it replaces characters that the encoding lacks and drops failed writes.
 
-    Any object may stand for a stream, and raise anything.
+    The wrapped stream may be any object and raise any exception.
     """
 
     def __init__(self, stream: Any) -> None:
-        # A live display's stands for another.
+        # The stream of a rich live display is a proxy of another.
         self._stream = getattr(stream, "rich_proxied_file", stream)
 
     @property
     def encoding(self) -> str:
-        """Its encoding; UTF-8 of one that has none."""
+        """The encoding of the stream; UTF-8 if it has none."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
@@ -101,34 +102,34 @@ class _Forgiving:
         return len(text)
 
     def flush(self) -> None:
-        """Have it written."""
+        """Flush the stream."""
         with contextlib.suppress(Exception):
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         with contextlib.suppress(Exception):
             return bool(self._stream.isatty())
         return False
 
     def fileno(self) -> int:
-        """The number of its file."""
+        """Return the file descriptor of the stream."""
         return int(self._stream.fileno())
 
     def is_read(self) -> bool:
-        """Whether it is not a pipe that nobody reads: what is left in its buffer would make the process's end fail."""
+        """Return False for a pipe without a reader: text left in its buffer would make the exit of the process fail."""
         with contextlib.suppress(Exception):
             poll = select.poll()
             poll.register(self.fileno(), select.POLLOUT)
             return not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-        # It is no file, or the system cannot tell.
+        # The stream is no file, or the system cannot tell.
         return True
 
 
 class _Buffer(io.StringIO):
-    """Text in the characters of standard output."""
+    """A text buffer with the encoding of standard output."""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of standard output."""
+        """The encoding of standard output; UTF-8 if it has none."""
         return getattr(sys.stdout, "encoding", None) or "utf-8"

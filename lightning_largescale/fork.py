@@ -1,4 +1,4 @@
-"""Ranks as forks (or spawns) of one process that waits for them and gets the trained weights back."""
+"""Launcher that forks (or spawns) the ranks from one process, which waits and receives the trained weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from lightning_largescale.tuning import found, give_found
 
 
 class ForkLauncher(compat.MultiProcessingLauncher):
-    """Starts every rank as a fork (or spawn) of this process, which waits and gets the trained weights back."""
+    """Launcher that starts every rank as a fork (or spawn) of this process, which receives the trained weights."""
 
     failures: PeerFailures | None = None
     # A Tuner searched, and nothing was trained.
@@ -50,12 +50,12 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         """Run `function` in every rank.
 
         Returns:
-            What rank 0 of the node returns.
+            The result of rank 0 of the node.
 
         Raises:
             PlanError: ranks are to be forks, and CUDA is initialised here, or autograd has threads, which a fork cannot
                 use.
-            torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
+            torch.multiprocessing.ProcessRaisedException: a rank failed; with the traceback of the first to fail.
         """
         if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise PlanError(
@@ -101,7 +101,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
     def _wrapping_function(
         self, process_idx: int, trainer: Trainer | None, function: Callable[..., Any], *args: Any
     ) -> None:
-        """Be local rank `process_idx`: what Lightning does, and what others need to know if it fails."""
+        """Run local rank `process_idx` as Lightning does, and report its failure to the other ranks."""
         if self._start_method == "fork":
             # What is garbage here is the parent's to collect: the end of a process group waits for its threads.
             gc.freeze()
@@ -124,7 +124,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             sys.exit(1)
 
     def _until_tuned(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `function` returns; None where a Tuner ends it, so that the parent gets what was found."""
+        """Return the result of `function`; None if a Tuner ends it, so that the parent gets the finders' results."""
         try:
             return function(*args, **kwargs)
         except compat.TunerExit:
@@ -147,7 +147,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
 
     @override
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
-        """What else the parent is to know: what the strategy decided in the ranks, and what finders found."""
+        """Return further results for the parent: the strategy's decisions in the ranks, and the finders' results."""
         names = getattr(self._strategy, "decided_at_setup", ())
         decided = {name: getattr(self._strategy, name) for name in names}
         # As bytes, since Lightning looks for tensors in what it sends, and refuses frozen dataclasses.
@@ -158,7 +158,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
 
     @override
     def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
-        """Let the parent's strategy, finders and module know it."""
+        """Set the results of `get_extra_results` on the parent's strategy, finders and module."""
         super().update_main_process_results(trainer, extra)
         decided, values, self._only_tuned = pickle.loads(extra["decided"])
         for name, value in decided.items():

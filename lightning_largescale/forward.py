@@ -1,4 +1,4 @@
-"""A forward in the place of a module's own, for a time."""
+"""Base class of temporary replacements of a module's forward."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import nn
 
 
 class Forward(ABC):
-    """What `module` computes with once `replace` was called, until `restore`.
+    """A replacement of the forward of `module`, in use from `replace` until `restore`.
 
     The bound method is replaced, not the module: state_dict keys and isinstance checks stay the user's.
 
     Attributes:
-        original: the forward in the place of which this one is.
+        original: the forward that this one replaces.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.original: Callable[..., Any] = module.forward
         self._module = module
-        # It may have been set on the module itself, by the user or by another of these.
+        # The user or another `Forward` may have set a forward on the module object itself.
         self._was_set = "forward" in vars(module)
 
     def replace(self) -> None:
-        """Let the module compute with it."""
+        """Make the module use this forward."""
         self._module.forward = self
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the forward that it replaces."""
+        """Compute the forward, with the arguments of the one that it replaces."""
 
     @classmethod
     def restore(cls, root: nn.Module) -> None:
-        """Give each module of `root` back the forward that one of this class replaced."""
+        """Restore the forward of each module of `root` that an instance of this class replaced."""
         for module in root.modules():
             forward = vars(module).get("forward")
             if isinstance(forward, cls):

@@ -41,7 +41,7 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _close_in_fork() -> None:
-    """Let go of the parent's sockets in a forked child: a loader's worker would keep those of a killed rank open."""
+    """Close the parent's sockets in a forked child: a loader's worker would keep those of a killed rank open."""
     for held in list(_sockets):
         held.close()
 
@@ -92,7 +92,7 @@ def describe_exit(code: int | None) -> str | None:
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Whether `error` says that a peer is gone, in the words of torch's backends, rather than what is wrong here."""
+    """Return whether `error` says, in the words of torch's backends, that a peer is gone, not what is wrong here."""
     if isinstance(error, dist.DistError | ConnectionError):
         return True
     # gloo raises a bare RuntimeError with the place in its transport and the system's words.

@@ -1,8 +1,8 @@
-"""Which processes a Trainer's ranks are: the script run again, forks of this one, or what a cluster started.
+"""Launchers of a Trainer's ranks: the script run again, forks of this process, or processes that a cluster started.
 
 A script is run again once per rank, so every rank goes on after `fit` and no `if __name__ == "__main__"` is needed.
-Where there is no script to run again (a notebook, `python -c`, a test session) ranks are forks, and the parent gets the
-trained weights back. Ranks that the environment started (torchrun, SLURM) are used as they are.
+If there is no script to run again (a notebook, `python -c`, a test session), ranks are forks, and the parent receives
+the trained weights. Ranks that the environment started (torchrun, SLURM) are used as they are.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _LAUNCHER_PID = "LARGESCALE_LAUNCHER_PID"
 def configure_launcher(
     strategy: ParallelStrategy, start_method: str | None = None
 ) -> ScriptLauncher | ForkLauncher | None:
-    """Choose how the ranks of `strategy` come to be; for `Strategy._configure_launcher`.
+    """Choose how to start the ranks of `strategy`; for `Strategy._configure_launcher`.
 
     Args:
-        strategy: has its cluster environment, devices and `num_nodes` by now.
+        strategy: the strategy, with its cluster environment, devices and `num_nodes` set.
         start_method: "popen" (the script again), "fork" or "spawn" to force one; None chooses.
 
     Returns:
-        None for a single process; where the environment created the processes, a launcher that only tells failures.
+        None for a single process; if the environment created the processes, a launcher that only reports failures.
     """
     environment = strategy.cluster_environment
     processes, nodes = len(strategy.parallel_devices or ()), getattr(strategy, "num_nodes", 1)
@@ -62,12 +62,12 @@ def configure_launcher(
 
 
 def _are_there(environment: ClusterEnvironment, asked: int) -> bool:
-    """Whether the ranks of `environment` are there already, of which the Trainer was asked for so many."""
+    """Return whether the `asked` ranks of `environment` exist already."""
     return environment.creates_processes_externally or asked == 1
 
 
 def check_start_method(start_method: str | None) -> None:
-    """Refuse a way to start ranks that does not exist.
+    """Refuse an unknown or unavailable method to start ranks.
 
     Raises:
         PlanError: `start_method` is none of "popen", "fork", "spawn" and None, or this system does not have it.
@@ -82,14 +82,14 @@ def check_start_method(start_method: str | None) -> None:
 
 
 def choose_start_method() -> str:
-    """Return "popen" where this program can be run again for each rank, else "fork", or "spawn" if there is no fork."""
+    """Return "popen" if this program can be run again for each rank, else "fork", or "spawn" if there is no fork."""
     if _can_run_again():
         return "popen"
     return "fork" if "fork" in mp.get_all_start_methods() else "spawn"
 
 
 def _can_run_again() -> bool:
-    """Whether a new Python given `sys.argv` would come to this same call: true of a script and of `python -m`."""
+    """Return whether a new Python with `sys.argv` would reach this same call: True for a script and `python -m`."""
     if hasattr(sys, "ps1") or sys.flags.interactive or _in_ipython():
         return False
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
@@ -107,14 +107,14 @@ def _in_ipython() -> bool:
 
 
 def watch_peers(strategy: ParallelStrategy) -> None:
-    """Connect this rank to the others' failures; every rank calls it, after `setup_environment`: it broadcasts."""
+    """Connect this rank to the hub of failures: a collective, to call after `setup_environment`."""
     launcher = strategy.launcher
     if isinstance(launcher, ScriptLauncher | ForkLauncher) and launcher.failures is not None:
         launcher.failures.connect(strategy.global_rank, strategy.broadcast(_open_hub(strategy)))
 
 
 def _open_hub(strategy: ParallelStrategy) -> tuple[str, int, str]:
-    """Return where the ranks meet; only rank 0 knows, the others return what its broadcast replaces."""
+    """Start the hub on rank 0 and return its endpoint; other ranks return a placeholder for rank 0's broadcast."""
     if strategy.global_rank != 0 or strategy.cluster_environment is None:
         return ("", 0, "")
     hub = Hub(strategy.cluster_environment.main_address, strategy.world_size, _children.describe)
@@ -123,7 +123,7 @@ def _open_hub(strategy: ParallelStrategy) -> tuple[str, int, str]:
 
 
 class _Children:
-    """The processes that this one started for its node's other ranks; later Trainers of the script use them too."""
+    """The child processes that run the other ranks of this node; later Trainers of the script use them too."""
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -134,17 +134,17 @@ class _Children:
     def adopt(self, processes: list[subprocess.Popen[bytes]], first_rank: int) -> None:
         """Watch `processes`, global ranks `first_rank` + 1 and up, until they or this process end."""
         self._processes, self._first_rank = processes, first_rank
-        # One each: nothing waits for the first of several processes on every system.
+        # One thread per process: not every system can wait for the first of several processes.
         for process in processes:
             threading.Thread(target=self._watch, args=(process,), daemon=True, name="largescale-child").start()
 
     def handled(self) -> None:
-        """An exception is on its way to the user, so the watcher need not end this process."""
+        """Note that an exception is on its way to the user, so that the watcher does not end this process."""
         self._failed = True
         self._handled.set()
 
     def launched_again(self) -> None:
-        """Refuse a further stage when a rank is gone; else the watcher is on duty again."""
+        """Refuse a further stage if a rank has ended; else rearm the watcher."""
         for index, process in enumerate(self._processes):
             if process.poll() is not None:
                 rank = self._first_rank + 1 + index
@@ -155,13 +155,13 @@ class _Children:
         self._handled.clear()
 
     def describe(self, rank: int) -> str | None:
-        """Say how the process of `rank` ended, None where it lives or is not ours."""
+        """Return how the process of `rank` ended; None if it runs, exited with 0 or is not a child of this process."""
         index = rank - self._first_rank - 1
         code = self._processes[index].poll() if 0 <= index < len(self._processes) else None
         return describe_exit(code)
 
     def end(self, failure: Failure | None = None) -> None:
-        """Wait for the children, then end those that are left if this process failed or another did, by `failure`."""
+        """Wait for the children, then kill those that are left if this process failed or `failure` is given."""
         self.wait()
         for index, process in enumerate(self._processes):
             if process.poll() is None and (self._failed or failure is not None):
@@ -171,23 +171,23 @@ class _Children:
                 process.wait()
 
     def wait(self) -> None:
-        """Wait for the children's end as long as a failure takes to reach them."""
+        """Wait for the children to end, for at most the time that a failure takes to reach them."""
         deadline = time.monotonic() + GRACE_SECONDS
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
     def end_with_script(self) -> None:
-        """At the end of the script of this process, however it comes: it fails if one of the others failed."""
+        """Exit handler of the script: wait for the children, and fail if one of them failed."""
         self.end()
-        # An error of this process has its own status, and what it exits with may be what all exit with.
+        # An error of this process sets its own exit status, which may be the one that all ranks exit with.
         ended_well = not self._failed and getattr(sys, "last_value", None) is None
         if ended_well and (failure := self._failure()) is not None:
             code = self._processes[failure.rank - self._first_rank - 1].returncode
             end_process(f"rank {self._first_rank} stops: {failure}", lambda: None, status=max(code, 1))
 
     def _failure(self) -> Failure | None:
-        """The first rank whose process ended with another status than 0."""
+        """Return the failure of the lowest rank whose process ended with a status other than 0; None if none did."""
         codes = [process.poll() for process in self._processes]
         for rank, code in enumerate(codes, self._first_rank + 1):
             if code:
@@ -203,13 +203,13 @@ class _Children:
 
 
 _children = _Children()
-# Handlers run in the reverse of their order: early, so that those of what the script uses have run by then.
+# Exit handlers run in reverse order: registered early, so that the handlers of the script's libraries run before.
 atexit.register(_children.end_with_script)
 
 
 @functools.cache
 def _show_first_failure_only() -> None:
-    """Let an uncaught error that followed another rank's print one line, after what that rank has to say. Done once."""
+    """Make an uncaught error that another rank's error caused print one line, after that rank's output. Runs once."""
     previous = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -225,15 +225,15 @@ def _show_first_failure_only() -> None:
 
 
 class ScriptLauncher(compat.SubprocessScriptLauncher):
-    """Runs the script again for every other rank of the node, or uses the processes that the environment created."""
+    """Launcher that runs the script again for every other rank of the node, or uses the environment's processes."""
 
     failures: PeerFailures | None = None
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        """Run `function` in this process as one of the ranks, the others being there or started first.
+        """Run `function` in this process as one of the ranks, after starting the others if they do not exist yet.
 
-        Lightning's own `launch` is not called: its observer kills this process, its output too, when a child fails.
+        Lightning's own `launch` is not called: its observer kills this process, and loses its output, if a child fails.
         """
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)

@@ -1,4 +1,4 @@
-"""What is asked of any optimizer by those who have it step on other tensors than it was given."""
+"""Utilities that let any optimizer step on other tensors than its own parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class UntriedError(PlanError):
 
 
 def has_modes(optimizer: Optimizer) -> bool:
-    """Whether hooks that run between setup and the first step may change how `optimizer` steps.
+    """Return whether hooks that run between setup and the first step may change how `optimizer` steps.
 
     Some raise, or do nothing, until `train()` is called (schedule-free ones) or an attribute is set; those of torch do
     not.

@@ -69,12 +69,12 @@ def plugin_for(plan: Plan, given: Precision, device_type: str) -> Precision:
 
 
 def is_own(plugin: Precision) -> bool:
-    """Whether `plugin` is of a class of the user's, which may do something else than its precision says."""
+    """Return whether `plugin` is of a user's class, which may do something else than its precision says."""
     return type(plugin) not in _STANDARD
 
 
 def cast_type(plugin: Precision) -> torch.dtype | None:
-    """The type that every matrix is cast to under `plugin`; None where none is, or that is not known."""
+    """Return the type that `plugin` casts every matrix to; None if it casts none, or the type is not known."""
     return None if is_own(plugin) else CAST_TYPE.get(str(plugin.precision))
 
 

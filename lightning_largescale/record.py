@@ -1,4 +1,4 @@
-"""What a run keeps of its plan: hyper-parameters of every logger, and JSON beside the run's files."""
+"""Record of the plan of a run: hyper-parameters of every logger, and JSON beside the run's files."""
 
 from __future__ import annotations
 

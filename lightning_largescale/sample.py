@@ -1,7 +1,7 @@
-"""One batch to trace with, taken from the trainer's own loader without stealing a sample from the run.
+"""A sample batch for tracing, read from the trainer's own loader without taking a sample from the run.
 
-A map-style dataset is read at its first indices, past the sampler. Any other iterable, which may be readable only once,
-is opened now and handed to the run with the batch put back in front.
+A map-style dataset is read at its first indices, without the sampler. Any other iterable may be readable only once: it
+is opened now, and the run receives it with the batch put back in front.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from lightning_largescale import compat
 from lightning_largescale.workload.batch import digest_of
 from lightning_largescale.workload.keep import keep
 
-# How Lightning combines several loaders that are not a CombinedLoader yet: in training, and elsewhere.
+# The mode in which Lightning combines several loaders that are not a CombinedLoader yet, by whether it trains.
 _MODES: dict[bool, Any] = {True: "max_size_cycle", False: "sequential"}
 
 
 def sample_batch(trainer: Trainer, *, peek: bool = True, put_back: bool = False) -> Any:
-    """One batch of the loop that is about to run, on the CPU as the loader gives it; the run still sees every sample.
+    """Return one batch of the loop that is about to run, on the CPU as the loader yields it; the run sees every sample.
 
-    Asks the user's `*_dataloader` hook for its loader, once: the run is given the same object. Every rank calls this,
-    since such a hook may communicate, and one of them with `peek`; the random state is as before.
+    Calls the user's `*_dataloader` hook once: the run receives the same loader. Every rank calls this, since such a
+    hook may communicate, and one rank with `peek`. The random state is restored.
 
     Args:
-        trainer: whose loop.
-        peek: whether to read one.
-        put_back: what a map-style dataset holds is put back after it was read in this process.
+        trainer: The trainer that owns the loop.
+        peek: Whether to read a batch.
+        put_back: Whether to restore the state of a map-style dataset after it was read in this process.
 
     Returns:
-        The batch; None without `peek`, or where there is no loader or it is empty.
+        The batch; None without `peek`, or if there is no loader or it is empty.
 
     Raises:
         Exception: what the user's loader or dataset raises.
@@ -57,17 +57,17 @@ def sample_batch(trainer: Trainer, *, peek: bool = True, put_back: bool = False)
 
 
 def samples_of_rank(trainer: Trainer) -> tuple[object, ...]:
-    """What tells the samples of this rank from those of others: equal on ranks that are given the same.
+    """Return identifiers of the samples of this rank, equal on ranks that receive the same samples.
 
-    Asks as `sample_batch` does, and every rank calls this. Of a sampler that divides a dataset it is the share, as of
-    torch's DistributedSampler; of an iterable the digest of its first batch, which the run still sees; of all else
-    nothing, since Lightning divides it.
+    Calls the user's hook as `sample_batch` does; every rank calls this. For a sampler that shards a dataset, such as
+    torch's DistributedSampler, the identifier is its share; for an iterable, the digest of its first batch, which the
+    run still sees; for any other loader None, since Lightning shards it.
 
     Args:
-        trainer: whose loop is about to run.
+        trainer: The trainer whose loop is about to run.
 
     Returns:
-        One for each loader.
+        One identifier per loader.
 
     Raises:
         Exception: what the user's loader or dataset raises.
@@ -86,7 +86,7 @@ def samples_of_rank(trainer: Trainer) -> tuple[object, ...]:
 
 
 def _share(loader: Any) -> tuple[int, int] | None:
-    """Which of how many shares of a dataset the sampler of `loader` draws from."""
+    """Return the rank and the number of replicas of the sampler of `loader`; None if it does not shard the dataset."""
     batches = getattr(loader, "batch_sampler", None)
     for sampler in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
         among, rank = getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)
@@ -97,8 +97,8 @@ def _share(loader: Any) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _loaders(trainer: Trainer) -> Iterator[CombinedLoader | None]:
-    """The loaders of the loop that is about to run, which it is given as they are afterwards; None: it has none to ask
-    for.
+    """Yield the loaders of the loop that is about to run, then hand them to it as the block left them; yield None if it
+    has no loaders to ask for.
     """
     loop, limit = _active_loop(trainer)
     source = compat.loader_source(loop)
@@ -113,15 +113,15 @@ def _loaders(trainer: Trainer) -> Iterator[CombinedLoader | None]:
 
 
 def ask_for_loaders_again(trainer: Trainer) -> None:
-    """Let the loop that is about to run ask for its loader anew, which `sample_batch` has asked for too early."""
+    """Let the loop that is about to run call the `*_dataloader` hook again; `sample_batch` has called it too early."""
     loop, _ = _active_loop(trainer)
     compat.drop_kept_loaders(loop)
 
 
 class OpenedLoader:
-    """An iterable that was opened early: the first time it is iterated, the batches already taken come first.
+    """An iterable that was opened early: its first iteration begins with the batches already taken.
 
-    Everything else is asked of the loader itself.
+    All other attributes are those of the loader.
     """
 
     def __init__(self, loader: Any, iterator: Iterator[Any], taken: list[Any]) -> None:
@@ -145,7 +145,7 @@ class _SizedOpenedLoader(OpenedLoader):
 
 
 def _active_loop(trainer: Trainer) -> tuple[Any, int | float]:
-    """The loop that is about to run, and how many batches of it: a count, or a share as a float."""
+    """Return the loop that is about to run and its limit of batches: a count, or a fraction as a float."""
     loops: dict[Any, tuple[Any, int | float]] = {
         TrainerFn.VALIDATING: (trainer.validate_loop, trainer.limit_val_batches),
         TrainerFn.TESTING: (trainer.test_loop, trainer.limit_test_batches),
@@ -155,12 +155,12 @@ def _active_loop(trainer: Trainer) -> tuple[Any, int | float]:
 
 
 def _peek(loader: Any, put_back: bool) -> tuple[Any, Any]:
-    """One batch of `loader`, and what the run is to iterate in its place."""
+    """Return one batch of `loader`, None if it has none to give, and the iterable that replaces `loader` in the run."""
     if _is_map_style(loader):
         with random_state_kept(), _dataset_kept(loader) if put_back else contextlib.nullcontext():
             return _first_batch(loader), loader
     if hasattr(loader, "load_state_dict"):
-        # Its place in the data may be restored after this, which an iterator that is open would not follow.
+        # Its position in the data may be restored later, and an iterator that is already open would ignore that.
         return None, loader
     iterator = iter(loader)
     taken = list(itertools.islice(iterator, 1))
@@ -190,10 +190,14 @@ def _first_batch(loader: DataLoader[Any]) -> Any:
 
 
 def _read(loader: DataLoader[Any], **which: Any) -> Any:
-    """What `which` picks of the loader's dataset, read where the run will read it.
+    """Return the batch that `which` selects from the loader's dataset, read where the run will read it.
 
-    In a worker where there are workers: a dataset that opens its file at the first read would otherwise hold it open
-    here, and all workers of the run would share the one position in it.
+    If the loader has workers, a worker reads it: a dataset that opens its file at the first read would otherwise hold
+    it open here, and all workers of the run would share its file position.
+
+    Args:
+        loader: The loader.
+        which: DataLoader arguments that select the samples.
     """
     workers: dict[str, Any] = {}
     if loader.num_workers > 0:
@@ -208,7 +212,7 @@ def _read(loader: DataLoader[Any], **which: Any) -> Any:
 
 @contextlib.contextmanager
 def _dataset_kept(loader: DataLoader[Any]) -> Iterator[None]:
-    """Within, the dataset and what puts its samples together may be used; after, they hold what they held."""
+    """Run the block, then restore the state of the dataset, the collate function and the batch sampler."""
     collate: Any = loader.collate_fn
     kept = keep([], [loader.dataset, getattr(collate, "__self__", collate), loader.batch_sampler], data=True)
     try:
@@ -228,7 +232,7 @@ def _has_length(loader: Any) -> bool:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Within, random numbers may be drawn from Python, numpy and torch (CPU); after, it is as if none had been."""
+    """Run the block, then restore the random state of Python, numpy and torch (CPU)."""
     put_back = random_state_now()
     try:
         yield
@@ -237,7 +241,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def random_state_now() -> Callable[[], None]:
-    """What makes the generators of Python, numpy and torch (CPU) draw again what they draw from now on."""
+    """Return a function that restores the current random state of Python, numpy and torch (CPU)."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def put_back() -> None:

@@ -1,8 +1,8 @@
-"""Lightning's finders: ranks try the same batch sizes, what one has no memory for none has, and a trial that ends
-halfway leaves nothing behind.
+"""Support for Lightning's finders: all ranks try the same batch sizes, an out-of-memory error on one rank ends the
+trial on all, and a trial that ends halfway leaves no state behind.
 
-Lightning keeps the finder to a single process: each rank would name a checkpoint of its own, end its search at its own
-length of data, and wait for ever for one that ran out of memory.
+Lightning limits the finder to a single process: each rank would choose its own checkpoint name, end its search at the
+length of its own data, and wait for ever for a rank that ran out of memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_set
 from lightning_largescale import comm, compat
 from lightning_largescale.agree import run_together
 
-# Where Lightning's finders keep what they found.
+# The attributes in which Lightning's finders keep their results.
 _RESULTS = ("optimal_batch_size", "optimal_lr")
 
 
 class SearchingStrategy(Protocol):
-    """What a search asks of the strategy.
+    """The interface of the strategy that a search uses.
 
     Attributes:
         searching: whether a search is under way.
@@ -41,10 +41,10 @@ class SearchingStrategy(Protocol):
 
     @property
     def has_peers(self) -> bool:
-        """Whether there are other ranks."""
+        """Return whether there are other ranks."""
 
     def forget_step(self) -> None:
-        """Make good what a step, ended halfway on all ranks, left behind."""
+        """Restore the state after a step that ended halfway on all ranks."""
 
     def on_search_end(self) -> None:
         """Called when a search is over."""
@@ -52,10 +52,10 @@ class SearchingStrategy(Protocol):
 
 @contextlib.contextmanager
 def finders_search_together(strategy: SearchingStrategy, trainer: Trainer) -> Iterator[None]:
-    """Within, a BatchSizeFinder of `trainer`, the Tuner's too, searches on all ranks alike."""
+    """Context in which each BatchSizeFinder of `trainer`, the Tuner's included, searches alike on all ranks."""
     finders = _finders(trainer, BatchSizeFinder)
     for finder in finders:
-        # The object's, not the class's: subclasses call it from hooks of their own.
+        # Replaced on the object, not on the class: subclasses call it from their own hooks.
         finder.scale_batch_size = partial(_search, finder.scale_batch_size, strategy)
     try:
         yield
@@ -65,7 +65,7 @@ def finders_search_together(strategy: SearchingStrategy, trainer: Trainer) -> It
 
 
 def found(trainer: Trainer) -> list[dict[str, Any]]:
-    """What each finder of `trainer` has found: its result, and the attribute of the module that holds the value."""
+    """Return the result of each finder of `trainer`, the module attribute that holds the value, and the value."""
     return [
         {
             "result": {name: vars(finder)[name] for name in _RESULTS if name in vars(finder)},
@@ -77,7 +77,7 @@ def found(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def give_found(trainer: Trainer, values: list[dict[str, Any]]) -> None:
-    """Let the finders of `trainer`, and its module, have what `found` returned in another process."""
+    """Set the results that `found` returned in another process on the finders of `trainer` and on its module."""
     for finder, value in zip(_finders(trainer, BatchSizeFinder, LearningRateFinder), values, strict=True):
         vars(finder).update(value["result"])
         if value["attribute"] is not None:
@@ -95,7 +95,7 @@ def _search(
     trainer: Trainer,
     module: LightningModule,
 ) -> None:
-    """Run `search` with trials, and the making of loaders for them, that end on all ranks alike."""
+    """Run `search` so that trials, and the setup of their loaders, end alike on all ranks."""
     running = False
 
     def together(function: Callable[[], Any]) -> Any:
@@ -128,12 +128,12 @@ def _search(
 
 
 def _returns_to(strategy: SearchingStrategy, trainer: Trainer, module: LightningModule) -> Callable[[], None]:
-    """What takes module and trainer back to where they are now, weights and loops apart: the finder restores those."""
+    """Return a function that restores module and trainer, except weights and loops, which the finder restores."""
     stage, modes = trainer.state.stage, {part: part.training for part in module.modules()}
 
     def forget() -> None:
         strategy.forget_step()
-        # Where validation was under way, the next trial would be one of validation alone.
+        # If validation was under way, the next trial would only validate.
         trainer.state.stage = stage
         for part, training in modes.items():
             part.training = training
@@ -142,10 +142,10 @@ def _returns_to(strategy: SearchingStrategy, trainer: Trainer, module: Lightning
 
 
 def _shortest(device: torch.device, own: Callable[[], int]) -> int:
-    """The least `own` of any rank: a collective.
+    """Return the minimum of `own` over all ranks: a collective.
 
     Raises:
-        NotImplementedError: no rank's data has a length, as `own` raises it.
+        NotImplementedError: `own` raises it on every rank, since no rank's data has a length.
     """
     try:
         length: float = own()

@@ -1,7 +1,8 @@
-"""What a rank waits for, as others see it: its thread's stack, once it has stood still in a collective for seconds.
+"""Detection of ranks that wait in different collectives, from the stack of a thread that has not moved for seconds.
 
-A rank that alone reads a sharded parameter waits in a collective that the others never enter, and they wait in the next
-of theirs. Each can tell that it waits and where; the hub can tell that all do, and not for the same.
+A rank that reads a sharded parameter alone waits in a collective that the other ranks never enter, and they wait in
+their next collective. Each rank reports that it waits and where; the hub detects that all ranks wait, and not for the
+same collective.
 """
 
 from __future__ import annotations
@@ -22,28 +23,29 @@ import torch
 
 from lightning_largescale import compat
 
-# Seconds that a thread stands still before it is taken to wait: no work of the processor, at one place of its code.
+# Seconds without CPU work, at one place of its code, after which a thread counts as waiting.
 STILL_SECONDS = 4.0
 _TORCH, _LIGHTNING, _OURS = (
     str(Path(found).parent) + "/" for found in (torch.__file__, str(lightning.__file__), __file__)
 )
 _READS, _AGREES = f"{_OURS}parallel/full_reads.py", f"{_OURS}parallel/agreement.py"
-# More than waiting costs, less than any work.
+# CPU seconds between two looks: more than waiting costs, less than any work.
 _STILL_CPU_SECONDS = 0.01
 
 
-# Where a rank is in steps whose modules ranks compare: numbers of what compares them, of its step, of modules entered.
+# The position of a rank in steps whose modules ranks compare: numbers of the comparison, of its step, of the modules
+# entered.
 Place = Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Awaited:
-    """Ranks that are to tell which module they run next.
+    """The ranks that have to report which module they run next, and the rank that asks them.
 
     Attributes:
-        place: of the rank that asks them, which is the same on all of them.
-        ranks: these, and the one that asks.
-        otherwise: why the run ends where one of them has gone on without a word.
+        place: the position of the asking rank, the same on all these ranks.
+        ranks: the ranks that are asked, and the one that asks.
+        otherwise: why the run ends if one of them has gone on without reporting.
     """
 
     place: Place
@@ -52,12 +54,12 @@ class Awaited:
 
 
 class Progress:
-    """How far this process has come in steps whose modules ranks compare, for threads that answer for it.
+    """Progress of this process in steps whose modules ranks compare; other threads read it to answer the hub.
 
     Attributes:
-        passed: where it has come to.
-        told: where it last told the others which module it runs next, or is about to.
-        awaited: of whom it is to hear now.
+        passed: the position that this process has reached.
+        told: the position where it last reported, or is about to report, which module it runs next.
+        awaited: the ranks whose report it waits for now; None if it waits for none.
     """
 
     def __init__(self) -> None:
@@ -67,14 +69,15 @@ class Progress:
         self._begun = 0
 
     def begin(self) -> int:
-        """A number, the same on all ranks, of what compares modules from now on."""
+        """Return a number, the same on all ranks, for the comparison of modules that begins now."""
         self._begun += 1
         return self._begun
 
     @contextlib.contextmanager
     def asking(self, awaited: Awaited) -> Iterator[None]:
-        """Within, this rank waits for others to tell, and has told."""
-        # Before the others can hear of it: whoever reads `passed` and then this sees no rank go on without a word.
+        """Context in which this rank has reported and waits for the reports of `awaited`."""
+        # Set before the other ranks can receive the report: a reader of `passed` and then of `told` never sees a rank
+        # that has gone on without reporting.
         self.told, self.awaited = awaited.place, awaited
         try:
             yield
@@ -82,7 +85,7 @@ class Progress:
             self.awaited = None
 
     def answer(self) -> dict[str, Place]:
-        """What `has_gone_on` is to know of this rank."""
+        """Return the positions of this rank that `has_gone_on` takes."""
         passed = self.passed
         return {"passed": passed, "told": self.told}
 
@@ -91,22 +94,22 @@ PROGRESS = Progress()
 
 
 def has_gone_on(awaited: Awaited, passed: Place, told: Place) -> bool:
-    """Whether a rank is past the place where another waits for it, and has not told there what it runs."""
+    """Return whether a rank is past the position where another waits for it, and has not reported there."""
     place, passed, told = tuple(awaited.place), tuple(passed), tuple(told)
     return passed[:1] == place[:1] and passed > place > told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Wait:
-    """Where a rank waits.
+    """The place where a rank waits, and the kind of its collective.
 
     Attributes:
-        place: the line of the user's code, or that of the innermost code there is.
-        read: the function that reads a sharded tensor there; empty where the collective is another.
-        hook: of Lightning's, that the line is in; empty where it is in none.
-        agrees: the other ranks are to tell there what they are about to run, gather or reduce.
-        gathers: the collective is FSDP's, which all ranks are to enter.
-        awaited: ranks that are to tell there which module they run next; None where it asks for no such thing.
+        place: the line of the user's code, or of the innermost frame if none is the user's.
+        read: the function that reads a sharded tensor there; empty for another collective.
+        hook: the Lightning hook that contains the line; empty if none does.
+        agrees: whether the rank waits for the other ranks to report what they are about to run, gather or reduce.
+        gathers: whether the collective is FSDP's, which all ranks have to enter.
+        awaited: the ranks that have to report there which module they run next; None if the rank asks for no report.
     """
 
     place: str
@@ -118,16 +121,16 @@ class Wait:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Wait:
-        """The one whose fields `dataclasses.asdict` gave, and JSON carried."""
+        """Rebuild a `Wait` from the fields of `dataclasses.asdict` after a round trip through JSON."""
         awaited = fields.get("awaited")
         return cls(**{**fields, "awaited": awaited and Awaited(**awaited)})
 
 
 class Waiting:
-    """Tells whether a thread waits in a collective, asked again and again.
+    """Detector of a thread that waits in a collective; call `look` repeatedly.
 
     Args:
-        thread: the one to look at.
+        thread: the thread to look at.
     """
 
     def __init__(self, thread: threading.Thread) -> None:
@@ -138,7 +141,11 @@ class Waiting:
         self._key: tuple[tuple[int, int], ...] = ()
 
     def look(self, now: float) -> Wait | None:
-        """Where it waits; None while it works, or has not waited for STILL_SECONDS."""
+        """Return where the thread waits; None while it works, or has not waited for STILL_SECONDS.
+
+        Args:
+            now: seconds of `time.monotonic`.
+        """
         frame = compat.frame_of(self._thread)
         if frame is None or self._clock is None:
             return None
@@ -147,7 +154,7 @@ class Waiting:
         try:
             cpu = time.clock_gettime(self._clock)
         except OSError:
-            # It has ended since.
+            # The thread has ended since.
             return None
         still = key == self._key and cpu - self._cpu < _STILL_CPU_SECONDS and self._sleeps()
         if not still or not compat.calls_collective(frames[0]):
@@ -156,7 +163,7 @@ class Waiting:
         return _describe(frames) if now - self._since >= STILL_SECONDS else None
 
     def _sleeps(self) -> bool:
-        """Whether it does not even want the processor, which others may have; True where the system does not say."""
+        """Return whether the thread sleeps, rather than being ready to run; True if the system cannot tell."""
         try:
             stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_text()
         except OSError:
@@ -165,12 +172,12 @@ class Waiting:
 
 
 def sentence_of(waits: Mapping[int, Wait | None], *, finished: bool) -> tuple[int, str] | None:
-    """The rank that waits for what the others do not come to, and why the run ends; None unless every rank waits, and
-    not for the same.
+    """Return the rank that waits for the others in vain, and the error message; None unless all ranks wait, and for
+    different collectives.
 
     Args:
-        waits: of each rank that has not finished; None for one that does not wait.
-        finished: whether there are others, which have.
+        waits: the wait of each rank that has not finished; None for a rank that does not wait.
+        finished: whether other ranks have finished.
     """
     found = {rank: wait for rank, wait in waits.items() if wait is not None}
     if len(found) < len(waits):
@@ -191,8 +198,8 @@ def sentence_of(waits: Mapping[int, Wait | None], *, finished: bool) -> tuple[in
 
 
 def _not_agreed(found: Mapping[int, Wait], *, finished: bool) -> tuple[int, str] | None:
-    """A rank that waits for what the others are to gather too, and one that is in a collective of its own, or has
-    finished.
+    """Return a rank and the error message if some ranks wait for all to agree or to gather, and others are in another
+    collective or have finished; else None.
     """
     agreeing = [rank for rank, wait in found.items() if wait.agrees]
     agreeing += [rank for rank, wait in found.items() if wait.gathers]
@@ -216,7 +223,7 @@ def _not_agreed(found: Mapping[int, Wait], *, finished: bool) -> tuple[int, str]
 
 
 def _clock_of(thread: threading.Thread) -> int | None:
-    """That of the processor time of `thread`; None where the system has none, and of a thread that has ended."""
+    """Return the CPU-time clock of `thread`; None if the system has no such clock or the thread has ended."""
     if not hasattr(time, "pthread_getcpuclockid") or not thread.ident or not thread.is_alive():
         return None
     try:
@@ -226,14 +233,15 @@ def _clock_of(thread: threading.Thread) -> int | None:
 
 
 def _describe(frames: list[FrameType]) -> Wait:
-    """Where the user's code is in a stack, the innermost frame first."""
+    """Describe the wait of a thread from its stack, the innermost frame first."""
     reads = [index for index, one in enumerate(frames) if one.f_code.co_filename == _READS]
     outer = frames[reads[-1] + 1 :] if reads else frames
     user = next(filter(_is_users, outer), outer[0])
     names = [one.f_locals.get("hook_name") for one in outer if one.f_code.co_filename.startswith(_LIGHTNING)]
     function = frames[reads[-1]].f_locals.get("func") if reads else None
     if str(getattr(function, "__module__", "")).startswith("torch.distributed") or _name(function) == "backward":
-        # Passes through what looks for reads, and is a collective of the user's, or runs what is not reading.
+        # The dispatch in full_reads.py sees these functions too, but they do not read a sharded tensor: a collective of
+        # the user's, or a backward.
         function = None
     awaited = PROGRESS.awaited
     place = f"{user.f_code.co_filename}:{user.f_lineno} ({_function_of(user).f_code.co_name})"
@@ -253,7 +261,7 @@ def _name(function: Any) -> str:
 
 
 def _function_of(frame: FrameType) -> FrameType:
-    """The frame of the function that a comprehension, a generator expression or a lambda is written in."""
+    """Return the frame of the function that contains a comprehension, a generator expression or a lambda."""
     filename, within = frame.f_code.co_filename, frame
     while within.f_code.co_name.startswith("<"):
         outer = within.f_back
