@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,7 +62,7 @@ def samples_of_rank(trainer: Trainer) -> tuple[object, ...]:
 
     Calls the user's hook as `sample_batch` does; every rank calls this. For a sampler that shards a dataset, such as
     torch's DistributedSampler, the identifier is its share; for an iterable, the digest of its first batch, which the
-    run still sees; for any other loader None, since Lightning shards it.
+    run still sees, or the rank where that cannot be compared; for any other loader None, since Lightning shards it.
 
     Args:
         trainer: The trainer whose loop is about to run.
@@ -76,12 +77,16 @@ def samples_of_rank(trainer: Trainer) -> tuple[object, ...]:
     with _loaders(trainer) as combined:
         if combined is None:
             return ()
-        kept = []
-        for loader in combined.flattened:
-            batch, opened = (None, loader) if _is_map_style(loader) else _peek(loader, put_back=False)
-            found.append(_share(loader) if batch is None else digest_of(batch))
-            kept.append(opened)
-        combined.flattened = kept
+        for index, loader in enumerate(combined.flattened):
+            if _is_map_style(loader):
+                found.append(_share(loader))
+            elif getattr(trainer, "overfit_batches", 0) or int(os.environ.get("PL_SEED_WORKERS", 0)):
+                # Lightning replaces or seeds the loader itself later, which an open one would not follow.
+                found.append(trainer.global_rank)
+            else:
+                batch, opened = _peek(loader, put_back=False)
+                combined.flattened = [*combined.flattened[:index], opened, *combined.flattened[index + 1 :]]
+                found.append(digest_of(batch) or trainer.global_rank)
     return tuple(found)
 
 
@@ -108,8 +113,11 @@ def _loaders(trainer: Trainer) -> Iterator[CombinedLoader | None]:
     loaders = compat.request_loaders(source)
     training = loop is trainer.fit_loop
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, _MODES[training])
-    yield combined
-    compat.keep_loaders(loop, source, combined if isinstance(loaders, CombinedLoader) else combined.iterables)
+    try:
+        yield combined
+    finally:
+        # Also where a loader has failed: others are open.
+        compat.keep_loaders(loop, source, combined if isinstance(loaders, CombinedLoader) else combined.iterables)
 
 
 def ask_for_loaders_again(trainer: Trainer) -> None:

@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_largescale import looking
 from lightning_largescale.auto import LargeScaleAutoStrategy
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
+from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*does not have many workers")]
 
@@ -119,3 +122,43 @@ def test_a_loader_that_was_looked_at_is_asked_for_anew_in_each_epoch(two, kind):
     assert asked == 3
     rows = seen if seen == other[1] else seen + other[1]
     assert sorted(itertools.chain.from_iterable(rows)) == sorted([*range(ROWS)] * 3)
+
+
+class Words(IterableDataset):
+    """Text of every `step`-th row, which the step makes numbers of."""
+
+    def __init__(self, first, step):
+        self.first, self.step = first, step
+
+    def __iter__(self):
+        return map(str, range(self.first, ROWS, self.step))
+
+
+class Reads(Wide):
+    def on_train_batch_start(self, batch, batch_idx):
+        self.seen.append([int(word) for word in batch])
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(torch.stack([row(int(word)) for word in batch]), batch_idx)
+
+    def train_dataloader(self):
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        return DataLoader(Words(rank, world), BATCH // world)
+
+
+def read(plan=None):
+    torch.manual_seed(0)
+    module = Reads("words")
+    strategy = LargeScaleAutoStrategy() if plan is None else LargeScaleStrategy(plan)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+    run = Trainer(accelerator="cpu", devices=2, strategy=strategy, **options)
+    run.fit(module)
+    return run.strategy.plan.tp, module.seen
+
+
+def test_text_is_compared_too(two):
+    (tp, seen), other = two.run(read)
+    assert tp == 1
+    assert sorted(itertools.chain.from_iterable(seen + other[1])) == [*range(ROWS)]
+    with pytest.raises(PlanError, match="were given different batches"):
+        two.run(read, Plan(tp=2))

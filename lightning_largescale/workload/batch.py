@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
@@ -31,14 +33,42 @@ def tensors_in(batch: Any) -> list[torch.Tensor]:
 
 
 def digest_of(batch: Any) -> str:
-    """Return a SHA-256 digest of the tensors of `batch`: shapes, dtypes and, of strided tensors, values."""
+    """Return a SHA-256 digest of the data in `batch`; the empty string if there is none that can be compared.
+
+    Data are tensors of every layout, arrays, text and numbers in nested containers, and the tensors and arrays in the
+    attributes of other objects, whose text and numbers may name a rank.
+    """
     digest = hashlib.sha256()
-    for tensor in tensors_in(batch):
-        digest.update(f"{tensor.shape} {tensor.dtype}".encode())
-        if tensor.layout is torch.strided:
-            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    state = {"count": 0}
+    seen: set[int] = set()
+
+    def take(data: bytes) -> None:
+        state["count"] += 1
+        digest.update(data)
+
+    def note(value: Any, *, in_object: bool) -> None:
+        if isinstance(value, torch.Tensor):
+            for part in compat.dense_parts(value.detach()):
+                values = part.resolve_conj().resolve_neg().cpu().contiguous().flatten().view(torch.uint8)
+                take(f"{part.shape} {part.dtype}".encode() + values.numpy().tobytes())
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            take(f"{value.shape} {value.dtype}".encode() + value.tobytes())
+        elif isinstance(value, str | bytes | int | float | complex):
+            if not in_object:
+                take(repr(value).encode())
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                note(key, in_object=in_object)
+                note(one, in_object=in_object)
+        elif isinstance(value, list | tuple | np.ndarray):
+            for one in value:
+                note(one, in_object=in_object)
+        elif hasattr(value, "__dict__") and not isinstance(value, type) and id(value) not in seen:
+            seen.add(id(value))
+            note(vars(value), in_object=not dataclasses.is_dataclass(value))
+
+    note(batch, in_object=False)
+    return digest.hexdigest() if state["count"] else ""
 
 
 def batch_samples(batch: Any) -> int:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -5,7 +6,7 @@ from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from workload.families import Pair, Sample, Wrapped
 
 from lightning_largescale.workload import Workload
-from lightning_largescale.workload.batch import batch_bytes, batch_samples, first_samples, tensors_in
+from lightning_largescale.workload.batch import batch_bytes, batch_samples, digest_of, first_samples, tensors_in
 
 
 def test_samples_and_bytes():
@@ -44,3 +45,22 @@ def test_packed_sequences_are_samples(lengths):
     (why,) = work.approximate
     assert "measured on 1 and 2 of the 3 samples" in why
     assert work.steps["32-true"].forward_flops > 0
+
+
+def test_a_digest_is_of_all_data():
+    class Own:
+        def __init__(self, values, name):
+            self.values, self.name, self.itself = values, name, self
+
+    def pair(first, second):
+        return digest_of(first) == digest_of(second)
+
+    sparse = torch.eye(3).to_sparse()
+    assert pair([sparse, "a", {"b": 1}], [sparse.clone(), "a", {"b": 1}])
+    assert not pair(sparse, 2 * sparse)
+    assert not pair(["a"], ["b"])
+    assert not pair({"a": np.zeros(2)}, {"a": np.ones(2)})
+    assert pair(Own(torch.ones(2), "on rank 0"), Own(torch.ones(2), "on rank 1"))
+    assert not pair(Own(torch.ones(2), ""), Own(torch.zeros(2), ""))
+    assert pair(torch.ones(2, dtype=torch.complex64).conj(), torch.ones(2, dtype=torch.complex64).conj())
+    assert digest_of([None, Own(None, "")]) == ""
