@@ -368,14 +368,13 @@ def settle(module: nn.Module) -> None:
         reduce_assigned(zip(groups, state.writes.groups.values(), strict=True))
 
 
-def run_step(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Run the step `name` of `module` with the root's parameters gathered, as `run_gathered`.
+def run_step(module: nn.Module, name: str, step: Callable[[], Any]) -> Any:
+    """Run `step`, the step `name` of `module`, with the root's parameters gathered, as `run_gathered`.
 
     Raises:
         PlanError: the step computed with parameters of a block that was not gathered.
     """
     state = sharded_state(module)
-    step = partial(getattr(module, name), *args, **kwargs)
     if state is not None and state.on_parts is not None:
         step = partial(state.on_parts, step)
     if state is not None and name != "training_step":

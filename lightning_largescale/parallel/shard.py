@@ -65,9 +65,7 @@ def shard_module(
     gather_type: torch.dtype | None = None,
     parts: Mapping[str, Mapping[str, Part]] = {},
     on_parts: Callable[[Callable[[], Any]], Any] | None = None,
-    divided: Callable[[Sharded], None] | None = None,
-    make: Callable[[], None] | None = None,
-) -> None:
+) -> tuple[Sharded, Callable[[], None]]:
     """Shard `module` over the ranks of `mesh`; a collective.
 
     The module is the same on every rank except for its values; the shards are slices of rank 0's values. Block by
@@ -91,8 +89,9 @@ def shard_module(
         parts: the tensor-parallel division of parameters, by block and by name in the block; those outside of blocks
             are under the block "".
         on_parts: runs a step where tensor parallelism shards parameters outside of blocks.
-        divided: called with the sharding state, before meta tensors are materialized.
-        make: materializes meta tensors after they are sharded.
+
+    Returns:
+        The sharding, and the function that starts it once meta tensors are materialized.
 
     Raises:
         PlanError: `module` has no parameters, or embeddings with sparse gradients that are not row-sharded; or
@@ -157,15 +156,27 @@ def shard_module(
     for name, one in before.items():
         one.tell(module.get_parameter(name))
     names = [name for name, parameter in module.named_parameters() if parameter in whole]
-    if divided is not None:
-        divided(state)
-    if make is not None:
-        make()
+    return state, partial(_start, module, state, names, before, device)
+
+
+def _start(
+    module: nn.Module, state: Sharded, unsharded: Sequence[str], before: Mapping[str, Any], device: torch.device
+) -> None:
+    """Start to gather the groups of the sharded `module`, whose shards have their values.
+
+    Args:
+        module: the module.
+        state: its sharding.
+        unsharded: the names of parameters that FSDP ignores, and whose gradients are averaged.
+        before: the memory layouts of parameters before they were sharded, by name.
+        device: this rank's device.
+    """
+    if device.type != "meta":
         for part in module.modules():
             # The states of metrics are not buffers.
             if isinstance(part, Metric):
                 part.to(device)
-    scalars = [module.get_parameter(name) for name in names]
+    scalars = [module.get_parameter(name) for name in unsharded]
     for index, scalar in enumerate(scalars):
         trained = scalar.requires_grad
         # It may be frozen for now, and torch registers hooks only on tensors that require gradients.

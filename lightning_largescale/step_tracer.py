@@ -1,16 +1,16 @@
-"""LookingStrategy: tracing of the step that is about to run, before the module is changed."""
+"""StepTracer: tracing of the step that is about to run, before the module is changed."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
@@ -19,7 +19,6 @@ from lightning_largescale.apart import ApartError, StuckError, can_run_apart, ru
 from lightning_largescale.errors import PlanError
 from lightning_largescale.precision import is_own
 from lightning_largescale.sample import random_state_kept, sample_batch
-from lightning_largescale.stepping import SteppingStrategy
 from lightning_largescale.workload import Divided, Workload
 from lightning_largescale.workload.snapshot import Snapshot
 from lightning_largescale.workload.trace import trace_workload
@@ -35,30 +34,41 @@ _STEPS = {
 }
 
 
-class LookingStrategy(SteppingStrategy, ABC):
-    """Strategy that traces the module's step on rank 0 and broadcasts the result."""
+class StepTracer:
+    """Traces the module's step on rank 0 and broadcasts the result.
 
-    # A batch to trace with, in place of one from the trainer's own loader.
-    _sample_batch: Any = None
+    Args:
+        strategy: Lightning's strategy, which has the module, its device and its precision plugin.
+        sample_batch: a batch to trace with, in place of one from the trainer's own loader.
+    """
 
-    def _known_divisions(self, trainer: Trainer) -> Mapping[int, Mapping[str, Divided]]:
+    def __init__(self, strategy: ParallelStrategy, sample_batch: Any = None) -> None:
+        self._strategy, self._sample_batch = strategy, sample_batch
+
+    @property
+    def _module(self) -> LightningModule:
+        module = self._strategy.lightning_module
+        assert module is not None
+        return module
+
+    def known_divisions(self, trainer: Trainer) -> Mapping[int, Mapping[str, Divided]]:
         """Return the possible tensor-parallel shards by tp size, as traced earlier for this stage and module state."""
-        found = _found.get(self._module(), {})
-        return found.get(_as_it_is(trainer, self._module()), {})
+        found = _found.get(self._module, {})
+        return found.get(_as_it_is(trainer, self._module), {})
 
-    def _traced(self, trainer: Trainer, precisions: tuple[str, ...], tp_sizes: tuple[int, ...]) -> Workload:
+    def trace(self, trainer: Trainer, precisions: tuple[str, ...], tp_sizes: tuple[int, ...]) -> Workload:
         """Trace the step that is about to run on rank 0 and broadcast the result.
 
         Rank 0 traces in a forked process if a fork can run the step, else in this process, and then restores the
         module's state.
         """
 
-        def trace(batch: Any, notes: tuple[str, ...], *, ask: bool = True) -> Workload:
+        def traced(batch: Any, notes: tuple[str, ...], *, ask: bool = True) -> Workload:
             return self._trace(trainer, batch, notes, precisions=precisions, tp_sizes=tp_sizes, ask=ask)
 
         def apart() -> Workload | None:
             try:
-                return run_apart(lambda: trace(*self._batch(trainer)))
+                return run_apart(lambda: traced(*self._batch(trainer)))
             except StuckError as error:
                 rank_zero_info(
                     f"lightning_largescale: the fork in which a batch and the step were looked at {error}, which it"
@@ -67,23 +77,23 @@ class LookingStrategy(SteppingStrategy, ABC):
                 return None
             except ApartError as error:
                 # What ended the fork would end this process too, so no code of the module is called.
-                return trace(None, (f"the step could not be traced apart ({error})",), ask=False)
+                return traced(None, (f"the step could not be traced apart ({error})",), ask=False)
 
         workload = None
-        if self._told_by_rank_zero(can_run_apart):
-            workload = self._told_by_rank_zero(apart)
+        if self.decided_by_rank_zero(can_run_apart):
+            workload = self.decided_by_rank_zero(apart)
         if workload is None:
-            batch, notes = self._batch(trainer, peek=self.is_global_zero, put_back=True)
+            batch, notes = self._batch(trainer, peek=self._strategy.is_global_zero, put_back=True)
 
             def here() -> Workload:
-                with Snapshot(self._module(), batch).untouched():
-                    return trace(batch, notes)
+                with Snapshot(self._module, batch).untouched():
+                    return traced(batch, notes)
 
-            workload = self._told_by_rank_zero(here)
+            workload = self.decided_by_rank_zero(here)
         return self._remembered(trainer, workload)
 
     def _remembered(self, trainer: Trainer, workload: Workload) -> Workload:
-        module = self._module()
+        module = self._module
         of_stages = _found.setdefault(module, {})
         as_it_is = _as_it_is(trainer, module)
         of_stages[as_it_is] = {**of_stages.get(as_it_is, {}), **workload.divisions}
@@ -118,43 +128,47 @@ class LookingStrategy(SteppingStrategy, ABC):
         ask: bool,
     ) -> Workload:
         """Trace the step that is about to run; without a batch, estimate it from the parameters."""
-        module = self._module()
+        module = self._module
         step, _ = _STEPS[trainer.state.fn or TrainerFn.FITTING]
         if ask and batch is None and module.example_input_array is not None:
             step, batch = "forward", module.example_input_array
             notes = (*notes, "forward was traced on example_input_array")
-        own = self.precision_plugin.forward_context() if is_own(self.precision_plugin) else contextlib.nullcontext()
+        own = (
+            self._strategy.precision_plugin.forward_context()
+            if is_own(self._strategy.precision_plugin)
+            else contextlib.nullcontext()
+        )
         with _running(trainer), random_state_kept(), own:
             if batch is not None and step != "forward":
                 # The batch as the step receives it, but on the CPU.
-                batch = self.precision_plugin.convert_input(batch)
+                batch = self._strategy.precision_plugin.convert_input(batch)
                 batch = compat.before_transfer(module, batch)
-                batch = self.batch_to_device(batch, device=torch.device("cpu"))
+                batch = self._strategy.batch_to_device(batch, device=torch.device("cpu"))
             workload = trace_workload(
                 module,
                 batch,
                 step=step,
                 precisions=precisions,
-                device_type=self.root_device.type,
+                device_type=self._strategy.root_device.type,
                 ask=ask,
                 tp_sizes=tp_sizes,
                 isolated=True,
             )
         return dataclasses.replace(workload, approximate=(*notes, *workload.approximate))
 
-    def _told_by_rank_zero(self, decide: Callable[[], _Value]) -> _Value:
+    def decided_by_rank_zero(self, decide: Callable[[], _Value]) -> _Value:
         """Return on every rank what `decide` returns on rank 0.
 
         An error of rank 0 is raised on every rank, so that no rank waits for a failed one.
         """
         outcome: _Value | PlanError = PlanError("rank 0 sent no plan.")
-        if self.is_global_zero:
+        if self._strategy.is_global_zero:
             try:
                 outcome = decide()
             except Exception as error:
-                self.broadcast(PlanError(f"rank 0 could not plan ({type(error).__name__}: {error})."))
+                self._strategy.broadcast(PlanError(f"rank 0 could not plan ({type(error).__name__}: {error})."))
                 raise
-        outcome = self.broadcast(outcome)
+        outcome = self._strategy.broadcast(outcome)
         if isinstance(outcome, PlanError):
             raise outcome
         return outcome
