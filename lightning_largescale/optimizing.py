@@ -110,9 +110,14 @@ def bare_step(optimizer: Optimizer) -> Callable[[], Any]:
 
 
 def hold(group: dict[str, Any], options: Mapping[str, Any], parameters: list[Any]) -> None:
-    """Let a group of an optimizer have `options` and nothing else beside `parameters`; it stays the same dict.
+    """Give a parameter group of an optimizer these options and parameters, and no other entries.
 
-    A step on all parameters finds the group as it was before; so must one on a part of them after one on another part.
+    A step on some of the parameters must find the group as it was before a step on the others.
+
+    Args:
+        group: The group, which stays the same dict.
+        options: The options.
+        parameters: The parameters.
     """
     group.clear()
     group.update({"params": parameters, **options})
