@@ -27,7 +27,8 @@ from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.folder import nvme_folder
-from lightning_largescale.offload.gradients import Release, SpilledGradients
+from lightning_largescale.offload.gradient_release import Release
+from lightning_largescale.offload.gradients import SpilledGradients
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.offloaded_parameters import SpilledParameters, bring_back
 from lightning_largescale.offload.paged_optimizer import PagedOptimizer
