@@ -22,6 +22,7 @@ from lightning_largescale import compat
 from lightning_largescale.building import BuildingStrategy
 from lightning_largescale.callbacks import needs_all_gradients
 from lightning_largescale.checkpoint import StateMemory
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.usage import release_free_memory
@@ -32,7 +33,6 @@ from lightning_largescale.offload.gradients import SpilledGradients
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.offloaded_parameters import SpilledParameters, bring_back
 from lightning_largescale.offload.paged_optimizer import PagedOptimizer
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.shards import ShardCopies, ShardsInDram
 from lightning_largescale.offload.store import Store

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.gradient_arrivals import GRADIENT, Arrivals
 from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.offloaded_parameters import GradientPlaces
 from lightning_largescale.offload.paged_state import as_divided
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.tiers import aligned
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.parallel.order import as_ordered, divided_dim, has_order, order_of
 from lightning_largescale.parallel.rows import mark_rows, rows_of
 from lightning_largescale.workload.parts import Part, share
@@ -77,7 +78,7 @@ def empty_part(
         device: None for that of `like`.
         own: memory of this rank's part that is there already; None to allocate it.
     """
-    local = like.to_local() if isinstance(like, DTensor) else like
+    local = local_of(like)
     if own is None:
         device = local.device if device is None else device
         own = torch.empty_strided(local.shape, local.stride(), dtype=dtype or like.dtype, device=device)

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.parallel.chunks import empty_part
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
@@ -232,11 +233,7 @@ class _OnShards:
         self._average = average
 
     def __call__(self, averaged: Iterable[Tensor], current: Iterable[Tensor], number: Tensor | int) -> Any:
-        return self._average([_local(tensor) for tensor in averaged], [_local(tensor) for tensor in current], number)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return self._average([*map(local_of, averaged)], [*map(local_of, current)], number)
 
 
 def _divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -183,7 +183,7 @@ class Watched:
         elif moved is None or self.one.is_cast or isinstance(self.one.leaf, DTensor):
             self.one.gather_again()
         else:
-            whole = full(moved, order_of(self.one.shard)) if isinstance(moved, DTensor) else moved
+            whole = full(moved, order_of(self.one.shard))
             DATA.__set__(self.one.leaf, whole.to(self.one.leaf.device, self.one.leaf.dtype, copy=True))
             self._values, self._is_stale = None, False
 
@@ -244,8 +244,7 @@ class Watched:
             with torch.no_grad():
                 compat.local_tensor(one.leaf).copy_(local)
             return
-        if isinstance(value, DTensor):
-            value = full(value, order_of(one.shard))
+        value = full(value, order_of(one.shard))
         self._check_own(value)
         DATA.__set__(one.leaf, value)
         self._values = None
@@ -335,7 +334,7 @@ class Watched:
         self.settle()
         with torch.no_grad():
             whole = full(shard, order_of(shard)).clone()
-            whole[index] = full(value) if isinstance(value, DTensor) else value
+            whole[index] = full(value)
             with self.writing_shard():
                 increment_version(values)
                 compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))

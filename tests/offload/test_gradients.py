@@ -10,13 +10,13 @@ from ranks import quiet
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.gradients import SpilledGradients
 from lightning_largescale.offload.offloaded_parameters import SpilledParameters
 from lightning_largescale.offload.paged_optimizer import PagedOptimizer
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.store import Store, StoreError
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*without O_DIRECT")]
