@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from lightning_largescale.callbacks import shows_summary
 from lightning_largescale.looking import LookingStrategy
-from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.mesh import data_group
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.parallel.tensor import compute_plainly
 from lightning_largescale.parallel.user_styles import check_styles
 from lightning_largescale.plan import Plan

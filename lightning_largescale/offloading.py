@@ -36,7 +36,7 @@ from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.shards import ShardCopies, ShardsInDram
 from lightning_largescale.offload.store import Store
-from lightning_largescale.parallel.gather import Sharded, sharded_state
+from lightning_largescale.parallel.sharded import Sharded, sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.tiers import group_tiers
 from lightning_largescale.workload.blocks import find_groups

@@ -24,7 +24,7 @@ from lightning_largescale.parallel.adapted_optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.copies import find_copies, whole_copies
 from lightning_largescale.parallel.embedding import make_tables_whole, row_sharded, whole_tables
 from lightning_largescale.parallel.full_params import make_whole, whole_parameters
-from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.plan import Plan
 
 

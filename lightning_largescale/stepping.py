@@ -32,24 +32,21 @@ from lightning_largescale.parallel.embedding import (
 )
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.full_reads import FullReads
-from lightning_largescale.parallel.gather import (
-    begin_backward,
-    end_backward,
-    forget_step,
-    is_of_shards,
-    meet,
-    no_reduction,
-    note_read,
-    optimizing,
-    reshard,
-    run_step,
-    sharded_in_place,
-    sharded_state,
-)
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.lookups import Lookups
 from lightning_largescale.parallel.numbers import WholeNumbers
 from lightning_largescale.parallel.replicate import Replica, told_of_reentry
+from lightning_largescale.parallel.sharded import meet, note_read, reshard, sharded_state
+from lightning_largescale.parallel.sharded_step import (
+    begin_backward,
+    end_backward,
+    forget_step,
+    is_of_shards,
+    no_reduction,
+    optimizing,
+    run_step,
+    sharded_in_place,
+)
 from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty, equal_batches, joined_look_ups
 from lightning_largescale.plan import Plan
 from lightning_largescale.requeue import Requeue

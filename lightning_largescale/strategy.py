@@ -33,13 +33,13 @@ from lightning_largescale.parallel.alike import equal_random_state
 from lightning_largescale.parallel.compile import check_compile, compile_blocks
 from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
 from lightning_largescale.parallel.equal import check_equal_structure, equal_weights
-from lightning_largescale.parallel.gather import reshard, sharded_state
 from lightning_largescale.parallel.heap import HeapWatch
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, use_mesh, warn_of_distance
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
 from lightning_largescale.parallel.shard import adapt, shard_module
+from lightning_largescale.parallel.sharded import reshard, sharded_state
 from lightning_largescale.parallel.tensor import compute_divided
 from lightning_largescale.parallel.user_styles import apply_styles
 from lightning_largescale.plan import Plan

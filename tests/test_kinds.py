@@ -15,9 +15,9 @@ from lightning_largescale import compat
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.mesh import build_mesh
 from lightning_largescale.parallel.shard import shard_module
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner import find_plans
 from lightning_largescale.strategy import LargeScaleStrategy

@@ -32,7 +32,6 @@ STILL = {
         f"parallel/{name}"
         for name in (
             "adapted_optimizer",
-            "agreement",
             "alike",
             "average",
             "averaging",
@@ -40,7 +39,6 @@ STILL = {
             "chunks",
             "copies",
             "equal",
-            "gather",
         )
     ),
 }

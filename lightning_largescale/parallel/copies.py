@@ -23,9 +23,9 @@ from lightning_largescale import compat
 from lightning_largescale.dtensors import local_of
 from lightning_largescale.parallel.chunks import empty_part
 from lightning_largescale.parallel.equal import equal_weights
-from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.order import as_ordered, as_whole, divided, full, order_of, whole_of
 from lightning_largescale.parallel.rows import global_shape, own_rows, rows_of
+from lightning_largescale.parallel.sharded import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.stored import Stored
 
 # Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.

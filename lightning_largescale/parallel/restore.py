@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.gather import Sharded
 from lightning_largescale.parallel.order import Whole, as_whole, memory_order
 from lightning_largescale.parallel.parameter_access import GRADIENT
+from lightning_largescale.parallel.sharded import Sharded
 
 
 @dataclass(frozen=True)

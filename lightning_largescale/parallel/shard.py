@@ -29,7 +29,7 @@ from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.by_hand import average_assigned
 from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
-from lightning_largescale.parallel.gather import Sharded, forget_order, set_plan, sharded_state, start_gathering
+from lightning_largescale.parallel.gather import start_gathering
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
@@ -37,6 +37,7 @@ from lightning_largescale.parallel.order import as_ordered
 from lightning_largescale.parallel.parameter_access import Adopted
 from lightning_largescale.parallel.restore import made_contiguous, restore_when_gathered
 from lightning_largescale.parallel.rows import rows_of
+from lightning_largescale.parallel.sharded import Sharded, forget_order, set_plan, sharded_state
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan
 from lightning_largescale.tiers import group_tiers, shard_bytes

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
-from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.mesh import build_mesh
 from lightning_largescale.parallel.shard import block_tiers, in_order, shard_module
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.tiers import group_tiers
