@@ -38,7 +38,7 @@ from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, use_mesh, warn_of_distance
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.parallel.replicate import Replica
-from lightning_largescale.parallel.shard import adapt, shard_module
+from lightning_largescale.parallel.shard import adapt, finish_sharding, shard_groups
 from lightning_largescale.parallel.sharded import reshard, sharded_state
 from lightning_largescale.parallel.tensor import compute_divided
 from lightning_largescale.parallel.user_styles import apply_styles
@@ -291,17 +291,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         if (among := tensor_mesh(mesh)) is not None and (styles := self._user_styles()):
             apply_styles(module, styles, among, self.root_device)
         cast = cast_type(self.precision_plugin)
-        shard_module(
-            module,
-            self.plan,
-            mesh,
-            self.root_device,
-            gather_type=cast,
-            parts=parts,
-            on_parts=on_parts,
-            divided=self._spill,
-            make=self._make_values,
-        )
+        device = self.root_device
+        state = shard_groups(module, self.plan, mesh, device, gather_type=cast, parts=parts, on_parts=on_parts)
+        self._spill(state)
+        self._make_values()
+        finish_sharding(module, state, device)
 
     def _join(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapt callbacks, loops, random state and metrics to a sharded module."""

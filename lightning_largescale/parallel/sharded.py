@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_largescale.parallel.agreement import Agreement
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.mesh import tensor_mesh
 from lightning_largescale.parallel.module_order import ModuleOrder
+from lightning_largescale.parallel.restore import Before
 from lightning_largescale.parallel.rounds import COLLECTIVE
 from lightning_largescale.parallel.writes import Writes
 from lightning_largescale.plan import Plan
@@ -37,6 +38,8 @@ class Sharded:
         groups: the modules that own an FSDP group, by name; the root is last, as "".
         beside: groups of the root's parameters in other dtypes, unsharded when the root is.
         owners: the FSDP group of each parameter by name, unless that is the root.
+        replicated: names of the parameters that FSDP ignores, whose gradients are averaged over all processes.
+        layouts: layout, class and attributes that parameters had before they were sharded, by name.
         synchronize: whether the next backward reduces gradients.
         agreement: the agreement of data-parallel ranks on collectives; None if no other rank computes other samples.
         order: the comparison of the modules that tensor-parallel ranks run; None if there are no such ranks.
@@ -58,6 +61,8 @@ class Sharded:
     groups: dict[str, FSDPModule] = field(default_factory=dict)
     beside: list[FSDPModule] = field(default_factory=list)
     owners: dict[str, FSDPModule] = field(default_factory=dict)
+    replicated: list[str] = field(default_factory=list)
+    layouts: Mapping[str, Before] = field(default_factory=dict)
     synchronize: bool = True
     agreement: Agreement | None = None
     order: ModuleOrder | None = None
