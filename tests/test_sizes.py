@@ -17,7 +17,6 @@ STILL = {
     "compat/of_distributed",
     "compat/of_fsdp",
     "compat/of_torch",
-    "parallel/watched",
     "planner/peak_memory",
     "planner/search:find_plans",
     "planner/sizes",

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.by_hand import reduce_assigned
+from lightning_largescale.parallel.shard_writes import MIXED
 from lightning_largescale.parallel.sharded import STATE, STEP, Sharded, forget_order, reshard, sharded_state
-from lightning_largescale.parallel.watched import MIXED
 
 _Result = TypeVar("_Result")
 # Parts of torch's errors for shards in place of plain tensors, and for operations that shards do not support.
