@@ -28,19 +28,7 @@ def relative_summaries(tree: ast.AST) -> list[str]:
 # Modules whose docstrings are still to be reworded; the list only shrinks.
 STILL = {
     *(f"compat/of_{name}" for name in ("autograd", "distributed", "fsdp", "lightning", "python", "torch")),
-    *(
-        f"parallel/{name}"
-        for name in (
-            "adapted_optimizer",
-            "alike",
-            "average",
-            "averaging",
-            "by_hand",
-            "chunks",
-            "copies",
-            "equal",
-        )
-    ),
+    "parallel/adapted_optimizer",
 }
 
 
