@@ -48,7 +48,7 @@ def equal_random_state(mesh: DeviceMesh, device: torch.device, data_rank: int) -
     source = dist.get_global_rank(mesh.get_group(), 0)
     set_random_state(comm.broadcast_object(random_state(), source, mesh.get_group(), device))
     if device.type == "cuda":
-        # `random_state` has the state of the current rank's own device, which is another one on each rank.
+        # `random_state` has the states of devices by index, and each rank uses another device.
         of_device = comm.broadcast_object(torch.cuda.get_rng_state(device), source, mesh.get_group(), device)
         torch.cuda.set_rng_state(of_device, device)
     first = comm.broadcast_object(torch.get_rng_state(), device=device)

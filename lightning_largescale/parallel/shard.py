@@ -138,7 +138,13 @@ def finish_sharding(module: nn.Module, state: Sharded, device: torch.device) -> 
 
 
 def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
-    """Switch the sharded `module` to `plan` if both plans shard it the same way on `device`; return whether they do."""
+    """Switch a sharded module to another plan if both plans shard it the same way; return whether they do.
+
+    Args:
+        module: the sharded module.
+        plan: the other plan.
+        device: this rank's device.
+    """
     state = sharded_state(module)
     assert state is not None
     before = state.plan

@@ -22,7 +22,14 @@ MIXED = "torch.Tensor and DTensor"
 
 
 def write_in_place(watched: Watched, function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Call `function`, which writes into the shard's `values`, with this rank's slices of full arguments.
+    """Call `function`, which writes into a shard, with this rank's slices of full arguments.
+
+    Args:
+        watched: the parameter.
+        function: the operation.
+        values: the shard's values.
+        *args: further arguments of `function`.
+        **kwargs: keyword arguments of `function`.
 
     Raises:
         PlanError: an argument is a plain tensor of another shape.
@@ -48,7 +55,14 @@ def write_in_place(watched: Watched, function: Callable[..., Any], values: Tenso
 
 
 def write_item(watched: Watched, values: Tensor, index: Any, value: Any) -> None:
-    """Write `value` to `index` of the full parameter, whose shard has `values`; a collective."""
+    """Write into the shard what assigning to an item of the full parameter changes; a collective.
+
+    Args:
+        watched: the parameter.
+        values: the shard's values.
+        index: the index of the item in the full parameter.
+        value: the item.
+    """
     shard = watched.one.shard
     watched.settle()
     with torch.no_grad():
@@ -58,7 +72,15 @@ def write_item(watched: Watched, values: Tensor, index: Any, value: Any) -> None
 
 
 def fill_randomly(watched: Watched, method: str, values: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Fill the shard, which has `values`, with its slice of the random numbers that a plain run draws."""
+    """Fill the shard with its slice of the random numbers that a plain run draws.
+
+    Args:
+        watched: the parameter.
+        method: the name of the tensor method that draws them.
+        values: the shard's values.
+        *args: arguments of the method.
+        **kwargs: keyword arguments of the method.
+    """
     shard = watched.one.shard
     whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
     getattr(whole, method)(*args, **kwargs)

@@ -119,14 +119,26 @@ def forget_order(state: Sharded) -> None:
 
 
 def meet(module: nn.Module, *which: int, point: int = COLLECTIVE) -> None:
-    """Wait, in a step of the root `module` or its backward, as `Sharded.meet`; no-op if it is not sharded."""
+    """Call `Sharded.meet` of `module`, if it is sharded.
+
+    Args:
+        module: the root.
+        *which: as for `Sharded.meet`.
+        point: as for `Sharded.meet`.
+    """
     state = sharded_state(module)
     if state is not None:
         state.meet(*which, point=point)
 
 
 def note_read(module: nn.Module, name: str, shards: Sequence[DTensor]) -> None:
-    """Record that this rank reads sharded tensors of `module`; the ranks compare their reads where they meet next."""
+    """Record that this rank reads sharded tensors; the ranks compare their reads where they meet next.
+
+    Args:
+        module: the root.
+        name: a name that identifies the tensors.
+        shards: the tensors.
+    """
     state = sharded_state(module)
     if state is None or state.agreement is None:
         return
