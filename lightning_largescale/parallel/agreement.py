@@ -80,6 +80,7 @@ class Agreement:
         synchronizes: returns whether the backward under way reduces gradients.
 
     Attributes:
+        ranks: the gloo group.
         trained: indices in `unsharded` of gradients to average at the end of this backward.
     """
 
@@ -97,7 +98,7 @@ class Agreement:
         named = [(name, group) for name, group in groups.items() if compat.has_group(group)]
         self._groups = JoinedGroups([*named, *(("", group) for group in beside)], unsharded)
         self.trained = self._groups.trained
-        self._ranks = ranks
+        self.ranks = ranks
         self._call_before, self._synchronizes = before, synchronizes
         self._leave_engine: Callable[[], None] = _nothing
         self._patterns: dict[tuple[bool, bool], StepPattern] = {}
@@ -149,7 +150,7 @@ class Agreement:
         # Awaited where the ranks meet next; ranks that began different kinds of steps are detected there.
         point = Entry(EntryKind.MEET, BEGIN_TRAINING if training else BEGIN_EVALUATION)
         began = Round(point, self._groups.sizes, reads=self._reads.code)
-        self._began = began.begin(self._ranks), began
+        self._began = began.begin(self.ranks), began
         self._leave_engine = compat.around_engine(_weakly(self._differentiate))
         try:
             yield
@@ -254,7 +255,7 @@ class Agreement:
                 self._tell(entry)
         self._meet(Entry(EntryKind.MEET, END_BACKWARD))
         if self._step.departed:
-            self._groups.settle(self._ranks)
+            self._groups.settle(self.ranks)
         self._ending = False
         self._groups.expect_none()
         if self._goes_on:
@@ -370,14 +371,14 @@ class Agreement:
             if not (told := began.told()).same:
                 raise told.disagreement(self._groups.names)
             if not told.reads_same:
-                raise self._reads.differ(self._ranks)
+                raise self._reads.differ(self.ranks)
         idle = self._is_idle and entry.kind is EntryKind.MEET
         own = Round(entry, self._groups.sizes, departs=departs, reads=self._reads.code, idle=idle)
         if wants:
             if entry.kind is EntryKind.UNSHARD:
                 own.want(entry.number)
             self._groups.offer(own, entry, ending=self._ending, synchronizes=self._synchronizes())
-        own.begin(self._ranks).wait()
+        own.begin(self.ranks).wait()
         told = own.told()
         if not wants and not told.same:
             raise told.disagreement(self._groups.names)
@@ -388,7 +389,7 @@ class Agreement:
             raise told.disagreement(self._groups.names)
         # Ranks that depart are not yet where the others are.
         if told.same and entry.kind is EntryKind.MEET and not told.departed and not told.reads_same:
-            raise self._reads.differ(self._ranks)
+            raise self._reads.differ(self.ranks)
         return told
 
     def _before(self, entry: Entry) -> None:

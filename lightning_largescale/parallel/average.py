@@ -33,18 +33,21 @@ class Average:
         mesh: the mesh that parameters are sharded over.
         meet: called before an average, with its number of elements; waits for ranks that are about to unshard
             parameters in the same process group.
+
+    Attributes:
+        group: the process group of the data-parallel ranks.
     """
 
     def __init__(self, mesh: DeviceMesh, meet: Callable[[int], None] = lambda elements: None) -> None:
-        self._group, self._meet = data_group(mesh), meet
+        self.group, self._meet = data_group(mesh), meet
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the average of all ranks' `tensor`; a collective."""
-        if self._group.size() == 1:
+        if self.group.size() == 1:
             return tensor
         self._meet(tensor.numel())
         average = tensor.detach().clone(memory_format=torch.contiguous_format)
-        average_in_place(average, self._group)
+        average_in_place(average, self.group)
         return average
 
     def each(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
@@ -56,7 +59,7 @@ class Average:
             tensors: this rank's tensors.
             like: tensors of the shape and dtype of each result.
         """
-        if self._group.size() == 1:
+        if self.group.size() == 1:
             return [None if one is None else one.to(as_.dtype) for one, as_ in zip(tensors, like, strict=True)]
         found: list[Tensor | None] = [None] * len(tensors)
         for dtype in dict.fromkeys(one.dtype for one in like):

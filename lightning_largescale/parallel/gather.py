@@ -19,7 +19,7 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.agreement import Agreement
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.by_hand import differentiate_leaves, set_gradient
-from lightning_largescale.parallel.mesh import agreement_group, data_mesh, tensor_group, tensor_mesh
+from lightning_largescale.parallel.mesh import agreement_group, data_group, data_mesh, tensor_group, tensor_mesh
 from lightning_largescale.parallel.module_order import ModuleOrder
 from lightning_largescale.parallel.sharded import SCRIPTED, STATE, STEP, Sharded, gathering_attributes
 from lightning_largescale.parallel.writes import Writes
@@ -115,6 +115,19 @@ def watch(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Parameter] =
         names = {part: name for name, part in module.named_modules()}
         owners_of_parameters = (part for part in _eager_modules(module) if part is not module and _owns(part))
         state.order = ModuleOrder({names[part]: part for part in owners_of_parameters}, tensor_group(state.mesh))
+
+
+def renew_groups(state: Sharded) -> None:
+    """Replace process groups that were ended since, as after a failed fit; a collective if there are any.
+
+    The groups of `state.mesh` itself, which FSDP2 uses too, are not replaced.
+    """
+    if state.agreement is not None:
+        state.agreement.ranks = agreement_group(state.mesh)
+    if state.order is not None:
+        state.order.ranks = tensor_group(state.mesh)
+    if data_mesh(state.mesh).ndim > 1:
+        state.average.group = data_group(state.mesh)
 
 
 def stop_gathering(module: nn.Module, state: Sharded) -> None:

@@ -29,7 +29,7 @@ from lightning_largescale.parallel.by_hand import average_assigned
 from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.fsdp_groups import block_tiers, checked_groups, is_shardable
-from lightning_largescale.parallel.gather import start_gathering
+from lightning_largescale.parallel.gather import renew_groups, start_gathering
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
@@ -156,6 +156,7 @@ def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
         return False
     set_plan(state, plan)
     forget_order(state)
+    renew_groups(state)
     return True
 
 
