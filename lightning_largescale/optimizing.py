@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_largescale.errors import PlanError
 
-# torch's optimizers with a fused kernel on the CPU.
+# Those of torch's own whose step on the CPU may be one kernel.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 
@@ -24,19 +24,20 @@ class UntriedError(PlanError):
 def has_modes(optimizer: Optimizer) -> bool:
     """Return whether hooks that run between setup and the first step may change how `optimizer` steps.
 
-    Some raise, or do nothing, until `train()` is called (schedule-free ones) or an attribute is set; torch's do not.
+    Some raise, or do nothing, until `train()` is called (schedule-free ones) or an attribute is set; those of torch do
+    not.
     """
     return not type(optimizer).__module__.startswith("torch.optim.")
 
 
 def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Evaluate the closure of a step, if there is one; return the arguments with a closure that returns its result.
+    """Arguments of `step` whose closure, if there is one, has been evaluated and only tells its result.
 
-    The closure runs forward and backward, which must not see the tensors that replace parameters during a step.
+    The closure runs forward and backward, which are the module's own and know nothing of what a step is given.
 
     Args:
-        args: the arguments that a hook of the step receives, the optimizer first.
-        kwargs: the keyword arguments that the hook receives.
+        args: as a hook of the step gets them, the optimizer first.
+        kwargs: as a hook gets them.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not callable(closure):
@@ -55,12 +56,12 @@ def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tup
 def after_closure(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], then: Callable[[], None]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a step with a closure that calls `then` last; without a closure, call `then` now.
+    """Arguments of `step` whose closure, if there is one, calls `then` last; else it is called now.
 
     Args:
-        args: as for `closure_first`.
-        kwargs: as for `closure_first`.
-        then: called after forward and backward.
+        args: as a hook of the step gets them, the optimizer first.
+        kwargs: as a hook gets them.
+        then: what must follow forward and backward.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not callable(closure):
@@ -78,18 +79,18 @@ def after_closure(
 
 
 def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
-    """Return an optimizer that steps as `optimizer` on other parameters, without its state and hooks.
+    """An optimizer that steps as `optimizer` does, over other parameters, without its state and hooks.
 
-    Other attributes are shared, except for lists of its parameters and optimizers that it wraps.
+    What it keeps beside is shared, but for lists of its parameters and optimizers that it wraps.
     """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     defaults = dict(optimizer.defaults)
     clone = copy.copy(optimizer)
-    # Copying adds an entry to the shared defaults, which later groups would get.
+    # Copying adds one to those that the two have in common, which groups that come later would be given.
     clone.defaults, optimizer.defaults = optimizer.defaults, defaults
     clone.state, clone.param_groups = defaultdict(dict), param_groups
     for name, value in vars(optimizer).items():
-        # A scheduler has wrapped the method of the original optimizer.
+        # A scheduler wraps the method of the object that it was given.
         if name == "step" or name in vars(clone):
             continue
         if isinstance(value, Optimizer):
@@ -101,31 +102,30 @@ def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimi
 
 
 def bare_step(optimizer: Optimizer) -> Callable[[], Any]:
-    """Return `optimizer.step` without its hooks, and without the wrapper by which a scheduler counts its calls."""
+    """`optimizer.step` without the hooks around it, and without what a scheduler has put there to count its calls."""
     step = type(optimizer).step
-    # torch's wrapper calls the hooks.
+    # What torch wraps it in calls the hooks.
     inner = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
     return inner.__get__(optimizer)  # type: ignore[no-any-return]
 
 
 def hold(group: dict[str, Any], options: Mapping[str, Any], parameters: list[Any]) -> None:
-    """Set `options` and `parameters`, and nothing else, in a group of an optimizer; it stays the same dict.
+    """Let a group of an optimizer have `options` and nothing else beside `parameters`; it stays the same dict.
 
-    So consecutive steps on some of the parameters start from the same group as a step on all of them.
+    A step on all parameters finds the group as it was before; so must one on a part of them after one on another part.
     """
     group.clear()
     group.update({"params": parameters, **options})
 
 
 def vectorized(optimizer: Optimizer, options: Mapping[str, Any], *, floating: bool = True) -> dict[str, Any]:
-    """Return the options of a group for a step on the CPU, with the fused kernel where possible.
-
-    It is possible for torch's optimizers that have one, unless the user has chosen an implementation.
+    """`options` of a group for a step on the CPU: one kernel, if `optimizer` is one of torch's own that has one there
+    and the user has left open which implementation it takes.
 
     Args:
-        optimizer: the group's optimizer.
-        options: the group's options, without the parameters.
-        floating: whether the parameters are real numbers.
+        optimizer: whose group it is.
+        options: without the parameters.
+        floating: these are real numbers.
 
     Source: torch.optim, Algorithms ("fused" of Adam, AdamW, SGD and Adagrad).
     """
@@ -133,7 +133,7 @@ def vectorized(optimizer: Optimizer, options: Mapping[str, Any], *, floating: bo
     if isinstance(rate := given.get("lr"), Tensor):
         given["lr"] = rate.cpu()
     chosen = given.get("foreach") is not None or given.get("differentiable") or given.get("capturable")
-    # With a momentum, the kernel accepts no parameter whose first gradient comes later than those of others.
+    # With a momentum, the kernel takes no parameter whose first gradient comes later than those of others.
     known = type(optimizer) in FUSED and not given.get("momentum")
     if not known or chosen or given.get("fused", False) is not None or not floating:
         return given
@@ -141,6 +141,6 @@ def vectorized(optimizer: Optimizer, options: Mapping[str, Any], *, floating: bo
 
 
 def in_words(error: Exception) -> str:
-    """Return the class of an error and the first sentence of its message."""
+    """The kind of an error and the first sentence of its message."""
     first = (str(error).splitlines() or [""])[0].split(". ")[0]
     return f"{type(error).__name__}: {first.removesuffix('.')}"

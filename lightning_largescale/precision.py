@@ -58,10 +58,15 @@ def check_precision(asked: str | None, plan: Plan) -> None:
 
 
 def plugin_for(plan: Plan, given: Precision, device_type: str) -> Precision:
-    """Return the plugin for the precision of `plan`: the Trainer's, `given`, unless that is the Trainer's default.
+    """Return the precision plugin of a plan: the Trainer's, unless that is the default.
+
+    Args:
+        plan: The plan.
+        given: The Trainer's plugin.
+        device_type: The type of the device, "cpu" or "cuda".
 
     Raises:
-        PlanError: `given` contradicts the plan, or no plan has its precision.
+        PlanError: the Trainer's plugin contradicts the plan, or is one that no plan supports.
     """
     asked = asked_precision(given)
     check_precision(asked, plan)
