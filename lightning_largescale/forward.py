@@ -24,8 +24,8 @@ class Forward(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        # Hooks of the module that are removed with this forward.
-        self._hooks: list[Any] = []
+        # Of hooks that are removed with this forward.
+        self.handles: list[Any] = []
 
     def replace(self) -> None:
         """Make the module use this forward, in place of an earlier one of the same class."""
@@ -57,7 +57,7 @@ class Forward(ABC):
             return
         kept = [one for one in every if not isinstance(one, cls)]
         first, was_set = every[-1].original, every[-1]._was_set
-        for hook in itertools.chain.from_iterable(one._hooks for one in removed):
+        for hook in itertools.chain.from_iterable(one.handles for one in removed):
             hook.remove()
         for outer, inner in itertools.pairwise([*kept, None]):
             assert outer is not None

@@ -17,7 +17,7 @@ class Named(nn.Module):
 class First(Forward):
     def __init__(self, module):
         super().__init__(module)
-        self._hooks.append(module.register_forward_pre_hook(lambda *_: None))
+        self.handles.append(module.register_forward_pre_hook(lambda *_: None))
 
     def __call__(self, x):
         return self.original([*x, "First"])

@@ -235,7 +235,7 @@ class _LookUp(Forward):
     def __init__(self, table: Table, lookups: Lookups) -> None:
         super().__init__(table.module)
         self._table, self._lookups = table, lookups
-        self._hooks += [
+        self.handles += [
             table.module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
                 partial(_take_full_table, table)
             ),
