@@ -31,7 +31,7 @@ from lightning_largescale.hardware.disks import disk_at
 from lightning_largescale.hardware.usage import available_bytes, held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.matmuls import matmul_sizes

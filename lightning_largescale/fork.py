@@ -53,7 +53,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             The result of rank 0 of the node.
 
         Raises:
-            PlanError: ranks are to be forks, and CUDA is initialised here, or autograd has threads, which a fork cannot
+            PlanError: ranks are to be forked, and CUDA is initialised here or autograd has threads, which a fork cannot
                 use.
             torch.multiprocessing.ProcessRaisedException: a rank failed; with the traceback of the first to fail.
         """
@@ -103,7 +103,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
     ) -> None:
         """Run local rank `process_idx` as Lightning does, and report its failure to the other ranks."""
         if self._start_method == "fork":
-            # What is garbage here is the parent's to collect: the end of a process group waits for its threads.
+            # The parent collects garbage from before the fork: the end of a process group waits for its threads.
             gc.freeze()
             if self._collects:
                 gc.enable()
@@ -133,12 +133,12 @@ class ForkLauncher(compat.MultiProcessingLauncher):
 
     @override
     def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
-        """Hand full tensors to the parent, whatever the plan: a collective, entered by all ranks."""
+        """Send full tensors to the parent, whatever the plan; a collective of all ranks."""
         if trainer.state.fn != TrainerFn.FITTING:
             return super()._collect_rank_zero_results(trainer, results)
         strategy: Any = trainer.strategy
         module, full = trainer.lightning_module, strategy.full_module_state()
-        # Lightning asks the module, which under a plan holds this rank's shards.
+        # Lightning asks the module, which holds this rank's shards.
         module.state_dict = lambda *args, **kwargs: full  # type: ignore[method-assign]
         try:
             return super()._collect_rank_zero_results(trainer, results)
@@ -167,21 +167,21 @@ class ForkLauncher(compat.MultiProcessingLauncher):
 
     @override
     def _recover_results_in_main_process(self, worker_output: Any, trainer: Trainer) -> None:
-        """Load what rank 0 handed over; a model that `configure_model` builds is built here first, to hold it."""
+        """Load rank 0's weights, after building a model that `configure_model` builds."""
         if worker_output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):
             trainer.lightning_module.configure_model()
         strategy: Any = trainer.strategy
-        # What was built without values before the fork has none here either.
+        # Tensors without values before the fork have none here either.
         if worker_output.weights_path is not None:
             strategy.make_all()
         super()._recover_results_in_main_process(worker_output, trainer)
 
 
 def join(context: ProcessContext) -> None:
-    """Wait for all of `context`'s processes and, when one fails, for the others' end or end them.
+    """Wait for all processes of `context`; when one fails, give the others time to end, then end them.
 
-    torch's own `join` raises what the process that ended first had to say, which need not be the one that failed first,
-    and waits 30 s for processes that do not heed SIGTERM.
+    torch's own `join` raises the error of the process that ended first, which need not be the one that failed first,
+    and waits 30 s for processes that ignore SIGTERM.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a process raised; with the traceback of the first to fail.
@@ -208,7 +208,7 @@ def _exit_code(context: ProcessContext, index: int) -> int:
 
 
 def _failed_processes(context: ProcessContext) -> list[int]:
-    """Return the processes that failed by themselves, in the order of their ends, when all ended or had time to."""
+    """Wait until all processes have ended or had time to; return those that failed by themselves, in order of end."""
     pending = {process.sentinel: index for index, process in enumerate(context.processes)}
     failed: list[int] = []
     deadline: float | None = None
@@ -228,10 +228,10 @@ def _failed_processes(context: ProcessContext) -> list[int]:
 
 
 def _end(context: ProcessContext) -> None:
-    """End the processes that are left: ranks of a failed run, or of one that was interrupted here."""
+    """End the remaining processes, of a failed or interrupted run."""
     deadline = time.monotonic() + 1
     try:
-        # After Ctrl-C in a terminal they have the signal too, and close their files and loggers.
+        # After Ctrl-C in a terminal they receive the signal too, and close their files and loggers.
         for process in context.processes:
             process.join(max(0.0, deadline - time.monotonic()))
     finally:

@@ -26,9 +26,9 @@ from lightning_largescale.offload.places import Places
 from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.adapted_optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.gather import Sharded, sharded_state
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.mesh import build_mesh, use_mesh
+from lightning_largescale.parallel.sharded import Sharded, sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.processes import Processes
 from lightning_largescale.requeue import Requeue

@@ -36,9 +36,9 @@ from lightning_largescale.parallel.compile import check_compile
 from lightning_largescale.parallel.copies import find_copies, whole_copies
 from lightning_largescale.parallel.embedding import make_tables_whole, whole_tables
 from lightning_largescale.parallel.full_params import make_whole, whole_parameters
-from lightning_largescale.parallel.gather import meet, reshard, sharded_state
 from lightning_largescale.parallel.mesh import warn_of_distance
 from lightning_largescale.parallel.shard import adapt
+from lightning_largescale.parallel.sharded import meet, reshard, sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision, plugin_for
 from lightning_largescale.processes import Processes

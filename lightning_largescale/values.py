@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lightning_largescale.checkpoint.weights import Weights, read_weights
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.deferred import DeferredError, Recording
-from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.materialize import (
     Unmade,
     agree_on_values,
@@ -27,6 +26,7 @@ from lightning_largescale.parallel.materialize import (
     make_again,
     materialize,
 )
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.parallel.stored import Stored
 from lightning_largescale.precision import convert_module
 from lightning_largescale.processes import Processes

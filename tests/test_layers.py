@@ -20,7 +20,7 @@ LAYERS = [
     {"comm", "plan_fields", "serialize"},
     {"plan_words", "units"},
     {"plan"},
-    {"arithmetic", "console", "forward", "groups", "optimizing", "tiers", "waiting"},
+    {"arithmetic", "console", "dtensors", "forward", "groups", "optimizing", "tiers", "waiting"},
     {"hub", "pageable"},
     {"apart"},
     {"hardware", "workload"},

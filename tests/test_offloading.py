@@ -23,7 +23,8 @@ from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import at_rest, held_bytes, peak_bytes, release_free_memory
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.store import DirectFile, Store, StoreError
+from lightning_largescale.offload.direct import DirectFile
+from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 

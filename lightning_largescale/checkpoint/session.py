@@ -28,7 +28,7 @@ from lightning_largescale.checkpoint.orders import tell_orders
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.adapted_optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.sharded import sharded_state
 
 
 class ModuleCheckpoints:

@@ -28,9 +28,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.saved import DiskTier, HostTier, Saved, Sent, Tier
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import Plan

@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.mapped_memory import Memory, Region
-from lightning_largescale.offload.pages import Bundle, Page, ParamEntry, ParamSlice, bundles_of, local_of
+from lightning_largescale.offload.pages import Bundle, Page, ParamEntry, ParamSlice, bundles_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
 from lightning_largescale.optimizing import UntriedError, has_modes

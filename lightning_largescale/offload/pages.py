@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.pageable import Kind
 from lightning_largescale.tiers import ALIGNMENT_BYTES, PAGE_BYTES, aligned
 
@@ -184,11 +184,6 @@ def bundles_of(
             small[key] = held = []
         held.append(entry)
     yield from map(Bundle, filter(None, small.values()))
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, sharing storage; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.mapped_memory import Memory
-from lightning_largescale.offload.pages import Page, ParamEntry, ParamSlice, local_of
+from lightning_largescale.offload.pages import Page, ParamEntry, ParamSlice
 from lightning_largescale.offload.store import Transfer
 from lightning_largescale.tiers import aligned
 

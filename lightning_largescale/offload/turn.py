@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.paged_state import PagedState, as_divided
-from lightning_largescale.offload.pages import ParamEntry, ParamSlice, local_of
+from lightning_largescale.offload.pages import ParamEntry, ParamSlice
 from lightning_largescale.offload.places import elements
 from lightning_largescale.offload.store import Transfer
 

@@ -20,9 +20,10 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.optimizing import UntriedError, after_closure, closure_first, has_modes
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.exchange import Exchange
-from lightning_largescale.parallel.gather import reshard, settle
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.order import divided_dims, order_of
+from lightning_largescale.parallel.sharded import reshard
+from lightning_largescale.parallel.sharded_step import settle
 from lightning_largescale.parallel.sparse import check_takes_rows
 from lightning_largescale.parallel.trial import OptimizerTraits, ask, count_shards
 

@@ -7,13 +7,13 @@ from ranks import mesh_of, quiet
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.paged_state import PagedState, as_divided
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import Store
 

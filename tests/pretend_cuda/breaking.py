@@ -222,14 +222,14 @@ BREAKS = (
     ),
     Break(
         "what is stepped on on another stream is gathered",
-        "offload/gradients.py",
+        "offload/gradient_arrivals.py",
         "            torch.cuda.current_stream().wait_stream(stream)\n",
         "",
         "release in part",
     ),
     Break(
         "gradients on the device are used on another stream",
-        "offload/gradients.py",
+        "offload/gradient_arrivals.py",
         "            with torch.cuda.stream(stream):\n",
         "            with torch.cuda.stream(torch.cuda.Stream()):\n",
         "release in part",

@@ -15,17 +15,16 @@ from typing_extensions import override
 from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.parallel.equal import check_equal_structure
-from lightning_largescale.parallel.gather import (
+from lightning_largescale.parallel.shard import finish_sharding, shard_groups
+from lightning_largescale.parallel.sharded import reshard, sharded_state
+from lightning_largescale.parallel.sharded_step import (
     begin_backward,
     end_backward,
     forget_step,
     no_reduction,
     optimizing,
-    reshard,
     run_step,
-    sharded_state,
 )
-from lightning_largescale.parallel.shard import shard_module
 from lightning_largescale.precision import cast_type
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
@@ -34,7 +33,8 @@ from lightning_largescale.technique import Technique
 class FullyShard(Technique):
     """FSDP groups of blocks, gathered for each step; also of one rank, whose parameters are offloaded."""
 
-    _start: Callable[[], None] | None = None
+    # Whether `shard` has sharded the module, which an earlier run has not.
+    _is_begun = False
 
     @classmethod
     @override
@@ -52,7 +52,8 @@ class FullyShard(Technique):
         run.sharding = sharded_state(run.module)
         if run.mesh is None or run.sharding is not None:
             return
-        run.sharding, self._start = shard_module(
+        self._is_begun = True
+        run.sharding = shard_groups(
             run.module,
             run.plan,
             run.mesh,
@@ -65,9 +66,8 @@ class FullyShard(Technique):
     @override
     def ready(self) -> None:
         run, trainer = self.run, self.run.trainer
-        if self._start is not None:
-            self._start()
-            self._start = None
+        if self._is_begun and run.sharding is not None:
+            finish_sharding(run.module, run.sharding, run.device)
         # Parameters that are unsharded in inference mode cannot be used in training afterwards.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):

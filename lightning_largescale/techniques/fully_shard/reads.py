@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.full_reads import FullReads
-from lightning_largescale.parallel.gather import end_backward, is_of_shards, note_read, sharded_in_place
 from lightning_largescale.parallel.numbers import WholeNumbers
+from lightning_largescale.parallel.sharded import note_read
+from lightning_largescale.parallel.sharded_step import end_backward, is_of_shards, sharded_in_place
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
 

@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import release_free_memory
 from lightning_largescale.offload.gradients import SpilledGradients
 from lightning_largescale.offload.offloaded_parameters import SpilledParameters, bring_back
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.shards import ShardCopies, ShardsInDram
-from lightning_largescale.parallel.gather import Sharded, sharded_state
+from lightning_largescale.parallel.sharded import Sharded, sharded_state
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
 from lightning_largescale.tiers import group_tiers

@@ -7,7 +7,7 @@ from functools import partial
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from typing_extensions import override
 
-from lightning_largescale.parallel.gather import reshard
+from lightning_largescale.parallel.sharded import reshard
 from lightning_largescale.requeue import Requeue
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique

@@ -14,8 +14,8 @@ from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.parallel.copies import find_copies
 from lightning_largescale.parallel.embedding import check_embeddings, check_no_copies, row_sharded, shard_embeddings
-from lightning_largescale.parallel.gather import meet
 from lightning_largescale.parallel.lookups import Lookups
+from lightning_largescale.parallel.sharded import meet
 from lightning_largescale.parallel.uneven import joined_look_ups
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
 

@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from lightning_largescale.callbacks import shows_summary
 from lightning_largescale.parallel.alike import check_equal_batch, equal_random_state
-from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.mesh import data_group, tensor_mesh
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.parallel.tensor import compute_divided, compute_plainly
 from lightning_largescale.parallel.user_styles import apply_styles, check_styles
 from lightning_largescale.precision import asked_precision
