@@ -534,7 +534,7 @@ class Failing(DirectFile):
 
 @pytest.mark.parametrize("tier", ["optimizer", "both"])
 def test_a_disk_that_fails_in_mid_run_ends_it_with_its_own_error(tmp_path, monkeypatch, tier):
-    monkeypatch.setattr("lightning_largescale.offloading.Store", lambda folder: Store(folder, file=Failing))
+    monkeypatch.setattr("lightning_largescale.run.Store", lambda folder: Store(folder, file=Failing))
     monkeypatch.setattr(Failing, "left", 200)
     monkeypatch.setattr(pages, "PAGE_BYTES", 16 * 1024)
     model = Model()

@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.environments import (
 from models import Language, trainer
 from ranks import quiet, ranks
 
-from lightning_largescale import connected
+from lightning_largescale import processes
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
@@ -155,7 +155,7 @@ class NotStarted(OfAUser):
 def found(environment, plan, devices=1, fits=2):
     """What Trainers find one after the other, and the last one's losses."""
     # Other tests have trained on all ranks in these processes.
-    connected._asked_before.clear()
+    processes._asked_before.clear()
     before = os.environ["WORLD_SIZE"]
     try:
         for _ in range(fits):
