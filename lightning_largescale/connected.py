@@ -56,7 +56,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
     @override
     def accelerator(self) -> Accelerator | None:
         """The trainer's accelerator: CPU or CUDA."""
-        return self._accelerator
+        return super().accelerator
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator | None) -> None:
@@ -66,7 +66,7 @@ class ConnectedStrategy(ParallelStrategy, ABC):
                 f"accelerator={name!r} is not one that {type(self).__name__} trains on;"
                 " use accelerator='cpu' or 'cuda'."
             )
-        self._accelerator = accelerator
+        ParallelStrategy.accelerator.fset(self, accelerator)  # type: ignore[attr-defined]
 
     @property
     @override

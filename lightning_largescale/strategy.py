@@ -152,11 +152,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         else:
             use_mesh(state.mesh)
         divided = self._divided(trainer, plan) if mesh is not None else {}
-        if fitting and self._layer_sync is not None and sharded_state(module) is None:
-            self.model = self._layer_sync.apply(module)
+        if fitting and (sync := compat.layer_sync(self)) is not None and sharded_state(module) is None:
+            self.model = sync.apply(module)
             if not plan.gathers:
                 # A sharded module keeps its layers: FSDP2 would not know replaced ones.
-                self._undo.callback(self._layer_sync.revert, module)
+                self._undo.callback(sync.revert, module)
         self._trim_heap = HeapTrimmer() if self._heap_is("trimmed", "mapped") else None
         on_parts = None
         if mesh is not None and (among := tensor_mesh(mesh)) is not None:
@@ -344,7 +344,7 @@ class LargeScaleStrategy(OffloadingStrategy):
         Raises:
             PlanError: an optimizer has parameters that are not the module's, or cannot step on shards.
         """
-        self._reset_optimizers_and_schedulers()
+        self.optimizers, self.lr_scheduler_configs = [], []
         super().setup_optimizers(trainer)
         known = self._known
         # Lightning's placeholder for a missing optimizer has nothing to step.

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -11,16 +12,20 @@ import traceback
 import weakref
 from datetime import timedelta
 from functools import partial
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.tuner import tuning
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.compile import from_compiled
@@ -28,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from ranks import in_own_group, mesh_of, run_connected
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, _common_utils, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -68,13 +74,62 @@ def test_all_gather_and_reduce_scatter():
     assert answers == [([0.0, 0.0, 1.0, 1.0], [1.0, 1.0]), ([0.0, 0.0, 1.0, 1.0], [3.0, 3.0])]
 
 
-def test_launchers_are_lightnings_own():
-    for launcher in (compat.SubprocessScriptLauncher, compat.MultiProcessingLauncher):
-        assert {"launch", "kill", "is_interactive_compatible"} <= set(dir(launcher))
-    assert hasattr(compat.SubprocessScriptLauncher, "_call_children_scripts")
-    assert hasattr(compat.MultiProcessingLauncher, "_collect_rank_zero_results")
-    assert hasattr(compat.MultiProcessingLauncher, "_recover_results_in_main_process")
-    assert hasattr(compat.MultiProcessingLauncher, "_wrapping_function")
+class Launched(compat.MultiProcessingLauncher):
+    """Runs one rank in this process, without Lightning's `launch`."""
+
+    def run(self, trainer, function):
+        output = SimpleQueue()
+        self.run_rank(0, trainer, function, (2,), {}, output)
+        return output.get()
+
+    def collect_results(self, trainer, results):
+        return trainer and super().collect_results(trainer, results + 1)
+
+
+def test_multi_processing_launcher(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(BoringModel())
+    launcher = Launched(trainer.strategy, "fork")
+    assert launcher.strategy is trainer.strategy
+    assert (launcher.start_method, launcher.already_fit) == ("fork", False)
+    launcher.already_fit = True
+    assert launcher.already_fit
+    assert launcher.run(None, lambda number: number) == 2
+    trainer.state.fn = TrainerFn.FITTING
+    output = launcher.run(trainer, lambda number: number)
+    assert output.trainer_results == 3
+    weight, module = trainer.lightning_module.layer.weight.clone(), trainer.lightning_module
+    nn.init.zeros_(module.layer.weight)
+    launcher.recover_results(output, trainer)
+    assert torch.equal(module.layer.weight, weight)
+
+
+def test_subprocess_script_launcher(monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda command, env, **_: started.append(env["LOCAL_RANK"]))
+    launcher = compat.SubprocessScriptLauncher(LightningEnvironment(), num_processes=3, num_nodes=1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            patch.setenv(name, os.environ.get(name, "0"))
+        launcher.start_children()
+    assert started == ["1", "2"]
+    assert len(launcher.procs) == 2
+
+
+class LaunchedByOurs(DDPStrategy):
+    """A strategy with a launcher of its own."""
+
+    def _configure_launcher(self):
+        self._launcher = SimpleNamespace(launch=lambda function, *args, trainer, **kwargs: "launched")
+
+
+def test_the_trainer_uses_the_launcher_that_a_strategy_configures():
+    strategy = LaunchedByOurs()
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
+    assert trainer.fit(BoringModel()) is None
+    assert strategy.launcher.launch(None, trainer=trainer) == "launched"
+    assert not dist.is_initialized()
 
 
 def test_share_threads(monkeypatch):
@@ -661,12 +716,22 @@ def test_fake_process_group():
     assert run_connected(2, fake_in_a_fork) == [(0, "fake"), (1, "fake")]
 
 
-def test_logs_hparams():
+def test_logged_hparams():
     module = BoringModel()
     module.save_hyperparameters({"width": 3}, logger=False)
-    assert not compat.logs_hparams(module)
-    module.save_hyperparameters({"width": 3})
-    assert compat.logs_hparams(module)
+    assert compat.logged_hparams(module) == {}
+    # As LightningCLI adds for itself.
+    module.save_hyperparameters({"width": 3, "_class_path": "BoringModel"})
+    assert compat.logged_hparams(module) == {"width": 3}
+
+
+def test_layer_sync():
+    for wanted in (False, True):
+        trainer = Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", sync_batchnorm=wanted, logger=False,
+            enable_checkpointing=False,
+        )  # fmt: skip
+        assert isinstance(compat.layer_sync(trainer.strategy), LayerSync) is wanted
 
 
 def refusals(strategy):
@@ -835,6 +900,14 @@ def test_foreach_kind():
     assert compat.foreach_kind(object()) is None
 
 
+def test_view_base_and_view_base_getter():
+    whole = torch.ones(4)
+    assert compat.view_base(whole) is None
+    with Functions() as functions:
+        assert compat.view_base(whole[1:]) is whole
+    assert compat.view_base_getter() in functions.seen
+
+
 class Functions(TorchFunctionMode):
     def __init__(self):
         super().__init__()
@@ -858,6 +931,24 @@ def test_returns_tensors():
     aten = torch.ops.aten
     kinds = [aten.add.Tensor, aten.unbind.int, aten.qr.default, aten._local_scalar_dense.default, aten.equal.default]
     assert [compat.returns_tensors(kind) for kind in kinds] == [True, True, True, False, False]
+
+
+def test_hook_tables():
+    module = nn.Linear(1, 1)
+    assert not any(compat.hook_tables(module))
+    registers = (
+        module.register_forward_pre_hook,
+        module.register_forward_hook,
+        module.register_full_backward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_state_dict_post_hook,
+        module.register_load_state_dict_post_hook,
+    )
+    for register in registers:
+        handle = register(lambda *_: None)
+        (table,) = [table for table in compat.hook_tables(module) if handle.id in table]
+        del table[handle.id]
+    assert not any(compat.hook_tables(module))
 
 
 def test_gradient_hooks():
@@ -1249,6 +1340,57 @@ def test_frame_of():
     held.set()
     thread.join()
     assert "run" in names
+
+
+def test_target_of():
+    assert compat.target_of(threading.Thread(target=fail)) is fail
+    assert compat.target_of(threading.Thread()) is None
+    thread = threading.Thread(target=str)
+    thread.start()
+    thread.join()
+    assert compat.target_of(thread) is None
+
+
+def test_is_collective():
+    seen = []
+
+    class Operators(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func.name(), compat.is_collective(func)))
+            return func(*args, **(kwargs or {}))
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
+    try:
+        with Operators():
+            dist.all_reduce(torch.ones(1))
+            dist.send(torch.ones(1), 1)
+            torch.ones(1).add_(1)
+    finally:
+        dist.destroy_process_group()
+    assert {name: said for name, said in seen if "ones" not in name} == {
+        "c10d::allreduce_": True, "c10d::send": False, "aten::add_.Tensor": False,
+    }  # fmt: skip
+
+
+def saved_to_a_directory(path):
+    mesh = init_device_mesh("cpu", (1,))
+    checkpoint.save({"weight": DTensor.from_local(torch.ones(2), mesh, [Shard(0)])}, checkpoint_id=path)
+
+
+def test_pickled_globals(tmp_path):
+    run_connected(1, saved_to_a_directory, tmp_path)
+    named = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            named.add((module, name))
+            return super().find_class(module, name)
+
+    with (tmp_path / ".metadata").open("rb") as file:
+        Reader(file).load()
+    private = {(module, name) for module, name in named if name.startswith("_")}
+    # All of that module is what a directory's metadata is made of.
+    assert compat.pickled_globals() == {one for one in private if one[0] != "torch.distributed.checkpoint.metadata"}
 
 
 def test_calls_collective():

@@ -236,7 +236,7 @@ class _LookUp(Forward):
     def __init__(self, table: Table, lookups: Lookups) -> None:
         super().__init__(table.module)
         self._table, self._lookups = table, lookups
-        self._hooks: list[Any] = [
+        self._state_dict_handles: list[Any] = [
             table.module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
                 partial(_take_full_table, table)
             ),
@@ -279,7 +279,7 @@ class _LookUp(Forward):
         for module in root.modules():
             forward = vars(module).get("forward")
             if isinstance(forward, cls):
-                for hook in forward._hooks:
+                for hook in forward._state_dict_handles:
                     hook.remove()
         super().restore(root)
 
