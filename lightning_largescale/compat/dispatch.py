@@ -131,9 +131,16 @@ def mutated_arguments(function: Any) -> tuple[str | int, ...]:
 
 
 def argument(function: Any, name: str, args: Any, kwargs: Any, without: Any) -> Any:
-    """Return the argument `name` of a call of an operator; `without` if the operator has no such argument.
+    """Return an argument of a call of an operator.
 
     Replaced by a public `OpOverload.schema`.
+
+    Args:
+        function: The operator.
+        name: The name of the argument.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+        without: The result if the operator has no such argument.
     """
     for place, known in enumerate(function._schema.arguments):
         if known.name == name:

@@ -107,10 +107,15 @@ _LOADS = ("LOAD_FAST", "LOAD_NAME", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDERE
 
 
 def all_gather_tensor(output: Any, tensor: Any, group: Any = None) -> None:
-    """All-gather `tensor` into `output`, in the order of ranks; None is the default process group.
+    """All-gather a tensor.
 
     Replaced by `torch.distributed.all_gather_single` alone once the oldest supported torch has it; torch 2.13 warns of
     the name that torch 2.11 has.
+
+    Args:
+        output: The tensor to write into, in the order of ranks.
+        tensor: This rank's part.
+        group: The process group; None is the default one.
     """
     import torch.distributed as dist
 
@@ -119,9 +124,14 @@ def all_gather_tensor(output: Any, tensor: Any, group: Any = None) -> None:
 
 
 def reduce_scatter_tensor(output: Any, tensor: Any, group: Any = None) -> None:
-    """Reduce-scatter the sum of `tensor` into `output`; None is the default process group.
+    """Reduce-scatter the sum of a tensor.
 
     Replaced by `torch.distributed.reduce_scatter_single` alone, as `all_gather_tensor`.
+
+    Args:
+        output: The tensor to write this rank's part into.
+        tensor: This rank's addend.
+        group: The process group; None is the default one.
     """
     import torch.distributed as dist
 

@@ -25,9 +25,14 @@ def shards_of(module: Any) -> list[tuple[Any, Any]]:
 
 
 def place_shard(module: Any, parameter: Any, memory: Any) -> None:
-    """Move the shard of `parameter`, of the group of `module`, to `memory`: flat, with its values and padding.
+    """Move this rank's shard of a parameter to other memory.
 
     Replaced as `shards_of`.
+
+    Args:
+        module: The module, which `fully_shard` was applied to.
+        parameter: The sharded parameter, of the group of `module`.
+        memory: The memory: flat, as large as the one that `shards_of` returns, and with its values.
     """
     found = parameter_of(module, parameter)
     local = parameter._local_tensor
@@ -36,13 +41,17 @@ def place_shard(module: Any, parameter: Any, memory: Any) -> None:
 
 
 def when_gathered(module: Any, parameter: Any, made: Any, dims: Any = None) -> None:
-    """Call `made` with the unsharded parameter of the shard `parameter`, of the group of `module`, once, when FSDP2
-    creates it.
+    """Call a function when FSDP2 creates the unsharded parameter of a shard, and choose the order of its dimensions.
 
-    With `dims`, the unsharded parameter's dimensions lie in memory in that order, the outermost first: the all-gather
-    is contiguous, its result is copied into that order and freed.
+    In another order, the result of the all-gather, which is contiguous, is copied into that order and freed.
 
     Replaced by parameters of any strides in FSDP2, and a public hook on the unsharded parameter.
+
+    Args:
+        module: The module, which `fully_shard` was applied to.
+        parameter: The sharded parameter, of the group of `module`.
+        made: Called once with the unsharded parameter.
+        dims: The order of the unsharded parameter's dimensions in memory, the outermost first; None is contiguous.
     """
     import torch
     from torch.distributed.tensor import DTensor

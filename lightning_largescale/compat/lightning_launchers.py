@@ -98,9 +98,16 @@ def share_threads(num_processes: int) -> None:
 
 
 def init_process_group(environment: Any, backend: str, device: Any, timeout: Any, store: Any = None) -> None:
-    """Create the default process group of the cluster `environment` if there is none, with `store` or its own store.
+    """Create the default process group if there is none.
 
     Replaced by a public function of Lightning; its strategies call these.
+
+    Args:
+        environment: The cluster environment, which knows the ranks and where they meet.
+        backend: The backend, or one for each device type, as `"cpu:gloo,cuda:nccl"`.
+        device: This rank's device.
+        timeout: The timeout of collectives, a timedelta.
+        store: The store through which ranks find each other; None for one at the environment's address.
     """
     from lightning.fabric.utilities.distributed import _destroy_dist_connection, _init_dist_connection
 
@@ -113,9 +120,14 @@ def init_process_group(environment: Any, backend: str, device: Any, timeout: Any
 
 
 def reduce_tensor(tensor: Any, group: Any, reduce_op: Any) -> Any:
-    """Return `tensor`, reduced in place over the ranks of `group`; unchanged if there is no process group.
+    """Return a tensor reduced in place over ranks; unchanged if there is no process group.
 
     Replaced by a public function of Lightning that knows its names of operations, such as "mean".
+
+    Args:
+        tensor: The tensor.
+        group: The process group; None is the default one.
+        reduce_op: The operation, as a ReduceOp or by Lightning's name.
     """
     from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 

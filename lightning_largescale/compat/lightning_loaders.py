@@ -31,9 +31,14 @@ def request_loaders(source: Any) -> Any:
 
 
 def keep_loaders(loop: Any, source: Any, loaders: Any) -> None:
-    """Give `loaders` to the loop when it next requests those of `source`, and the user's hook's result from then on.
+    """Give loaders to a loop when it next requests them, and the result of the user's hook from then on.
 
     Replaced by a public setter of a loop's loaders.
+
+    Args:
+        loop: The loop.
+        source: The source of its loaders.
+        loaders: What `request_loaders` returned for this source.
     """
     from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 

@@ -66,9 +66,14 @@ def has_full_backward_hooks(module: Any) -> bool:
 
 
 def hook_nearest(optimizer: Any, before: Any, after: Any) -> Callable[[], None]:
-    """Register `before` as the last pre-hook and `after` as the first post-hook of a step of `optimizer`.
+    """Register hooks on the step of an optimizer that run nearest to the step.
 
     Replaced by a `prepend` argument of `Optimizer.register_step_post_hook`.
+
+    Args:
+        optimizer: The optimizer.
+        before: The pre-hook, which runs last.
+        after: The post-hook, which runs first.
 
     Returns:
         A function that removes both.

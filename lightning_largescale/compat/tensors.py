@@ -101,9 +101,15 @@ def dense_parts(tensor: Any) -> list[Any]:
 
 
 def tensor_without_values(kind: Any, shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a tensor without storage of the subclass `kind`, which implements `__torch_dispatch__`.
+    """Return a tensor of a subclass that has no storage.
 
     Replaced by a public way to make a wrapper subclass of Tensor.
+
+    Args:
+        kind: The subclass, which implements `__torch_dispatch__`.
+        shape: The shape that the tensor reports.
+        dtype: The dtype that it reports.
+        device: The device that it reports.
     """
     return torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
 
