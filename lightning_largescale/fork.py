@@ -57,35 +57,35 @@ class ForkLauncher(compat.MultiProcessingLauncher):
                 use.
             torch.multiprocessing.ProcessRaisedException: a rank failed; with the traceback of the first to fail.
         """
-        if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if self.start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise PlanError(
                 "start_method='fork' cannot give the ranks CUDA, which this process has initialised; do not touch"
                 " torch.cuda before fit (restart a notebook's kernel), or run a script with start_method='popen'."
             )
-        if self._start_method == "fork" and not forks_differentiate():
+        if self.start_method == "fork" and not forks_differentiate():
             raise PlanError(
                 "start_method='fork' cannot give the ranks autograd, whose threads this process has started; run no"
                 " backward and no Workload.trace before fit where there are CUDA devices (restart a notebook's kernel),"
                 " or run a script with start_method='popen'."
             )
-        if self._start_method == "spawn":
+        if self.start_method == "spawn":
             compat.check_main_guard()
-        if self._already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        if self.already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             raise NotImplementedError(
-                f"A Trainer whose ranks are started by {self._start_method} fits once, since loops and optimizers stay"
+                f"A Trainer whose ranks are started by {self.start_method} fits once, since loops and optimizers stay"
                 " in the ranks; make a new Trainer, with fit(ckpt_path=...) to go on from a checkpoint."
             )
-        assert self._strategy.cluster_environment is not None
-        os.environ["MASTER_PORT"] = str(self._strategy.cluster_environment.main_port)
-        queue = mp.get_context(self._start_method).SimpleQueue()
-        states = compat.global_states() if self._start_method == "spawn" else None
+        assert self.strategy.cluster_environment is not None
+        os.environ["MASTER_PORT"] = str(self.strategy.cluster_environment.main_port)
+        queue = mp.get_context(self.start_method).SimpleQueue()
+        states = compat.global_states() if self.start_method == "spawn" else None
         self._collects = gc.isenabled()
-        with no_collection() if self._start_method == "fork" else contextlib.nullcontext():
+        with no_collection() if self.start_method == "fork" else contextlib.nullcontext():
             context = start_processes(  # type: ignore[no-untyped-call]
-                self._wrapping_function,
+                self.run_rank,
                 args=(trainer, function, args, kwargs, queue, states),
-                nprocs=len(self._strategy.parallel_devices or ()),
-                start_method=self._start_method,
+                nprocs=len(self.strategy.parallel_devices or ()),
+                start_method=self.start_method,
                 join=False,
             )
         self.procs = context.processes
@@ -93,16 +93,14 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         output = queue.get()
         if trainer is None:
             return output
-        self._recover_results_in_main_process(output, trainer)
-        self._already_fit |= trainer.state.fn == TrainerFn.FITTING and not self._only_tuned
+        self.recover_results(output, trainer)
+        self.already_fit |= trainer.state.fn == TrainerFn.FITTING and not self._only_tuned
         return output.trainer_results
 
     @override
-    def _wrapping_function(
-        self, process_idx: int, trainer: Trainer | None, function: Callable[..., Any], *args: Any
-    ) -> None:
+    def run_rank(self, process_idx: int, trainer: Trainer | None, function: Callable[..., Any], *args: Any) -> None:
         """Run local rank `process_idx` as Lightning does, and report its failure to the other ranks."""
-        if self._start_method == "fork":
+        if self.start_method == "fork":
             # The parent collects garbage from before the fork: the end of a process group waits for its threads.
             gc.freeze()
             if self._collects:
@@ -114,7 +112,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         self.failures = PeerFailures(parent=os.getppid())
         try:
             with reported(self.failures):
-                super()._wrapping_function(process_idx, trainer, partial(self._until_tuned, function), *args)
+                super().run_rank(process_idx, trainer, partial(self._until_tuned, function), *args)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except BaseException as error:
@@ -132,24 +130,24 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             return None
 
     @override
-    def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
+    def collect_results(self, trainer: Trainer, results: Any) -> Any:
         """Send full tensors to the parent, whatever the plan; a collective of all ranks."""
         if trainer.state.fn != TrainerFn.FITTING:
-            return super()._collect_rank_zero_results(trainer, results)
+            return super().collect_results(trainer, results)
         strategy: Any = trainer.strategy
         module, full = trainer.lightning_module, strategy.full_module_state()
         # Lightning asks the module, which holds this rank's shards.
         module.state_dict = lambda *args, **kwargs: full  # type: ignore[method-assign]
         try:
-            return super()._collect_rank_zero_results(trainer, results)
+            return super().collect_results(trainer, results)
         finally:
             del module.state_dict
 
     @override
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
         """Return further results for the parent: the strategy's decisions in the ranks, and the finders' results."""
-        names = getattr(self._strategy, "decided_at_setup", ())
-        decided = {name: getattr(self._strategy, name) for name in names}
+        names = getattr(self.strategy, "decided_at_setup", ())
+        decided = {name: getattr(self.strategy, name) for name in names}
         # As bytes, since Lightning looks for tensors in what it sends, and refuses frozen dataclasses.
         return {
             **super().get_extra_results(trainer),
@@ -162,19 +160,19 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         super().update_main_process_results(trainer, extra)
         decided, values, self._only_tuned = pickle.loads(extra["decided"])
         for name, value in decided.items():
-            setattr(self._strategy, name, value)
+            setattr(self.strategy, name, value)
         give_found(trainer, values)
 
     @override
-    def _recover_results_in_main_process(self, worker_output: Any, trainer: Trainer) -> None:
+    def recover_results(self, output: Any, trainer: Trainer) -> None:
         """Load rank 0's weights, after building a model that `configure_model` builds."""
-        if worker_output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):
+        if output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):
             trainer.lightning_module.configure_model()
         strategy: Any = trainer.strategy
         # Tensors without values before the fork have none here either.
-        if worker_output.weights_path is not None:
+        if output.weights_path is not None:
             strategy.make_all()
-        super()._recover_results_in_main_process(worker_output, trainer)
+        super().recover_results(output, trainer)
 
 
 def join(context: ProcessContext) -> None:

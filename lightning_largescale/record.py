@@ -55,10 +55,8 @@ def _own_hparams(trainer: Trainer) -> dict[str, Any]:
     hparams: dict[str, Any] = {}
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
     for owner in (trainer.lightning_module, datamodule):
-        if owner is not None and compat.logs_hparams(owner):
-            hparams.update(owner.hparams_initial)
-    # LightningCLI keeps this there for itself.
-    hparams.pop("_class_path", None)
+        if owner is not None:
+            hparams.update(compat.logged_hparams(owner))
     return hparams
 
 

@@ -163,7 +163,7 @@ class LargeScaleStrategy(ParallelStrategy):
     @override
     def accelerator(self) -> Accelerator | None:
         """The trainer's accelerator: CPU or CUDA."""
-        return self._accelerator
+        return super().accelerator
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator | None) -> None:
@@ -173,7 +173,7 @@ class LargeScaleStrategy(ParallelStrategy):
                 f"accelerator={name!r} is not one that {type(self).__name__} trains on;"
                 " use accelerator='cpu' or 'cuda'."
             )
-        self._accelerator = accelerator
+        ParallelStrategy.accelerator.fset(self, accelerator)  # type: ignore[attr-defined]
 
     @property
     @override
@@ -363,7 +363,7 @@ class LargeScaleStrategy(ParallelStrategy):
             hardware=self._hardware,
             compile=self._compile,
             styles=self._styles,
-            layer_sync=self._layer_sync,
+            layer_sync=compat.layer_sync(self),
             clipping=Toggled(lambda: self._techniques.all(Technique.clip)),
             unshard=self.make_whole,
             end_steps=lambda: self._techniques.each(Technique.end_steps),
@@ -459,7 +459,7 @@ class LargeScaleStrategy(ParallelStrategy):
         Raises:
             PlanError: an optimizer has parameters that are not the module's, or cannot step on shards.
         """
-        self._reset_optimizers_and_schedulers()
+        self.optimizers, self.lr_scheduler_configs = [], []
         super().setup_optimizers(trainer)
         # Lightning's placeholder for a missing optimizer has nothing to step.
         optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]

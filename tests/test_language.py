@@ -74,7 +74,6 @@ def relative_summaries(tree: ast.AST) -> list[str]:
 
 # Modules whose docstrings are still to be reworded; the list only shrinks.
 STILL = {
-    *(f"compat/of_{name}" for name in ("autograd", "distributed", "fsdp", "lightning", "python", "torch")),
     "parallel/adapted_optimizer",
 }
 

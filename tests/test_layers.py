@@ -138,7 +138,7 @@ SPOKEN = {
 }
 SPEAKS = "comm.py"
 # The fork that stands for a rank, whose group is none: it asks for its number to make one that does nothing.
-EXEMPT = {"compat/of_distributed.py"}
+EXEMPT = {"compat/distributed.py"}
 
 
 def on_the_default_group(tree: ast.AST) -> list[str]:

@@ -212,7 +212,10 @@ class _BlockForward:
         )
         if not plain or tensor.untyped_storage().nbytes() < SMALL_BYTES:
             return False
-        return not isinstance(tensor._base, nn.Parameter) and tensor.untyped_storage().data_ptr() not in self._stays
+        return (
+            not isinstance(compat.view_base(tensor), nn.Parameter)
+            and tensor.untyped_storage().data_ptr() not in self._stays
+        )
 
 
 class _ResidentTensor:

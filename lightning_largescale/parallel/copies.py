@@ -296,7 +296,7 @@ def _copied_part(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
     """Put new shards into `memo`, the results of a deep copy by id, and placeholders for hooks that unshard."""
     for part in module.modules():
-        memo |= {id(hook): _LEFT_OUT for hooks in _hooks(part) for hook in hooks.values() if _gathers(hook)}
+        memo |= {id(hook): _LEFT_OUT for hooks in compat.hook_tables(part) for hook in hooks.values() if _gathers(hook)}
     for parameter in module.parameters():
         if isinstance(parameter, DTensor):
             shard = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -305,15 +305,11 @@ def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
 
 def _remove_hooks(module: nn.Module, which: Callable[[Any], bool]) -> None:
     for part in module.modules():
-        keys = [key for hooks in _hooks(part) for key, hook in hooks.items() if which(hook)]
+        keys = [key for hooks in compat.hook_tables(part) for key, hook in hooks.items() if which(hook)]
         # Keys are unique among hooks; the options of a hook's registration have the hook's key in other dictionaries.
-        for hooks in _hooks(part):
+        for hooks in compat.hook_tables(part):
             for key in keys:
                 hooks.pop(key, None)
-
-
-def _hooks(part: nn.Module) -> list[dict[int, Any]]:
-    return [value for name, value in vars(part).items() if name.endswith("_hooks") and isinstance(value, dict)]
 
 
 def _gathers(hook: Any) -> bool:

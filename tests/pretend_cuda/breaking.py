@@ -215,7 +215,7 @@ BREAKS = (
     ),
     Break(
         "gradients are used before they came",
-        "compat/of_distributed.py",
+        "compat/fsdp_groups.py",
         "lambda: [event.synchronize() for event in events]",
         "lambda: None",
         "release",
