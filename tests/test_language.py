@@ -31,7 +31,6 @@ STILL = {
     *(
         f"parallel/{name}"
         for name in (
-            "adapted_optimizer",
             "agreement",
             "alike",
             "average",
