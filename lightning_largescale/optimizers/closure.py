@@ -1,4 +1,7 @@
-"""Evaluation of a step's closure, which runs forward and backward, before the optimizer steps on other tensors."""
+"""Evaluation of a step's closure, which runs forward and backward, before the optimizer steps.
+
+Forward and backward are the module's own, and must not see the tensors that an optimizer holds during its step.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +9,70 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
 
+from lightning_largescale.optimizers.trial import has_modes
+
+_Closure = Callable[[], Any]
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Arguments:
-    """Evaluate the closure among the arguments of `step`, if there is one.
+def evaluate_first(optimizer: Optimizer, closure: _Closure, *, paged: bool = False) -> _Closure:
+    """Evaluate `closure`, and return one that only returns the result.
 
-    Forward and backward are the module's own, and must not see the tensors that the optimizer holds during its step.
+    An optimizer that may evaluate it again, or later in its step, gets it as it is. Those of torch evaluate it once and
+    first, except for LBFGS, and others must if they step on shards or pages.
 
     Args:
-        args: as a hook of the step receives them, the optimizer first.
-        kwargs: as a hook receives them.
+        optimizer: the optimizer, without Lightning's wrapper.
+        closure: the closure that runs forward and backward.
+        paged: whether the optimizer steps page by page.
+    """
+    sharded = any(isinstance(one, DTensor) for group in optimizer.param_groups for one in group["params"])
+    plain = isinstance(optimizer, LBFGS) or has_modes(optimizer)
+    return closure if plain and not (sharded or paged) else _evaluated(closure)
+
+
+def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Arguments:
+    """Evaluate the closure among the arguments of `step`, as a hook of the step receives them, if there is one.
 
     Returns:
         The arguments, with a closure that only returns the result.
     """
-    return _with_closure(args, kwargs, _evaluated)
+    return _replaced(args, kwargs, _evaluated)
 
 
 def after_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any], then: Callable[[], None]) -> _Arguments:
-    """Make the closure among the arguments of `step` call `then` last; without a closure, call `then` now.
+    """Return the arguments of `step` with a closure that calls `then` last; without a closure, call `then` now."""
+    found = []
 
-    Args:
-        args: as a hook of the step receives them, the optimizer first.
-        kwargs: as a hook receives them.
-        then: code that must follow forward and backward.
-    """
-
-    def followed(closure: Callable[[], Any]) -> Callable[[], Any]:
+    def followed(closure: _Closure) -> _Closure:
         def evaluate() -> Any:
             result = closure()
             then()
             return result
 
+        found.append(closure)
         return evaluate
 
-    if _closure_of(args, kwargs) is None:
+    result = _replaced(args, kwargs, followed)
+    if not found:
         then()
-    return _with_closure(args, kwargs, followed)
+    return result
 
 
-def _evaluated(closure: Callable[[], Any]) -> Callable[[], Any]:
+def _evaluated(closure: _Closure) -> _Closure:
     with torch.enable_grad():
         result = closure()
     return lambda: result
 
 
-def _closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    return closure if callable(closure) else None
-
-
-def _with_closure(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Callable[[], Any]], Callable[[], Any]]
-) -> _Arguments:
-    """Return the arguments of `step` with `change` of their closure in its place, if they have one."""
-    closure = _closure_of(args, kwargs)
-    if closure is None:
+def _replaced(args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[_Closure], _Closure]) -> _Arguments:
+    by_position = len(args) > 1
+    closure = args[1] if by_position else kwargs.get("closure")
+    if not callable(closure):
         return args, dict(kwargs)
-    if len(args) > 1:
+    if by_position:
         return (args[0], change(closure), *args[2:]), dict(kwargs)
     return args, {**kwargs, "closure": change(closure)}

@@ -140,22 +140,38 @@ def _tried(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], samples: S
         failure = "its steps on DTensors are not those on whole parameters"
     except Exception as error:
         failure = f"it does not step on DTensors ({in_words(error)})"
-    whole_keys: frozenset[str] = frozenset()
-    block_sizes: dict[str, int] = {}
+    sizes: dict[str, int | None] = {}
     for dim in sorted({dim for sample in samples for dim in _dims_of(sample.like)}):
         try:
             halves = [steps(partial(_half, dim, number), step_in_view) for number in range(2)]
         except Exception as error:
             return OptimizerTraits(refusal=f"{failure}, nor on parts of parameters ({in_words(error)})")
-        joined = [
-            torch.cat([one, other], dim) if dim in _dims_of(sample.like) else one
-            for sample, (one,), (other,) in zip(samples, *(half.values for half in halves), strict=True)
-        ]
-        if not all(map(same, samples, expected, joined)):
+        if not all(map(same, samples, expected, _joined(dim, samples, halves))):
             return OptimizerTraits(refusal=f"{failure}, and its step on a parameter is not that on its parts")
-        equal, blocks = _sorted_keys(samples, full, halves)
-        whole_keys, block_sizes = whole_keys | equal, block_sizes | blocks
-    return OptimizerTraits(local=True, whole_keys=whole_keys - block_sizes.keys(), block_sizes=block_sizes)
+        for sample, (state,), (one,), (other,) in zip(
+            samples, full.states, *(half.states for half in halves), strict=True
+        ):
+            if isinstance(sample.like, DTensor):
+                _note_sizes(sizes, sample.start, state, one, other)
+    return OptimizerTraits(
+        local=True,
+        whole_keys=frozenset(key for key, size in sizes.items() if size is None),
+        block_sizes={key: size for key, size in sizes.items() if size is not None},
+    )
+
+
+def _note_sizes(
+    sizes: dict[str, int | None], start: Tensor, state: Mapping[str, Any], *halves: Mapping[str, Any]
+) -> None:
+    """Note the block sizes of state of other shapes than the parameter's; None if it is equal for both halves."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.shape == start.shape:
+            continue
+        if all(half[key].shape == value.shape and torch.equal(half[key], value) for half in halves):
+            sizes.setdefault(key, None)
+        else:
+            size, rest = divmod(start.numel(), value.numel())
+            sizes[key] = 0 if rest else size
 
 
 def _samples(optimizer: Optimizer, initial: _InitialState) -> tuple[list[Mapping[str, Any]], list[Sample]]:
@@ -204,27 +220,11 @@ def _half(dim: int, number: int, sample: Sample, tensor: Tensor) -> Sequence[Ten
     return [tensor.chunk(2, dim)[number].clone() if dim in _dims_of(sample.like) else tensor]
 
 
-def _sorted_keys(
-    samples: Sequence[Sample], full: SteppedSamples, halves: Sequence[SteppedSamples]
-) -> tuple[frozenset[str], dict[str, int]]:
-    """Return the keys of state that is equal for shards and the full parameter, and the block sizes of other state.
-
-    State of the parameter's own shape, and state that is no tensor, is in neither.
-    """
-    equal: set[str] = set()
-    blocks: dict[str, int] = {}
-    for index, sample in enumerate(samples):
-        (state,) = full.states[index]
-        for key, value in state.items() if isinstance(sample.like, DTensor) else ():
-            if not isinstance(value, Tensor) or value.shape == sample.start.shape:
-                continue
-            parts = [half.states[index][0][key] for half in halves]
-            if all(part.shape == value.shape and torch.equal(part, value) for part in parts):
-                equal.add(key)
-            else:
-                size, rest = divmod(sample.start.numel(), value.numel())
-                blocks[key] = 0 if rest else size
-    return frozenset(equal - blocks.keys()), blocks
+def _joined(dim: int, samples: Sequence[Sample], halves: Sequence[SteppedSamples]) -> list[Tensor]:
+    return [
+        torch.cat([one, other], dim) if dim in _dims_of(sample.like) else one
+        for sample, (one,), (other,) in zip(samples, *(half.values for half in halves), strict=True)
+    ]
 
 
 def check_takes_rows(optimizer: Optimizer, tables: Mapping[Tensor, str], initial: _InitialState) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ LARGE = 4096
 # Rows and columns, small enough for milliseconds: of a tensor that optimizers treat as small, and of one that they
 # treat as large even when it is halved.
 SMALL_SIDES, LARGE_SIDES = (16, 8), (256, 128)
-STEPS = 3
+_STEPS = 3
 # Used in place of the user's, which may be zero at first, or so small that rounding hides the change.
 _LEARNING_RATE = 1e-2
 # Relative to the change by the steps: rounding, even Muon's in bfloat16, is below it; mixing of elements is far above.
@@ -67,12 +67,13 @@ class Sample:
     sparse: bool = False
 
 
-class SteppedSamples(NamedTuple):
-    """The result of the steps on samples.
+@dataclass(frozen=True, kw_only=True)
+class SteppedSamples:
+    """The values and the state of the slices of each sample after the steps.
 
     Attributes:
-        values: the values of the slices of each sample.
-        states: their state.
+        values: the values.
+        states: the state.
         evaluates_again: whether a step evaluated the loss again, or at other values than it began with.
     """
 
@@ -84,7 +85,6 @@ class SteppedSamples(NamedTuple):
 _Closure = Callable[[], Tensor]
 # Returns the slices of a sample, given a tensor of its shape.
 Split = Callable[[Sample, Tensor], Sequence[Tensor]]
-Step = Callable[[Optimizer, _Closure], None]
 
 
 @contextlib.contextmanager
@@ -96,29 +96,20 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def draw(shape: Sequence[int], like: Tensor, *, seed: int, device: torch.device | None = None) -> list[Tensor]:
-    """Return initial values of a sample, and noise for each step.
-
-    Args:
-        shape: their shape.
-        like: a parameter of their dtype.
-        seed: seed of the random numbers.
-        device: their device; None for the device of `like`.
-    """
+    """Return initial values of a sample, and noise for each step, of the dtype and on the device of `like`."""
     generator = torch.Generator().manual_seed(seed)
     # Rows of very different magnitudes; otherwise their means would be alike in all shards.
     scale = torch.logspace(-2, 1, shape[0] if shape else 1).view(-1, *[1] * (len(shape) - 1))
-    scales = [scale, *[scale.flip(0)] * STEPS]
-    made = [torch.randn(tuple(shape), generator=generator) * one for one in scales]
+    made = [torch.randn(tuple(shape), generator=generator) * one for one in (scale, *[scale.flip(0)] * _STEPS)]
     return [one.view(tuple(shape)).to(device or like.device, like.dtype) for one in made]
 
 
-def whole(sample: Sample, tensor: Tensor) -> Sequence[Tensor]:
-    """Return the full tensor as the only slice of a sample."""
-    return [tensor]
-
-
 def step_samples(
-    optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], samples: Sequence[Sample], split: Split, step: Step
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    samples: Sequence[Sample],
+    split: Split,
+    step: Callable[[Optimizer, _Closure], None],
 ) -> SteppedSamples:
     """Let a copy of `optimizer` step on slices of samples.
 
@@ -138,7 +129,7 @@ def step_samples(
         for part in own if sample.state else ():
             clone.state[part] = {key: _small(value, sample.like, part) for key, value in sample.state.items()}
     evaluated: list[bool] = []
-    for number in range(STEPS):
+    for number in range(_STEPS):
         before = [(part, part.detach().clone()) for own in parts for part in own]
 
         def closure(number: int = number, before: Sequence[tuple[Tensor, Tensor]] = before) -> Tensor:
@@ -154,7 +145,7 @@ def step_samples(
     return SteppedSamples(
         values=[[part.detach() for part in own] for own in parts],
         states=[[dict(clone.state.get(part, {})) for part in own] for own in parts],
-        evaluates_again=len(evaluated) > STEPS or not all(evaluated),
+        evaluates_again=len(evaluated) > _STEPS or not all(evaluated),
     )
 
 
@@ -182,21 +173,25 @@ def step_one_by_one(optimizer: Optimizer, closure: _Closure) -> None:
     """Step as on pages: after the closure, on one parameter after the other, with the groups' options from before."""
     closure()
     options = [options_of(group) for group in optimizer.param_groups]
-    every = [(number, one) for number, group in enumerate(optimizer.param_groups) for one in group["params"]]
-    for number, parameter in every:
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            set_options(group, own)
-        view = LocalView(optimizer)
-        # A new tensor, so the optimizer does not find data that it keeps by parameter outside of its state.
-        view.hold_as(number, parameter, _alias)
-        bare_step(optimizer)()
-        view.end()
+    for number, parameters in enumerate([group["params"] for group in optimizer.param_groups]):
+        for parameter in parameters:
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                set_options(group, own)
+            view = LocalView(optimizer)
+            # A new tensor, so the optimizer does not find data that it keeps by parameter outside of its state.
+            view.hold_as(number, parameter, _alias)
+            bare_step(optimizer)()
+            view.end()
+
+
+def whole(sample: Sample, tensor: Tensor) -> Sequence[Tensor]:
+    """Return the full tensor as the only slice of a sample."""
+    return [tensor]
 
 
 def same(sample: Sample, expected: Tensor, found: Tensor) -> bool:
     """Return whether two ways to step made the same change to a sample, up to rounding."""
-    change = (expected - sample.start).norm()
-    return bool((found - expected).norm() <= _TOLERANCE * change)
+    return bool((found - expected).norm() <= _TOLERANCE * (expected - sample.start).norm())
 
 
 def clone_of(optimizer: Optimizer, param_groups: list[dict[str, Any]]) -> Optimizer:
@@ -230,8 +225,7 @@ def in_words(error: Exception) -> str:
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     options = options_of(group)
-    rate = options.get("lr")
-    if rate is not None:
+    if (rate := options.get("lr")) is not None:
         options["lr"] = torch.full_like(rate, _LEARNING_RATE) if isinstance(rate, Tensor) else _LEARNING_RATE
     return options
 
@@ -245,10 +239,9 @@ def _small(value: Any, like: Tensor, part: Tensor) -> Any:
 
 def _sparse(gradient: Tensor, noise: Tensor) -> Tensor:
     """Return the rows of `gradient` in which `noise` is not zero, as a sparse tensor."""
-    rows = noise.any(1).nonzero().squeeze(1)
-    return torch.sparse_coo_tensor(
-        rows.unsqueeze(0), gradient[rows], gradient.shape, check_invariants=False, is_coalesced=True
-    )
+    rows = noise.any(1).nonzero()
+    values = gradient[rows.squeeze(1)]
+    return torch.sparse_coo_tensor(rows.t(), values, gradient.shape, check_invariants=False, is_coalesced=True)
 
 
 def _alias(tensor: Tensor) -> Tensor:
