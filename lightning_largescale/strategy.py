@@ -32,6 +32,7 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.launch import check_start_method, configure_launcher
 from lightning_largescale.offload.offloaded_parameters import bring_back
+from lightning_largescale.optimizers.closure import evaluate_first
 from lightning_largescale.parallel.compile import check_compile
 from lightning_largescale.parallel.copies import find_copies, whole_copies
 from lightning_largescale.parallel.embedding import make_tables_whole, whole_tables
@@ -602,23 +603,24 @@ class LargeScaleStrategy(ParallelStrategy):
         Raises:
             PlanError: the gradients are local to this rank: they were not reduced.
         """
-        assert self._run is not None
-        clipping = self._run.clipping
+        run = self._run
+        assert run is not None
         if not self._module().automatic_optimization:
             self._techniques.each(Technique.check_gradients, optimizer)
-        with self._techniques.all(Technique.update) as runners, clipping.step():
+        with self._techniques.all(Technique.update) as runners, run.clipping.step():
 
             def evaluate() -> Any:
-                clipping.leave()
-                run = closure
+                run.clipping.leave()
+                inner = closure
                 for runner in filter(None, runners):
-                    run = partial(runner, run)
-                result = run()
+                    inner = partial(runner, inner)
+                result = inner()
                 self._techniques.each(Technique.check_gradients, optimizer)
-                clipping.enter()
+                run.clipping.enter()
                 return result
 
-            result = super().optimizer_step(optimizer, evaluate, *args, **kwargs)
+            evaluated = evaluate_first(optimizer, evaluate, paged=run.in_pages)
+            result = super().optimizer_step(optimizer, evaluated, *args, **kwargs)
         self._techniques.each(Technique.after_update)
         return result
 

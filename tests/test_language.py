@@ -73,9 +73,7 @@ def relative_summaries(tree: ast.AST) -> list[str]:
 
 
 # Modules whose docstrings are still to be reworded; the list only shrinks.
-STILL = {
-    "parallel/adapted_optimizer",
-}
+STILL = {}
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:

@@ -124,7 +124,7 @@ class HostPlaces(Places):
     def _copies(self, entry: ParamEntry) -> bool:
         """Return whether `entry` is on the device and its state is not."""
         on_device = entry.local.device.type == self._lanes.device.type
-        return on_device and bool(entry.kind.dtypes) and self._others.keeps(entry)
+        return on_device and bool(entry.spec.dtypes) and self._others.keeps(entry)
 
 
 def _aligned_bytes(span: ParamSlice) -> int:

@@ -1,4 +1,4 @@
-"""One turn of a paged step: the optimizer holds the elements of a page in place of its parameters.
+"""One optimizer step over some pages: the optimizer holds their elements in place of its parameters.
 
 Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.2.2; Dettmers et al. 2023, "QLoRA", section 3 (paged
     optimizers).
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_largescale.dtensors import local_of
@@ -19,24 +19,26 @@ from lightning_largescale.offload.paged_state import PagedState, as_divided
 from lightning_largescale.offload.pages import ParamEntry, ParamSlice
 from lightning_largescale.offload.places import elements
 from lightning_largescale.offload.store import Transfer
+from lightning_largescale.optimizers.local_view import LocalView
 
 
-class Turn:
-    """A turn in which an optimizer holds slices of parameters in place of the parameters.
+class PageStep(LocalView):
+    """A view in which an optimizer holds slices of parameters in place of the parameters.
 
     Args:
-        optimizer: The optimizer, with empty groups.
+        optimizer: The optimizer, whose groups are emptied.
         paged: The pages of its state.
         made: Dictionary that receives the new state of each parameter.
     """
 
     def __init__(self, optimizer: Optimizer, paged: PagedState, made: dict[ParamEntry, dict[str, Any]]) -> None:
-        self._optimizer, self._paged, self._made = optimizer, paged, made
+        super().__init__(optimizer)
+        self._paged, self._made = paged, made
         self._lanes: Lanes | None = None
         self._brought: list[tuple[Tensor, Tensor]] = []
-        self._held: list[tuple[ParamEntry, nn.Parameter, Tensor, Mapping[str, Tensor]]] = []
+        self._slices: list[tuple[ParamEntry, Mapping[str, Tensor]]] = []
 
-    def hold(
+    def hold_slice(
         self,
         span: ParamSlice,
         values: Tensor,
@@ -47,46 +49,32 @@ class Turn:
         """Add a slice to the optimizer, with its state in `slots`, or copied from there to the device by `lanes`."""
         state = self._optimizer.state.get(span.entry.parameter)
         self._lanes = lanes or self._lanes
-        # At the first step there is no state to copy; `end` takes what the step creates.
+        # At the first step there is no state to copy; `store` takes what the step creates.
         if lanes is not None and state:
             kept, slots = slots, lanes.bring(slots)
             self._brought += [(kept[key], slot) for key, slot in slots.items()]
-        self._add(
-            span.entry,
-            values,
-            gradient,
-            slots,
-            self._state_of(span, state, slots, values.device) if state else None,
-        )
+        found = self._state_of(span, state, slots, values.device) if state else None
+        self._add(span.entry, values, gradient, slots, found)
 
     def hold_row(self, entry: ParamEntry) -> None:
         """Add a row of zeros in place of an empty shard, since not all optimizers can step on an empty tensor."""
         local = entry.local
         row = local.new_zeros((1, *local.shape[1:]))
         state = self._optimizer.state.get(entry.parameter, {})
-        paged = entry.kind.dtypes
+        paged = entry.spec.dtypes
         found = {key: torch.zeros_like(row, dtype=paged[key]) if key in paged else one for key, one in state.items()}
         self._add(entry, row, torch.zeros_like(row), {}, found or None)
 
-    def end(self) -> Transfer:
+    def store(self) -> Transfer:
         """Store the values and state that the step computed.
 
         Returns:
             The transfer that copies state from the device back to its slots.
         """
-        for entry, part, values, slots in self._held:
-            if values.data_ptr() != part.data_ptr():
-                # Some optimizers assign a new tensor to `parameter.data`.
-                values.copy_(part.detach())
-            made = self._optimizer.state.pop(part, None)
+        for (entry, slots), made in zip(self._slices, self.results(), strict=True):
             if made is not None:
                 self._made[entry] = {key: self._kept(entry, key, value, slots) for key, value in made.items()}
         return Transfer() if self._lanes is None else self._lanes.fetch(self._brought)
-
-    def leave(self) -> None:
-        """Remove the slices' state from the optimizer, also after a step that raised."""
-        for _, part, _, _ in self._held:
-            self._optimizer.state.pop(part, None)
 
     def _add(
         self,
@@ -96,12 +84,8 @@ class Turn:
         slots: Mapping[str, Tensor],
         state: dict[str, Any] | None,
     ) -> None:
-        part = nn.Parameter(values, requires_grad=entry.parameter.requires_grad)
-        part.grad = gradient
-        if state is not None:
-            self._optimizer.state[part] = state
-        self._optimizer.param_groups[self._paged.group_of[entry.parameter]]["params"].append(part)
-        self._held.append((entry, part, values, slots))
+        self.hold(self._paged.group_of[entry.parameter], entry.parameter, values, gradient, state)
+        self._slices.append((entry, slots))
 
     def _state_of(
         self, span: ParamSlice, state: Mapping[str, Any], slots: Mapping[str, Tensor], device: torch.device
@@ -130,7 +114,7 @@ class Turn:
     def _kept(self, entry: ParamEntry, key: str, value: Any, slots: Mapping[str, Tensor]) -> Any:
         """Return the value that `optimizer.state` keeps between steps for a slice's new state `value`."""
         slot = slots.get(key)
-        if not entry.local.numel() and key in entry.kind.dtypes:
+        if not entry.local.numel() and key in entry.spec.dtypes:
             return as_divided(entry.parameter, value[:0])
         if slot is None or not isinstance(value, Tensor) or value.shape != slot.shape:
             # A scalar is not sharded, even if the parameter is a scalar too.

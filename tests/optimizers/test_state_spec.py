@@ -8,12 +8,12 @@ from offload.optimizers import BUILDERS, WHOLE, Counting, GlobalNorm, Lion, diff
 from torch import nn
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.pageable import ask_kinds, kind_key
+from lightning_largescale.optimizers.state_spec import spec_key, state_specs
 
 
 def asked(optimizer):
     parameters = [(one, number) for number, group in enumerate(optimizer.param_groups) for one in group["params"]]
-    return ask_kinds(optimizer, parameters)
+    return state_specs(optimizer, parameters)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -21,8 +21,8 @@ def test_whether_pages_may_end_within_a_parameter_and_what_is_paged(name):
     module = model()
     optimizer = BUILDERS[name](module)
     parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    kinds = asked(optimizer)
-    assert {kind.divisible for kind in kinds.values()} == {name not in WHOLE}
+    specs = asked(optimizer)
+    assert {spec.elementwise for spec in specs.values()} == {name not in WHOLE}
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -35,7 +35,7 @@ def test_whether_pages_may_end_within_a_parameter_and_what_is_paged(name):
                 for key, value in state.items()
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.dim()
             }
-            assert kinds[kind_key(parameter, number)].dtypes == expected
+            assert specs[spec_key(parameter, number)].dtypes == expected
 
 
 class Evaluating(Lion):
@@ -150,7 +150,7 @@ def test_the_optimizer_and_the_random_state_stay_as_they_are(kind):
 
 def test_dtypes_and_the_learning_rate_do_not_matter():
     parameters = [nn.Parameter(torch.ones(5, 5, dtype=dtype)) for dtype in (torch.bfloat16, torch.float64)]
-    kinds = asked(torch.optim.AdamW(parameters, lr=0.0))
-    assert {(key[3], kind.divisible, *kind.dtypes.values()) for key, kind in kinds.items()} == {
+    specs = asked(torch.optim.AdamW(parameters, lr=0.0))
+    assert {(key[3], spec.elementwise, *spec.dtypes.values()) for key, spec in specs.items()} == {
         (dtype, True, dtype, dtype) for dtype in (torch.bfloat16, torch.float64)
     }

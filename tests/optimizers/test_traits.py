@@ -1,4 +1,4 @@
-"""Optimizers are asked whether they can step on the rows of a table."""
+"""Optimizers are probed for whether they can step on the rows of a table."""
 
 from __future__ import annotations
 
