@@ -380,7 +380,11 @@ class LargeScaleStrategy(OffloadingStrategy):
         self.precision_plugin.teardown()
         self._undo.close()
         module = self.lightning_module
-        if self.root_device.type != "cpu" and (module is None or sharded_state(module) is None):
+        # A setup that failed may leave a module on the meta device, from which no tensor can be moved.
+        moves = module is None or (
+            sharded_state(module) is None and not any(one.is_meta for one in module.parameters())
+        )
+        if self.root_device.type != "cpu" and moves:
             super().teardown()
             return
         if module is not None:
