@@ -380,11 +380,9 @@ class LargeScaleStrategy(OffloadingStrategy):
         self.precision_plugin.teardown()
         self._undo.close()
         module = self.lightning_module
-        # A setup that failed may leave a module on the meta device, from which no tensor can be moved.
-        moves = module is None or (
-            sharded_state(module) is None and not any(one.is_meta for one in module.parameters())
-        )
-        if self.root_device.type != "cpu" and moves:
+        # A failed setup may leave a module on the meta device, which nothing can be moved from.
+        whole = module is None or not (sharded_state(module) or any(one.is_meta for one in module.parameters()))
+        if self.root_device.type != "cpu" and whole:
             super().teardown()
             return
         if module is not None:
