@@ -74,7 +74,7 @@ class Text(Dataset):
 class Model(LightningModule):
     """A small GPT: of its bytes those of parameters, state and activations are alike many."""
 
-    def __init__(self, optimizer, layers):
+    def __init__(self, optimizer, layers=LAYERS):
         super().__init__()
         self.optimizer = optimizer
         self.token = nn.Embedding(VOCAB, WIDTH)
