@@ -490,7 +490,9 @@ class LargeScaleStrategy(ParallelStrategy):
         self.precision_plugin.teardown()
         self._exits.close()
         module = self.lightning_module
-        if self.root_device.type != "cpu" and (module is None or sharded_state(module) is None):
+        # A failed setup may leave a module on the meta device, which nothing can be moved from.
+        whole = module is None or not (sharded_state(module) or any(one.is_meta for one in module.parameters()))
+        if self.root_device.type != "cpu" and whole:
             super().teardown()
             return
         if module is not None:

@@ -191,6 +191,31 @@ def test_a_cuda_device_trains_as_plainly(tmp_path, tier, kind):
         torch.testing.assert_close(value.cpu(), expected[1][name].cpu(), rtol=1e-3, atol=1e-5)
 
 
+class Halved(Language):
+    """Is evaluated in half precision."""
+
+    def on_validation_start(self):
+        self.to(torch.bfloat16)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.loss(batch).float(), sync_dist=True)
+
+
+def halved(plan):
+    run = trainer(LargeScaleStrategy(plan), devices=plan.world_size, accelerator="cuda", limit_val_batches=2)
+    (found,) = run.validate(Halved(), verbose=False)
+    return found["val_loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_shard_whose_memory_was_replaced_is_what_is_gathered(two, tmp_path, tier, shards):
+    plan = Plan(dp_shard=shards, offload_parameters=tier, nvme_path=str(tmp_path))
+    for found in two.run(halved, plan) if shards > 1 else [halved(plan)]:
+        assert found == pytest.approx(halved(Plan()), rel=1e-2)
+
+
 @pytest.mark.parametrize(("kind", "run", "steps"), [*cases("SGD-clipping")])
 def test_two_ranks_train_as_when_all_stays(two, tmp_path, kind, run, steps):
     plan = Plan(dp_shard=2, nvme_path=str(tmp_path))

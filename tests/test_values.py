@@ -694,3 +694,14 @@ def test_tensors_that_no_module_has_are_built_with_their_values(two):
         assert calls == 2
         assert torch.equal(found, table)
         assert all(torch.equal(first[name], value) for name, value in expected.items())
+
+
+@pytest.mark.gpu
+def test_on_a_device_a_refusal_before_there_are_values_is_what_is_raised(two):
+    two.run(refused_before_values)
+
+
+def refused_before_values():
+    strategy = LargeScaleStrategy(Plan(tp=2), compile=True)
+    with pytest.raises(PlanError, match="cannot be combined with tp=2"):
+        trainer(strategy, devices=2, accelerator="cuda", max_steps=1).fit(Late("llama"))

@@ -78,7 +78,7 @@ def offload_activations(module: nn.Module, plan: Plan, store: Store | None, devi
     tier: Tier
     if plan.offload_activations == "nvme":
         assert store is not None
-        tier = DiskTier(store, device)
+        tier = DiskTier(store, device, plan.prefetched_blocks)
     elif device.type == "cuda":
         tier = HostTier(device)
     else:

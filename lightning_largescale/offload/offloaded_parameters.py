@@ -218,8 +218,11 @@ class SpilledParameters(Places):
         self._fetch(block)
         block.transfer.wait()
         assert block.buffer is not None
-        pairs = zip(shards, block.starts, strict=True)
-        sources = [block.buffer.tensor(shard.dtype, shard.shape, start) for shard, start in pairs]
+        # A shard that was converted, as by `Module.to`, is in memory of its own.
+        sources = [
+            block.buffer.tensor(shard.dtype, shard.shape, start) if block.region.holds(shard) else shard.pin_memory()
+            for shard, start in zip(shards, block.starts, strict=True)
+        ]
         with self._copies.copies(sources) as (found, copied):
             self._return_buffer(block, copied)
             yield found

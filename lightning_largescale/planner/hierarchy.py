@@ -7,13 +7,20 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5; Lv et al. 2023, "Fu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
+from lightning_largescale.tiers import (
+    PAGE_BUFFERS,
+    PAGE_BYTES,
+    REQUEST_BYTES,
+    REQUESTS,
+    aligned,
+    page_buffer_bytes,
+)
 
-# Blocks whose activations are in flight at once: out, while others compute; back, one ahead of its backward.
-_BLOCKS_OUT, _BLOCKS_BACK = 2, 1
+# Blocks whose activations are on their way out at once, and those whose gradients are, beside a CUDA device.
+_BLOCKS_OUT, _GRADIENTS_OUT = 2, 2
 
 
 def parameters_here(sizes: Sizes) -> int:
@@ -64,7 +71,7 @@ def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
     Of two blocks on their way out, the first has left when the next block begins. On CUDA its memory is freed at once,
     so it adds only what exceeds the segment's rise to its peak.
     """
-    most = _BLOCKS_BACK if backward else _BLOCKS_OUT
+    most = sizes.plan.prefetched_blocks if backward else _BLOCKS_OUT
     last: list[int] = []
     found: list[int] = []
     for segment, leaving in zip(sizes.step.segments, sizes.leaving, strict=True):
@@ -150,31 +157,80 @@ def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
 def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
     """Return, by tier, the bytes of one rank kept outside the device's memory.
 
-    On CUDA the staging buffers of transfers to a disk count as DRAM.
+    On CUDA the staging buffers of transfers count as DRAM, and what the last block saves does not leave the device.
     """
-    place, fit = sizes.placement, sizes.workload.stage == "fit"
+    place = sizes.placement
     kept: Counter[str] = Counter(place.state)
     for name, tier in place.groups.items():
-        gradients = fit and not sizes.plan.release_gradients
-        kept[tier] += sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0)
+        kept[tier] += kept_of_group(sizes, name, tier, gradients=not sizes.plan.release_gradients)
     if place.activations is not None:
-        kept[place.activations] += sum(map(sizes.leaving_of, sizes.step.segments))
-    if sizes.kind != "cpu" and (kept["nvme"] or sizes.plan.host_optimizer_step):
+        kept[place.activations] += sum(
+            map(sizes.leaving_of, sizes.step.segments) if sizes.kind == "cpu" else _out(sizes)
+        )
+    if sizes.kind != "cpu":
         kept["cpu"] += staging_bytes(sizes)
     return {tier: size for tier, size in kept.items() if size and tier in place.outside}
 
 
+def kept_of_group(sizes: Sizes, name: str, tier: str, *, gradients: bool) -> int:
+    """Return the bytes of a group's shard, and of its gradients if `gradients`, that are kept in `tier`."""
+    gradients &= sizes.workload.stage == "fit"
+    if sizes.kind != "cpu" and tier == "cpu":
+        return sum(sizes.pinned(name)[: 1 + gradients])
+    return sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0)
+
+
 def staging_bytes(sizes: Sizes) -> int:
     """Return the bytes of a CUDA device's staging buffers in DRAM: for disk transfers, and for the host's step."""
-    place, moved = sizes.placement, moved_in_step(sizes)
-    paged = sum(moved.values()) if sizes.plan.host_optimizer_step else moved.get("nvme", 0)
-    passing = page_buffer_bytes(paged, largest_page(sizes))
-    shards = [sizes.shard(name) for name, tier in place.groups.items() if tier == "nvme"]
-    # Every buffer has the size of the largest shard.
-    passing += (sizes.plan.prefetched_blocks + 1) * max(shards, default=0)
-    if place.activations == "nvme":
-        passing += sum(sorted(map(sizes.leaving_of, sizes.step.segments), reverse=True)[:_BLOCKS_OUT])
-    return passing
+    place = sizes.placement
+    on_disk = [name for name, tier in place.groups.items() if tier == "nvme"]
+    passing = [*place.groups] if sizes.plan.release_gradients else on_disk
+    staging = _page_staging(sizes, on_disk) + shard_staging(sizes, on_disk) + gradient_staging(sizes, passing)
+    return staging + (activation_staging(sizes, _out(sizes)) if place.activations == "nvme" else 0)
+
+
+def shard_staging(sizes: Sizes, on_disk: Sequence[str]) -> int:
+    """Return the bytes of the buffers in DRAM for shards of the groups `on_disk`, each as large as the largest."""
+    return min(len(on_disk), sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, on_disk), default=0)
+
+
+def gradient_staging(sizes: Sizes, groups: Sequence[str]) -> int:
+    """Return the bytes in DRAM of gradients of `groups`, which come there and do not stay."""
+    if sizes.workload.stage != "fit":
+        return 0
+    return sum(sorted((sizes.pinned(name)[1] for name in groups), reverse=True)[:_GRADIENTS_OUT])
+
+
+def activation_staging(sizes: Sizes, saved: Sequence[int]) -> int:
+    """Return the bytes in DRAM of activations on their way to a disk and back, of blocks that save `saved` bytes."""
+    back = sum(sorted(saved, reverse=True)[: sizes.plan.prefetched_blocks + 1])
+    return back + (REQUESTS * REQUEST_BYTES if back else 0)
+
+
+def _page_staging(sizes: Sizes, on_disk: Collection[str]) -> int:
+    """Return the bytes of the page buffers in DRAM for state on a disk, and for parameters that the CPU steps on.
+
+    State that stays in DRAM goes through no buffer.
+    """
+    if sizes.workload.stage != "fit":
+        return 0
+    place, host = sizes.placement, sizes.plan.host_optimizer_step
+    copied = [name for name in sizes.stepped if host and name not in place.groups]
+    beside = sum(sizes.gradient(name, whole=False) for name in on_disk) * (1 if sizes.plan.release_gradients else 2)
+    beside += 2 * sum(sizes.stepped[name][1] for name in copied)
+    state, page = place.state.get("nvme", 0), largest_page(sizes)
+    if not state:
+        page = page * beside // max(1, beside + sum(map(sizes.state, [*on_disk, *copied])))
+    total = aligned(state + beside)
+    return min(PAGE_BUFFERS, -(-total // min(page, PAGE_BYTES))) * min(page, total) if total else 0
+
+
+def _out(sizes: Sizes) -> list[int]:
+    """Return the bytes that each block saves in another tier, beside a CUDA device.
+
+    A block's offload begins with the next block's forward, so the last one's stays.
+    """
+    return [size for size in map(sizes.leaving_of, sizes.step.segments) if size][:-1]
 
 
 def _page_parameter_bytes(sizes: Sizes) -> int:

@@ -15,7 +15,7 @@ from lightning_largescale.plan import Plan
 from lightning_largescale.planner.as_run import divided_step, without_copies
 from lightning_largescale.planner.paging import Paging
 from lightning_largescale.planner.placement import Placement, place
-from lightning_largescale.tiers import shard_bytes
+from lightning_largescale.tiers import pinned_bytes, shard_bytes
 from lightning_largescale.workload import Parameter, Segment, Step, Workload
 from lightning_largescale.workload.workload import only_blocks
 
@@ -69,6 +69,7 @@ class Sizes:
         self._gathered: dict[str | None, int] = {}
         self._states: dict[str | None, int] = {}
         self._shards: dict[str | None, int] = {}
+        self._pinned: dict[str | None, tuple[int, int]] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
 
     @cached_property
@@ -99,6 +100,13 @@ class Sizes:
         if block not in self._shards:
             self._shards[block] = sum(map(self.local, self._group(block)))
         return self._shards[block]
+
+    def pinned(self, block: str | None) -> tuple[int, int]:
+        """Return the bytes of pinned memory that one group's shard takes, and those that its gradients take."""
+        if block not in self._pinned:
+            group = [(pinned_bytes(self.local(one)), one.trainable and one.used) for one in self._group(block)]
+            self._pinned[block] = sum(size for size, _ in group), sum(size for size, trained in group if trained)
+        return self._pinned[block]
 
     def local(self, parameter: Parameter) -> int:
         """Return the bytes of `parameter` that the rank keeps."""

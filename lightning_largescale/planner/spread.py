@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import kept_elsewhere, largest_page
+from lightning_largescale.planner.hierarchy import (
+    activation_staging,
+    gradient_staging,
+    kept_elsewhere,
+    kept_of_group,
+    largest_page,
+    shard_staging,
+)
 from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages, whole_pages
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away
@@ -67,26 +74,29 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     groups = sizes.movable[: len(sizes.movable) - choice.groups] if "parameters" in techniques else []
     blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
     saved = sum(_saved(sizes, blocks))
-    trained = [sizes.gradient(name, whole=False) if sizes.workload.stage == "fit" else 0 for name in groups]
     may_stay, stuck = state_that_may_stay(sizes, groups), state_without_pages(sizes, groups)
     stays = min(choice.state_bytes, may_stay - stuck) if "optimizer" in techniques else may_stay - stuck
     state = sizes.optimizer_state - stuck - stays if sizes.workload.stage == "fit" else 0
-    gradients = 0 if "release" in techniques else 1
-    kept = [sizes.shard(name) + gradients * size for name, size in zip(groups, trained, strict=True)]
+    released = "release" in techniques
+    kept = {
+        tier: [kept_of_group(sizes, name, tier, gradients=not released) for name in groups] for tier in ("cpu", "nvme")
+    }
     dram, disk = tiers.get("cpu", 0), tiers.get("nvme")
     narrow = False
-    if sum(kept) + saved + state > dram:
+    if sum(kept["cpu"]) + saved + state + (gradient_staging(sizes, groups) if released else 0) > dram:
         if disk is None:
             return None
         staging = _staging(sizes, groups, blocks) if "cpu" in tiers else 0
         dram, narrow = max(0, dram - staging), dram < staging
-    in_dram, dram = _last_within(groups, kept, dram) if "cpu" in tiers else ([], 0)
+    in_dram, dram = _last_within(groups, kept["cpu"], dram) if "cpu" in tiers else ([], 0)
     saved_tier = "cpu" if saved <= dram and "cpu" in tiers else "nvme"
     state_in_dram = whole_pages(state, dram - (saved if saved_tier == "cpu" else 0))
-    on_disk = sum(kept[: len(kept) - len(in_dram)]) + (saved if saved_tier == "nvme" else 0) + state - state_in_dram
+    on_disk = (
+        sum(kept["nvme"][: len(groups) - len(in_dram)]) + (saved if saved_tier == "nvme" else 0) + state - state_in_dram
+    )
     if on_disk > (disk or 0):
         return None
-    fields: dict[str, Any] = {"release_gradients": "release" in techniques}
+    fields: dict[str, Any] = {"release_gradients": released}
     for name in techniques & {*RECOMPUTATION}:
         fields |= {
             "activation_checkpointing": "selective",
@@ -162,6 +172,5 @@ def _saved(sizes: Sizes, blocks: Sequence[str]) -> list[int]:
 
 def _staging(sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
     """Return an upper bound of the bytes of staging buffers in DRAM for transfers to and from a disk."""
-    shards = (sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, groups), default=0)
-    saved = sorted(_saved(sizes, blocks), reverse=True)[:2]
-    return PAGE_BUFFERS * largest_page(sizes) + shards + sum(saved)
+    passing = shard_staging(sizes, groups) + gradient_staging(sizes, groups)
+    return PAGE_BUFFERS * largest_page(sizes) + passing + activation_staging(sizes, _saved(sizes, blocks))

@@ -76,7 +76,8 @@ def test_beside_a_cuda_device_pages_and_shards_wait_in_dram():
     found = sizes("cuda", **DISK)
     assert page_buffers(found) == 0
     assert parameters_in_flight(found, backward=False) == [0] * 5
-    assert mib(kept_elsewhere(found)["cpu"]) == 6 * 32 + 2 * 16
+    # Buffers of pages, and shards and gradients of two groups.
+    assert mib(kept_elsewhere(found)["cpu"]) == 6 * 32 + 2 * 16 + 2 * 16
     assert "page buffers" not in memory_of(found).terms
 
 
@@ -152,6 +153,8 @@ def test_saved_bytes_of_two_blocks_are_on_their_way_out_and_of_one_back():
     assert [*map(mib, activations_in_flight(found, backward=False))] == [0, 64, 128, 128, 128]
     assert [*map(mib, activations_in_flight(found, backward=True))] == [0, 64, 64, 64, 64]
     assert [*map(mib, found.dropped)] == [0, 64, 128, 192, 256]
+    ahead = sizes(offload_activations="nvme", prefetched_blocks=2)
+    assert [*map(mib, activations_in_flight(ahead, backward=True))] == [0, 64, 128, 128, 128]
     again = sizes(offload_activations="nvme", activation_checkpointing="full", offloaded_blocks=("blocks.0",))
     assert [*map(mib, activations_in_flight(again, backward=False))] == [0, 8, 8, 0, 0]
     assert [*map(mib, again.dropped)] == [0, 64, 64 + 56, 64 + 2 * 56, 64 + 3 * 56]
@@ -185,9 +188,29 @@ def test_what_is_kept_where():
 
 def test_what_goes_to_a_disk_from_cuda_passes_through_dram():
     found = sizes("cuda", **DISK, offload_activations="nvme")
-    # Buffers of pages, the shards of two groups, what two blocks saved.
-    assert mib(staging_bytes(found)) == 6 * 32 + 2 * 16 + 2 * 64
+    # Buffers of pages, shards and gradients of two groups, what two blocks saved, requests.
+    assert mib(staging_bytes(found)) == 6 * 32 + 2 * 16 + 2 * 16 + 2 * 64 + 8 * 4
     assert kept_elsewhere(found)["cpu"] == staging_bytes(found)
+    # One more of each that is fetched ahead; of four blocks the last one's activations stay.
+    ahead = sizes("cuda", **DISK, offload_activations="nvme", prefetched_blocks=2)
+    assert mib(staging_bytes(ahead) - staging_bytes(found)) == 16 + 64
+    assert mib(kept_elsewhere(ahead)["nvme"]) == 144 + 2 * 64 + 3 * 64
+
+
+def test_state_that_stays_in_dram_goes_through_no_buffer_of_a_page():
+    # Two of four bytes of a page are then parameters and gradients.
+    assert mib(staging_bytes(sizes("cuda", offload_optimizer="cpu", host_optimizer_step=True))) == 6 * 16
+    assert mib(staging_bytes(sizes("cuda", offload_optimizer="nvme", host_optimizer_step=True))) == 6 * 32
+    shards = sizes("cuda", offload_parameters="nvme", release_gradients=True)
+    # A third, all 64 MiB of it, and shards and gradients of two groups.
+    assert mib(staging_bytes(shards)) == pytest.approx(64 + 2 * 16 + 2 * 16, abs=1)
+
+
+def test_torch_pins_each_tensor_in_a_power_of_two():
+    odd = tuple(dataclasses.replace(one, shape=(768, 1024), bytes=3 * MIB) for one in workload().parameters)
+    found = sizes("cuda", work=dataclasses.replace(workload(), parameters=odd), offload_parameters="cpu")
+    blocks = sum(one.block is not None for one in odd)
+    assert mib(kept_elsewhere(found)["cpu"]) == blocks * (4 + 4) + mib(found.placement.state["cpu"])
 
 
 def terms_at(what, found):

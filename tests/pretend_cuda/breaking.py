@@ -421,7 +421,7 @@ def _on_a_disk(*values: float) -> tuple[Any, list[Any]]:
     from lightning_largescale.offload.saved import DiskTier, Saved
     from lightning_largescale.offload.store import Store
 
-    tier = DiskTier(Store(Path.cwd()), torch.device("cuda", 0))
+    tier = DiskTier(Store(Path.cwd()), torch.device("cuda", 0), 1)
     made = [Saved("a block", torch.full((65536,), one, device="cuda").untyped_storage(), 0) for one in values]
     tier.settle(tier.send(made))
     return tier, made

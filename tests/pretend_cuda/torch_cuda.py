@@ -267,6 +267,10 @@ def host_memory_stats() -> dict[str, int]:
     return {"allocated_bytes.current": now, "allocated_bytes.peak": peak}
 
 
+def reset_peak_host_memory_stats() -> None:
+    _device.reset_pinned_peak()
+
+
 def reset_peak_memory_stats(one: Any = None) -> None:
     _device.reset_peak(_index(one))
 
