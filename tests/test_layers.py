@@ -24,34 +24,33 @@ LAYERS = [
     {"hub"},
     {"apart"},
     {"hardware", "workload"},
-    {"planner", "parallel", "offload", "lowbit"},
+    {"planner", "parallel", "offload"},
     {
         "agree",
         "callbacks",
         "checkpoint",
-        "building",
-        "connected",
-        "dividing",
         "failures",
-        "stateful",
-        "stepping",
         "fork",
         "launch",
-        "looking",
-        "offloading",
         "precision",
+        "processes",
         "record",
         "requeue",
         "sample",
+        "step_tracer",
         "tuning",
+        "values",
     },
+    {"run"},
+    {"technique"},
+    {"techniques"},
     {"strategy"},
     {"auto"},
     {"registry", "cli"},
     {"__init__"},
 ]
 # The strategy's own helpers may build on one another; the other lines are of equals that never meet.
-HELPERS = next(layer for layer in LAYERS if "stepping" in layer)
+HELPERS = next(layer for layer in LAYERS if "step_tracer" in layer)
 
 
 def part(path: Path) -> str:
@@ -96,6 +95,22 @@ def test_imports_go_one_way(path):
         other = name[1]
         allowed = other == mine or rank.get(other, -1) < rank[mine] or {other, mine} <= HELPERS
         assert allowed, f"{path.name} imports {'.'.join(name)}"
+
+
+def technique_of(path: Path) -> str | None:
+    """The technique whose folder a file is in."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[1] if parts[0] == "techniques" and len(parts) > 2 else None
+
+
+@pytest.mark.parametrize("path", files().values(), ids=files().keys())
+def test_techniques_never_import_one_another(path):
+    mine = technique_of(path)
+    if mine is None:
+        return
+    here = ("lightning_largescale", *path.relative_to(PACKAGE).parts[:-1])
+    for name in imports(ast.parse(path.read_text()), here):
+        assert name[:2] != ("lightning_largescale", "techniques") or name[2] == mine, ".".join(name)
 
 
 def test_autoload_is_standard_library_only():
