@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -23,6 +24,18 @@ from lightning_largescale.launch import watch_peers
 
 # World sizes that earlier Trainers of this process asked for and connected.
 _asked_before: set[int] = set()
+
+
+def check_accelerator(accelerator: Accelerator | None, strategy: str) -> None:
+    """Raise PlanError if `accelerator` is neither the CPU nor CUDA.
+
+    Args:
+        accelerator: the Trainer's accelerator, if it has one yet.
+        strategy: the name of the strategy, for the message.
+    """
+    if accelerator is not None and not isinstance(accelerator, CPUAccelerator | CUDAAccelerator):
+        name = type(accelerator).__name__.removesuffix("Accelerator").lower()
+        raise PlanError(f"accelerator={name!r} is not one that {strategy} trains on; use accelerator='cpu' or 'cuda'.")
 
 
 class Processes:

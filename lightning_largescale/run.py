@@ -21,6 +21,7 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.folder import nvme_folder
+from lightning_largescale.offload.offloaded_parameters import bring_back
 from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.places import Places
 from lightning_largescale.offload.store import Store
@@ -28,6 +29,7 @@ from lightning_largescale.parallel.adapted_optimizer import AdaptedOptimizer
 from lightning_largescale.parallel.embedding import row_sharded
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.mesh import build_mesh, use_mesh
+from lightning_largescale.parallel.shard import adapt
 from lightning_largescale.parallel.sharded import Sharded, sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.processes import Processes
@@ -159,6 +161,39 @@ class Run:
                     " sparse gradients; make it without sparse=True, or leave out offload_optimizer, offload_parameters"
                     " and release_gradients."
                 )
+
+
+def undo_earlier(
+    module: LightningModule,
+    plan: Plan,
+    device: torch.device,
+    world_size: int,
+    unshard: Callable[[], Mapping[Tensor, nn.Parameter]],
+) -> None:
+    """Unshard a module that an earlier plan sharded, unless it can be adapted to `plan`; bring it back from disk.
+
+    Args:
+        module: the module.
+        plan: the plan to apply.
+        device: this rank's device.
+        world_size: the number of processes.
+        unshard: replaces the module's shards with full parameters: a collective.
+
+    Raises:
+        PlanError: the module is sharded over another number of processes.
+    """
+    state = sharded_state(module)
+    if state is not None and not adapt(module, plan, device):
+        if (ranks := state.plan.world_size) != world_size:
+            raise PlanError(
+                f"{type(module).__name__.removeprefix('FSDP')} is divided among {ranks} processes and this Trainer has"
+                f" {world_size}; first call `trainer.strategy.make_whole()` of the other Trainer on all ranks."
+            )
+        unshard()
+    if plan.offload_parameters != "nvme":
+        state = sharded_state(module)
+        groups: dict[str, Any] = {} if state is None else {**state.groups}
+        bring_back(module, groups)
 
 
 class Toggled:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -28,23 +28,20 @@ from lightning_largescale.callbacks import callbacks_of, check_callbacks
 from lightning_largescale.checkpoint import warn_of_left_out
 from lightning_largescale.checkpoint.session import ModuleCheckpoints
 from lightning_largescale.checkpoint.weights import Weights, check_weights
-from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.launch import check_start_method, configure_launcher
-from lightning_largescale.offload.offloaded_parameters import bring_back
 from lightning_largescale.optimizers.closure import evaluate_first
 from lightning_largescale.parallel.compile import check_compile
 from lightning_largescale.parallel.copies import find_copies, whole_copies
 from lightning_largescale.parallel.embedding import make_tables_whole, whole_tables
 from lightning_largescale.parallel.full_params import make_whole, whole_parameters
 from lightning_largescale.parallel.mesh import warn_of_distance
-from lightning_largescale.parallel.shard import adapt
 from lightning_largescale.parallel.sharded import meet, reshard, sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision, plugin_for
-from lightning_largescale.processes import Processes
+from lightning_largescale.processes import Processes, check_accelerator
 from lightning_largescale.record import record_plan
-from lightning_largescale.run import Run, Toggled
+from lightning_largescale.run import Run, Toggled, undo_earlier
 from lightning_largescale.step_tracer import StepTracer
 from lightning_largescale.technique import Technique, Techniques
 from lightning_largescale.techniques.activation_checkpoint.apply import ActivationCheckpoint
@@ -53,7 +50,7 @@ from lightning_largescale.techniques.compile.apply import CompileBlocks
 from lightning_largescale.techniques.fully_shard.apply import FullyShard
 from lightning_largescale.techniques.fully_shard.local_step import LocalOptimizerStep
 from lightning_largescale.techniques.fully_shard.module_copies import ModuleCopies
-from lightning_largescale.techniques.fully_shard.reads import ShardedReads
+from lightning_largescale.techniques.fully_shard.sharded_reads import ShardedReads
 from lightning_largescale.techniques.gradient_release.apply import GradientRelease
 from lightning_largescale.techniques.malloc_policy.apply import MallocPolicy
 from lightning_largescale.techniques.paged_optimizer.apply import PagedOptimizerStep
@@ -168,12 +165,7 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator | None) -> None:
-        if accelerator is not None and not isinstance(accelerator, CPUAccelerator | CUDAAccelerator):
-            name = type(accelerator).__name__.removesuffix("Accelerator").lower()
-            raise PlanError(
-                f"accelerator={name!r} is not one that {type(self).__name__} trains on;"
-                " use accelerator='cpu' or 'cuda'."
-            )
+        check_accelerator(accelerator, type(self).__name__)
         ParallelStrategy.accelerator.fset(self, accelerator)  # type: ignore[attr-defined]
 
     @property
@@ -207,11 +199,7 @@ class LargeScaleStrategy(ParallelStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        """The device of this rank.
-
-        Raises:
-            PlanError: the Trainer has fewer devices than there are ranks on this node.
-        """
+        """The device of this rank."""
         return self._processes.device(self.local_rank)
 
     @property
@@ -251,11 +239,7 @@ class LargeScaleStrategy(ParallelStrategy):
         return {"num_replicas": self.world_size // self.plan.tp, "rank": self.global_rank // self.plan.tp}
 
     def set_world_ranks(self) -> None:
-        """Set the rank and world size of the cluster environment, and adopt its world size if it reports another.
-
-        Raises:
-            PlanError: the environment reports another world size than the number of processes to be started.
-        """
+        """Set the rank and world size of the cluster environment, and adopt its world size if it reports another."""
         self._processes.set_world_ranks()
 
     @override
@@ -266,11 +250,7 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Connect the ranks and, for a given plan, set its precision, in which `configure_model` builds.
-
-        Raises:
-            PlanError: a process group of another world size is initialized already.
-        """
+        """Connect the ranks and, for a given plan, set its precision, in which `configure_model` builds."""
         super().setup_environment()
         self._processes.connect(sums_in_dram=not self._plan_is_given or self.plan.offload_parameters is not None)
         # Raises for a plugin that is not accepted before it converts anything.
@@ -353,7 +333,7 @@ class LargeScaleStrategy(ParallelStrategy):
         plan = self.plan
         plan.check_world_size(self.world_size)
         check_callbacks(callbacks_of(trainer), plan)
-        self._undo_earlier(module, plan)
+        undo_earlier(module, plan, self.root_device, self.world_size, self.make_whole)
         run = Run(
             strategy=self,
             trainer=trainer,
@@ -373,26 +353,6 @@ class LargeScaleStrategy(ParallelStrategy):
         if not run.is_sharded:
             check_tensors(module, plan)
         return run
-
-    def _undo_earlier(self, module: LightningModule, plan: Plan) -> None:
-        """Unshard a module that an earlier plan sharded, unless it can be adapted to `plan`; bring it back from disk.
-
-        Raises:
-            PlanError: the module is sharded over another number of processes.
-        """
-        state = sharded_state(module)
-        if state is not None and not adapt(module, plan, self.root_device):
-            if (ranks := state.plan.world_size) != self.world_size:
-                raise PlanError(
-                    f"{type(module).__name__.removeprefix('FSDP')} is divided among {ranks} processes and this Trainer"
-                    f" has {self.world_size}; first call `trainer.strategy.make_whole()` of the other Trainer on all"
-                    " ranks."
-                )
-            self.make_whole()
-        if plan.offload_parameters != "nvme":
-            state = sharded_state(module)
-            groups: dict[str, Any] = {} if state is None else {**state.groups}
-            bring_back(module, groups)
 
     def _enter_run(self, run: Run) -> None:
         """Adapt the strategy and the Trainer to the techniques until teardown."""
@@ -455,11 +415,7 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Create the optimizers of the current parameters and adapt them to the techniques.
-
-        Raises:
-            PlanError: an optimizer has parameters that are not the module's, or cannot step on shards.
-        """
+        """Create the optimizers of the current parameters and adapt them to the techniques."""
         self.optimizers, self.lr_scheduler_configs = [], []
         super().setup_optimizers(trainer)
         # Lightning's placeholder for a missing optimizer has nothing to step.
@@ -512,11 +468,7 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's training step through the techniques.
-
-        Raises:
-            PlanError: the module's trainable parameters are not those that it had at setup.
-        """
+        """Run the module's training step through the techniques."""
         return self._step("training_step", self.precision_plugin.train_step_context, args, kwargs)
 
     @override
@@ -570,12 +522,7 @@ class LargeScaleStrategy(ParallelStrategy):
         self._techniques.each(Technique.before_backward, closure_loss)
 
     def _backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run Lightning's sequence of a backward, with gradients reduced before the hooks that read them.
-
-        Raises:
-            PlanError: the backward is reentrant, which could not be detected earlier, or the step created trainable
-                parameters.
-        """
+        """Run Lightning's sequence of a backward, with gradients reduced before the hooks that read them."""
         module, precision = self._module(), self.precision_plugin
         with self._techniques.all(Technique.backward):
             self.pre_backward(closure_loss)
@@ -600,11 +547,7 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the closure (forward and backward) and the optimizer's step.
-
-        Raises:
-            PlanError: the gradients are local to this rank: they were not reduced.
-        """
+        """Run the closure (forward and backward) and the optimizer's step."""
         run = self._run
         assert run is not None
         if not self._module().automatic_optimization:
@@ -648,13 +591,8 @@ class LargeScaleStrategy(ParallelStrategy):
         self._techniques.each(Technique.start_evaluation, logged=True)
 
     @override
-    def on_test_start(self) -> None:
-        """Prepare an evaluation in which ranks may have different numbers of batches."""
-        self._techniques.each(Technique.start_evaluation, logged=True)
-
-    @override
     def on_predict_start(self) -> None:
-        """Prepare an evaluation in which ranks may have different numbers of batches."""
+        """Prepare a prediction in which ranks may have different numbers of batches."""
         self._techniques.each(Technique.start_evaluation, logged=False)
 
     @override
@@ -662,15 +600,8 @@ class LargeScaleStrategy(ParallelStrategy):
         """Reshard the parameters that evaluation unsharded."""
         self._techniques.each(Technique.end_evaluation)
 
-    @override
-    def on_test_end(self) -> None:
-        """Reshard the parameters that evaluation unsharded."""
-        self._techniques.each(Technique.end_evaluation)
-
-    @override
-    def on_predict_end(self) -> None:
-        """Reshard the parameters that evaluation unsharded."""
-        self._techniques.each(Technique.end_evaluation)
+    on_test_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_search_end(self) -> None:
         """Hook called at the end of a batch size search."""
@@ -739,30 +670,18 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimizer's state for a checkpoint: a collective.
-
-        Raises:
-            PlanError: shards cut through blocks in which the optimizer keeps its state.
-        """
+        """Return the optimizer's state for a checkpoint: a collective."""
         state = self._checkpoints.optimizer_state(optimizer)
         return super().optimizer_state(optimizer) if state is None else state
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizer states in order, each rank its shards; surplus states or optimizers are skipped.
-
-        Raises:
-            PlanError: a state is of another kind of optimizer, or of other parameters.
-        """
+        """Load the optimizer states in order, each rank its shards; surplus states or optimizers are skipped."""
         self._checkpoints.load_optimizer_states(checkpoint)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint: a directory to which each rank writes its shards, or a file; a collective.
-
-        Raises:
-            PlanError: `filepath` is a folder that is not a checkpoint, or `storage_options` are given for a directory.
-        """
+        """Write a checkpoint: a directory to which each rank writes its shards, or a file; a collective."""
         file = self._checkpoints.save(checkpoint, filepath, storage_options)
         if file is not None:
             super().save_checkpoint(file, filepath, storage_options)

@@ -172,6 +172,10 @@ class Techniques:
         self._techniques = [*techniques]
         self._implemented: dict[str, list[Callable[..., Any]]] = {}
 
+    def __iter__(self) -> Iterator[Technique]:
+        """Iterate over the techniques in order."""
+        return iter(self._techniques)
+
     def _hooks(self, hook: Callable[..., Any]) -> list[Callable[..., Any]]:
         name = hook.__name__
         if name not in self._implemented:

@@ -118,7 +118,7 @@ class Kept(Callback):
             names[parameter]: {key: local(value) for key, value in values.items()}
             for parameter, values in state.items()
         }
-        store = fitted.strategy._store
+        store = fitted.strategy._run.store
         self.written = 0 if store is None else store.written_bytes
 
 
@@ -314,7 +314,7 @@ class Peak(Callback):
     """What the steps of a run held at most, and wrote."""
 
     def on_train_batch_end(self, fitted, module, *given):
-        self.bytes, self.written = peak_bytes("cpu"), fitted.strategy._store.written_bytes
+        self.bytes, self.written = peak_bytes("cpu"), fitted.strategy._run.store.written_bytes
 
 
 def test_auto_keeps_on_a_disk_what_does_not_fit(tmp_path):

@@ -8,7 +8,7 @@ from lightning_largescale.compat.dispatch import *
 from lightning_largescale.compat.distributed import *
 from lightning_largescale.compat.dtensor import *
 from lightning_largescale.compat.fsdp import *
-from lightning_largescale.compat.fsdp_groups import *
+from lightning_largescale.compat.fsdp_gather import *
 from lightning_largescale.compat.fsdp_parameters import *
 from lightning_largescale.compat.generators import *
 from lightning_largescale.compat.lightning import *

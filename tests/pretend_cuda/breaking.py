@@ -215,7 +215,7 @@ BREAKS = (
     ),
     Break(
         "gradients are used before they came",
-        "compat/fsdp_groups.py",
+        "compat/fsdp_gather.py",
         "lambda: [event.synchronize() for event in events]",
         "lambda: None",
         "release",
