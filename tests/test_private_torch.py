@@ -14,7 +14,6 @@ import functools
 import importlib
 import inspect
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -199,24 +198,30 @@ def test_only_in_compat(path, modules):
     assert Uses(ast.parse(path.read_text()), modules[path]).found == []
 
 
-def compat_names() -> list[str]:
-    """Public functions, classes and names that compat offers."""
-    names: list[str] = []
+def offered() -> dict[str, str | None]:
+    """Public names of compat, each with its docstring; None where it has no place for one."""
+    found: dict[str, str | None] = {}
     for node in [node for path in COMPAT.glob("[a-z]*.py") for node in ast.parse(path.read_text()).body]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.append(node.name)
+            assert node.name not in found, f"two modules of compat have a {node.name}"
+            found[node.name] = ast.get_docstring(node)
         elif isinstance(node, ast.Assign):
-            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return [name for name in names if not name.startswith("_")]
+            found |= {target.id: None for target in node.targets if isinstance(target, ast.Name)}
+    return {name: text for name, text in found.items() if not name.startswith("_")}
+
+
+OFFERED = offered()
 
 
 @functools.cache
 def used_names() -> frozenset[str]:
-    """Attributes, and what is imported by name, in all of the package."""
+    """Names of compat that the package reads from it, or imports from it."""
     words = [word for path in FILES.values() for word in ast.walk(ast.parse(path.read_text()))]
-    attributes = {word.attr for word in words if isinstance(word, ast.Attribute)}
-    imported = {alias.name for word in words if isinstance(word, ast.ImportFrom) for alias in word.names}
-    return frozenset(attributes | imported)
+    read = {word.attr for word in words if isinstance(word, ast.Attribute) and ast.unparse(word.value) == "compat"}
+    sources = [
+        word for word in words if isinstance(word, ast.ImportFrom) and word.module == "lightning_largescale.compat"
+    ]
+    return frozenset(read | {name.name for source in sources for name in source.names})
 
 
 @functools.cache
@@ -226,14 +231,11 @@ def text_of_tests() -> str:
     return "".join(path.read_text() for path in (*folder.glob("compat/*.py"), folder / "test_autoload.py"))
 
 
-@pytest.mark.parametrize("name", compat_names())
-def test_each_is_used_and_tested(name):
+@pytest.mark.parametrize("name", OFFERED)
+def test_each_is_used_and_tested_and_says_what_would_replace_it(name):
     assert name in used_names(), f"nothing in the package uses compat.{name}"
     assert re.search(rf"\bcompat\.{name}\b", text_of_tests()), f"tests/compat does not name compat.{name}"
-
-
-def test_no_two_modules_offer_one_name():
-    assert [name for name, count in Counter(compat_names()).items() if count > 1] == []
+    assert OFFERED[name] is None or "Replaced" in OFFERED[name], f"{name} does not say what would replace it"
 
 
 @pytest.mark.parametrize("name", EXCEPTIONS)
