@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
+from lightning_largescale.forward import Forward
 from lightning_largescale.workload.blocks import find_blocks
 
 
@@ -62,12 +63,16 @@ def compile_blocks(module: nn.Module, options: Mapping[str, Any]) -> Callable[[]
 
 def traced_modules(module: nn.Module) -> set[nn.Module]:
     """`module` and those in it whose forward torch.compile traces."""
-    compiled = [
-        part
-        for part in module.modules()
-        if compat.is_compiled(part) or isinstance(vars(part).get("forward"), _Compiled)
-    ]
+    compiled = [part for part in module.modules() if compat.is_compiled(part) or _runs_compiled(part)]
     return {inner for part in compiled for inner in part.modules()}
+
+
+def _runs_compiled(module: nn.Module) -> bool:
+    """Return whether `compile_blocks` compiled `module`, whatever wraps its forward since."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, Forward):
+        forward = forward.original
+    return isinstance(forward, _Compiled)
 
 
 class _Compiled:
