@@ -23,9 +23,11 @@ def test_the_layout_is_that_of_the_tree():
 def test_files_that_it_names_are_there():
     names = re.findall(r"`((?:\w+/)+[\w.]*)`", TEXT)
     roots = (ROOT, ROOT / "lightning_largescale")
-    assert names and all(any((root / name).exists() for root in roots) for name in names)
+    assert names
+    assert all(any((root / name).exists() for root in roots) for name in names)
 
 
 def test_hooks_that_it_names_are_a_technique_s():
     phases = re.findall(r"^\| `(\w+)` \|", TEXT, flags=re.MULTILINE)
-    assert phases and all(hasattr(Technique, name) for name in phases)
+    assert phases
+    assert all(hasattr(Technique, name) for name in phases)

@@ -95,6 +95,12 @@ def test_one_process_trains_as_uncompiled(checkpointing):
     assert fit(plan, 1, compile=EAGER, dropout=0.1) == pytest.approx(fit(plan, 1, dropout=0.1), rel=1e-6)
 
 
+def test_blocks_whose_activations_are_offloaded_too(tmp_path):
+    fields = dict.fromkeys(("offload_activations", "offload_parameters"), "nvme")
+    plan = Plan(nvme_path=str(tmp_path), **fields)
+    assert fit(plan, 1, compile=EAGER) == pytest.approx(fit(None, 1), rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [Plan(), *PLANS])
 def test_inductor(two, plan):
