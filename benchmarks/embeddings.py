@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_largescale import compat
 from lightning_largescale.parallel.embedding import shard_embeddings
 from lightning_largescale.parallel.lookups import Lookups
-from lightning_largescale.parallel.replicate import Replica
+from lightning_largescale.techniques.replicate.replica import Replica
 
 DIM, BAG = 32, 8
 BASE = (100_000, 8192)

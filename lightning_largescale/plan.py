@@ -300,7 +300,7 @@ class Plan:
         "left": none; "trimmed": the heap is trimmed between steps; "watched": it is trimmed whenever it outgrows what
         the step needs; "mapped": tensors are allocated outside of it.
 
-        Source: parallel/heap.py, which gives the reasons.
+        Source: techniques/malloc_policy/heap.py, which gives the reasons.
         """
         if self.dp_shard > 1 or self.offload_parameters is not None or self.offload_activations is not None:
             return "mapped"

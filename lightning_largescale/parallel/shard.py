@@ -30,7 +30,6 @@ from lightning_largescale.parallel.copies import enable_copies
 from lightning_largescale.parallel.equal import equal_weights
 from lightning_largescale.parallel.fsdp_groups import block_tiers, checked_groups, is_shardable
 from lightning_largescale.parallel.gather import renew_groups, start_gathering
-from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.parallel.materialize import to_device
 from lightning_largescale.parallel.mesh import data_mesh, tensor_mesh
 from lightning_largescale.parallel.order import as_ordered
@@ -40,7 +39,6 @@ from lightning_largescale.parallel.rows import rows_of
 from lightning_largescale.parallel.sharded import Sharded, forget_order, set_plan, sharded_state
 from lightning_largescale.parallel.tensor import divide_over
 from lightning_largescale.plan import Plan
-from lightning_largescale.workload.batch import tensor_bytes
 from lightning_largescale.workload.blocks import Group, trained_dtypes
 from lightning_largescale.workload.parts import Part
 
@@ -85,9 +83,6 @@ def shard_groups(
         PlanError: as for `checked_groups`.
     """
     groups = checked_groups(module, plan)
-    if device.type == "cpu" and plan.heap == "mapped":
-        matrices = [tensor_bytes(parameter) for parameter in module.parameters() if parameter.dim() > 1]
-        map_from(min(matrices, default=0))
     state = Sharded(plan=plan, mesh=mesh, on_parts=on_parts)
     # Row-sharded tables are already local to each rank.
     rows = {parameter for parameter in module.parameters() if rows_of(parameter) is not None}

@@ -156,7 +156,7 @@ def first_excess(
 def allocator_share(plan: Plan, kind: str) -> float:
     """Return the bytes lost to fragmentation for each byte that comes and goes in a step.
 
-    Source: measured, benchmarks/results; parallel/heap.py for how the heap is managed.
+    Source: measured, benchmarks/results; techniques/malloc_policy/heap.py for how the heap is managed.
     """
     if kind == "cuda":
         return _CUDA_SHARE

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_largescale import LargeScaleStrategy, Plan
 from lightning_largescale.parallel.average import Average, average_in_place
-from lightning_largescale.parallel.averaging import Seen, average_gradients
+from lightning_largescale.techniques.replicate.averaging import Seen, average_gradients
 
 pytestmark = quiet
 

@@ -13,9 +13,9 @@ from torch import nn
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.compile import compile_blocks, traced_modules
-from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute, remove_recompute
 
 pytestmark = quiet
 

@@ -43,7 +43,7 @@ def _lanes(name: str, old: str, new: str, scenario: str) -> Break:
 
 
 def _saved(name: str, old: str, new: str, scenario: str) -> Break:
-    return Break(name, "offload/saved.py", old, new, scenario)
+    return Break(name, "techniques/activation_offload/saved.py", old, new, scenario)
 
 
 def _shards(name: str, old: str, new: str, scenario: str) -> Break:
@@ -281,9 +281,10 @@ def fit(
     from lightning.pytorch import Trainer
     from models import Language
 
-    from lightning_largescale.offload import activations, pages
+    from lightning_largescale.offload import pages
     from lightning_largescale.plan import Plan
     from lightning_largescale.strategy import LargeScaleStrategy
+    from lightning_largescale.techniques.activation_offload import activations
 
     pages.PAGE_BYTES, activations.SMALL_BYTES = page, 256
     model = Language(layers=layers)
@@ -360,7 +361,7 @@ def asked() -> list[float]:
 def unused() -> list[float]:
     """What comes back is let go before anything waited for it, and its memory taken by what is computed next."""
     torch, _ = _lanes_here()
-    from lightning_largescale.offload.saved import HostTier, Saved
+    from lightning_largescale.techniques.activation_offload.saved import HostTier, Saved
 
     tier = HostTier(torch.device("cuda", 0))
     source = torch.ones(65536, device="cuda")
@@ -376,7 +377,7 @@ def unused() -> list[float]:
 def used() -> list[float]:
     """What leaves is used and gone before it has left, and its memory taken by what is computed next."""
     torch, _ = _lanes_here()
-    from lightning_largescale.offload.saved import HostTier, Saved
+    from lightning_largescale.techniques.activation_offload.saved import HostTier, Saved
 
     tier = HostTier(torch.device("cuda", 0))
     saved = Saved("a block", torch.ones(65536, device="cuda").untyped_storage(), 0)
@@ -391,7 +392,7 @@ def used() -> list[float]:
 def room() -> list[float]:
     """A buffer comes back while it is copied into, and makes room for a larger one."""
     torch, _ = _lanes_here()
-    from lightning_largescale.offload.room import Buffers
+    from lightning_largescale.techniques.activation_offload.room import Buffers
 
     buffers = Buffers(pinned=True)
     source = torch.ones(1 << 20, dtype=torch.uint8, device="cuda")
@@ -418,8 +419,8 @@ def shards() -> list[float]:
 def _on_a_disk(*values: float) -> tuple[Any, list[Any]]:
     """A disk, and storages of these values that have left for it."""
     torch, _ = _lanes_here()
-    from lightning_largescale.offload.saved import DiskTier, Saved
     from lightning_largescale.offload.store import Store
+    from lightning_largescale.techniques.activation_offload.saved import DiskTier, Saved
 
     tier = DiskTier(Store(Path.cwd()), torch.device("cuda", 0), 1)
     made = [Saved("a block", torch.full((65536,), one, device="cuda").untyped_storage(), 0) for one in values]

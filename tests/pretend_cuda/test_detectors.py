@@ -29,8 +29,11 @@ SYNCHRONISES = re.compile(
 OTHERS = {
     ("hardware/hops.py", "torch.cuda.synchronize(there)"): "what is timed, not what is computed",
     ("hardware/measure.py", "torch.cuda.synchronize(device)"): "what is timed, not what is computed",
-    ("offload/saved.py", "event.synchronize()"): "how many buffers there are, not an order",
-    ("parallel/replicate.py", "stream = torch.cuda.stream"): "which stream's pool the buckets are from, not an order",
+    ("techniques/activation_offload/saved.py", "event.synchronize()"): "how many buffers there are, not an order",
+    (
+        "techniques/replicate/replica.py",
+        "stream = torch.cuda.stream",
+    ): "the stream of the buckets' pool, not an order",
     ("compat/fsdp.py", "root._device_handle.synchronize()"): "of torch versions without reset_iter_state",
 }
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
+from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute, remove_recompute
 
 
 class ActivationCheckpoint(Technique):

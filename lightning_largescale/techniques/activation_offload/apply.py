@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from lightning_largescale.offload.activations import offload_activations
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
+from lightning_largescale.techniques.activation_offload.activations import offload_activations
 
 
 class ActivationOffload(Technique):

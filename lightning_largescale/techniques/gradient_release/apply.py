@@ -13,10 +13,10 @@ from typing_extensions import override
 from lightning_largescale import compat
 from lightning_largescale.callbacks import needs_all_gradients
 from lightning_largescale.errors import PlanError
-from lightning_largescale.offload.gradient_release import Release
 from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
+from lightning_largescale.techniques.gradient_release.release import Release
 from lightning_largescale.workload.blocks import find_groups
 
 

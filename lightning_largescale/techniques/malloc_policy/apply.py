@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing_extensions import override
 
 from lightning_largescale.hardware.usage import HeapTrimmer
-from lightning_largescale.parallel.heap import HeapWatch
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
+from lightning_largescale.techniques.malloc_policy.heap import HeapWatch, map_from
+from lightning_largescale.workload.batch import tensor_bytes
 
 
 class MallocPolicy(Technique):
@@ -27,6 +29,13 @@ class MallocPolicy(Technique):
     def wrap(self) -> None:
         if self.run.plan.heap == "watched":
             self._start(0)
+
+    @override
+    def shard(self) -> None:
+        module = self.run.module
+        if self.run.plan.heap == "mapped" and sharded_state(module) is None:
+            matrices = [tensor_bytes(parameter) for parameter in module.parameters() if parameter.dim() > 1]
+            map_from(min(matrices, default=0))
 
     def _start(self, limit_bytes: int) -> None:
         """Return free heap memory to the system above `limit_bytes`, until teardown or the next call."""

@@ -17,9 +17,9 @@ from lightning_largescale.callbacks import callbacks_of, copies_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.copies import equal_copies
 from lightning_largescale.parallel.equal import check_equal_structure, equal_weights
-from lightning_largescale.parallel.replicate import Replica, told_of_reentry
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
+from lightning_largescale.techniques.replicate.replica import Replica, told_of_reentry
 
 
 class Replicate(Technique):

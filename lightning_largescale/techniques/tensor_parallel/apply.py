@@ -17,14 +17,14 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_largescale.callbacks import shows_summary
-from lightning_largescale.parallel.alike import check_equal_batch, equal_random_state
 from lightning_largescale.parallel.mesh import data_group, tensor_mesh
 from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.parallel.tensor import compute_divided, compute_plainly
-from lightning_largescale.parallel.user_styles import apply_styles, check_styles
 from lightning_largescale.precision import asked_precision
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
+from lightning_largescale.techniques.tensor_parallel.alike import check_equal_batch, equal_random_state
+from lightning_largescale.techniques.tensor_parallel.user_styles import apply_styles, check_styles
 from lightning_largescale.workload.divisions import check_division, division_words, share_divided
 from lightning_largescale.workload.workload import Divided
 

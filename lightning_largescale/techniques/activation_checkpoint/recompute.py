@@ -18,9 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward
-from lightning_largescale.parallel.kept import Contexts, keep_products
 from lightning_largescale.parallel.parameter_access import watched
 from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.activation_checkpoint.selective_recompute import Contexts, keep_products
 from lightning_largescale.workload.blocks import find_blocks
 
 

@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
-from lightning_largescale.parallel.averaging import Accumulations, Seen, agree, average_gradients
 from lightning_largescale.parallel.rows import rows_of
+from lightning_largescale.techniques.replicate.averaging import Accumulations, Seen, agree, average_gradients
 from lightning_largescale.workload.kinds import EVERYWHERE, is_plain
 
 # Part of torch's error for a gradient that comes after it was reduced, or after it was taken for unused.

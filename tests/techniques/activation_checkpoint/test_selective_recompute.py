@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_largescale.parallel.compile import compile_blocks
-from lightning_largescale.parallel.recompute import apply_recompute
 from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute
 
 CHEAP = Plan(activation_checkpointing="full", checkpointed_operations="cheap")
 

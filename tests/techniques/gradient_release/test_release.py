@@ -12,13 +12,13 @@ from torch.nn.utils import clip_grad_value_
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.offload.buffers import PageBuffers
-from lightning_largescale.offload.gradient_release import Release
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import Store
-from lightning_largescale.parallel.recompute import apply_recompute
 from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute
+from lightning_largescale.techniques.gradient_release.release import Release
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*without O_DIRECT")]
 

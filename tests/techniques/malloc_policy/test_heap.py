@@ -7,12 +7,12 @@ import threading
 
 import pytest
 
-from lightning_largescale.parallel.heap import HeapWatch
+from lightning_largescale.techniques.malloc_policy.heap import HeapWatch
 
 # In a process of its own: a heap with holes from before is filled first, and its holes are not mappings.
 RETURNED_BYTES = """
 import psutil, torch
-from lightning_largescale.parallel.heap import map_from
+from lightning_largescale.techniques.malloc_policy.heap import map_from
 map_from(8 * 2**20)
 del (first := [torch.ones(4 * 2**20)])[:]  # glibc raises its own limit when so much is freed
 tensors = [torch.ones(2 * 2**20) for _ in range(16)]
@@ -31,7 +31,7 @@ def test_holes_are_given_back(run_python):
 HELD_BYTES = """
 import os, torch
 from lightning_largescale.hardware.usage import held_bytes
-from lightning_largescale.parallel.heap import HeapWatch
+from lightning_largescale.techniques.malloc_policy.heap import HeapWatch
 del (first := [torch.ones(4 * 2**20)])[:]
 base = held_bytes("cpu")
 watch = HeapWatch(base + (int(os.environ["LIMIT_MIB"]) << 20))

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.offload.activations import SMALL_BYTES, offload_activations
 from lightning_largescale.offload.direct import DirectFile
-from lightning_largescale.offload.saved import HostTier, Saved
 from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.parallel.compile import compile_blocks
-from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute, remove_recompute
+from lightning_largescale.techniques.activation_offload.activations import SMALL_BYTES, offload_activations
+from lightning_largescale.techniques.activation_offload.saved import HostTier, Saved
 
 pytestmark = quiet
 
@@ -562,7 +562,7 @@ import sys
 import torch
 from torch import nn
 from lightning_largescale.hardware.usage import peak_bytes, release_free_memory, start_peak
-from lightning_largescale.offload.activations import offload_activations
+from lightning_largescale.techniques.activation_offload.activations import offload_activations
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import Plan
 

@@ -31,9 +31,9 @@ from lightning_largescale import compat
 from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward
-from lightning_largescale.offload.saved import DiskTier, HostTier, Saved, Sent, Tier
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.activation_offload.saved import DiskTier, HostTier, Saved, Sent, Tier
 from lightning_largescale.workload.blocks import find_blocks
 
 # A smaller transfer takes as long as one of this size.

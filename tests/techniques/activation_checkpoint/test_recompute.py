@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute, remove_recompute
 
 FULL = Plan(activation_checkpointing="full")
 

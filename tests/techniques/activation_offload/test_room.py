@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_largescale.offload.room import Buffers, Extents
 from lightning_largescale.offload.store import Store
+from lightning_largescale.techniques.activation_offload.room import Buffers, Extents
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
 

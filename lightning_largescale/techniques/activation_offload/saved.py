@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lightning_largescale.offload.mapped_memory import Memory
-from lightning_largescale.offload.room import Buffers, Extents
 from lightning_largescale.offload.store import Extent, Store, StoreError, Transfer, request_threads
+from lightning_largescale.techniques.activation_offload.room import Buffers, Extents
 from lightning_largescale.tiers import REQUEST_BYTES, aligned
 
 
