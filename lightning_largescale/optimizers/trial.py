@@ -96,7 +96,14 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def draw(shape: Sequence[int], like: Tensor, *, seed: int, device: torch.device | None = None) -> list[Tensor]:
-    """Return initial values of a sample, and noise for each step, of the dtype and on the device of `like`."""
+    """Return initial values of a sample, and noise for each step.
+
+    Args:
+        shape: their shape.
+        like: a parameter of their dtype.
+        seed: the seed of the random numbers.
+        device: their device; None for the device of `like`.
+    """
     generator = torch.Generator().manual_seed(seed)
     # Rows of very different magnitudes; otherwise their means would be alike in all shards.
     scale = torch.logspace(-2, 1, shape[0] if shape else 1).view(-1, *[1] * (len(shape) - 1))
@@ -190,7 +197,13 @@ def whole(sample: Sample, tensor: Tensor) -> Sequence[Tensor]:
 
 
 def same(sample: Sample, expected: Tensor, found: Tensor) -> bool:
-    """Return whether two ways to step made the same change to a sample, up to rounding."""
+    """Return whether two ways to step made the same change to a sample, up to rounding.
+
+    Args:
+        sample: the sample.
+        expected: its values after one way to step.
+        found: its values after the other.
+    """
     return bool((found - expected).norm() <= _TOLERANCE * (expected - sample.start).norm())
 
 

@@ -10,6 +10,7 @@ from ranks import quiet
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
+from lightning_largescale import strategy
 from lightning_largescale.optimizers.closure import after_closure, closure_first, evaluate_first
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -72,15 +73,6 @@ def test_the_closure_is_evaluated_first_unless_it_may_be_evaluated_again(kind, p
     assert len(calls) == (1 if first else 2)
 
 
-class Evaluating(LargeScaleStrategy):
-    """Runs forward and backward before the optimizer's step."""
-
-    def optimizer_step(self, optimizer, closure, *args, **kwargs):
-        first = evaluate_first(optimizer, closure, paged=self._pages)
-        self.evaluated = first is not closure
-        return super().optimizer_step(optimizer, first, *args, **kwargs)
-
-
 class Noting(Language):
     """Clips, skips a step, and notes the hooks around backward and the step in their order."""
 
@@ -110,12 +102,21 @@ class Noting(Language):
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
-def fit(strategy, kind, plan, devices, scaled=False):
-    module = Noting(kind)
+def fit(kind, plan, devices, first=True, scaled=False):
+    """Losses and hooks of a run, and whether the closure was evaluated before the step; never with `first` False."""
+    module, seen = Noting(kind), []
+
+    def evaluate(optimizer, closure, **options):
+        found = evaluate_first(optimizer, closure, **options) if first else closure
+        seen.append(found is not closure)
+        return found
+
     plugins = [MixedPrecision("16-mixed", "cpu")] if scaled else []
-    run = trainer(strategy(plan), devices=devices, max_steps=4, gradient_clip_val=0.1, plugins=plugins)
-    run.fit(module)
-    return module.losses, module.calls, getattr(run.strategy, "evaluated", None)
+    run = trainer(LargeScaleStrategy(plan), devices=devices, max_steps=4, gradient_clip_val=0.1, plugins=plugins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategy, "evaluate_first", evaluate)
+        run.fit(module)
+    return module.losses, module.calls, {*seen}
 
 
 @pytest.mark.parametrize(
@@ -130,14 +131,15 @@ def fit(strategy, kind, plan, devices, scaled=False):
     ids=["plain", "scaled", "LBFGS", "paged", "own paged"],
 )
 def test_hooks_and_numbers_are_those_of_a_closure_that_the_step_evaluates(kind, plan, options):
-    losses, calls, first = fit(Evaluating, kind, plan, 1, **options)
-    assert (losses, calls, None) == fit(LargeScaleStrategy, kind, plan, 1, **options)
-    assert first == (kind is not LBFGS)
+    losses, calls, first = fit(kind, plan, 1, **options)
+    assert (losses, calls, {False}) == fit(kind, plan, 1, first=False, **options)
+    assert first == {kind is not LBFGS}
     assert len(losses) >= 4
 
 
 @pytest.mark.parametrize("kind", [AdamW, Lion, partial(SGD, fused=True)], ids=["AdamW", "own", "fused SGD"])
 def test_it_is_evaluated_first_on_shards(two, kind):
-    found, expected = (two.run(fit, one, kind, Plan(dp_shard=2), 2) for one in (Evaluating, LargeScaleStrategy))
-    for (losses, calls, first), (*numbers, _) in zip(found, expected, strict=True):
-        assert (first, losses, calls) == (True, *numbers)
+    found, expected = (two.run(fit, kind, Plan(dp_shard=2), 2, first) for first in (True, False))
+    for (losses, calls, first), one in zip(found, expected, strict=True):
+        assert first == {True}
+        assert (losses, calls, {False}) == one
