@@ -21,6 +21,7 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.full_params import make_whole
 from lightning_largescale.parallel.order import divided_dims, full, order_of
 from lightning_largescale.plan import Plan
+from lightning_largescale.step_tracer import StepTracer
 from lightning_largescale.strategy import LargeScaleStrategy
 
 pytestmark = [
@@ -182,24 +183,25 @@ def test_another_module_by_the_same_trainer(two):
         assert losses == [pytest.approx(of_one, rel=1e-4) for of_one in expected]
 
 
-class CountsTraces(LargeScaleStrategy):
+class CountsTraces(StepTracer):
     """Counts how often it traces a step."""
 
     traced = 0
 
-    def _traced(self, *args):
+    def trace(self, *args):
         self.traced += 1
-        return super()._traced(*args)
+        return super().trace(*args)
 
 
 def twice_by_trainers(name):
     """How often each of two Trainers in turn traced one module, whole again in between, and of another later."""
     model, counts = Family(name), []
     for one in (model, model, Family(name)):
-        strategy = CountsTraces(Plan(tp=2))
+        strategy = LargeScaleStrategy(Plan(tp=2))
+        strategy._tracer = CountsTraces(strategy)
         trainer(strategy, devices=2, max_steps=1).fit(one)
         make_whole(one)
-        counts.append(strategy.traced)
+        counts.append(strategy._tracer.traced)
     return counts
 
 

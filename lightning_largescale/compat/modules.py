@@ -88,6 +88,18 @@ def hook_nearest(optimizer: Any, before: Any, after: Any) -> Callable[[], None]:
     return remove
 
 
+def has_step_pre_hooks(optimizer: Any) -> bool:
+    """Return whether others than this package have registered pre-hooks on the step of an optimizer, or of all.
+
+    Replaced by a public list of an optimizer's hooks.
+    """
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    hooks = (*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values())
+    modules = (str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks)
+    return not all(module.startswith("lightning_largescale.") for module in modules)
+
+
 @contextmanager
 def without_step_hooks(optimizer: Any) -> Iterator[None]:
     """Context in which steps of `optimizer`, and those of base classes that they call, call no hooks of it.

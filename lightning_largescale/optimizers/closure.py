@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_largescale import compat
 from lightning_largescale.optimizers.trial import has_modes
 
 _Closure = Callable[[], Any]
@@ -21,8 +22,9 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def evaluate_first(optimizer: Optimizer, closure: _Closure, *, paged: bool = False) -> _Closure:
     """Evaluate `closure`, and return one that only returns the result.
 
-    An optimizer that may evaluate it again, or later in its step, gets it as it is. Those of torch evaluate it once and
-    first, except for LBFGS, and others must if they step on shards or pages.
+    An optimizer that may evaluate it again, or later in its step, gets it as it is, and so does one with pre-hooks of
+    the user's, which run before forward in a plain run. Those of torch evaluate it once and first, except for LBFGS,
+    and others must if they step on shards or pages.
 
     Args:
         optimizer: the optimizer, without Lightning's wrapper.
@@ -31,7 +33,8 @@ def evaluate_first(optimizer: Optimizer, closure: _Closure, *, paged: bool = Fal
     """
     sharded = any(isinstance(one, DTensor) for group in optimizer.param_groups for one in group["params"])
     plain = isinstance(optimizer, LBFGS) or has_modes(optimizer)
-    return closure if plain and not (sharded or paged) else _evaluated(closure)
+    later = compat.has_step_pre_hooks(optimizer) or (plain and not (sharded or paged))
+    return closure if later else _evaluated(closure)
 
 
 def closure_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Arguments:

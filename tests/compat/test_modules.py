@@ -1,8 +1,11 @@
+import functools
+
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_largescale import compat
 
@@ -105,3 +108,21 @@ def test_hook_tables():
         (table,) = [table for table in compat.hook_tables(module) if handle.id in table]
         del table[handle.id]
     assert not any(compat.hook_tables(module))
+
+
+def test_pre_hooks_of_others_are_known():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    ours = functools.partial(compat.hook_nearest)
+    assert not compat.has_step_pre_hooks(optimizer)
+    optimizer.register_step_pre_hook(ours)
+    assert not compat.has_step_pre_hooks(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    assert compat.has_step_pre_hooks(optimizer)
+
+
+def test_pre_hooks_of_all_optimizers_are_known():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    assert compat.has_step_pre_hooks(optimizer)
+    handle.remove()
+    assert not compat.has_step_pre_hooks(optimizer)

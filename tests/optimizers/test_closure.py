@@ -102,6 +102,26 @@ class Noting(Language):
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
+class Hooked(Noting):
+    """Has a hook before the optimizer's step, which in a plain run comes before forward."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_pre_hook(lambda *_: self.calls.append("step"))
+        return optimizer
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(offload_optimizer="cpu")])
+def test_a_hook_of_the_user_comes_before_forward_as_in_a_plain_run(plan):
+    calls = []
+    for strategy_ in (LargeScaleStrategy(plan), "auto"):
+        module = Hooked(AdamW)
+        trainer(strategy_, max_steps=3, gradient_clip_val=0.1).fit(module)
+        calls.append([call for call in module.calls if isinstance(call, str)])
+    assert calls[0] == calls[1]
+    assert calls[0][0] == "step"
+
+
 def fit(kind, plan, devices, first=True, scaled=False):
     """Losses and hooks of a run, and whether the closure was evaluated before the step; never with `first` False."""
     module, seen = Noting(kind), []
