@@ -130,6 +130,8 @@ def _tried(optimizer: Optimizer, samples: Mapping[Key, list[Tensor]]) -> Mapping
             for parts, own, one, expected, paged in zip(values, states, whole, whole_states, dtypes, strict=True)
         ]
         if all(alike):
+            # Its traceback refers to this frame, and so would hold the samples on the device.
+            failure = None
             kinds = [Kind(divisible, paged) for paged in dtypes]
             return dict(zip(samples, kinds, strict=True))
         why, failure = "is not that on all of them", None
