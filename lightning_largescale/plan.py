@@ -185,7 +185,11 @@ class Plan:
         return self.dp_replicate * self.dp_shard * self.tp
 
     def validate(self, hardware: Hardware | None = None, workload: Workload | None = None) -> None:
-        """Check the plan against the hardware and the model; an argument that is None is not checked.
+        """Check the plan against the hardware and the model.
+
+        Args:
+            hardware: the hardware; None is not checked.
+            workload: the workload of the model; None is not checked.
 
         Raises:
             PlanError: the sizes do not multiply to the number of processes, the devices cannot compute in the

@@ -21,7 +21,16 @@ AMOUNTS = {
 
 
 def check_count(name: str, value: object, of: str) -> None:
-    """Raise PlanError unless `value` is a whole number, 1 or more."""
+    """Check that `value` is a whole number, 1 or more.
+
+    Args:
+        name: the field's name.
+        value: the field's value.
+        of: the things that it counts, for the error: "devices".
+
+    Raises:
+        PlanError: it is not.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PlanError(f"{name}={value!r} is not accepted; give a whole number of {of}, 1 or more.")
 
@@ -33,7 +42,16 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, accepted: Sequence[str | None]) -> None:
-    """Raise PlanError unless `value` is in `accepted`."""
+    """Check that `value` is one of `accepted`.
+
+    Args:
+        name: the field's name.
+        value: the field's value.
+        accepted: the accepted values, two or more.
+
+    Raises:
+        PlanError: it is not.
+    """
     if value not in accepted:
         *others, last = map(repr, accepted)
         raise PlanError(f"{name}={value!r} is not accepted; give {', '.join(others)} or {last}.")

@@ -20,38 +20,37 @@ LAYERS = [
     {"comm", "plan_fields", "serialize"},
     {"plan_words", "units"},
     {"plan"},
-    {"arithmetic", "console", "forward", "groups", "optimizing", "tiers", "waiting"},
-    {"hub", "pageable"},
+    {"arithmetic", "console", "dtensors", "forward", "groups", "optimizers", "tiers", "waiting"},
+    {"hub"},
     {"apart"},
     {"hardware", "workload"},
-    {"planner", "parallel", "offload", "lowbit"},
+    {"planner", "parallel", "offload"},
     {
         "agree",
         "callbacks",
         "checkpoint",
-        "building",
-        "connected",
-        "dividing",
         "failures",
-        "stateful",
-        "stepping",
         "fork",
         "launch",
-        "looking",
-        "offloading",
         "precision",
+        "processes",
         "record",
         "requeue",
         "sample",
+        "step_tracer",
         "tuning",
+        "values",
     },
+    {"run"},
+    {"technique"},
+    {"techniques"},
     {"strategy"},
     {"auto"},
     {"registry", "cli"},
     {"__init__"},
 ]
 # The strategy's own helpers may build on one another; the other lines are of equals that never meet.
-HELPERS = next(layer for layer in LAYERS if "stepping" in layer)
+HELPERS = next(layer for layer in LAYERS if "step_tracer" in layer)
 
 
 def part(path: Path) -> str:
@@ -98,6 +97,22 @@ def test_imports_go_one_way(path):
         assert allowed, f"{path.name} imports {'.'.join(name)}"
 
 
+def technique_of(path: Path) -> str | None:
+    """The technique whose folder a file is in."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[1] if parts[0] == "techniques" and len(parts) > 2 else None
+
+
+@pytest.mark.parametrize("path", files().values(), ids=files().keys())
+def test_techniques_never_import_one_another(path):
+    mine = technique_of(path)
+    if mine is None:
+        return
+    here = ("lightning_largescale", *path.relative_to(PACKAGE).parts[:-1])
+    for name in imports(ast.parse(path.read_text()), here):
+        assert name[:2] != ("lightning_largescale", "techniques") or name[2] == mine, ".".join(name)
+
+
 def test_autoload_is_standard_library_only():
     tree = ast.parse((PACKAGE / "_autoload.py").read_text())
     assert {name[0] for name in imports(tree, ())} <= sys.stdlib_module_names
@@ -138,7 +153,7 @@ SPOKEN = {
 }
 SPEAKS = "comm.py"
 # The fork that stands for a rank, whose group is none: it asks for its number to make one that does nothing.
-EXEMPT = {"compat/of_distributed.py"}
+EXEMPT = {"compat/distributed.py"}
 
 
 def on_the_default_group(tree: ast.AST) -> list[str]:

@@ -23,7 +23,8 @@ from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import at_rest, held_bytes, peak_bytes, release_free_memory
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.store import DirectFile, Store, StoreError
+from lightning_largescale.offload.direct import DirectFile
+from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -117,7 +118,7 @@ class Kept(Callback):
             names[parameter]: {key: local(value) for key, value in values.items()}
             for parameter, values in state.items()
         }
-        store = fitted.strategy._store
+        store = fitted.strategy._run.store
         self.written = 0 if store is None else store.written_bytes
 
 
@@ -313,7 +314,7 @@ class Peak(Callback):
     """What the steps of a run held at most, and wrote."""
 
     def on_train_batch_end(self, fitted, module, *given):
-        self.bytes, self.written = peak_bytes("cpu"), fitted.strategy._store.written_bytes
+        self.bytes, self.written = peak_bytes("cpu"), fitted.strategy._run.store.written_bytes
 
 
 def test_auto_keeps_on_a_disk_what_does_not_fit(tmp_path):
@@ -558,7 +559,7 @@ class Failing(DirectFile):
 
 @pytest.mark.parametrize("tier", ["optimizer", "both"])
 def test_a_disk_that_fails_in_mid_run_ends_it_with_its_own_error(tmp_path, monkeypatch, tier):
-    monkeypatch.setattr("lightning_largescale.offloading.Store", lambda folder: Store(folder, file=Failing))
+    monkeypatch.setattr("lightning_largescale.run.Store", lambda folder: Store(folder, file=Failing))
     monkeypatch.setattr(Failing, "left", 200)
     monkeypatch.setattr(pages, "PAGE_BYTES", 16 * 1024)
     model = Model()

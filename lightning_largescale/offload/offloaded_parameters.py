@@ -22,10 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.hardware.usage import at_rest, let_rest
 from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.mapped_memory import Memory, Region
-from lightning_largescale.offload.pages import Page, ParamEntry, local_of
+from lightning_largescale.offload.pages import Page, ParamEntry
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.shards import ShardCopies
 from lightning_largescale.offload.store import Store, StoreError, Transfer

@@ -65,6 +65,13 @@ class Saved:
     )
 
     def __init__(self, name: str, storage: torch.UntypedStorage, version: int) -> None:
+        """Create the record of a storage that was saved just now.
+
+        Args:
+            name: The name of the block that saves it.
+            storage: The storage.
+            version: The version of the tensor that was saved.
+        """
         self.name, self.nbytes, self.version = name, storage.nbytes(), version
         self.content: Tensor | None = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.wanted = self.sent = self.used = False

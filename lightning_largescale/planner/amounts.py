@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.optimizing import FUSED
+from lightning_largescale.optimizers.fused import FUSED
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.hierarchy import buffer_bytes, largest_page, moved_in_step
 from lightning_largescale.planner.peak_memory import allocator_share, moments_bytes

@@ -1,0 +1,1 @@
+"""The techniques of a plan: one folder each."""

@@ -1,0 +1,1 @@
+"""The C heap of a training process whose device is the CPU."""

@@ -1,0 +1,1 @@
+"""Optimizer steps page by page, on state that is offloaded."""

@@ -1,0 +1,1 @@
+"""Offload of the parameters and gradients of blocks."""

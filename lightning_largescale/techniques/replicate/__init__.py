@@ -1,0 +1,1 @@
+"""Replication: the full module on every rank, gradients averaged (DDP)."""

@@ -1,0 +1,1 @@
+"""Tensor parallelism: matrices of blocks sharded over ranks that compute the same samples."""
