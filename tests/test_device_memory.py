@@ -101,6 +101,13 @@ class Model(LightningModule):
             return torch.optim.AdamW(self.parameters(), 1e-4)
         if self.optimizer == "Adafactor":
             return torch.optim.Adafactor(self.parameters(), 1e-4)
+        if self.optimizer == "Muon":
+            return torch.optim.Muon([one for one in self.parameters() if one.dim() == 2], 1e-4)
+        if self.optimizer == "AdamW8bit":
+            # To import it begins with CUDA.
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(self.parameters(), 1e-4)
         if self.optimizer in WHOLE:
             return WHOLE[self.optimizer](self.parameters(), 1e-4)
         return torch.optim.SGD(self.parameters(), 1e-4, momentum=0.9 if self.optimizer == "momentum" else 0.0)
@@ -193,6 +200,9 @@ ONE_RANK = {
     "state on a disk, whole matrices": Case(DISK_STATE, "normalized", page_bytes=MIB // 4),
     "state, release, whole matrices": Case({**STATE, **RELEASE}, "normalized", page_bytes=MIB // 4),
     "state in DRAM, and some that no page has": Case(STATE, "factored", page_bytes=MIB // 4),
+    "state in DRAM, Muon": Case(STATE, "Muon", page_bytes=MIB // 4),
+    # Its kernels for the device are not pretended.
+    "host step, bitsandbytes": Case({**STATE, **HOST}, "AdamW8bit", page_bytes=MIB // 4),
     "host step": Case({**STATE, **HOST}),
     "host step from a disk": Case({**DISK_STATE, **HOST}),
     "parameters in DRAM": Case(PARAMETERS),

@@ -130,6 +130,8 @@ def _tried(optimizer: Optimizer, by_key: Mapping[SpecKey, Sample]) -> Mapping[Sp
             )
         )
         if all(alike):
+            # Its traceback refers to this frame, and so would hold the samples on the device.
+            failure = None
             return {key: StateSpec(elementwise, paged) for key, paged in zip(by_key, dtypes, strict=True)}
         why, failure = "is not that on all of them", None
     raise PlanError(

@@ -173,7 +173,14 @@ def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
 
 
 def kept_of_group(sizes: Sizes, name: str, tier: str, *, gradients: bool) -> int:
-    """Return the bytes of a group's shard, and of its gradients if `gradients`, that are kept in `tier`."""
+    """Return the bytes of a group's shard and gradients that are kept in a tier.
+
+    Args:
+        sizes: the sizes of the plan.
+        name: the group's name.
+        tier: the tier, "cpu" or "nvme".
+        gradients: whether gradients stay there until the optimizer's step.
+    """
     gradients &= sizes.workload.stage == "fit"
     if sizes.kind != "cpu" and tier == "cpu":
         return sum(sizes.pinned(name)[: 1 + gradients])

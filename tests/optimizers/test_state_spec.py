@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -154,3 +155,17 @@ def test_dtypes_and_the_learning_rate_do_not_matter():
     assert {(key[3], spec.elementwise, *spec.dtypes.values()) for key, spec in specs.items()} == {
         (dtype, True, dtype, dtype) for dtype in (torch.bfloat16, torch.float64)
     }
+
+
+def test_what_an_optimizer_was_tried_on_goes_at_once():
+    parameter = nn.Parameter(torch.ones(256, 256))
+    gc.collect()
+    gc.disable()
+    try:
+        # It fails on slices first.
+        specs = asked(torch.optim.Muon([parameter]))
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+    finally:
+        gc.enable()
+    assert [spec.elementwise for spec in specs.values()] == [False]
+    assert not [one for one in tensors if one.shape == (256, 128)]
