@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from offload.test_gradient_release import Plain, inputs
+from techniques.gradient_release.test_release import Plain, inputs
 from ranks import quiet
 
 from lightning_largescale.offload.gradient_arrivals import Arrivals
