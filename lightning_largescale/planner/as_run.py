@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from lightning_largescale.plan import MATMUL_TYPE
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 from lightning_largescale.workload import Divided, Segment, Step
 
 

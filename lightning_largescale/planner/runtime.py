@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lightning_largescale.hardware import Hardware, Link, Rates
-from lightning_largescale.plan import MATMUL_TYPE, Plan
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner.as_run import communicated_share
 from lightning_largescale.planner.links import Links, plan_links
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away, Passes, transfers
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 from lightning_largescale.workload import Segment, Workload
 
 # On CPU nothing overlaps: gloo runs a collective on the cores that would compute meanwhile, and FSDP2 waits for each.

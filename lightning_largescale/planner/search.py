@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import MATMUL_TYPE, Plan
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner.advice import faster, would_fit
 from lightning_largescale.planner.offload_search import Offloading, least_plans, offloaded_plans
 from lightning_largescale.planner.peak_memory import MemoryEstimate, first_excess, peak_memory
@@ -25,6 +25,7 @@ from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.selective import fewest_blocks
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
 

@@ -1,0 +1,1 @@
+"""Activation checkpointing: blocks recompute their forward in backward."""

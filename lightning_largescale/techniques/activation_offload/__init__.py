@@ -1,0 +1,1 @@
+"""Offload of the tensors that blocks save for backward."""

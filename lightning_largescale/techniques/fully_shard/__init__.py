@@ -1,0 +1,1 @@
+"""Sharding of parameters, gradients and optimizer state over ranks (FSDP2)."""

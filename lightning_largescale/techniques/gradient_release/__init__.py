@@ -1,0 +1,1 @@
+"""Gradient release: blocks are updated during backward."""

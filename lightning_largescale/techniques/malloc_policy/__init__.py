@@ -1,0 +1,1 @@
+"""Treatment of heap fragmentation on the CPU."""

@@ -1,0 +1,166 @@
+"""Plan fields of a technique, with their checks and words: the base class, and checks that several techniques use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from lightning_largescale.errors import PlanError
+from lightning_largescale.units import parse_bytes
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.workload import Workload
+
+Heap = Literal["left", "trimmed", "watched", "mapped"]
+TIERS = (None, "cpu", "nvme")
+
+
+class PlanFields:
+    """Fields of one technique, of which `Plan` inherits; the defaults are those of a technique that is not in use."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def _check(plan: Plan) -> Mapping[str, object]:
+        """Check each field by itself; return those that are to be stored in another form, by name."""
+        return {}
+
+    @staticmethod
+    def _check_combination(plan: Plan) -> None:
+        """Check the fields against one another and against those of other techniques, all of which are valid."""
+
+    @staticmethod
+    def _check_blocks(plan: Plan, blocks: Collection[str]) -> None:
+        """Check names of blocks against those of a model's repeated blocks."""
+
+    @staticmethod
+    def _check_hardware(plan: Plan, hardware: Hardware) -> None:
+        """Check the fields against the devices."""
+
+    @staticmethod
+    def _check_workload(plan: Plan, workload: Workload) -> None:
+        """Check the fields against a model."""
+
+    @staticmethod
+    def _layout_words(plan: Plan, inner: str) -> str:
+        """Return the use of the ranks in words; `inner` are the words of the techniques before, on fewer ranks."""
+        return inner
+
+    @staticmethod
+    def _words(plan: Plan) -> Iterable[str]:
+        """Return the technique in words, if it is in use."""
+        return ()
+
+    @staticmethod
+    def _last_resort(plan: Plan) -> bool:
+        """Return whether the technique is in use and one of those taken only if nothing fits without: the fewer, the
+        simpler.
+        """
+        return False
+
+    @staticmethod
+    def _heap(plan: Plan) -> Heap:
+        """Return the treatment of the heap on the CPU that the technique needs at least."""
+        return "left"
+
+
+def techniques_of(plan: type[PlanFields]) -> tuple[type[PlanFields], ...]:
+    """Return the techniques of which `Plan` inherits, in its order."""
+    return tuple(base for base in plan.__bases__ if issubclass(base, PlanFields))
+
+
+def check_count(plan: Plan, name: str, of: str) -> None:
+    """Raise PlanError unless the field is a whole number, 1 or more."""
+    value = getattr(plan, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PlanError(f"{name}={value!r} is not accepted; give a whole number of {of}, 1 or more.")
+
+
+def check_flag(plan: Plan, name: str) -> None:
+    """Raise PlanError unless the field is True or False."""
+    value = getattr(plan, name)
+    if not isinstance(value, bool):
+        raise PlanError(f"{name}={value!r} is not accepted; give True or False.")
+
+
+def check_choice(plan: Plan, name: str, accepted: Sequence[str | None]) -> None:
+    """Raise PlanError unless the field is in `accepted`."""
+    value = getattr(plan, name)
+    if value not in accepted:
+        *others, last = map(repr, accepted)
+        raise PlanError(f"{name}={value!r} is not accepted; give {', '.join(others)} or {last}.")
+
+
+def check_modules(plan: Plan, name: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the field, names of modules, as a tuple.
+
+    Raises:
+        PlanError: the field is not a list of distinct names.
+    """
+    names = getattr(plan, name)
+    if not are_names(names):
+        raise PlanError(f"{name}={names!r} is not accepted; give the names of modules, each once, or none.")
+    return {name: tuple(names)}
+
+
+def as_bytes(plan: Plan, *names: str) -> Mapping[str, int]:
+    """Return the amounts of bytes that were given as text."""
+    given = {name: getattr(plan, name) for name in names}
+    return {name: parse_bytes(value, name=name) for name, value in given.items() if isinstance(value, str)}
+
+
+def check_amount(plan: Plan, name: str, of: str, tiers: Sequence[str]) -> None:
+    """Raise PlanError unless the field is None, or a number of bytes and the field `of` is one of `tiers`."""
+    value, tier = getattr(plan, name), getattr(plan, of)
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise PlanError(f"{name}={value!r} is not accepted; give a whole number of bytes, 0 or more.")
+    if tier not in tiers:
+        raise PlanError(
+            f"{name}={value!r} contradicts {of}={tier!r}; give {' or '.join(map(repr, tiers))} there, or leave it out."
+        )
+
+
+def check_names_of_blocks(plan: Plan, name: str, blocks: Collection[str]) -> None:
+    """Raise PlanError if the field has a name that is not in `blocks`."""
+    for one in getattr(plan, name) or ():
+        if one in blocks:
+            continue
+        near = difflib.get_close_matches(one, blocks, 1) or list(blocks)[:1]
+        raise PlanError(
+            f"{name} has {one!r}, which is no repeated block of the model; accepted are its"
+            f" {len(blocks)}, such as {near[0]!r}."
+        )
+
+
+def check_has_blocks(plan: Plan, name: str, workload: Workload, remedy: object) -> None:
+    """Raise PlanError if the model has no repeated blocks, which the field needs."""
+    if not workload.blocks:
+        raise PlanError(
+            f"{name}={getattr(plan, name)!r} needs repeated blocks and {workload.name} has none; use {remedy!r}."
+        )
+
+
+def refuse_together(plan: Plan, name: str, others: Mapping[str, bool], why: str = "") -> None:
+    """Raise PlanError for the first field of `others` that cannot be combined with the field `name`."""
+    for other, refused in others.items():
+        if refused:
+            raise PlanError(
+                f"{name}={getattr(plan, name)!r} cannot be combined with {other}={getattr(plan, other)!r}{why};"
+                " leave one of them out."
+            )
+
+
+def are_names(value: object) -> bool:
+    """Return whether `value` is a list or tuple of distinct strings."""
+    named = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return named and len(set(value)) == len(value)  # type: ignore[arg-type, call-overload]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `"1 block"` or `"2 blocks"`."""
+    return f"{count} {noun}{'s' if count > 1 else ''}"

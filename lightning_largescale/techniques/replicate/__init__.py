@@ -1,0 +1,1 @@
+"""Data parallelism over replicas of the full model."""

@@ -1,0 +1,1 @@
+"""Embedding tables whose rows are sharded over all ranks."""

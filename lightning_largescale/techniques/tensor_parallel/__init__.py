@@ -1,0 +1,1 @@
+"""Tensor parallelism: matrices of blocks sharded over the ranks of a node."""
