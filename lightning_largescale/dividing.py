@@ -24,7 +24,8 @@ from lightning_largescale.parallel.tensor import compute_plainly
 from lightning_largescale.parallel.user_styles import check_styles
 from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision
-from lightning_largescale.workload.divisions import check_division, division_words, share_divided
+from lightning_largescale.techniques.tensor_parallel.price import division_words
+from lightning_largescale.workload.divisions import check_division, share_divided
 from lightning_largescale.workload.workload import Divided
 
 # Share of the matrices of blocks; if a plan shards this much, other tp sizes are not traced for comparison.

@@ -180,9 +180,14 @@ class Plan(
         return self.dp_replicate * self.dp_shard
 
     @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that hold the shards of one replica."""
+        return self.dp_shard * self.tp
+
+    @property
     def shards(self) -> bool:
         """Return whether the ranks hold shards of the parameters."""
-        return self.dp_shard > 1 or self.tp > 1
+        return self.ranks_per_replica > 1
 
     @property
     def gathers(self) -> bool:

@@ -67,7 +67,8 @@ def part_of(names: tuple[str, ...]) -> str:
     """The same of a dotted name without the package's; a technique has parts of several layers."""
     if names[0] != "techniques":
         return names[0]
-    return next((part for part in ("price", "apply") if any(name.startswith(part) for name in names[1:])), "fields")
+    known = {"fields": "fields", "plan_fields": "fields", "price": "price", "prices": "price"}
+    return next((known[name] for name in names[1:] if name in known), "fields" if names[-1] == "__init__" else "apply")
 
 
 def imports(tree: ast.AST, here: tuple[str, ...]) -> set[tuple[str, ...]]:

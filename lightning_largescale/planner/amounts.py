@@ -18,7 +18,7 @@ from typing import Any
 from lightning_largescale.hardware import Hardware
 from lightning_largescale.optimizing import FUSED
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import buffer_bytes, largest_page, moved_in_step
+from lightning_largescale.planner.paging import buffer_bytes, largest_page, moved_in_step
 from lightning_largescale.planner.peak_memory import allocator_share, moments_bytes
 from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages
 from lightning_largescale.planner.runtime import beside_transfers

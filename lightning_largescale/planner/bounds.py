@@ -17,9 +17,9 @@ from typing import Any
 from lightning_largescale.hardware import Hardware, Rates
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import MemoryEstimate, allocator_share
-from lightning_largescale.planner.runtime import again_seconds
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import RECOMPUTATION
+from lightning_largescale.techniques.activation_checkpoint.price import again_seconds
 from lightning_largescale.workload import Workload
 
 # Bisections, until the shares of the bytes are known to less than a thousandth.

@@ -1,93 +1,89 @@
 """Sizes of one plan, in bytes on one rank, from which the terms of `peak_memory` and `runtime` are computed.
 
+Techniques set the quantities that all share, such as the ranks that a group is gathered from and the blocks that are
+recomputed; here are the sums over them.
+
 Source: Rajbhandari et al. 2020, "ZeRO", section 5; torch.distributed.fsdp.fully_shard.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from lightning_largescale.plan import Plan
-from lightning_largescale.planner.as_run import divided_step, without_copies
 from lightning_largescale.planner.paging import Paging
-from lightning_largescale.planner.placement import Placement, place
+from lightning_largescale.planner.placement import Placement, outside_tiers
+from lightning_largescale.techniques.prices import PRICES
 from lightning_largescale.tiers import shard_bytes
-from lightning_largescale.workload import Parameter, Segment, Step, Workload
-from lightning_largescale.workload.workload import only_blocks
 
-# Bytes of a row id, as tables receive it.
-_ID_BYTES = 8
-
-
-def _row_bytes(parameter: Parameter) -> int:
-    return parameter.bytes // max(1, parameter.shape[0])
+if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.workload import Parameter, Segment, Step, Workload
 
 
 class Sizes:
     """The sizes of one plan, in bytes on one rank, computed once.
 
     Lists have one item per segment, so that a step is priced in time linear in its segments.
+
+    Attributes:
+        workload: the traced step, of one rank's micro-batch.
+        plan: the plan.
+        kind: the kind of the devices.
+        accumulate: micro-batches in a step.
+        step: the step as a rank runs it.
+        gathers: whether parameters are gathered group by group, from other ranks or from another tier.
+        gather_ranks: number of ranks that a group is gathered from.
+        gathers_again: whether groups are gathered again in backward.
+        halves: whether blocks gather their matrices in half the bytes.
+        group_names: modules whose parameters are a group; all others belong to the root group.
+        tensor_ranks: number of ranks that compute each sample together.
+        tensor_dims: dimension in which these shard a parameter, by name; others are replicated.
+        ungrouped: bytes of parameters and gradients that the rank keeps of parameters in no group, by name.
+        in_buckets: whether gradients have a place each, used or not, which is not in groups.
+        recomputed: blocks whose forward runs again in backward.
+        keeps_products: whether these keep the results of matrix products.
+        releases: whether the gradients of blocks are used and freed in backward.
+        reductions: number of gradient reductions in a step.
+        pages_state: whether optimizer state is paged.
+        host_steps: whether the host steps on offloaded state.
+        placement: the tiers of what is offloaded.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        plan: Plan,
-        kind: str,
-        accumulate_grad_batches: int = 1,
-    ) -> None:
+    def __init__(self, workload: Workload, plan: Plan, kind: str, accumulate_grad_batches: int = 1) -> None:
         """Create the sizes of `plan` on devices of `kind`."""
-        self.workload, self.plan, self.kind = workload, plan, kind
-        self._recomputed = _recomputed(workload, plan)
-        self.accumulate = accumulate_grad_batches
-        self.divisions = workload.divisions.get(plan.tp, {})
-        self._tp_dims = {
-            f"{block}.{name}" if block else name: part.dim
-            for block, found in self.divisions.items()
-            for name, part in found.parts.items()
-        }
-        # The tensor-parallel costs of each block, by name; "" is the code outside of blocks.
-        self.tensor_costs = {
-            block: (found.sequence if plan.sequence_parallel else None) or found
-            for block, found in self.divisions.items()
-        }
-        tables = {f"{name}.weight" for name in plan.row_sharded_embeddings} if plan.world_size > 1 else set()
-        # Parameters whose rows are sharded over all ranks.
-        self.tables = [p for p in workload.parameters if not tables.isdisjoint((p.name, *p.aliases))]
-        self._table_names = {parameter.name for parameter in self.tables}
-        # The FSDP groups of the plan; other modules belong to the root group.
-        self._groups_of = {*workload.blocks, *plan.wrapped_modules}
-        self.step: Step = only_blocks(workload.steps[plan.precision], self._groups_of)
-        if self._mixed:
-            self.step = without_copies(self.step)
-        if self.divisions:
-            self.step = divided_step(self.step, self.tensor_costs, plan.wrapped_modules)
+        self.workload, self.plan, self.kind, self.accumulate = workload, plan, kind, accumulate_grad_batches
+        self.step: Step = next(iter(workload.steps.values()))
+        self.gathers, self.gather_ranks, self.gathers_again, self.halves = plan.gathers, 1, True, False
+        self.group_names = {*workload.blocks}
+        self.tensor_ranks = 1
+        self.tensor_dims: dict[str, int | None] = {}
+        self.ungrouped: dict[str, tuple[int, int]] = {}
+        self.in_buckets = False
         self._gathered: dict[str | None, int] = {}
         self._states: dict[str | None, int] = {}
         self._shards: dict[str | None, int] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
+        for price in PRICES:
+            price.lay_out(self)
+        grouped = (s if s.block in self.group_names else dataclasses.replace(s, block=None) for s in self.step.segments)
+        self.step = dataclasses.replace(self.step, segments=tuple(grouped))
+        for price in PRICES:
+            self.step = price.run(self, self.step)
+        self._place()
 
-    @cached_property
-    def gathers(self) -> bool:
-        """Return whether parameters are gathered group by group, from other ranks or from another tier."""
-        return self.plan.gathers
-
-    @cached_property
-    def reductions(self) -> int:
-        """Number of gradient reductions in a step: one, or one per micro-batch if parameters are offloaded.
-
-        Unsharded gradients then have no place between micro-batches.
-        """
-        return 1 if self.plan.offload_parameters is None else self.accumulate
-
-    @cached_property
-    def placement(self) -> Placement:
-        """The placement of the plan: which bytes are kept in which tier."""
-        return place(self)
+    def _place(self) -> None:
+        self.recomputed: frozenset[str] = frozenset()
+        self.keeps_products = self.releases = self.pages_state = self.host_steps = False
+        self.reductions = 1
+        self.placement = Placement(outside=outside_tiers(self.kind))
+        for price in PRICES:
+            price.place(self)
 
     @cached_property
     def movable(self) -> list[str]:
@@ -106,36 +102,31 @@ class Sizes:
 
     @cached_property
     def _locals(self) -> dict[str, int]:
-        plan, found = self.plan, {}
+        found = {}
         for one in self.workload.parameters:
-            dim = self._tp_dims.get(one.name)
-            found[one.name] = shard_bytes(one.shape, one.bytes, plan.dp_shard, plan.tp, dim)
-        for table in self.tables:
-            found[table.name] = math.ceil(table.shape[0] / plan.world_size) * _row_bytes(table)
-        return found
+            dim = self.tensor_dims.get(one.name)
+            found[one.name] = shard_bytes(one.shape, one.bytes, self.gather_ranks, self.tensor_ranks, dim)
+        return found | {name: kept for name, (kept, _) in self.ungrouped.items()}
 
     def part(self, parameter: Parameter) -> int:
         """Return the bytes of `parameter` that the rank computes with: its tensor-parallel shard, else all of it."""
-        return shard_bytes(parameter.shape, parameter.bytes, 1, self.plan.tp, self._tp_dims.get(parameter.name))
+        return shard_bytes(parameter.shape, parameter.bytes, 1, self.tensor_ranks, self.tensor_dims.get(parameter.name))
 
     def gradient_of(self, parameter: Parameter) -> int:
-        """Return the gradient bytes of `parameter` that the rank keeps; for a row-sharded table, of looked-up rows."""
-        if parameter.name not in self._table_names:
-            return self.local(parameter)
-        return min(self.local(parameter), self.looked_up * _row_bytes(parameter))
+        """Return the gradient bytes of `parameter` that the rank keeps."""
+        if parameter.name in self.ungrouped:
+            return self.ungrouped[parameter.name][1]
+        return self.local(parameter)
 
     @cached_property
-    def looked_up(self) -> int:
-        """Upper bound of the rows of one table that a rank looks up per micro-batch, as if its batch were int64 ids.
-
-        Other ranks are assumed to look up as many of this rank's rows as it looks up of theirs.
-        """
-        return self.workload.batch_bytes // _ID_BYTES
+    def ungrouped_parameters(self) -> list[Parameter]:
+        """The parameters in no group."""
+        return [parameter for parameter in self.workload.parameters if parameter.name in self.ungrouped]
 
     @cached_property
-    def table_gradients(self) -> int:
-        """Gradient bytes of row-sharded tables in one optimizer step."""
-        trained = [parameter for parameter in self.tables if parameter.trainable and parameter.used]
+    def ungrouped_gradients(self) -> int:
+        """Gradient bytes of the parameters in no group, in one optimizer step."""
+        trained = [parameter for parameter in self.ungrouped_parameters if parameter.trainable and parameter.used]
         return sum(map(self.gradient_of, trained)) if self._trains else 0
 
     @cached_property
@@ -146,16 +137,12 @@ class Sizes:
     @cached_property
     def parameters(self) -> int:
         """Bytes of the parameters that the rank keeps between steps."""
-        return sum(map(self.shard, self.groups)) + sum(map(self.local, self.tables))
+        return sum(map(self.shard, self.groups)) + sum(map(self.local, self.ungrouped_parameters))
 
     @cached_property
     def gradients(self) -> int:
-        """Bytes of all gradients that the rank keeps between backward and the optimizer's step.
-
-        Replicas have buckets for every trainable parameter, used or not.
-        """
-        in_buckets = self.plan.dp_replicate > 1 and not self.gathers
-        kept = [p for p in self.workload.parameters if p.trainable] if in_buckets else self.trained
+        """Bytes of all gradients that the rank keeps between backward and the optimizer's step."""
+        kept = [p for p in self.workload.parameters if p.trainable] if self.in_buckets else self.trained
         return sum(self.gradient_of(p) for p in kept) if self._trains else 0
 
     @cached_property
@@ -185,9 +172,9 @@ class Sizes:
 
     @cached_property
     def stepped(self) -> dict[str | None, tuple[int, int]]:
-        """Bytes of the largest and of all gradients stepped on, by group; row-sharded tables are under ""."""
+        """Bytes of the largest and of all gradients stepped on, by group; parameters in no group are under ""."""
         found: dict[str | None, tuple[int, int]] = {}
-        groups = {**self.groups, "": self.tables}
+        groups = {**self.groups, "": self.ungrouped_parameters}
         for name, group in groups.items():
             local = [self.gradient_of(p) for p in group if p.trainable and p.used]
             found[name] = (max(local, default=0), sum(local))
@@ -201,9 +188,8 @@ class Sizes:
     def gathered(self, block: str | None) -> int:
         """Return the bytes of one group's unsharded parameters in computation, padding included; None is the root."""
         if block not in self._gathered:
-            whole = self.shard(block) * self.plan.dp_shard
-            halves = self._mixed and block in self.workload.blocks
-            self._gathered[block] = whole // 2 if halves else whole
+            whole = self.shard(block) * self.gather_ranks
+            self._gathered[block] = whole // 2 if self.halves and block in self.workload.blocks else whole
         return self._gathered[block]
 
     def gradient(self, block: str | None, *, whole: bool) -> int:
@@ -217,7 +203,7 @@ class Sizes:
     def recomputing(self, blocks: frozenset[str]) -> Sizes:
         """Return the sizes of the plan if it recomputed `blocks`, sharing all that does not depend on these."""
         other = self._sharing(("dropped", "leaving"))
-        other._recomputed = blocks
+        other.recomputed = blocks
         return other
 
     def placing(self, plan: Plan) -> Sizes:
@@ -225,8 +211,9 @@ class Sizes:
 
         All else is shared. `plan` must gather parameters if this plan does.
         """
-        other = self._sharing(("dropped", "leaving", "placement", "reductions", "kept_from_here", "passing_gradients"))
-        other.plan, other._recomputed = plan, _recomputed(self.workload, plan)
+        other = self._sharing(("dropped", "leaving", "kept_from_here", "passing_gradients"))
+        other.plan = plan
+        other._place()
         return other
 
     def _sharing(self, but: tuple[str, ...]) -> Sizes:
@@ -251,11 +238,11 @@ class Sizes:
 
     def recomputes(self, segment: Segment) -> bool:
         """Return whether the forward of `segment` runs again in backward."""
-        return segment.block in self._recomputed
+        return segment.block in self.recomputed
 
     def kept(self, segment: Segment) -> int:
         """Return the bytes of results of `segment` that its recomputation keeps."""
-        return segment.product_bytes if self.plan.checkpointed_operations == "cheap" else 0
+        return segment.product_bytes if self.keeps_products else 0
 
     def saving(self, segment: Segment) -> int:
         """Return the bytes of saved activations that recomputing `segment` frees."""
@@ -345,7 +332,7 @@ class Sizes:
 
     def passes(self, block: str | None) -> bool:
         """Return whether the gradients of a group leave the device early: released, or moved to another tier."""
-        return block is not None and (self.plan.release_gradients or block in self.placement.away)
+        return block is not None and (self.releases or block in self.placement.away)
 
     def kept_gradient(self, block: str | None) -> int:
         """Return the rank's gradient bytes of one group that stay until the optimizer's step."""
@@ -361,10 +348,6 @@ class Sizes:
         return self.workload.stage == "fit"
 
     @cached_property
-    def _mixed(self) -> bool:
-        return self.gathers and self.plan.precision in ("bf16-mixed", "16-mixed")
-
-    @cached_property
     def trained(self) -> list[Parameter]:
         """Parameters that receive a gradient in a step."""
         return [p for p in self.workload.parameters if p.trainable and p.used]
@@ -374,22 +357,68 @@ class Sizes:
         """Parameters that are gathered together, by block; the root group is under None."""
         groups: dict[str | None, list[Parameter]] = {}
         for parameter in self.workload.parameters:
-            if parameter.name in self._table_names:
+            if parameter.name in self.ungrouped:
                 continue
             # Under mixed precision blocks gather matrices in 16 bits; vectors belong to the root group, in fp32.
-            block = parameter.block if parameter.block in self._groups_of else None
-            if self._mixed and len(parameter.shape) < 2 and block not in self.plan.wrapped_modules:
+            block = parameter.block if parameter.block in self.group_names else None
+            if self.halves and len(parameter.shape) < 2 and block in self.workload.blocks:
                 block = None
             groups.setdefault(block, []).append(parameter)
         return groups
 
+    def block_beside(self, index: int, step: int) -> str | None:
+        """Return the nearest other block before segment `index` (`step` -1) or after it (1); None if there is none."""
+        own, index = self.blocks[index], index + step
+        while 0 <= index < len(self.blocks):
+            if self.blocks[index] not in (None, own):
+                return self.blocks[index]
+            index += step
+        return None
+
+    def live_in_backward(self, index: int) -> int:
+        """Return the bytes of activations and temporaries at the peak of one segment's backward, not recomputed."""
+        return max(0, self.step.segments[index].backward_peak_bytes - self.dropped[index])
+
+    @property
+    def parameters_here(self) -> int:
+        """Bytes of the rank's parameters in the device's memory between their uses."""
+        return self.parameters - sum(map(self.shard, self.placement.away))
+
+    @property
+    def state_here(self) -> int:
+        """Bytes of the rank's optimizer state in the device's memory between steps."""
+        return self.optimizer_state - self.placement.state_away if self._trains else 0
+
+    @property
+    def beside_no_compute(self) -> set[str | None]:
+        """Groups whose first gather and last reduction have no compute beside them: the root's, and those of an
+        embedding that is a group of its own.
+        """
+        first = next((block for block in self.blocks if block is not None), None)
+        return {None} if first in self.workload.blocks else {None, first}
+
+    @property
+    def fresh_bytes(self) -> tuple[int, int]:
+        """Bytes of large tensors that are allocated in each micro-batch, and once a step."""
+        made = sum(segment.forward_large_bytes + segment.backward_large_bytes for segment in self.step.segments)
+        found = [price.fresh_bytes(self) for price in PRICES]
+        return made + sum(each for each, _ in found), sum(once for _, once in found)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of a CUDA device's staging buffers in DRAM."""
+        return sum(price.staging(self) for price in PRICES)
+
+    def gradients_passing(self, blocks: Iterable[str | None]) -> int:
+        """Return the gradient bytes of those of `blocks` whose gradients are used or offloaded as soon as they arrive.
+
+        On CUDA the gradients of offloaded parameters are in DRAM, and do not count.
+        """
+        in_dram = set(self.placement.groups) if self.kind != "cpu" else set()
+        return sum(self.gradient(block, whole=False) for block in {*blocks} - in_dram if self.passes(block))
+
     def _group(self, block: str | None) -> list[Parameter]:
         return self.groups.get(block, [])
-
-
-def _recomputed(workload: Workload, plan: Plan) -> frozenset[str]:
-    every = workload.blocks if plan.activation_checkpointing == "full" else ()
-    return frozenset((*every, *(plan.checkpointed_blocks or ())))
 
 
 def _running(blocks: list[str | None], size: Callable[[str], int]) -> list[int]:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import kept_elsewhere, largest_page
-from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages, whole_pages
+from lightning_largescale.planner.paging import largest_page
+from lightning_largescale.planner.placement import kept_elsewhere, state_that_may_stay, state_without_pages, whole_pages
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away
 from lightning_largescale.tiers import PAGE_BUFFERS

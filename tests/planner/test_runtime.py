@@ -5,12 +5,8 @@ from planner.builders import MIB, hardware, parameter, step, workload
 
 from lightning_largescale.hardware import Link
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.runtime import (
-    all_gather_seconds,
-    all_reduce_seconds,
-    reduce_scatter_seconds,
-    step_time,
-)
+from lightning_largescale.planner.costs import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
+from lightning_largescale.planner.runtime import step_time
 
 LINK = Link(latency_seconds=1.0, bandwidth=100.0)
 MODEL = 8 * MIB + 4 * 16 * MIB

@@ -93,19 +93,19 @@ def with_table(**changes):
 def test_rows_of_tables_are_divided_over_all_ranks(plan):
     dense, sizes = (Sizes(work, Plan(**plan, **TABLES), "cpu") for work in (workload(), with_table()))
     assert sizes.parameters - dense.parameters == 250 * 64
-    assert sizes.gradients - dense.gradients == sizes.table_gradients == 10 * 64
+    assert sizes.gradients - dense.gradients == sizes.ungrouped_gradients == 10 * 64
     assert sizes.gathered(None) == dense.gathered(None)
     assert sizes.gradient(None, whole=True) == dense.gradient(None, whole=True)
 
 
 def test_a_table_on_one_device_is_whole():
     sizes = Sizes(with_table(), Plan(**TABLES), "cpu")
-    assert sizes.tables == []
+    assert sizes.ungrouped == {}
     assert sizes.parameters == MODEL + 64_000
 
 
 def test_a_frozen_table_has_no_gradient():
-    assert Sizes(with_table(trainable=False), Plan(dp_shard=2, **TABLES), "cpu").table_gradients == 0
+    assert Sizes(with_table(trainable=False), Plan(dp_shard=2, **TABLES), "cpu").ungrouped_gradients == 0
 
 
 def test_optimizer_state_of_a_table():

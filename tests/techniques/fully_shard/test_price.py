@@ -1,3 +1,5 @@
+"""Sharding over nodes: the links of the groups of a mesh, and plans that keep to the fast ones."""
+
 import dataclasses
 
 import pytest
@@ -5,9 +7,10 @@ from planner.builders import MIB, hardware, step, workload
 
 from lightning_largescale.hardware import Hardware, Link
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.links import plan_links
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.search import find_plans
+from lightning_largescale.techniques.fully_shard.price import shard_links
+from lightning_largescale.techniques.replicate.price import replica_link
 
 ACROSS = Link(latency_seconds=1e-4, bandwidth=1e9)
 INSIDE = Link(latency_seconds=1e-5, bandwidth=8e9)
@@ -29,21 +32,22 @@ def nodes(count, ranks, **links):
     ],
 )
 def test_groups_inside_a_node_and_groups_that_share_its_network(ranks, plan, gather_bandwidth, reduce_bandwidth):
-    links = plan_links(plan, nodes(4, ranks, node_all_gather=INSIDE, node_reduce_scatter=INSIDE))
-    assert links.all_gather.bandwidth == links.reduce_scatter.bandwidth == gather_bandwidth
-    assert links.all_reduce.bandwidth == reduce_bandwidth
+    machine = nodes(4, ranks, node_all_gather=INSIDE, node_reduce_scatter=INSIDE)
+    assert [link.bandwidth for link in shard_links(plan, machine, machine.rates)] == [gather_bandwidth] * 2
+    assert replica_link(plan, machine, machine.rates).bandwidth == reduce_bandwidth
 
 
 def test_one_group_of_all_ranks_has_the_network_to_itself():
     machine = nodes(4, 8, node_all_gather=INSIDE)
-    assert plan_links(Plan(dp_shard=32), machine).all_gather == machine.rates.all_gather
-    assert plan_links(Plan(dp_replicate=32), machine).all_reduce == machine.rates.all_reduce
+    assert shard_links(Plan(dp_shard=32), machine, machine.rates)[0] == machine.rates.all_gather
+    assert replica_link(Plan(dp_replicate=32), machine, machine.rates) == machine.rates.all_reduce
 
 
 def test_one_node_and_a_node_that_was_not_measured_alone():
     plan = Plan(dp_replicate=4, dp_shard=8)
-    assert plan_links(plan, hardware(32)).all_reduce == hardware(32).rates.all_reduce
-    assert plan_links(plan, nodes(4, 8)).all_gather == nodes(4, 8).rates.all_gather
+    rates = hardware(32).rates
+    assert replica_link(plan, hardware(32), rates) == rates.all_reduce
+    assert shard_links(plan, nodes(4, 8), rates)[0] == rates.all_gather
 
 
 def test_hybrid_sharding_on_four_nodes_by_hand():

@@ -11,8 +11,8 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import first_excess, peak_memory
 from lightning_largescale.planner.search import find_plans
-from lightning_largescale.planner.selective import fewest_blocks
 from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.techniques.activation_checkpoint.price import fewest_blocks
 
 PLAIN, FULL = Plan(), Plan(activation_checkpointing="full")
 

@@ -1,12 +1,10 @@
-"""A traced step as one rank runs it."""
+"""The step that was traced in a precision, as it runs."""
 
 import dataclasses
 
-import pytest
 from planner.builders import MIB, step
 
-from lightning_largescale.planner.as_run import communicated_share, divided_step, without_copies
-from lightning_largescale.workload import Divided
+from lightning_largescale.techniques.precision.price import without_copies
 
 
 def test_copies_are_missing_from_where_they_are_made_on():
@@ -20,17 +18,3 @@ def test_copies_are_missing_from_where_they_are_made_on():
     assert run.segments[0].forward_entry_bytes == first.forward_entry_bytes
     assert run.segments[1].forward_entry_bytes == others[0].forward_entry_bytes - 4 * MIB
     assert run.loss_peak_bytes == usual.loss_peak_bytes - 4 * MIB
-
-
-def test_a_division_saves_its_share_of_a_block():
-    run = divided_step(step(), {"blocks.0": Divided(saved_share=0.25, flops_share=0.5)})
-    assert run.segments[0].saved_bytes == step().segments[0].saved_bytes // 4
-    assert run.segments[0].forward_flops == step().segments[0].forward_flops // 2
-    assert run.segments[1].saved_bytes == step().segments[1].saved_bytes
-
-
-@pytest.mark.parametrize(
-    ("precision", "share"), [("32-true", 1.0), ("bf16-mixed", 0.5), ("16-true", 0.5), ("64-true", 1.0)]
-)
-def test_half_precision_communicates_half(precision, share):
-    assert communicated_share(precision) == share

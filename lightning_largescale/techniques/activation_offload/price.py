@@ -1,0 +1,64 @@
+"""Price of the offload of activations: what blocks saved is in another tier, or in flight.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from lightning_largescale.planner.price import Moment, Price
+
+if TYPE_CHECKING:
+    from lightning_largescale.planner.sizes import Sizes
+
+# Blocks whose activations are in flight at once: out, while others compute; back, one ahead of its backward.
+_BLOCKS_OUT, _BLOCKS_BACK = 2, 1
+
+
+class ActivationOffloadPrice(Price):
+    """Tensors that blocks save, in another tier until their backward."""
+
+    passing_terms = ("activations in flight",)
+
+    @override
+    def place(self, sizes: Sizes) -> None:
+        if sizes.plan.offload_activations is None or sizes.workload.stage != "fit":
+            return
+        blocks = sizes.workload.blocks if sizes.plan.offloaded_blocks is None else sizes.plan.offloaded_blocks
+        if blocks:
+            sizes.placement.activations = sizes.plan.offload_activations
+            sizes.placement.blocks = frozenset(blocks)
+
+    @override
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+        if sizes.placement.activations is None or moment in ("setup", "optimizer step"):
+            return {}
+        return {"activations in flight": activations_in_flight(sizes, backward=moment != "forward")}
+
+    @override
+    def staging(self, sizes: Sizes) -> int:
+        if sizes.placement.activations != "nvme":
+            return 0
+        return sum(sorted(map(sizes.leaving_of, sizes.step.segments), reverse=True)[:_BLOCKS_OUT])
+
+
+def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
+    """Return, for each segment, the bytes of the previous blocks' saved activations that are in flight between tiers.
+
+    Of two blocks on their way out, the first has left when the next block begins. On CUDA its memory is freed at once,
+    so it adds only what exceeds the segment's rise to its peak.
+    """
+    most = _BLOCKS_BACK if backward else _BLOCKS_OUT
+    last: list[int] = []
+    found: list[int] = []
+    for segment, leaving in zip(sizes.step.segments, sizes.leaving, strict=True):
+        rise = segment.forward_peak_bytes - segment.forward_entry_bytes
+        leaves = not backward and sizes.kind != "cpu" and segment.block is not None
+        found.append(sum(last[:1]) + max(0, sum(last[1:]) - (rise if leaves else 0)))
+        if segment.block is not None:
+            last = [leaving, *last][:most]
+    return found

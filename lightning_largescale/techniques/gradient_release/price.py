@@ -1,0 +1,41 @@
+"""Price of gradient release: gradients that are freed in backward, and the optimizer's temporaries there.
+
+Source: Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited Resources", section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from lightning_largescale.planner.paging import temporaries
+from lightning_largescale.planner.price import Moment, Price
+
+if TYPE_CHECKING:
+    from lightning_largescale.planner.sizes import Sizes
+
+
+class GradientReleasePrice(Price):
+    """Blocks that are stepped on in backward."""
+
+    passing_terms = ("optimizer temporaries",)
+
+    @override
+    def place(self, sizes: Sizes) -> None:
+        sizes.releases = sizes.plan.release_gradients
+
+    @override
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+        if not sizes.plan.release_gradients or moment not in ("backward", "gradient reduction"):
+            return {}
+        return {"optimizer temporaries": [_temporaries(sizes, index) for index in range(len(sizes.blocks))]}
+
+
+def _temporaries(sizes: Sizes, index: int) -> int:
+    """Return the temporaries of the blocks that are stepped on during one segment's backward."""
+    # A block is stepped on when the first gradient of the next block arrives.
+    ends = (sizes.blocks[index],) if sizes.kind == "cpu" else ()
+    stepped = [name for name in (*ends, sizes.block_beside(index, 1)) if name is not None]
+    return max((temporaries(sizes, [name]) for name in stepped), default=0)
