@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
+import statistics
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import lightning_largescale
+from lightning_largescale.plan import Plan
 
 PACKAGE = Path(lightning_largescale.__file__).parent
 
@@ -109,6 +112,48 @@ def test_imports_go_one_way(path):
         equals = {other, mine} <= HELPERS or {other, mine} <= PRICED
         allowed = other == mine or rank.get(other, -1) < rank[mine] or equals
         assert allowed, f"{path.name} imports {'.'.join(name)}"
+
+
+TECHNIQUES = sorted(path.name for path in (PACKAGE / "techniques").iterdir() if (path / "__init__.py").exists())
+# The search has an argument of this name, which users give.
+ARGUMENTS = {"search.py": {"precision"}}
+
+
+def named(tree: ast.AST) -> set[str]:
+    """Identifiers and string constants of a file."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        found |= {getattr(node, name, None) for name in ("id", "attr", "arg", "name")}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def techniques_imported(path: Path) -> set[tuple[str, ...]]:
+    """What a file imports of techniques, as the names after `techniques`."""
+    here = ("lightning_largescale", *path.relative_to(PACKAGE).parts[:-1])
+    names = imports(ast.parse(path.read_text()), here)
+    return {name[2:] for name in names if name[:2] == ("lightning_largescale", "techniques")}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "planner").glob("*.py")), ids=lambda path: path.name)
+def test_the_planner_walks_techniques_and_names_none(path):
+    fields = {field.name for field in dataclasses.fields(Plan)} | {*TECHNIQUES}
+    assert named(ast.parse(path.read_text())) & fields <= ARGUMENTS.get(path.name, set())
+    assert {name[0] for name in techniques_imported(path)} <= {"prices"}
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_techniques_do_not_import_one_another(technique):
+    common = {technique, *(path.stem for path in (PACKAGE / "techniques").glob("*.py"))}
+    for path in (PACKAGE / "techniques" / technique).rglob("*.py"):
+        assert {name[0] for name in techniques_imported(path)} <= common, path
+
+
+def test_a_field_is_named_in_few_files():
+    words = [named(ast.parse(path.read_text())) for path in files().values()]
+    counts = [sum(field.name in found for found in words) for field in dataclasses.fields(Plan)]
+    assert statistics.median(counts) <= 4
 
 
 def test_autoload_is_standard_library_only():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Rates
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.remedy import Remedy
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Step, Workload
 
@@ -36,10 +37,12 @@ class Price:
     Attributes:
         lossy: names that a user's `allow` may have, of uses of the technique that change numerics.
         passing_terms: terms of memory whose bytes come and go in a step, and so fragment the memory.
+        remedies: ways in which the technique makes a plan fit that does not, for the offload solver.
     """
 
     lossy: tuple[str, ...] = ()
     passing_terms: tuple[str, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
 
     # The search.
 
@@ -73,6 +76,10 @@ class Price:
             first_excess: returns the first moment at which a plan that recomputes these blocks exceeds the budget.
         """
         return ()
+
+    def is_in_part(self, plan: Plan) -> bool:
+        """Return whether `plan` is one that `in_part` returns."""
+        return False
 
     def impossible(self, workload: Workload, hardware: Hardware) -> Iterable[tuple[Fields, str]]:
         """Return the plan fields of a use that is ruled out, and why, for each reason."""

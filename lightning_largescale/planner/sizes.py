@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -39,7 +39,6 @@ class Sizes:
         step: the step as a rank runs it.
         gathers: whether parameters are gathered group by group, from other ranks or from another tier.
         gather_ranks: number of ranks that a group is gathered from.
-        gathers_again: whether groups are gathered again in backward.
         halves: whether blocks gather their matrices in half the bytes.
         group_names: modules whose parameters are a group; all others belong to the root group.
         tensor_ranks: number of ranks that compute each sample together.
@@ -59,7 +58,7 @@ class Sizes:
         """Create the sizes of `plan` on devices of `kind`."""
         self.workload, self.plan, self.kind, self.accumulate = workload, plan, kind, accumulate_grad_batches
         self.step: Step = next(iter(workload.steps.values()))
-        self.gathers, self.gather_ranks, self.gathers_again, self.halves = plan.gathers, 1, True, False
+        self.gathers, self.gather_ranks, self.halves = plan.gathers, 1, False
         self.group_names = {*workload.blocks}
         self.tensor_ranks = 1
         self.tensor_dims: dict[str, int | None] = {}
@@ -266,8 +265,13 @@ class Sizes:
 
     def leaving_of(self, segment: Segment) -> int:
         """Return the bytes of saved activations of `segment` that are kept in another tier."""
-        if segment.block not in self.placement.blocks:
-            return 0
+        return self._saved(segment) if segment.block in self.placement.blocks else 0
+
+    def saved_by(self, blocks: Collection[str]) -> list[int]:
+        """Return the bytes of saved activations that can be offloaded, for each segment of `blocks`."""
+        return [self._saved(segment) for segment in self.step.segments if segment.block in blocks]
+
+    def _saved(self, segment: Segment) -> int:
         return segment.saved_bytes - (self.saving(segment) if self.recomputes(segment) else 0)
 
     @cached_property

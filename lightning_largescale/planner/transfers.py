@@ -122,7 +122,7 @@ class Passes:
             root_share=sizes.stepped.get(None, (0, 0))[1] / trained if trained else 1.0,
             micro_batches=sizes.accumulate,
             trains=fit,
-            fetches_again=fit and sizes.gathers_again,
+            fetches_again=fit and sizes.plan.gathers_again,
             releases=sizes.releases,
         )
 

@@ -4,8 +4,9 @@ import pytest
 from planner.builders import MIB, step, workload
 
 from lightning_largescale.plan import Plan
+from lightning_largescale.planner.remedy import UNLIMITED, Choice
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import UNLIMITED, Choice, spread
+from lightning_largescale.planner.spread import spread
 from lightning_largescale.planner.transfers import Away
 
 ALL = frozenset({"optimizer", "activations", "parameters"})

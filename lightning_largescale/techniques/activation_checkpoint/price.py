@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_largescale.planner.costs import segment_seconds
 from lightning_largescale.planner.price import Fields, Moment, Price
+from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Rates
@@ -27,8 +28,45 @@ if TYPE_CHECKING:
 _MOST = 2
 
 
+class RecomputationRemedy(Remedy):
+    """Blocks that recompute some operations instead of having their activations leave the device."""
+
+    unit = "blocks"
+    recomputes = True
+
+    def __init__(self, name: str, operations: str) -> None:
+        self.name, self._operations = name, operations
+
+    @override
+    def may_help(self, plan: Plan, about: Circumstances) -> bool:
+        fit = about.workload.stage == "fit"
+        return plan.activation_checkpointing == "none" and fit and len(about.workload.blocks) > 1
+
+    @override
+    def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
+        return {
+            "activation_checkpointing": "selective",
+            "checkpointed_blocks": assigned.blocks,
+            "checkpointed_operations": self._operations,
+        }
+
+    @override
+    def fields_of_all(self, workload: Workload, tier: str) -> Fields:
+        return {"activation_checkpointing": "full", "checkpointed_operations": self._operations}
+
+    @override
+    def byte_seconds(self, sizes: Sizes, rates: Rates) -> float | None:
+        segments = sizes.step.segments
+        if sizes.keeps_products and not any(map(sizes.kept, segments)):
+            return None
+        recomputed = [(one, sizes.saving(one)) for one in segments if sizes.recomputes(one)]
+        return min((_again_seconds(sizes, one, rates) / saving for one, saving in recomputed if saving), default=0.0)
+
+
 class ActivationCheckpointPrice(Price):
     """Blocks that keep their input and recompute their forward."""
+
+    remedies = (RecomputationRemedy("recomputation", "all"), RecomputationRemedy("cheap recomputation", "cheap"))
 
     @override
     def options(self, workload: Workload, hardware: Hardware, plan: Plan) -> Iterable[Fields]:
@@ -51,6 +89,10 @@ class ActivationCheckpointPrice(Price):
             names = fewest_blocks(workload.blocks, sizes.step.segments, sizes.saving, partial(first_excess, sizes))
             if names is not None:
                 yield dataclasses.replace(full, activation_checkpointing="selective", checkpointed_blocks=names)
+
+    @override
+    def is_in_part(self, plan: Plan) -> bool:
+        return plan.activation_checkpointing == "selective"
 
     @override
     def impossible(self, workload: Workload, hardware: Hardware) -> Iterable[tuple[Fields, str]]:
@@ -87,7 +129,7 @@ class ActivationCheckpointPrice(Price):
         if sizes.workload.stage != "fit":
             return {}
         segments = filter(sizes.recomputes, sizes.step.segments)
-        return {"recomputation": sizes.accumulate * sum(again_seconds(sizes, one, rates) for one in segments)}
+        return {"recomputation": sizes.accumulate * sum(_again_seconds(sizes, one, rates) for one in segments)}
 
     @override
     def fresh_bytes(self, sizes: Sizes) -> tuple[int, int]:
@@ -95,7 +137,7 @@ class ActivationCheckpointPrice(Price):
         return sum(_again(sizes, one).forward_large_bytes for one in segments), 0
 
 
-def again_seconds(sizes: Sizes, segment: Segment, rates: Rates) -> float:
+def _again_seconds(sizes: Sizes, segment: Segment, rates: Rates) -> float:
     """Return the seconds of recomputing `segment` per micro-batch, without products if their results are kept."""
     return segment_seconds(_again(sizes, segment), rates, sizes.plan.matmul_dtype, backward=False)
 

@@ -10,19 +10,54 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from lightning_largescale.planner.price import Moment, Price
+from lightning_largescale.planner.price import Fields, Moment, Price
+from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy, Removable, WorstMoment
 
 if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
     from lightning_largescale.planner.sizes import Sizes
+    from lightning_largescale.workload import Workload
 
 # Blocks whose activations are in flight at once: out, while others compute; back, one ahead of its backward.
 _BLOCKS_OUT, _BLOCKS_BACK = 2, 1
+
+
+class ActivationRemedy(Remedy):
+    """Blocks whose activations leave the device."""
+
+    name = "activations"
+    unit = "blocks"
+
+    @override
+    def may_help(self, plan: Plan, about: Circumstances) -> bool:
+        return about.tiers and about.workload.stage == "fit" and bool(about.workload.blocks)
+
+    @override
+    def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
+        if not assigned.blocks:
+            return {}
+        some = assigned.blocks if len(assigned.blocks) < len(sizes.workload.blocks) else None
+        return {"offload_activations": assigned.blocks_tier, "offloaded_blocks": some}
+
+    @override
+    def fields_of_all(self, workload: Workload, tier: str) -> Fields:
+        return {"offload_activations": tier}
+
+    @override
+    def removable(self, worst: WorstMoment) -> Removable:
+        moves = worst.accumulate / worst.holes
+        return worst.terms.get("activations", 0) * worst.holes, moves, moves
+
+    @override
+    def most_staging(self, sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
+        return sum(sorted(sizes.saved_by(blocks), reverse=True)[:_BLOCKS_OUT])
 
 
 class ActivationOffloadPrice(Price):
     """Tensors that blocks save, in another tier until their backward."""
 
     passing_terms = ("activations in flight",)
+    remedies = (ActivationRemedy(),)
 
     @override
     def place(self, sizes: Sizes) -> None:

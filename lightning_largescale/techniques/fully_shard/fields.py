@@ -36,6 +36,11 @@ class FullyShardFields(PlanFields):
     reshard_after_forward: bool = True
     wrapped_modules: tuple[str, ...] = ()
 
+    @property
+    def gathers_again(self) -> bool:
+        """Return whether groups of parameters are gathered again in backward."""
+        return self.reshard_after_forward
+
     @staticmethod
     def _check(plan: Plan) -> Mapping[str, object]:
         check_count(plan, "dp_shard", "devices")

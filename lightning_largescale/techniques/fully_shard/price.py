@@ -54,7 +54,6 @@ class FullyShardPrice(Price):
     @override
     def lay_out(self, sizes: Sizes) -> None:
         sizes.gather_ranks = sizes.plan.dp_shard
-        sizes.gathers_again = sizes.plan.reshard_after_forward
         sizes.group_names |= {*sizes.plan.wrapped_modules}
 
     @override
@@ -104,7 +103,7 @@ class FullyShardPrice(Price):
         """
         if not sizes.gathers:
             return 0, 0
-        twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
+        twice = sizes.plan.gathers_again and sizes.workload.stage == "fit"
         made = sum(2 * sizes.gathered(block) * (2 if twice and block else 1) for block in sizes.groups)
         return made, sizes.reductions * sum(sizes.gradient(block, whole=True) for block in sizes.groups)
 
@@ -150,7 +149,7 @@ def _at_setup(sizes: Sizes, *, built: bool) -> dict[str, int]:
 
 def _gathered_in_forward(sizes: Sizes, index: int) -> int:
     gathered = sizes.gathered_so_far[index]
-    if sizes.plan.reshard_after_forward:
+    if sizes.plan.gathers_again:
         gathered = _gathered_at(sizes, {sizes.blocks[index]})
     return gathered + _received(sizes, index) + _joined(sizes)
 
@@ -158,7 +157,7 @@ def _gathered_in_forward(sizes: Sizes, index: int) -> int:
 def _in_backward(sizes: Sizes, index: int) -> dict[str, int]:
     """Return the terms during one segment's backward, with the all-gather of the next group in flight."""
     gathered, joined = sizes.gathered_so_far[index], _joined(sizes)
-    if sizes.plan.reshard_after_forward:
+    if sizes.plan.gathers_again:
         gathered = _gathered_at(sizes, {sizes.blocks[index], _gathered_ahead(sizes, index)})
     return {
         "gathered parameters": gathered + joined,
@@ -248,7 +247,7 @@ def _all_gathers_seconds(sizes: Sizes, link: Link | None, *, backward: bool) -> 
 
     Source: ZeRO, section 7.2: parameters travel once more under stage 3 than under stage 2.
     """
-    if backward and not (sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"):
+    if backward and not (sizes.plan.gathers_again and sizes.workload.stage == "fit"):
         return 0.0
     # The root stays gathered until its backward is done.
     gathered = [block for block in sizes.groups if block is not None or not backward]
@@ -288,7 +287,7 @@ def _agreement_seconds(sizes: Sizes, link: Link | None) -> float:
     trains = sizes.workload.stage == "fit"
     told = 2 if trains else 1
     if sizes.workload.branches:
-        told += len(sizes.groups) * ((1 + sizes.plan.reshard_after_forward + 1) if trains else 1)
+        told += len(sizes.groups) * ((1 + sizes.plan.gathers_again + 1) if trains else 1)
     return told * sizes.accumulate * math.ceil(math.log2(ranks)) * link.latency_seconds
 
 
@@ -297,7 +296,7 @@ def _copied_bytes(sizes: Sizes) -> float:
 
     Source: torch.distributed.fsdp, `foreach_all_gather_copy_out` and `foreach_reduce_scatter_copy_in`.
     """
-    twice = sizes.plan.reshard_after_forward and sizes.workload.stage == "fit"
+    twice = sizes.plan.gathers_again and sizes.workload.stage == "fit"
     moved = 0.0
     for block in sizes.groups:
         moved += 2 * sizes.gathered(block) * (2 if twice and block is not None else 1) * sizes.accumulate

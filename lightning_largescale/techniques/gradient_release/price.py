@@ -11,16 +11,46 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from lightning_largescale.planner.paging import temporaries
-from lightning_largescale.planner.price import Moment, Price
+from lightning_largescale.planner.price import Fields, Moment, Price
+from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy, Removable, WorstMoment
 
 if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
     from lightning_largescale.planner.sizes import Sizes
+    from lightning_largescale.workload import Workload
+
+
+class ReleaseRemedy(Remedy):
+    """Gradients that are freed in backward."""
+
+    name = "release"
+    frees_gradients = True
+
+    @override
+    def may_help(self, plan: Plan, about: Circumstances) -> bool:
+        replicas = plan.dp > 1 and not plan.shards
+        alone = about.accumulate == 1 and len(about.workload.optimizers) == 1
+        trains = about.workload.stage == "fit" and about.may_release
+        return trains and alone and not plan.scales_gradients and not replicas
+
+    @override
+    def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
+        return {"release_gradients": True}
+
+    @override
+    def fields_of_all(self, workload: Workload, tier: str) -> Fields:
+        return {"release_gradients": True}
+
+    @override
+    def removable(self, worst: WorstMoment) -> Removable:
+        return worst.terms.get("gradients", 0) * worst.holes, 0.0, 0.0
 
 
 class GradientReleasePrice(Price):
     """Blocks that are stepped on in backward."""
 
     passing_terms = ("optimizer temporaries",)
+    remedies = (ReleaseRemedy(),)
 
     @override
     def place(self, sizes: Sizes) -> None:

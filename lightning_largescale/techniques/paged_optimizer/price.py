@@ -12,17 +12,72 @@ from typing_extensions import override
 
 from lightning_largescale.planner.paging import largest_page, moved_in_step, page_buffers, temporaries
 from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages, whole_pages
-from lightning_largescale.planner.price import Moment, Price
-from lightning_largescale.tiers import page_buffer_bytes
+from lightning_largescale.planner.price import Fields, Moment, Price
+from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy, Removable, WorstMoment
+from lightning_largescale.tiers import PAGE_BUFFERS, page_buffer_bytes
 
 if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
     from lightning_largescale.planner.sizes import Sizes
+    from lightning_largescale.workload import Workload
+
+# Classes of torch's optimizers that have a fused kernel on the CPU, which runs at the rate of the host's memory.
+FUSED_NAMES = {"Adam", "AdamW", "SGD", "Adagrad"}
+
+
+class PageRemedy(Remedy):
+    """Pages of optimizer state that leave the device."""
+
+    name = "optimizer"
+    unit = "pages"
+
+    @override
+    def may_help(self, plan: Plan, about: Circumstances) -> bool:
+        has_state = any(any(needs.state_bytes.values()) for needs in about.workload.optimizers)
+        return about.tiers and about.workload.stage == "fit" and has_state
+
+    @override
+    def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
+        in_dram, on_disk = assigned.state_in_dram, assigned.state_on_disk
+        if not in_dram and not on_disk:
+            return {}
+        return {
+            "offload_optimizer": "nvme" if on_disk else "cpu",
+            "resident_optimizer_bytes": assigned.state_bytes or None,
+            "cpu_optimizer_bytes": (in_dram or None) if on_disk else None,
+        }
+
+    @override
+    def fields_of_all(self, workload: Workload, tier: str) -> Fields:
+        return {"offload_optimizer": tier}
+
+    @override
+    def removable(self, worst: WorstMoment) -> Removable:
+        # On CUDA the host may step on the state: then parameters come back instead, unless they are offloaded too.
+        reads = 1.0
+        if worst.kind != "cpu":
+            reads = 0.0 if worst.moves_groups else _parameters_of_state(worst.workload)
+        return worst.terms.get("optimizer state", 0), min(1.0, reads), 1.0
+
+    @override
+    def most_staging(self, sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
+        return PAGE_BUFFERS * largest_page(sizes)
+
+    @override
+    def steppers(self, sizes: Sizes) -> tuple[bool, ...]:
+        known = {needs.class_name for needs in sizes.workload.optimizers} <= FUSED_NAMES
+        return (False, True) if sizes.kind == "cuda" and known and not sizes.plan.scales_gradients else (False,)
+
+    @override
+    def stepper_fields(self, *, by_host: bool) -> Fields:
+        return {"host_optimizer_step": by_host}
 
 
 class PagedOptimizerPrice(Price):
     """Optimizer state that is paged in and out around each step."""
 
     passing_terms = ("optimizer temporaries",)
+    remedies = (PageRemedy(),)
 
     @override
     def place(self, sizes: Sizes) -> None:
@@ -60,3 +115,9 @@ def _state_tiers(sizes: Sizes) -> dict[str, int]:
     leaves = total - stuck - whole_pages(may_stay - stuck, plan.resident_optimizer_bytes)
     in_dram = leaves if plan.offload_optimizer == "cpu" else whole_pages(leaves, plan.cpu_optimizer_bytes)
     return {tier: size for tier, size in (("cpu", in_dram), ("nvme", leaves - in_dram)) if size}
+
+
+def _parameters_of_state(workload: Workload) -> float:
+    """Return the smallest ratio of parameter bytes to optimizer-state bytes over all parameters with state."""
+    state = {name: size for needs in workload.optimizers for name, size in needs.state_bytes.items() if size}
+    return min((one.bytes / state[one.name] for one in workload.parameters if one.name in state), default=0.0)

@@ -10,15 +10,72 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from lightning_largescale.planner.price import Moment, Price
+from lightning_largescale.planner.price import Fields, Moment, Price
+from lightning_largescale.planner.remedy import UNLIMITED, Assigned, Circumstances, Remedy, Removable, WorstMoment
 from lightning_largescale.tiers import group_tiers
 
 if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
     from lightning_largescale.planner.sizes import Sizes
+    from lightning_largescale.workload import Workload
+
+
+class ParameterRemedy(Remedy):
+    """Groups of parameters that leave the device."""
+
+    name = "parameters"
+    unit = "groups"
+
+    @override
+    def may_help(self, plan: Plan, about: Circumstances) -> bool:
+        return about.tiers and bool(about.workload.blocks) and not about.workload.whole
+
+    @override
+    def moves_state(self, kind: str) -> bool:
+        # The host steps on the parameters, where their state is too.
+        return kind == "cuda"
+
+    @override
+    def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
+        groups, in_dram = assigned.groups, assigned.groups_in_dram
+        if not groups:
+            return {}
+        on_disk = len(in_dram) < len(groups)
+        return {
+            "offload_parameters": "nvme" if on_disk else "cpu",
+            "resident_parameter_bytes": sum(map(sizes.shard, sizes.movable[len(groups) :])) or None,
+            "cpu_parameter_bytes": (sum(map(sizes.shard, in_dram)) or None) if on_disk else None,
+        }
+
+    @override
+    def fields_of_all(self, workload: Workload, tier: str) -> Fields:
+        return {"offload_parameters": tier}
+
+    @override
+    def fields_of_none(self, tier: str) -> Fields:
+        return {"offload_parameters": tier, "resident_parameter_bytes": UNLIMITED}
+
+    @override
+    def removable(self, worst: WorstMoment) -> Removable:
+        fit = worst.workload.stage == "fit"
+        fetched = worst.accumulate * (2.0 if fit and worst.plan.gathers_again else 1.0)
+        trained = fit and all(one.trainable and one.used for one in worst.workload.parameters)
+        # Gradients are offloaded with their parameters; a group's bytes then double.
+        also = 0.0 if worst.frees_gradients else worst.terms.get("gradients", 0) * worst.holes
+        each = 1 + (worst.holes if also else 0.0)
+        # On CUDA the host steps on them.
+        paged = 1.0 if trained and worst.kind == "cpu" else 0.0
+        return worst.terms.get("parameters", 0) + also, (fetched + paged) / each, paged / each
+
+    @override
+    def most_staging(self, sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
+        return (sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, groups), default=0)
 
 
 class ParameterOffloadPrice(Price):
     """Groups whose parameters, and gradients with them, are in another tier while they do not compute."""
+
+    remedies = (ParameterRemedy(),)
 
     @override
     def place(self, sizes: Sizes) -> None:
@@ -62,7 +119,7 @@ def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
 
 def _copied_alone(sizes: Sizes, index: int, *, backward: bool) -> int:
     block, segment = sizes.blocks[index], sizes.step.segments[index]
-    kept = backward and not sizes.gathers_again
+    kept = backward and not sizes.plan.gathers_again
     if block not in sizes.placement.groups or sizes.gather_ranks > 1 or kept:
         return 0
     rise = segment.forward_peak_bytes - segment.forward_entry_bytes
