@@ -202,7 +202,7 @@ class Plan(
     @property
     def last_resorts(self) -> int:
         """Number of techniques in use that are taken only if nothing fits without; the fewer, the simpler."""
-        return sum(fields._last_resort(self) for fields in techniques_of(type(self)))
+        return sum(fields._last_resort and fields._in_use(self) for fields in techniques_of(type(self)))
 
     def describe(self) -> str:
         """Return the plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.planner.amounts import Amounts, Layout
 from lightning_largescale.planner.bounds import least_seconds
-from lightning_largescale.planner.remedy import UNLIMITED, Circumstances
+from lightning_largescale.planner.remedy import UNLIMITED
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import REMEDIES, takes
 from lightning_largescale.planner.tier_budgets import shortfalls
@@ -55,10 +55,14 @@ class Offloading:
     may_release: bool
     setup: Mapping[str, Any]
 
+    @property
+    def has_tiers(self) -> bool:
+        """Return whether there is a tier beside the device."""
+        return len(self.budgets) > 1
+
     def remedies(self, plan: Plan) -> list[frozenset[str]]:
         """Return the sets of remedies without recomputation that may be combined with `plan`, smallest sets first."""
-        about, kind = self._about(), self.hardware.kind
-        usable = [REMEDIES[name] for name in OFFLOADS if REMEDIES[name].may_help(plan, about)]
+        usable = [REMEDIES[name] for name in OFFLOADS if REMEDIES[name].may_help(plan, self)]
         found = itertools.chain.from_iterable(
             itertools.combinations(usable, count) for count in range(1, len(usable) + 1)
         )
@@ -68,7 +72,7 @@ class Offloading:
             frozenset(remedy.name for remedy in used)
             for used in found
             if not pages
-            or not any(remedy.moves_state(kind) for remedy in used)
+            or not any(remedy.moves_state(self.hardware.kind) for remedy in used)
             or any(remedy.unit == "pages" for remedy in used)
         ]
 
@@ -77,10 +81,10 @@ class Offloading:
 
         Each comes with the least seconds of recomputation for each byte that this frees.
         """
-        work, rates, about = self.workload, self.hardware.rates, self._about()
+        work, rates = self.workload, self.hardware.rates
         found: list[tuple[frozenset[str], float]] = []
         for name, remedy in REMEDIES.items():
-            if not remedy.recomputes or rates is None or not remedy.may_help(plan, about):
+            if not remedy.recomputes or rates is None or not remedy.may_help(plan, self):
                 continue
             full = dataclasses.replace(plan, **remedy.fields_of_all(work, ""))
             least = remedy.byte_seconds(Sizes(work, full, self.hardware.kind, self.accumulate), rates)
@@ -107,15 +111,6 @@ class Offloading:
         for remedy in REMEDIES.values() if gathering else ():
             plan = dataclasses.replace(plan, **remedy.fields_of_none("nvme" if kind == "cpu" else "cpu"))
         return Layout(Sizes(self.workload, plan, kind, self.accumulate), self.hardware, self.budgets, **self.setup)
-
-    def _about(self) -> Circumstances:
-        return Circumstances(
-            workload=self.workload,
-            kind=self.hardware.kind,
-            tiers=len(self.budgets) > 1,
-            accumulate=self.accumulate,
-            may_release=self.may_release,
-        )
 
 
 def offloaded_plans(search: Offloading, rows: Sequence[tuple[Plan, Estimate]]) -> Iterator[Plan]:

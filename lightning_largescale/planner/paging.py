@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
 
 if TYPE_CHECKING:
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.planner.sizes import Sizes
 
 # Bytes of the largest gradient, and of all gradients.
@@ -27,7 +28,7 @@ class Paging:
         sizes: the sizes of any plan of the layout.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: GroupSizes) -> None:
         self._sizes = sizes
         self._groups = {**sizes.groups, "": sizes.ungrouped_parameters}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_largescale.planner.placement import kept_elsewhere
-from lightning_largescale.planner.price import Moment
+from lightning_largescale.planner.price import Moment, Terms
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.techniques.prices import PRICES
 
@@ -168,7 +168,7 @@ def _without_allocator(
                 terms[name] = terms.get(name, 0) + (size if isinstance(size, int) else size[index])
         return terms
 
-    found: dict[Moment, list[Mapping[str, int | Sequence[int]]]] = {}
+    found: dict[Moment, list[Terms]] = {}
     blocks = sizes.blocks
     yield "setup", None, at("setup")
     for index in range(len(blocks)):
@@ -183,7 +183,7 @@ def _without_allocator(
     yield "optimizer step", None, at("optimizer step")
 
 
-def _of_any_run(sizes: Sizes, moment: Moment) -> Mapping[str, int | Sequence[int]]:
+def _of_any_run(sizes: Sizes, moment: Moment) -> Terms:
     """Return the terms of a moment that any run has.
 
     Lightning's closure runs the forward before it clears gradients, so those of the previous step are still live.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Rates
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.planner.remedy import Remedy
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Step, Workload
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # segment.
 Moment = Literal["setup", "forward", "backward", "gradient reduction", "optimizer step"]
 Fields = Mapping[str, Any]
+# Bytes by term; a sequence has one item for each segment.
+Terms = Mapping[str, int | Sequence[int]]
 
 
 class Overlap(NamedTuple):
@@ -105,10 +108,10 @@ class Price:
 
     # Sizes: what the technique makes of the model and of the step, in terms that all techniques share.
 
-    def lay_out(self, sizes: Sizes) -> None:
+    def lay_out(self, sizes: GroupSizes) -> None:
         """Set the quantities of `sizes` that say which bytes a rank holds and computes with."""
 
-    def run(self, sizes: Sizes, step: Step) -> Step:
+    def run(self, sizes: GroupSizes, step: Step) -> Step:
         """Return the traced `step` as a rank runs it under the technique."""
         return step
 
@@ -117,8 +120,8 @@ class Price:
 
     # Memory, in bytes.
 
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
-        """Return the bytes that the technique adds at a moment, by term; a sequence has one item for each segment.
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
+        """Return the bytes that the technique adds at a moment, by term.
 
         Args:
             sizes: the sizes of the plan.

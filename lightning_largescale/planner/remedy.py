@@ -15,6 +15,7 @@ from lightning_largescale.planner.price import Fields
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Rates
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.offload_search import Offloading
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
@@ -22,25 +23,6 @@ if TYPE_CHECKING:
 UNLIMITED = 2**63
 # Bytes at the worst moment that a remedy can take off it, and how often each byte is read and written in a step.
 Removable = tuple[float, float, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Circumstances:
-    """The inputs of a search that say which remedies may help.
-
-    Attributes:
-        workload: the traced step.
-        kind: the kind of the devices.
-        tiers: whether there is a tier beside the device.
-        accumulate: micro-batches in a step.
-        may_release: whether gradients may be released early, as nothing needs all of them at once.
-    """
-
-    workload: Workload
-    kind: str
-    tiers: bool
-    accumulate: int
-    may_release: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +103,7 @@ class Remedy:
     recomputes = False
     frees_gradients = False
 
-    def may_help(self, plan: Plan, about: Circumstances) -> bool:
+    def may_help(self, plan: Plan, search: Offloading) -> bool:
         """Return whether `plan` may be combined with the remedy, and gains by it."""
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.units import parse_bytes
@@ -14,57 +14,53 @@ if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
     from lightning_largescale.workload import Workload
 
-Heap = Literal["left", "trimmed", "watched", "mapped"]
 TIERS = (None, "cpu", "nvme")
 
 
 class PlanFields:
-    """Fields of one technique, of which `Plan` inherits; the defaults are those of a technique that is not in use."""
+    """Fields of one technique, of which `Plan` inherits.
+
+    Attributes:
+        _heap: treatment of the heap on the CPU that the technique needs at least where it is in use.
+        _last_resort: whether it is one of those taken only if nothing fits without: the fewer, the simpler.
+    """
 
     __slots__ = ()
+    _heap: ClassVar[str] = "left"
+    _last_resort: ClassVar[bool] = False
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
+    @property
+    def _plan(self) -> Plan:
+        """The plan itself, for the fields of other techniques."""
+        return cast("Plan", self)
+
+    def _in_use(self) -> bool:
+        """Return whether the plan has the technique do something."""
+        return False
+
+    def _check(self) -> Mapping[str, object]:
         """Check each field by itself; return those that are to be stored in another form, by name."""
         return {}
 
-    @staticmethod
-    def _check_combination(plan: Plan) -> None:
+    def _check_combination(self) -> None:
         """Check the fields against one another and against those of other techniques, all of which are valid."""
 
-    @staticmethod
-    def _check_blocks(plan: Plan, blocks: Collection[str]) -> None:
+    def _check_blocks(self, blocks: Collection[str]) -> None:
         """Check names of blocks against those of a model's repeated blocks."""
 
-    @staticmethod
-    def _check_hardware(plan: Plan, hardware: Hardware) -> None:
+    def _check_hardware(self, hardware: Hardware) -> None:
         """Check the fields against the devices."""
 
-    @staticmethod
-    def _check_workload(plan: Plan, workload: Workload) -> None:
+    def _check_workload(self, workload: Workload) -> None:
         """Check the fields against a model."""
 
-    @staticmethod
-    def _layout_words(plan: Plan, inner: str) -> str:
+    def _layout_words(self, inner: str) -> str:
         """Return the use of the ranks in words; `inner` are the words of the techniques before, on fewer ranks."""
         return inner
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
+    def _words(self) -> Iterable[str]:
         """Return the technique in words, if it is in use."""
         return ()
-
-    @staticmethod
-    def _last_resort(plan: Plan) -> bool:
-        """Return whether the technique is in use and one of those taken only if nothing fits without: the fewer, the
-        simpler.
-        """
-        return False
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        """Return the treatment of the heap on the CPU that the technique needs at least."""
-        return "left"
 
 
 def techniques_of(plan: type[PlanFields]) -> tuple[type[PlanFields], ...]:
@@ -72,21 +68,21 @@ def techniques_of(plan: type[PlanFields]) -> tuple[type[PlanFields], ...]:
     return tuple(base for base in plan.__bases__ if issubclass(base, PlanFields))
 
 
-def check_count(plan: Plan, name: str, of: str) -> None:
+def check_count(plan: PlanFields, name: str, of: str) -> None:
     """Raise PlanError unless the field is a whole number, 1 or more."""
     value = getattr(plan, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PlanError(f"{name}={value!r} is not accepted; give a whole number of {of}, 1 or more.")
 
 
-def check_flag(plan: Plan, name: str) -> None:
+def check_flag(plan: PlanFields, name: str) -> None:
     """Raise PlanError unless the field is True or False."""
     value = getattr(plan, name)
     if not isinstance(value, bool):
         raise PlanError(f"{name}={value!r} is not accepted; give True or False.")
 
 
-def check_choice(plan: Plan, name: str, accepted: Sequence[str | None]) -> None:
+def check_choice(plan: PlanFields, name: str, accepted: Sequence[str | None]) -> None:
     """Raise PlanError unless the field is in `accepted`."""
     value = getattr(plan, name)
     if value not in accepted:
@@ -94,7 +90,7 @@ def check_choice(plan: Plan, name: str, accepted: Sequence[str | None]) -> None:
         raise PlanError(f"{name}={value!r} is not accepted; give {', '.join(others)} or {last}.")
 
 
-def check_modules(plan: Plan, name: str) -> Mapping[str, tuple[str, ...]]:
+def check_modules(plan: PlanFields, name: str) -> Mapping[str, tuple[str, ...]]:
     """Return the field, names of modules, as a tuple.
 
     Raises:
@@ -106,13 +102,13 @@ def check_modules(plan: Plan, name: str) -> Mapping[str, tuple[str, ...]]:
     return {name: tuple(names)}
 
 
-def as_bytes(plan: Plan, *names: str) -> Mapping[str, int]:
+def as_bytes(plan: PlanFields, *names: str) -> Mapping[str, int]:
     """Return the amounts of bytes that were given as text."""
     given = {name: getattr(plan, name) for name in names}
     return {name: parse_bytes(value, name=name) for name, value in given.items() if isinstance(value, str)}
 
 
-def check_amount(plan: Plan, name: str, of: str, tiers: Sequence[str]) -> None:
+def check_amount(plan: PlanFields, name: str, of: str, tiers: Sequence[str]) -> None:
     """Raise PlanError unless the field is None, or a number of bytes and the field `of` is one of `tiers`."""
     value, tier = getattr(plan, name), getattr(plan, of)
     if value is None:
@@ -125,7 +121,7 @@ def check_amount(plan: Plan, name: str, of: str, tiers: Sequence[str]) -> None:
         )
 
 
-def check_names_of_blocks(plan: Plan, name: str, blocks: Collection[str]) -> None:
+def check_names_of_blocks(plan: PlanFields, name: str, blocks: Collection[str]) -> None:
     """Raise PlanError if the field has a name that is not in `blocks`."""
     for one in getattr(plan, name) or ():
         if one in blocks:
@@ -137,7 +133,7 @@ def check_names_of_blocks(plan: Plan, name: str, blocks: Collection[str]) -> Non
         )
 
 
-def check_has_blocks(plan: Plan, name: str, workload: Workload, remedy: object) -> None:
+def check_has_blocks(plan: PlanFields, name: str, workload: Workload, remedy: object) -> None:
     """Raise PlanError if the model has no repeated blocks, which the field needs."""
     if not workload.blocks:
         raise PlanError(
@@ -145,7 +141,7 @@ def check_has_blocks(plan: Plan, name: str, workload: Workload, remedy: object) 
         )
 
 
-def refuse_together(plan: Plan, name: str, others: Mapping[str, bool], why: str = "") -> None:
+def refuse_together(plan: PlanFields, name: str, others: Mapping[str, bool], why: str = "") -> None:
     """Raise PlanError for the first field of `others` that cannot be combined with the field `name`."""
     for other, refused in others.items():
         if refused:

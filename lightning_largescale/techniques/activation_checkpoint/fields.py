@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.techniques.plan_fields import (
-    Heap,
     PlanFields,
     are_names,
     check_choice,
@@ -18,7 +17,6 @@ from lightning_largescale.techniques.plan_fields import (
 )
 
 if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
     from lightning_largescale.workload import Workload
 
 
@@ -36,18 +34,21 @@ class ActivationCheckpointFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "watched"
     activation_checkpointing: str = "none"
     checkpointed_blocks: tuple[str, ...] | None = None
     checkpointed_operations: str = "all"
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_choice(plan, "activation_checkpointing", ("none", "selective", "full"))
-        check_choice(plan, "checkpointed_operations", ("all", "cheap"))
-        mode, blocks = plan.activation_checkpointing, plan.checkpointed_blocks
-        if mode == "none" and plan.checkpointed_operations != "all":
+    def _in_use(self) -> bool:
+        return self.activation_checkpointing != "none"
+
+    def _check(self) -> Mapping[str, object]:
+        check_choice(self, "activation_checkpointing", ("none", "selective", "full"))
+        check_choice(self, "checkpointed_operations", ("all", "cheap"))
+        mode, blocks = self.activation_checkpointing, self.checkpointed_blocks
+        if mode == "none" and self.checkpointed_operations != "all":
             raise PlanError(
-                f"checkpointed_operations={plan.checkpointed_operations!r} contradicts activation_checkpointing='none';"
+                f"checkpointed_operations={self.checkpointed_operations!r} contradicts activation_checkpointing='none';"
                 " give 'full' or 'selective', or 'all' operations."
             )
         if mode != "selective":
@@ -64,24 +65,17 @@ class ActivationCheckpointFields(PlanFields):
             )
         return {"checkpointed_blocks": tuple(blocks)}
 
-    @staticmethod
-    def _check_blocks(plan: Plan, blocks: Collection[str]) -> None:
-        check_names_of_blocks(plan, "checkpointed_blocks", blocks)
+    def _check_blocks(self, blocks: Collection[str]) -> None:
+        check_names_of_blocks(self, "checkpointed_blocks", blocks)
 
-    @staticmethod
-    def _check_workload(plan: Plan, workload: Workload) -> None:
-        if plan.activation_checkpointing != "none":
-            check_has_blocks(plan, "activation_checkpointing", workload, "none")
+    def _check_workload(self, workload: Workload) -> None:
+        if self.activation_checkpointing != "none":
+            check_has_blocks(self, "activation_checkpointing", workload, "none")
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        if plan.activation_checkpointing == "none":
+    def _words(self) -> Iterable[str]:
+        if self.activation_checkpointing == "none":
             return ()
         words = "full activation checkpointing"
-        if plan.checkpointed_blocks:
-            words = f"activation checkpointing of {counted(len(plan.checkpointed_blocks), 'block')}"
-        return (words + (" but for products" if plan.checkpointed_operations == "cheap" else ""),)
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "watched" if plan.activation_checkpointing != "none" else "left"
+        if self.checkpointed_blocks:
+            words = f"activation checkpointing of {counted(len(self.checkpointed_blocks), 'block')}"
+        return (words + (" but for products" if self.checkpointed_operations == "cheap" else ""),)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from lightning_largescale.planner.costs import segment_seconds
-from lightning_largescale.planner.price import Fields, Moment, Price
-from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy
+from lightning_largescale.planner.price import Fields, Moment, Price, Terms
+from lightning_largescale.planner.remedy import Assigned, Remedy
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Rates
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.offload_search import Offloading
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Segment, Workload
 
@@ -38,9 +39,9 @@ class RecomputationRemedy(Remedy):
         self.name, self._operations = name, operations
 
     @override
-    def may_help(self, plan: Plan, about: Circumstances) -> bool:
-        fit = about.workload.stage == "fit"
-        return plan.activation_checkpointing == "none" and fit and len(about.workload.blocks) > 1
+    def may_help(self, plan: Plan, search: Offloading) -> bool:
+        fit = search.workload.stage == "fit"
+        return plan.activation_checkpointing == "none" and fit and len(search.workload.blocks) > 1
 
     @override
     def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
@@ -115,7 +116,7 @@ class ActivationCheckpointPrice(Price):
         sizes.keeps_products = sizes.plan.checkpointed_operations == "cheap"
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         if sizes.plan.activation_checkpointing == "none":
             return {}
         # A copy of a block's buffers is kept until its backward.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from lightning_largescale.errors import PlanError
 from lightning_largescale.techniques.plan_fields import (
     TIERS,
-    Heap,
     PlanFields,
     are_names,
     check_choice,
@@ -19,7 +18,6 @@ from lightning_largescale.techniques.plan_fields import (
 )
 
 if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
     from lightning_largescale.workload import Workload
 
 
@@ -33,16 +31,20 @@ class ActivationOffloadFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "mapped"
+    _last_resort = True
     offload_activations: str | None = None
     offloaded_blocks: tuple[str, ...] | None = None
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_choice(plan, "offload_activations", TIERS)
-        blocks = plan.offloaded_blocks
+    def _in_use(self) -> bool:
+        return self.offload_activations is not None
+
+    def _check(self) -> Mapping[str, object]:
+        check_choice(self, "offload_activations", TIERS)
+        blocks = self.offloaded_blocks
         if blocks is None:
             return {}
-        if plan.offload_activations is None:
+        if self.offload_activations is None:
             raise PlanError(
                 f"offloaded_blocks={blocks!r} contradicts offload_activations=None; give 'cpu' or 'nvme' there, or no"
                 " blocks."
@@ -54,26 +56,15 @@ class ActivationOffloadFields(PlanFields):
             )
         return {"offloaded_blocks": tuple(blocks)}
 
-    @staticmethod
-    def _check_blocks(plan: Plan, blocks: Collection[str]) -> None:
-        check_names_of_blocks(plan, "offloaded_blocks", blocks)
+    def _check_blocks(self, blocks: Collection[str]) -> None:
+        check_names_of_blocks(self, "offloaded_blocks", blocks)
 
-    @staticmethod
-    def _check_workload(plan: Plan, workload: Workload) -> None:
-        if plan.offload_activations is not None:
-            check_has_blocks(plan, "offload_activations", workload, None)
+    def _check_workload(self, workload: Workload) -> None:
+        if self.offload_activations is not None:
+            check_has_blocks(self, "offload_activations", workload, None)
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        if plan.offload_activations is None:
+    def _words(self) -> Iterable[str]:
+        if self.offload_activations is None:
             return ()
-        blocks = f" of {counted(len(plan.offloaded_blocks), 'block')}" if plan.offloaded_blocks else ""
-        return (f"activations{blocks} on {plan.offload_activations}",)
-
-    @staticmethod
-    def _last_resort(plan: Plan) -> bool:
-        return plan.offload_activations is not None
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "mapped" if plan.offload_activations is not None else "left"
+        blocks = f" of {counted(len(self.offloaded_blocks), 'block')}" if self.offloaded_blocks else ""
+        return (f"activations{blocks} on {self.offload_activations}",)

@@ -5,16 +5,17 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from lightning_largescale.planner.price import Fields, Moment, Price
-from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy, Removable, WorstMoment
+from lightning_largescale.planner.price import Fields, Moment, Price, Terms
+from lightning_largescale.planner.remedy import Assigned, Remedy, Removable, WorstMoment
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.offload_search import Offloading
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
@@ -29,8 +30,8 @@ class ActivationRemedy(Remedy):
     unit = "blocks"
 
     @override
-    def may_help(self, plan: Plan, about: Circumstances) -> bool:
-        return about.tiers and about.workload.stage == "fit" and bool(about.workload.blocks)
+    def may_help(self, plan: Plan, search: Offloading) -> bool:
+        return search.has_tiers and search.workload.stage == "fit" and bool(search.workload.blocks)
 
     @override
     def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
@@ -69,7 +70,7 @@ class ActivationOffloadPrice(Price):
             sizes.placement.blocks = frozenset(blocks)
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         if sizes.placement.activations is None or moment in ("setup", "optimizer step"):
             return {}
         return {"activations in flight": activations_in_flight(sizes, backward=moment != "forward")}

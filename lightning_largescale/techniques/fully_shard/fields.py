@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.techniques.plan_fields import Heap, PlanFields, check_count, check_flag, check_modules
+from lightning_largescale.techniques.plan_fields import PlanFields, check_count, check_flag, check_modules
 
 if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
     from lightning_largescale.workload import Workload
 
 
@@ -32,6 +31,7 @@ class FullyShardFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "mapped"
     dp_shard: int = 1
     reshard_after_forward: bool = True
     wrapped_modules: tuple[str, ...] = ()
@@ -41,15 +41,16 @@ class FullyShardFields(PlanFields):
         """Return whether groups of parameters are gathered again in backward."""
         return self.reshard_after_forward
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_count(plan, "dp_shard", "devices")
-        check_flag(plan, "reshard_after_forward")
-        return check_modules(plan, "wrapped_modules")
+    def _in_use(self) -> bool:
+        return self.dp_shard > 1
 
-    @staticmethod
-    def _check_workload(plan: Plan, workload: Workload) -> None:
-        for name in plan.wrapped_modules:
+    def _check(self) -> Mapping[str, object]:
+        check_count(self, "dp_shard", "devices")
+        check_flag(self, "reshard_after_forward")
+        return check_modules(self, "wrapped_modules")
+
+    def _check_workload(self, workload: Workload) -> None:
+        for name in self.wrapped_modules:
             if name not in workload.wraps:
                 accepted = f"accepted are {', '.join(map(repr, workload.wraps))}" if workload.wraps else "there is none"
                 raise PlanError(
@@ -57,17 +58,11 @@ class FullyShardFields(PlanFields):
                     f" repeated blocks, and alone in reading its parameters; {accepted}."
                 )
 
-    @staticmethod
-    def _layout_words(plan: Plan, inner: str) -> str:
-        stage = "ZeRO-3" if plan.reshard_after_forward else "ZeRO-2"
-        return f"{stage} over {plan.dp_shard} devices" if plan.dp_shard > 1 else inner
+    def _layout_words(self, inner: str) -> str:
+        stage = "ZeRO-3" if self.reshard_after_forward else "ZeRO-2"
+        return f"{stage} over {self.dp_shard} devices" if self.dp_shard > 1 else inner
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        count = len(plan.wrapped_modules) if plan.dp_shard > 1 or plan.offload_parameters else 0
+    def _words(self) -> Iterable[str]:
+        count = len(self.wrapped_modules) if self.dp_shard > 1 or self._plan.offload_parameters else 0
         by = "s gathered by themselves" if count > 1 else " gathered by itself"
         return (f"{count} more module{by}",) if count else ()
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "mapped" if plan.dp_shard > 1 else "left"

@@ -7,17 +7,18 @@ Source: torch.distributed.fsdp.fully_shard; Rajbhandari et al. 2020, "ZeRO", sec
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from lightning_largescale.planner.costs import all_gather_seconds, reduce_scatter_seconds, shared
-from lightning_largescale.planner.price import Fields, Moment, Overlap, Price
+from lightning_largescale.planner.price import Fields, Moment, Overlap, Price, Terms
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Link, Rates
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
@@ -52,12 +53,12 @@ class FullyShardPrice(Price):
             yield {"dp_shard": max(2, hardware.world_size)}, workload.whole
 
     @override
-    def lay_out(self, sizes: Sizes) -> None:
+    def lay_out(self, sizes: GroupSizes) -> None:
         sizes.gather_ranks = sizes.plan.dp_shard
         sizes.group_names |= {*sizes.plan.wrapped_modules}
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         if not sizes.gathers or moment == "optimizer step":
             return {}
         if moment == "setup":

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lightning_largescale.techniques.plan_fields import Heap, PlanFields, check_flag, refuse_together
-
-if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.plan_fields import PlanFields, check_flag, refuse_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,28 +21,22 @@ class GradientReleaseFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "watched"
+    _last_resort = True
     release_gradients: bool = False
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_flag(plan, "release_gradients")
+    def _in_use(self) -> bool:
+        return self.release_gradients
+
+    def _check(self) -> Mapping[str, object]:
+        check_flag(self, "release_gradients")
         return {}
 
-    @staticmethod
-    def _check_combination(plan: Plan) -> None:
-        if plan.release_gradients:
-            replicas = plan.dp_replicate > 1 and not plan.shards
-            refused = {"precision": plan.scales_gradients, "dp_replicate": replicas}
-            refuse_together(plan, "release_gradients", refused, ", which needs all gradients at once")
+    def _check_combination(self) -> None:
+        if self.release_gradients:
+            replicas = self._plan.dp_replicate > 1 and not self._plan.shards
+            refused = {"precision": self._plan.scales_gradients, "dp_replicate": replicas}
+            refuse_together(self, "release_gradients", refused, ", which needs all gradients at once")
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        return ("gradients released",) if plan.release_gradients else ()
-
-    @staticmethod
-    def _last_resort(plan: Plan) -> bool:
-        return plan.release_gradients
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "watched" if plan.release_gradients else "left"
+    def _words(self) -> Iterable[str]:
+        return ("gradients released",) if self.release_gradients else ()

@@ -5,17 +5,17 @@ Source: Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from lightning_largescale.planner.paging import temporaries
-from lightning_largescale.planner.price import Fields, Moment, Price
-from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy, Removable, WorstMoment
+from lightning_largescale.planner.price import Fields, Moment, Price, Terms
+from lightning_largescale.planner.remedy import Assigned, Remedy, Removable, WorstMoment
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.offload_search import Offloading
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
@@ -27,10 +27,10 @@ class ReleaseRemedy(Remedy):
     frees_gradients = True
 
     @override
-    def may_help(self, plan: Plan, about: Circumstances) -> bool:
+    def may_help(self, plan: Plan, search: Offloading) -> bool:
         replicas = plan.dp > 1 and not plan.shards
-        alone = about.accumulate == 1 and len(about.workload.optimizers) == 1
-        trains = about.workload.stage == "fit" and about.may_release
+        alone = search.accumulate == 1 and len(search.workload.optimizers) == 1
+        trains = search.workload.stage == "fit" and search.may_release
         return trains and alone and not plan.scales_gradients and not replicas
 
     @override
@@ -57,7 +57,7 @@ class GradientReleasePrice(Price):
         sizes.releases = sizes.plan.release_gradients
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         if not sizes.plan.release_gradients or moment not in ("backward", "gradient reduction"):
             return {}
         return {"optimizer temporaries": [_temporaries(sizes, index) for index in range(len(sizes.blocks))]}

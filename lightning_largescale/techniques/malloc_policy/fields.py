@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from lightning_largescale.techniques.plan_fields import Heap, PlanFields, techniques_of
+from lightning_largescale.techniques.plan_fields import PlanFields, techniques_of
 
-_LEAST_FIRST: tuple[Heap, ...] = ("left", "trimmed", "watched", "mapped")
+Heap = Literal["left", "trimmed", "watched", "mapped"]
+_MOST_FIRST: tuple[Heap, ...] = ("mapped", "watched", "trimmed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,4 +26,5 @@ class MallocPolicyFields(PlanFields):
 
         Source: parallel/heap.py, which gives the reasons.
         """
-        return max((fields._heap(self) for fields in techniques_of(type(self))), key=_LEAST_FIRST.index)  # type: ignore[arg-type]
+        needed = {fields._heap for fields in techniques_of(type(self)) if fields._in_use(self)}
+        return next((heap for heap in _MOST_FIRST if heap in needed), "left")

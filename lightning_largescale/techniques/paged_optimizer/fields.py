@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.techniques.plan_fields import (
     TIERS,
-    Heap,
     PlanFields,
     as_bytes,
     check_amount,
@@ -21,9 +19,6 @@ from lightning_largescale.techniques.plan_fields import (
     check_flag,
     refuse_together,
 )
-
-if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,43 +35,37 @@ class PagedOptimizerFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "watched"
+    _last_resort = True
     offload_optimizer: str | None = None
     host_optimizer_step: bool = False
     resident_optimizer_bytes: int | None = None
     cpu_optimizer_bytes: int | None = None
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_choice(plan, "offload_optimizer", TIERS)
-        check_flag(plan, "host_optimizer_step")
-        return as_bytes(plan, "resident_optimizer_bytes", "cpu_optimizer_bytes")
+    def _in_use(self) -> bool:
+        return self.offload_optimizer is not None
 
-    @staticmethod
-    def _check_combination(plan: Plan) -> None:
-        check_amount(plan, "resident_optimizer_bytes", "offload_optimizer", ("cpu", "nvme"))
-        check_amount(plan, "cpu_optimizer_bytes", "offload_optimizer", ("nvme",))
-        if not plan.host_optimizer_step:
+    def _check(self) -> Mapping[str, object]:
+        check_choice(self, "offload_optimizer", TIERS)
+        check_flag(self, "host_optimizer_step")
+        return as_bytes(self, "resident_optimizer_bytes", "cpu_optimizer_bytes")
+
+    def _check_combination(self) -> None:
+        check_amount(self, "resident_optimizer_bytes", "offload_optimizer", ("cpu", "nvme"))
+        check_amount(self, "cpu_optimizer_bytes", "offload_optimizer", ("nvme",))
+        if not self.host_optimizer_step:
             return
-        if plan.offload_optimizer is None:
+        if self.offload_optimizer is None:
             raise PlanError(
                 "host_optimizer_step=True contradicts offload_optimizer=None; give 'cpu' or 'nvme' there, or leave it"
                 " out."
             )
-        refused = {"precision": plan.scales_gradients}
-        refuse_together(plan, "host_optimizer_step", refused, ", whose scaler is on the device")
+        refused = {"precision": self._plan.scales_gradients}
+        refuse_together(self, "host_optimizer_step", refused, ", whose scaler is on the device")
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        if plan.offload_optimizer is not None:
-            part = "part of " if plan.resident_optimizer_bytes else ""
-            yield f"{part}optimizer state on {plan.offload_optimizer}"
-        if plan.host_optimizer_step:
+    def _words(self) -> Iterable[str]:
+        if self.offload_optimizer is not None:
+            part = "part of " if self.resident_optimizer_bytes else ""
+            yield f"{part}optimizer state on {self.offload_optimizer}"
+        if self.host_optimizer_step:
             yield "stepped on by the host"
-
-    @staticmethod
-    def _last_resort(plan: Plan) -> bool:
-        return plan.offload_optimizer is not None
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "watched" if plan.offload_optimizer is not None else "left"

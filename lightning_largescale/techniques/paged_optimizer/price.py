@@ -5,19 +5,20 @@ Source: Dettmers et al. 2023, "QLoRA", section 3 (paged optimizers).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from lightning_largescale.planner.paging import largest_page, moved_in_step, page_buffers, temporaries
 from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages, whole_pages
-from lightning_largescale.planner.price import Fields, Moment, Price
-from lightning_largescale.planner.remedy import Assigned, Circumstances, Remedy, Removable, WorstMoment
+from lightning_largescale.planner.price import Fields, Moment, Price, Terms
+from lightning_largescale.planner.remedy import Assigned, Remedy, Removable, WorstMoment
 from lightning_largescale.tiers import PAGE_BUFFERS, page_buffer_bytes
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.offload_search import Offloading
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
@@ -32,9 +33,9 @@ class PageRemedy(Remedy):
     unit = "pages"
 
     @override
-    def may_help(self, plan: Plan, about: Circumstances) -> bool:
-        has_state = any(any(needs.state_bytes.values()) for needs in about.workload.optimizers)
-        return about.tiers and about.workload.stage == "fit" and has_state
+    def may_help(self, plan: Plan, search: Offloading) -> bool:
+        has_state = any(any(needs.state_bytes.values()) for needs in search.workload.optimizers)
+        return search.has_tiers and search.workload.stage == "fit" and has_state
 
     @override
     def fields(self, sizes: Sizes, assigned: Assigned) -> Fields:
@@ -87,7 +88,7 @@ class PagedOptimizerPrice(Price):
             sizes.placement.state = _state_tiers(sizes)
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         if moment == "setup":
             return {}
         buffers = {"page buffers": page_buffers(sizes)}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from lightning_largescale.errors import PlanError
 from lightning_largescale.techniques.plan_fields import (
     TIERS,
-    Heap,
     PlanFields,
     as_bytes,
     check_amount,
@@ -23,7 +22,6 @@ from lightning_largescale.techniques.plan_fields import (
 )
 
 if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
     from lightning_largescale.workload import Workload
 
 
@@ -42,44 +40,37 @@ class ParameterOffloadFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "mapped"
+    _last_resort = True
     offload_parameters: str | None = None
     nvme_path: str | None = None
     resident_parameter_bytes: int | None = None
     cpu_parameter_bytes: int | None = None
     prefetched_blocks: int = 1
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_choice(plan, "offload_parameters", TIERS)
-        check_count(plan, "prefetched_blocks", "blocks")
-        changed = as_bytes(plan, "resident_parameter_bytes", "cpu_parameter_bytes")
-        path: object = plan.nvme_path
+    def _in_use(self) -> bool:
+        return self.offload_parameters is not None
+
+    def _check(self) -> Mapping[str, object]:
+        check_choice(self, "offload_parameters", TIERS)
+        check_count(self, "prefetched_blocks", "blocks")
+        changed = as_bytes(self, "resident_parameter_bytes", "cpu_parameter_bytes")
+        path: object = self.nvme_path
         if path is None:
             return changed
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise PlanError(f"nvme_path={path!r} is not accepted; give the path of a folder.")
         return {**changed, "nvme_path": str(os.fspath(path))}
 
-    @staticmethod
-    def _check_combination(plan: Plan) -> None:
-        check_amount(plan, "resident_parameter_bytes", "offload_parameters", ("cpu", "nvme"))
-        check_amount(plan, "cpu_parameter_bytes", "offload_parameters", ("nvme",))
+    def _check_combination(self) -> None:
+        check_amount(self, "resident_parameter_bytes", "offload_parameters", ("cpu", "nvme"))
+        check_amount(self, "cpu_parameter_bytes", "offload_parameters", ("nvme",))
 
-    @staticmethod
-    def _check_workload(plan: Plan, workload: Workload) -> None:
-        if plan.offload_parameters is not None:
-            check_has_blocks(plan, "offload_parameters", workload, None)
+    def _check_workload(self, workload: Workload) -> None:
+        if self.offload_parameters is not None:
+            check_has_blocks(self, "offload_parameters", workload, None)
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        if plan.offload_parameters is None:
+    def _words(self) -> Iterable[str]:
+        if self.offload_parameters is None:
             return ()
-        return (f"{'part of ' if plan.resident_parameter_bytes else ''}parameters on {plan.offload_parameters}",)
-
-    @staticmethod
-    def _last_resort(plan: Plan) -> bool:
-        return plan.offload_parameters is not None
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "mapped" if plan.offload_parameters is not None else "left"
+        return (f"{'part of ' if self.resident_parameter_bytes else ''}parameters on {self.offload_parameters}",)

@@ -5,17 +5,18 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from lightning_largescale.planner.price import Fields, Moment, Price
-from lightning_largescale.planner.remedy import UNLIMITED, Assigned, Circumstances, Remedy, Removable, WorstMoment
+from lightning_largescale.planner.price import Fields, Moment, Price, Terms
+from lightning_largescale.planner.remedy import UNLIMITED, Assigned, Remedy, Removable, WorstMoment
 from lightning_largescale.tiers import group_tiers
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.offload_search import Offloading
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
@@ -27,8 +28,8 @@ class ParameterRemedy(Remedy):
     unit = "groups"
 
     @override
-    def may_help(self, plan: Plan, about: Circumstances) -> bool:
-        return about.tiers and bool(about.workload.blocks) and not about.workload.whole
+    def may_help(self, plan: Plan, search: Offloading) -> bool:
+        return search.has_tiers and bool(search.workload.blocks) and not search.workload.whole
 
     @override
     def moves_state(self, kind: str) -> bool:
@@ -86,7 +87,7 @@ class ParameterOffloadPrice(Price):
         sizes.reductions = sizes.accumulate
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         if not sizes.placement.groups or moment in ("setup", "optimizer step"):
             return {}
         return {"parameters in flight": parameters_in_flight(sizes, backward=moment != "forward")}

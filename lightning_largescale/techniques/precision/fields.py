@@ -11,7 +11,6 @@ from lightning_largescale.techniques.plan_fields import PlanFields, check_choice
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware
-    from lightning_largescale.plan import Plan
 
 # The data type of each precision's matrix products; the hardware must support it.
 MATMUL_TYPE = {
@@ -46,19 +45,16 @@ class PrecisionFields(PlanFields):
         """Return whether a gradient scaler, which needs all gradients at once, is on the device."""
         return self.precision == "16-mixed"
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_choice(plan, "precision", tuple(MATMUL_TYPE))
+    def _check(self) -> Mapping[str, object]:
+        check_choice(self, "precision", tuple(MATMUL_TYPE))
         return {}
 
-    @staticmethod
-    def _check_hardware(plan: Plan, hardware: Hardware) -> None:
-        if hardware.rates is not None and hardware.rates.matmul_rate(plan.matmul_dtype) is None:
+    def _check_hardware(self, hardware: Hardware) -> None:
+        if hardware.rates is not None and hardware.rates.matmul_rate(self.matmul_dtype) is None:
             raise PlanError(
-                f"precision={plan.precision!r} needs matrix products in {plan.matmul_dtype}, which {hardware.name}"
+                f"precision={self.precision!r} needs matrix products in {self.matmul_dtype}, which {hardware.name}"
                 " cannot compute; use '32-true'."
             )
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        return (plan.precision,)
+    def _words(self) -> Iterable[str]:
+        return (self.precision,)

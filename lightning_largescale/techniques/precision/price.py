@@ -14,7 +14,7 @@ from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware
     from lightning_largescale.plan import Plan
-    from lightning_largescale.planner.sizes import Sizes
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.workload import Segment, Step, Workload
 
 
@@ -47,12 +47,12 @@ class PrecisionPrice(Price):
         return f"precision {plan.precision} is not {' or '.join(sorted(allowed))}, which was asked for"
 
     @override
-    def lay_out(self, sizes: Sizes) -> None:
+    def lay_out(self, sizes: GroupSizes) -> None:
         sizes.step = sizes.workload.steps[sizes.plan.precision]
         sizes.halves = sizes.gathers and sizes.plan.precision in ("bf16-mixed", "16-mixed")
 
     @override
-    def run(self, sizes: Sizes, step: Step) -> Step:
+    def run(self, sizes: GroupSizes, step: Step) -> Step:
         return without_copies(step) if sizes.halves else step
 
 

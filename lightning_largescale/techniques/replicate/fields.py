@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lightning_largescale.techniques.plan_fields import Heap, PlanFields, check_count
-
-if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.plan_fields import PlanFields, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,21 +17,19 @@ class ReplicateFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "trimmed"
     dp_replicate: int = 1
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_count(plan, "dp_replicate", "devices")
+    def _in_use(self) -> bool:
+        return self.dp_replicate > 1
+
+    def _check(self) -> Mapping[str, object]:
+        check_count(self, "dp_replicate", "devices")
         return {}
 
-    @staticmethod
-    def _layout_words(plan: Plan, inner: str) -> str:
-        if plan.dp_replicate == 1:
+    def _layout_words(self, inner: str) -> str:
+        if self.dp_replicate == 1:
             return inner
         if inner:
-            return f"HSDP: {plan.dp_replicate} replicas, each {inner}"
-        return f"replicated on {plan.dp_replicate} devices"
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "trimmed" if plan.dp_replicate > 1 else "left"
+            return f"HSDP: {self.dp_replicate} replicas, each {inner}"
+        return f"replicated on {self.dp_replicate} devices"

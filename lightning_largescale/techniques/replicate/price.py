@@ -5,17 +5,18 @@ Source: Li et al. 2020, "PyTorch Distributed", section 3.2; Zhao et al. 2023, "P
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from lightning_largescale.planner.costs import all_reduce_seconds, shared
-from lightning_largescale.planner.price import Fields, Moment, Overlap, Price
+from lightning_largescale.planner.price import Fields, Moment, Overlap, Price, Terms
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Link, Rates
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
@@ -31,12 +32,12 @@ class ReplicatePrice(Price):
         yield {"dp_replicate": hardware.world_size // plan.world_size}
 
     @override
-    def lay_out(self, sizes: Sizes) -> None:
+    def lay_out(self, sizes: GroupSizes) -> None:
         # Replicas have buckets for every trainable parameter, used or not.
         sizes.in_buckets = sizes.plan.dp_replicate > 1 and not sizes.gathers
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         """Return the gradients outside of buckets: those of replicas that accumulate, before any reduction.
 
         Source: torch.nn.parallel.DistributedDataParallel, `no_sync` and `gradient_as_bucket_view`.

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lightning_largescale.techniques.plan_fields import PlanFields, check_modules, counted, refuse_together
-
-if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +20,20 @@ class RowWiseEmbeddingFields(PlanFields):
     __slots__ = ()
     row_sharded_embeddings: tuple[str, ...] = ()
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        return check_modules(plan, "row_sharded_embeddings")
+    def _check(self) -> Mapping[str, object]:
+        return check_modules(self, "row_sharded_embeddings")
 
-    @staticmethod
-    def _check_combination(plan: Plan) -> None:
-        if plan.row_sharded_embeddings:
+    def _check_combination(self) -> None:
+        if self.row_sharded_embeddings:
             refused = {
-                "tp": plan.tp > 1,
-                "precision": plan.scales_gradients,
-                "offload_optimizer": plan.offload_optimizer is not None,
-                "offload_parameters": plan.offload_parameters is not None,
-                "release_gradients": plan.release_gradients,
+                "tp": self._plan.tp > 1,
+                "precision": self._plan.scales_gradients,
+                "offload_optimizer": self._plan.offload_optimizer is not None,
+                "offload_parameters": self._plan.offload_parameters is not None,
+                "release_gradients": self._plan.release_gradients,
             }
-            refuse_together(plan, "row_sharded_embeddings", refused)
+            refuse_together(self, "row_sharded_embeddings", refused)
 
-    @staticmethod
-    def _words(plan: Plan) -> Iterable[str]:
-        count = len(plan.row_sharded_embeddings) if plan.world_size > 1 else 0
+    def _words(self) -> Iterable[str]:
+        count = len(self.row_sharded_embeddings) if self._plan.world_size > 1 else 0
         return (counted(count, "row-sharded table"),) if count else ()

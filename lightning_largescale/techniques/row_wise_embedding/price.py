@@ -7,16 +7,17 @@ Source: Naumov et al. 2019, "Deep Learning Recommendation Model for Personalizat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from lightning_largescale.planner.costs import all_gather_seconds, shared
-from lightning_largescale.planner.price import Moment, Price
+from lightning_largescale.planner.price import Moment, Price, Terms
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Link, Rates
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Parameter
 
@@ -28,7 +29,7 @@ class RowWiseEmbeddingPrice(Price):
     """Tables that are in no group: each rank has a share of their rows, and gradients of the rows it looked up."""
 
     @override
-    def lay_out(self, sizes: Sizes) -> None:
+    def lay_out(self, sizes: GroupSizes) -> None:
         names = {f"{name}.weight" for name in sizes.plan.row_sharded_embeddings} if sizes.plan.world_size > 1 else set()
         for table in sizes.workload.parameters if names else ():
             if not names.isdisjoint((table.name, *table.aliases)):
@@ -36,7 +37,7 @@ class RowWiseEmbeddingPrice(Price):
                 sizes.ungrouped[table.name] = kept, min(kept, _looked_up(sizes) * _row_bytes(table))
 
     @override
-    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Mapping[str, int | Sequence[int]]:
+    def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:
         if moment != "setup" or sizes.gathers:
             return {}
         # Tables are sharded one after the other, each beside its full copy.
@@ -75,7 +76,7 @@ def _exchange_seconds(sizes: Sizes, link: Link | None) -> float:
     return seconds + (1 + sizes.accumulate) * all_gather_seconds(0, ranks, link)
 
 
-def _looked_up(sizes: Sizes) -> int:
+def _looked_up(sizes: GroupSizes) -> int:
     """Return an upper bound of the rows of one table that a rank looks up per micro-batch, as if its batch were ids.
 
     Other ranks are assumed to look up as many of this rank's rows as it looks up of theirs.

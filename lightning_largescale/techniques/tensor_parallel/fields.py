@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lightning_largescale.techniques.plan_fields import Heap, PlanFields, check_count, check_flag
-
-if TYPE_CHECKING:
-    from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.plan_fields import PlanFields, check_count, check_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +24,20 @@ class TensorParallelFields(PlanFields):
     """
 
     __slots__ = ()
+    _heap = "trimmed"
     tp: int = 1
     sequence_parallel: bool = False
 
-    @staticmethod
-    def _check(plan: Plan) -> Mapping[str, object]:
-        check_count(plan, "tp", "devices")
-        check_flag(plan, "sequence_parallel")
+    def _in_use(self) -> bool:
+        return self.tp > 1
+
+    def _check(self) -> Mapping[str, object]:
+        check_count(self, "tp", "devices")
+        check_flag(self, "sequence_parallel")
         return {}
 
-    @staticmethod
-    def _layout_words(plan: Plan, inner: str) -> str:
-        if plan.tp == 1:
+    def _layout_words(self, inner: str) -> str:
+        if self.tp == 1:
             return inner
-        words = f"tensor{' and sequence' if plan.sequence_parallel else ''} parallel over {plan.tp} devices"
+        words = f"tensor{' and sequence' if self.sequence_parallel else ''} parallel over {self.tp} devices"
         return f"{inner}, each {words}" if inner else words
-
-    @staticmethod
-    def _heap(plan: Plan) -> Heap:
-        return "trimmed" if plan.tp > 1 else "left"

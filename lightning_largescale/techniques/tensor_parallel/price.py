@@ -18,6 +18,7 @@ from lightning_largescale.planner.price import Fields, Price
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Link, Rates
     from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Divided, Segment, Step, Workload
 
@@ -44,13 +45,13 @@ class TensorParallelPrice(Price):
             yield {"sequence_parallel": True}
 
     @override
-    def lay_out(self, sizes: Sizes) -> None:
+    def lay_out(self, sizes: GroupSizes) -> None:
         sizes.tensor_ranks = sizes.plan.tp
         for block, found in sizes.workload.divisions.get(sizes.plan.tp, {}).items():
             sizes.tensor_dims |= {f"{block}.{name}" if block else name: part.dim for name, part in found.parts.items()}
 
     @override
-    def run(self, sizes: Sizes, step: Step) -> Step:
+    def run(self, sizes: GroupSizes, step: Step) -> Step:
         costs = _costs(sizes)
         wraps = sizes.group_names - {*sizes.workload.blocks}
         return divided_step(step, costs, communicated_share(sizes.plan.matmul_dtype), wraps) if costs else step
@@ -197,7 +198,7 @@ def division_words(workload: Workload, ranks: int) -> str:
     return f"{share:.1%} of the parameters divided" + (f"; whole: {words}" if words else "")
 
 
-def _costs(sizes: Sizes) -> Mapping[str, Divided]:
+def _costs(sizes: GroupSizes) -> Mapping[str, Divided]:
     """Return the costs of each block that is sharded, by name; "" is the code outside of blocks."""
     return {
         block: (found.sequence if sizes.plan.sequence_parallel else None) or found
