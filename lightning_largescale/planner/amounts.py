@@ -20,7 +20,7 @@ from lightning_largescale.planner.peak_memory import allocator_share, moments_by
 from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages
 from lightning_largescale.planner.remedy import UNLIMITED, Choice
 from lightning_largescale.planner.runtime import beside_transfers
-from lightning_largescale.planner.spread import REMEDIES, Spread, recomputes, spread, takes
+from lightning_largescale.planner.spread import REMEDIES, Spread, in_unit, recomputes, spread
 from lightning_largescale.planner.transfers import Away, Passes, transfers
 from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
 
@@ -58,8 +58,8 @@ class Layout:
 
     def moments(self, remedies: frozenset[str], choice: Choice) -> Moments:
         """Return, for each moment, the bytes of all terms except the allocator's, and of those that come and go."""
-        of_blocks = frozenset(name for name in remedies if takes(frozenset({name}), "blocks"))
-        groups = choice.groups if takes(remedies, "groups") else 0
+        of_blocks = in_unit(remedies, "blocks")
+        groups = choice.groups if in_unit(remedies, "groups") else 0
         found = self._found(remedies - of_blocks, Choice(groups=groups))
         if not of_blocks:
             return found
@@ -84,19 +84,19 @@ class Amounts:
         """Create the amounts of `remedies`, of which at most one has an amount in blocks."""
         self.layout, self.remedies = layout, remedies
         sizes = layout.sizes
-        self._groups = len(sizes.movable) if takes(remedies, "groups") else 0
-        self._blocks = len(sizes.workload.blocks) if takes(remedies, "blocks") else 0
+        self._groups = len(sizes.movable) if in_unit(remedies, "groups") else 0
+        self._blocks = len(sizes.workload.blocks) if in_unit(remedies, "blocks") else 0
         if recomputes(remedies):
             # Recomputing all blocks is a layout of its own.
             self._blocks -= 1
         paged = sizes.optimizer_state - state_without_pages(sizes, ())
-        self._state = paged if takes(remedies, "pages") else 0
+        self._state = paged if in_unit(remedies, "pages") else 0
         self._beside: dict[int, tuple[float, Passes]] = {}
         # The bytes at setup and at the worst moment after it, with no state resident.
         self._peaks: dict[Choice, tuple[int, int]] = {}
         self._moved_by_groups: dict[int, tuple[int, int]] = {}
-        stepped = [name for name in remedies if self._state and takes(frozenset({name}), "pages")]
-        self._stepped = REMEDIES[stepped[0]] if stepped else None
+        paging = [REMEDIES[name] for name in in_unit(remedies, "pages") if self._state]
+        self._paging = paging[0] if paging else None
         # The choice that offloads all that can be.
         self.least = Choice(blocks=self._blocks)
 
@@ -113,7 +113,7 @@ class Amounts:
         placed = self._spread(drawn_out)
         assert placed is not None
         seconds, by_host = self._priced(drawn_out, placed)
-        fields = self._stepped.stepper_fields(by_host=by_host) if self._stepped else {}
+        fields = self._paging.stepper_fields(by_host=by_host) if self._paging else {}
         return dataclasses.replace(placed.plan, **fields), seconds
 
     def plan(self, choice: Choice) -> Plan | None:
@@ -201,9 +201,9 @@ class Amounts:
         assert rates is not None
         seconds, passes = self._without_transfers(choice.blocks)
         moved: list[tuple[float, bool]] = []
-        steppers = (
-            self._stepped.steppers(sizes) if self._stepped and self._has_room_for_copies(found.away) else (False,)
-        )
+        steppers: tuple[bool, ...] = (False,)
+        if self._paging is not None and self._has_room_for_copies(found.away):
+            steppers = self._paging.steppers(sizes)
         for by_host in steppers:
             away = found.away.stepped_on(sizes, by_host=by_host)
             moved.append((transfers(away, passes, rates, sizes.kind).step_seconds, by_host))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.planner.peak_memory import MemoryEstimate, allocator_share
 from lightning_largescale.planner.remedy import Removable, WorstMoment
-from lightning_largescale.planner.spread import REMEDIES, recomputes, takes
+from lightning_largescale.planner.spread import REMEDIES, in_unit, recomputes
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware
@@ -69,19 +69,27 @@ def least_seconds(
         accumulate=accumulate,
         terms=memory.terms,
         holes=1 + share,
-        moves_groups=takes(remedies, "groups"),
+        moves_groups=bool(in_unit(remedies, "groups")),
         frees_gradients=any(REMEDIES[name].frees_gradients for name in remedies),
     )
     costs = _costs(_removable(worst, remedies), hardware)
     if not recomputes(remedies):
         seconds = _filled(costs, lacking)
         return None if seconds is None else max(step_seconds, seconds)
-    # Recomputation lengthens the compute, offload the transfers: bisect for the shares at which both last as long.
-    low, high = 0.0, memory.terms.get("activations", 0) * (1 + share)
+    # Recomputation lengthens the compute, offload the transfers.
+    high = memory.terms.get("activations", 0) * (1 + share)
     # Each freed byte also frees its share of the fragmentation.
     again_byte_seconds /= 1 + share
     if _filled(costs, lacking - high) is None:
         return None
+    return _balanced(costs, lacking, high, step_seconds, again_byte_seconds)
+
+
+def _balanced(
+    costs: list[tuple[float, float]], lacking: float, high: float, step_seconds: float, again_byte_seconds: float
+) -> float:
+    """Return the seconds of a step whose recomputation, of at most `high` bytes, and transfers last as long."""
+    low = 0.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         seconds = _filled(costs, lacking - middle)

@@ -19,7 +19,7 @@ from lightning_largescale.planner.amounts import Amounts, Layout
 from lightning_largescale.planner.bounds import least_seconds
 from lightning_largescale.planner.remedy import UNLIMITED
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import REMEDIES, takes
+from lightning_largescale.planner.spread import REMEDIES, in_unit
 from lightning_largescale.planner.tier_budgets import shortfalls
 from lightning_largescale.techniques.prices import PRICES
 
@@ -89,7 +89,7 @@ class Offloading:
             full = dataclasses.replace(plan, **remedy.fields_of_all(work, ""))
             least = remedy.byte_seconds(Sizes(work, full, self.hardware.kind, self.accumulate), rates)
             if least is not None:
-                sets = (names for names in self.remedies(plan) if not takes(names, "blocks"))
+                sets = (names for names in self.remedies(plan) if not in_unit(names, "blocks"))
                 found += [(names | {name}, self.accumulate * least) for names in sets]
         return found
 
@@ -130,7 +130,7 @@ def offloaded_plans(search: Offloading, rows: Sequence[tuple[Plan, Estimate]]) -
             break
         if speed <= best * (1 + _ROUNDING) and len(remedies) >= simplest:
             continue
-        gathering = takes(remedies, "groups")
+        gathering = bool(in_unit(remedies, "groups"))
         if (plan, gathering) not in layouts:
             layouts[plan, gathering] = search.layouts(plan, gathering=gathering)
         for layout in layouts[plan, gathering]:
@@ -188,9 +188,9 @@ def least_plans(search: Offloading, plans: Collection[Plan]) -> Iterator[Plan]:
     for plan in plans:
         sets = search.remedies(plan)
         # Offloaded parameters have to be gathered again, which may take more memory than it saves.
-        for names in (sets[-1:], [names for names in sets if not takes(names, "groups")][-1:]):
+        for names in (sets[-1:], [names for names in sets if not in_unit(names, "groups")][-1:]):
             for remedies in names:
-                for layout in search.layouts(plan, gathering=takes(remedies, "groups")):
+                for layout in search.layouts(plan, gathering=bool(in_unit(remedies, "groups"))):
                     amounts = Amounts(layout, remedies)
                     least = amounts.plan(amounts.least)
                     if least is not None:

@@ -67,6 +67,7 @@ class Price:
 
     def in_part(
         self,
+        workload: Workload,
         plan: Plan,
         sizes_of: Callable[[Plan], Sizes],
         first_excess: Callable[[Sizes, frozenset[str]], tuple[int, int] | None],
@@ -74,6 +75,7 @@ class Price:
         """Return plans that use the technique just as much as makes `plan` fit, which does not use it.
 
         Args:
+            workload: the traced step.
             plan: a plan that does not fit.
             sizes_of: returns the sizes of a plan.
             first_excess: returns the first moment at which a plan that recomputes these blocks exceeds the budget.

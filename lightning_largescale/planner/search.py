@@ -84,14 +84,13 @@ def find_plans(
     fixed = precision is not None
     if fixed and all(refusal(plan, allowed, fixed=fixed) for plan in plans):
         raise PlanError(f"precision={precision!r} was asked for and {hardware.name} cannot compute it; take '32-true'.")
-    if memory_budget is None:
-        budget_bytes = int(BUDGET_SHARE * hardware.memory_free_bytes) + baseline_bytes
-    else:
+    budget_bytes = int(BUDGET_SHARE * hardware.memory_free_bytes) + baseline_bytes
+    if memory_budget is not None:
         budget_bytes = parse_bytes(memory_budget, name="memory_budget")
-    price = _Pricing(baseline_bytes, accumulate_grad_batches, may_release, built)
-    rows = [(plan, price.estimate(workload, hardware, plan)) for plan in plans]
-    rows += list(price.in_part(workload, hardware, rows, budget_bytes))
-    rows += list(price.elsewhere(workload, hardware, rows, budget_bytes, allowed))
+    pricing = _Pricing(baseline_bytes, accumulate_grad_batches, may_release, built)
+    rows = [(plan, pricing.estimate(workload, hardware, plan)) for plan in plans]
+    rows += list(pricing.in_part(workload, hardware, rows, budget_bytes))
+    rows += list(pricing.elsewhere(workload, hardware, rows, budget_bytes, allowed))
     budgets = {"device": budget_bytes, **tier_budgets(hardware)}
     report = Report(
         candidates=(*ranked(rows, budgets, allowed, fixed=fixed), *_impossible(workload, hardware)),
@@ -100,7 +99,7 @@ def find_plans(
         workload=workload,
         accumulate_grad_batches=accumulate_grad_batches,
     )
-    any_fits = functools.partial(price.any_fits, allowed=allowed, budget_bytes=budget_bytes)
+    any_fits = functools.partial(pricing.any_fits, allowed=allowed, budget_bytes=budget_bytes)
     advice = faster(report, fixed=fixed) if report.fits else would_fit(report, any_fits, allowed, fixed=fixed)
     return dataclasses.replace(report, advice=tuple(advice))
 
@@ -154,7 +153,7 @@ class _Pricing:
         for plan, estimate in rows:
             if estimate.memory.peak_bytes > budget_bytes:
                 for price in PRICES:
-                    for part in price.in_part(plan, sizes_of, excess):
+                    for part in price.in_part(workload, plan, sizes_of, excess):
                         yield part, self.estimate(workload, hardware, part)
 
     def elsewhere(

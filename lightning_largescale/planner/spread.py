@@ -52,13 +52,13 @@ def spread(sizes: Sizes, remedies: frozenset[str], choice: Choice, tiers: Mappin
     Returns:
         The plan of `sizes` with these bytes offloaded; None if the tiers lack the room.
     """
-    groups = sizes.movable[: len(sizes.movable) - choice.groups] if takes(remedies, "groups") else []
-    taken = sizes.workload.blocks[: choice.blocks] if takes(remedies, "blocks") else ()
+    groups = sizes.movable[: len(sizes.movable) - choice.groups] if in_unit(remedies, "groups") else []
+    taken = sizes.workload.blocks[: choice.blocks] if in_unit(remedies, "blocks") else ()
     blocks = () if recomputes(remedies) else taken
     saved = sum(sizes.saved_by(blocks))
     trained = [sizes.gradient(name, whole=False) if sizes.workload.stage == "fit" else 0 for name in groups]
     may_stay, stuck = state_that_may_stay(sizes, groups), state_without_pages(sizes, groups)
-    stays = min(choice.state_bytes, may_stay - stuck) if takes(remedies, "pages") else may_stay - stuck
+    stays = min(choice.state_bytes, may_stay - stuck) if in_unit(remedies, "pages") else may_stay - stuck
     state = sizes.optimizer_state - stuck - stays if sizes.workload.stage == "fit" else 0
     gradients = 0 if any(REMEDIES[name].frees_gradients for name in remedies) else 1
     kept = [sizes.shard(name) + gradients * size for name, size in zip(groups, trained, strict=True)]
@@ -95,9 +95,9 @@ def spread(sizes: Sizes, remedies: frozenset[str], choice: Choice, tiers: Mappin
     return Spread(plan=plan, away=_away(sizes, assigned, {saved_tier: saved}))
 
 
-def takes(remedies: frozenset[str], unit: str) -> bool:
-    """Return whether one of the remedies has an amount in `unit`."""
-    return any(REMEDIES[name].unit == unit for name in remedies)
+def in_unit(remedies: frozenset[str], unit: str) -> frozenset[str]:
+    """Return the names of the remedies that have an amount in `unit`."""
+    return frozenset(name for name in remedies if REMEDIES[name].unit == unit)
 
 
 def recomputes(remedies: frozenset[str]) -> bool:

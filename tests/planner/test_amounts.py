@@ -13,7 +13,7 @@ from lightning_largescale.planner.peak_memory import allocator_share, moments_by
 from lightning_largescale.planner.remedy import UNLIMITED, Choice
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import takes
+from lightning_largescale.planner.spread import in_unit
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.tiers import PAGE_BYTES
 
@@ -47,7 +47,7 @@ def choices(work, techniques):
     """Every choice of amounts there is."""
     state = sum(work.optimizers[0].state_bytes.values())
     groups = range(len(work.blocks)) if "parameters" in techniques else [0]
-    blocks = range(1, len(work.blocks) + ("activations" in techniques)) if takes(techniques, "blocks") else [0]
+    blocks = range(1, len(work.blocks) + ("activations" in techniques)) if in_unit(techniques, "blocks") else [0]
     pages = range(0, state, PAGE_BYTES) if "optimizer" in techniques else [0]
     for group, block, page in itertools.product(groups, blocks, pages):
         yield Choice(groups=group, blocks=block, state_bytes=page)

@@ -77,13 +77,13 @@ class ActivationCheckpointPrice(Price):
     @override
     def in_part(
         self,
+        workload: Workload,
         plan: Plan,
         sizes_of: Callable[[Plan], Sizes],
         first_excess: Callable[[Sizes, frozenset[str]], tuple[int, int] | None],
     ) -> Iterable[Plan]:
         if plan.activation_checkpointing != "none":
             return
-        workload = sizes_of(plan).workload
         for fields in _full(workload, plan):
             full = dataclasses.replace(plan, **fields)
             sizes = sizes_of(full)

@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from lightning_largescale.workload import Divided, Segment, Step, Workload
 
 
+# Numbers of a segment that a rank has a share of: as of its FLOPs, and as of the bytes that it saves.
+_OF_FLOPS = ("forward_flops", "backward_flops")
+_OF_BYTES = (
+    "forward_moved_bytes",
+    "backward_moved_bytes",
+    "forward_large_bytes",
+    "backward_large_bytes",
+    "moved_product_bytes",
+)
+
+
 class TensorParallelPrice(Price):
     """Matrices of blocks sharded over the ranks of a node."""
 
@@ -98,21 +109,8 @@ def divided_step(step: Step, costs: Mapping[str, Divided], share: float, wraps: 
             )
         }
         scaled = {
-            name: int(getattr(segment, name) * part)
-            for part, names in (
-                (flops_share, ("forward_flops", "backward_flops")),
-                (
-                    saved_share,
-                    (
-                        "forward_moved_bytes",
-                        "backward_moved_bytes",
-                        "forward_large_bytes",
-                        "backward_large_bytes",
-                        "moved_product_bytes",
-                    ),
-                ),
-            )
-            for name in names
+            **{name: int(getattr(segment, name) * flops_share) for name in _OF_FLOPS},
+            **{name: int(getattr(segment, name) * saved_share) for name in _OF_BYTES},
         }
         segments.append(
             replace(
