@@ -161,7 +161,7 @@ def _without_allocator(
         if moment not in found:
             process = {"process before": baseline_bytes, "runtime": RUNTIME_BYTES[sizes.kind]}
             of_techniques = [price.memory(sizes, moment, built=built) for price in reversed(PRICES)]
-            found[moment] = [process, _of_any_run(sizes, moment), *of_techniques]
+            found[moment] = [process, _of_any_run(sizes, moment), *filter(None, of_techniques)]
         terms: dict[str, int] = {}
         for added in found[moment]:
             for name, size in added.items():
