@@ -9,9 +9,9 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constra
 example: .venv/.package
 	$(PY) examples/quickstart.py --accelerator cpu --devices 2
 
-# Those for CUDA at the same time, on one that is pretended where there is none: in a process of their own, since all of
-# torch sees the device. After them, what computes on one core. They are told after the others.
-# tests/pretend_cuda/README.md
+# Two processes run side by side. The second runs the tests for CUDA, on a pretended device if there is no real one, in a
+# process of its own because all of torch sees that device (tests/pretend_cuda/README.md), then the folders in BESIDE, whose
+# tests compute on one core. Its output comes last.
 BESIDE := tests/hardware tests/offload tests/planner tests/workload
 
 test: .venv/.dev
@@ -25,8 +25,8 @@ test: .venv/.dev
 pretend: .venv/.dev
 	$(PY) -m pytest --pretend-cuda -m gpu
 
-# What a real device is asked, in at most eight minutes, by a Python that has torch and lightning. Where that has no
-# network, `make wheels` fetches what else is needed beforehand, elsewhere, for the Python and the system that are there.
+# The checks of a real device, in at most eight minutes, with a Python that has torch and lightning. All other packages come
+# from wheels/, which `make wheels` fills beforehand on a machine with network, for the Python and system in WHEELS_FOR.
 ON_DEVICE := PYTHONPATH=.gpu:. timeout
 
 gpu:
@@ -49,7 +49,7 @@ wheels:
 slow: .venv/.dev
 	$(PY) -m pytest -m "slow and not gpu"
 
-# The same tests, slower, and then the lines that none of them runs.
+# The tests of `make test` except those for CUDA, in one process, then the lines that none of them runs.
 coverage: .venv/.dev
 	$(PY) -m coverage erase
 	$(PY) -m coverage run -m pytest -m "not slow and not gpu"; status=$$?; \

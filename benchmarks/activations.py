@@ -28,8 +28,9 @@ from torch import nn
 
 from lightning_largescale.hardware.usage import peak_bytes, release_free_memory, start_peak
 from lightning_largescale.offload.activations import offload_activations
+from lightning_largescale.offload.direct import DirectFile
 from lightning_largescale.offload.mapped_memory import Memory
-from lightning_largescale.offload.store import DirectFile, Store
+from lightning_largescale.offload.store import Store
 from lightning_largescale.parallel.heap import map_from
 from lightning_largescale.plan import Plan
 from lightning_largescale.tiers import REQUEST_BYTES

@@ -20,7 +20,8 @@ from lightning.pytorch import Callback
 from pairs import arguments, fit, row, say
 
 import lightning_largescale as ls
-from lightning_largescale.parallel.gather import sharded_state, watch
+from lightning_largescale.parallel.gather import watch
+from lightning_largescale.parallel.sharded import sharded_state
 
 WIDTH, LAYERS, BATCH, LENGTH, LEFT_OUT = 256, 8, 4, 128, 2
 

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_largescale import Plan, Workload
 from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh
-from lightning_largescale.parallel.shard import shard_module
+from lightning_largescale.parallel.shard import shard_groups
 from lightning_largescale.parallel.tensor import compute_on_parts
 from lightning_largescale.techniques.tensor_parallel.price import division_words
 from lightning_largescale.workload import find_blocks
@@ -63,7 +63,7 @@ def setup(size: str) -> dict[str, float | str]:
     parts = {name: divided.parts for name, divided in workload.divisions[8].items()}
     for name in blocks:
         compute_on_parts(blocks[name], parts[name], tensor_mesh(mesh))
-    shard_module(model, plan, mesh, torch.device("meta"), parts=parts)
+    shard_groups(model, plan, mesh, torch.device("meta"), parts=parts)
     done = time.perf_counter()
     return {
         "billions": plain.numel / 1e9,

@@ -82,7 +82,7 @@ class Rows(Callback):
         )
 
     def bytes_of(self, trainer):
-        store = trainer.strategy._store
+        store = trainer.strategy._run.store
         return (0, 0) if store is None else (store.read_bytes, store.written_bytes)
 
     def peak(self):

@@ -258,7 +258,7 @@ def link(small: bool) -> Iterator[dict[str, Any]]:
 
 def larger(small: bool) -> Iterator[dict[str, Any]]:
     """A model whose parameters, gradients and state are three times what the device may have."""
-    limit = (64 * 2**20 if small else 24 * GIB) + torch.cuda.memory_reserved()
+    limit = (128 * 2**20 if small else 24 * GIB) + torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     size = Size("gpt", 512, 4, 1, 64) if small else Size("gpt", 4096, 23, 2, 1024)
     while 16 * parameters_of(size) < 3 * limit:

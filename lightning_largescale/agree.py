@@ -24,9 +24,6 @@ from lightning_largescale import comm, compat
 from lightning_largescale.hub import is_connection_loss
 
 _Result = TypeVar("_Result")
-_COLLECTIVES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}
-# Operations in the same namespaces that not all ranks enter at once.
-_OF_FEWER = {"send", "recv_", "recv_any_source_", "wait_tensor", "_wrap_tensor_autograd"}
 
 
 class _Outcome(IntEnum):
@@ -146,11 +143,6 @@ class _Together(compat.DispatchMode):  # type: ignore[no-untyped-call]
         if any(issubclass(kind, DTensor) for kind in types):
             # DTensor's own dispatch calls this again with the operations on its shards, collectives included.
             return NotImplemented
-        if _is_collective(function) and self.settle(_Outcome.GOING, function.name()) is not _Outcome.GOING:
+        if compat.is_collective(function) and self.settle(_Outcome.GOING, function.name()) is not _Outcome.GOING:
             raise RuntimeError("another rank has stopped")
         return function(*args, **(kwargs or {}))
-
-
-def _is_collective(function: Any) -> bool:
-    namespace, _, name = function.name().partition("::")
-    return namespace in _COLLECTIVES and name.partition(".")[0] not in _OF_FEWER

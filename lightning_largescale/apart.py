@@ -185,7 +185,7 @@ def no_collection() -> Iterator[None]:
 
 
 def _is_tools(thread: threading.Thread) -> bool:
-    target = getattr(thread, "_target", None)
+    target = compat.target_of(thread)
     modules = (type(thread).__module__, getattr(target, "__module__", None) or "")
     # The threads of a pool run any function: this package's are recognized by their names.
     return thread.name.startswith(("Dummy-", "lightning_largescale")) or any(

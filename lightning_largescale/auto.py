@@ -31,7 +31,7 @@ from lightning_largescale.hardware.disks import disk_at
 from lightning_largescale.hardware.usage import available_bytes, held_bytes, peak_bytes, release_free_memory, start_peak
 from lightning_largescale.offload.folder import nvme_folder
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.sharded import sharded_state
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner import Report, find_plans
 from lightning_largescale.planner.matmuls import matmul_sizes
@@ -42,6 +42,7 @@ from lightning_largescale.precision import asked_precision
 from lightning_largescale.record import record_plan
 from lightning_largescale.sample import ask_for_loaders_again, samples_of_rank
 from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.technique import Technique
 from lightning_largescale.units import parse_bytes
 from lightning_largescale.workload import Workload
 from lightning_largescale.workload.kinds import find_lazy, lazy_error
@@ -80,6 +81,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
     """
 
     decided_at_setup = ("plan", "report")
+    _searches_plan = True
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         shown = shows_summary(trainer)
         module = self._module()
         # The module is traced in the precision in which it will run.
-        self._convert(module)
+        self._values.convert()
         self._told_samples_among = 0
         workload = self._looked_at(trainer)
         # After the trace, so that matrix products are measured at sizes like the step's.
@@ -164,12 +166,12 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         # The model's current memory is available to it, and every plan counts it again.
         free_bytes = available_bytes(kind, hardware.memory_free_bytes) + _own_bytes(module, kind)
         ranks = self._gathered((free_bytes, held))
-        self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
+        self.report = self._tracer.decided_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
         best = self.report.best
         if best.tp > 1 and not self._gives_the_same_samples(trainer, best):
             told = "tensor parallelism is left out, since the loader gives each rank samples of its own"
             workload = dataclasses.replace(workload, divisions={}, approximate=(*workload.approximate, told))
-            self.report = self._told_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
+            self.report = self._tracer.decided_by_rank_zero(lambda: self._plans(trainer, hardware, workload, ranks))
             best = self.report.best
         self._divide_samples_for(trainer, best)
         self._planned_for = (module, trainer.state.fn)
@@ -189,9 +191,9 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         estimate = None if self.report is None else self.report.estimate_of(self.plan)
-        if estimate is not None and self._heap_is("left"):
+        if estimate is not None:
             # Nothing else keeps the heap below the predicted peak.
-            self._watch_heap(int(_NEAR * estimate.memory.peak_bytes))
+            self._techniques.each(Technique.limit_memory, int(_NEAR * estimate.memory.peak_bytes))
 
     @override
     def on_search_end(self) -> None:
@@ -230,7 +232,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
         """Trace the next step in all precisions that may be chosen or are only predicted for the report's advice."""
         asked = asked_precision(self.precision_plugin)
         precisions = (asked,) if asked else ("32-true", *LOSSY)
-        workload = self._traced(trainer, precisions, self._tp_sizes())
+        workload = self._tracer.trace(trainer, precisions, self._tp_sizes())
         # Notes about precisions that only the advice needs are left out.
         unasked = tuple(set(precisions) - {"32-true", asked, *self._allow})
         return dataclasses.replace(
@@ -281,7 +283,7 @@ class LargeScaleAutoStrategy(LargeScaleStrategy):
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             precision=asked_precision(self.precision_plugin),
             may_release=needs_all_gradients(trainer, self._module()) is None,
-            built=self._find_unmade() is None,
+            built=self._values.find_unmade() is None,
         )
 
     def _gathered(self, value: _Value) -> list[_Value]:

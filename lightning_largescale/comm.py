@@ -24,17 +24,17 @@ def is_connected() -> bool:
 
 
 def rank(group: Group = None) -> int:
-    """The number of this rank in `group`; no collective."""
+    """Return the number of this rank in `group`; no collective."""
     return dist.get_rank(group) if is_connected() else 0
 
 
 def world_size(group: Group = None) -> int:
-    """How many ranks `group` has; no collective."""
+    """Return the number of ranks of `group`; no collective."""
     return dist.get_world_size(group) if is_connected() else 1
 
 
 def all_gather_object(value: _T, group: Group = None) -> list[_T]:
-    """Every rank's `value`, which can be pickled, in the order of ranks."""
+    """Return every rank's `value`, which can be pickled, in the order of ranks."""
     if world_size(group) == 1:
         return [value]
     values = [value] * world_size(group)
@@ -43,13 +43,13 @@ def all_gather_object(value: _T, group: Group = None) -> list[_T]:
 
 
 def broadcast_object(value: _T, source: int = 0, group: Group = None, device: torch.device | None = None) -> _T:
-    """The `value` of rank `source` of all ranks, which can be pickled.
+    """Return the `value` of rank `source`, which can be pickled.
 
     Args:
-        value: of this rank.
-        source: a rank of `group`, by its number among all.
-        group: of the ranks.
-        device: that its bytes travel by; None takes the current one under NCCL, and the CPU otherwise.
+        value: The value of this rank; only that of `source` counts.
+        source: A rank of `group`, by its number among all ranks.
+        group: The process group; None is the default group.
+        device: The device that its bytes are sent from; None is the current one under NCCL, and the CPU otherwise.
     """
     if world_size(group) == 1:
         return value
@@ -59,24 +59,24 @@ def broadcast_object(value: _T, source: int = 0, group: Group = None, device: to
 
 
 def barrier(device: torch.device | None = None) -> None:
-    """Return when every rank has come here.
+    """Return when every rank has called this.
 
     Args:
-        device: of this rank; without it NCCL picks one, and warns.
+        device: The device of this rank; without it NCCL picks one, and warns.
     """
     on_device = device is not None and device.type == "cuda" and "nccl" in dist.get_backend()
     dist.barrier(device_ids=[device.index] if device is not None and on_device else None)
 
 
 def run_on_rank_zero(function: Callable[[], object], what: str) -> None:
-    """Have rank 0 of all ranks call `function`, and no rank go on where it fails.
+    """Call `function` on rank 0, and raise on all ranks if it fails: a collective.
 
     Args:
-        function: called on rank 0 alone, in which it takes part in no collective.
-        what: it does, for a message: "write the checkpoint".
+        function: The function, which must not call a collective.
+        what: Its purpose, for the error: "write the checkpoint".
 
     Raises:
-        PlanError: on the others, when it fails; on rank 0 its own error is raised.
+        PlanError: on the other ranks, if it fails; rank 0 raises the function's own error.
     """
     failure: Exception | None = None
     if rank() == 0:
@@ -92,25 +92,43 @@ def run_on_rank_zero(function: Callable[[], object], what: str) -> None:
 
 
 def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType | None = None, group: Group = None) -> None:
-    """Reduce `tensor` in place; without `op` to the sum."""
+    """Reduce `tensor` over the ranks, in place.
+
+    Args:
+        tensor: The tensor of this rank.
+        op: The reduction; None is the sum.
+        group: The process group; None is the default group.
+    """
     dist.all_reduce(tensor, dist.ReduceOp.SUM if op is None else op, group)
 
 
 def all_gather(tensors: Sequence[Tensor], tensor: Tensor, group: Group = None) -> None:
-    """Put every rank's `tensor` into `tensors`, in the order of ranks."""
+    """Gather every rank's `tensor`.
+
+    Args:
+        tensors: The tensors that receive the values, in the order of ranks.
+        tensor: The tensor of this rank.
+        group: The process group; None is the default group.
+    """
     dist.all_gather([*tensors], tensor, group)
 
 
 def broadcast(tensor: Tensor, source: int = 0, group: Group = None) -> None:
-    """Put what rank `source` of all ranks has in `tensor` into it, in place."""
+    """Overwrite `tensor` with that of rank `source`, in place.
+
+    Args:
+        tensor: The tensor of this rank.
+        source: A rank of `group`, by its number among all ranks.
+        group: The process group; None is the default group.
+    """
     dist.broadcast(tensor, source, group)
 
 
 def send(tensor: Tensor, to: int) -> None:
-    """Send `tensor` to rank `to` of all ranks, which receives it: no collective."""
+    """Send `tensor` to rank `to`, by its number among all ranks, which must receive it: no collective."""
     dist.send(tensor, to)
 
 
 def receive(tensor: Tensor, source: int) -> None:
-    """Receive from rank `source` of all ranks into `tensor`: no collective."""
+    """Receive `tensor` from rank `source`, by its number among all ranks, in place: no collective."""
     dist.recv(tensor, source)

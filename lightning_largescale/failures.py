@@ -159,7 +159,13 @@ class PeerFailures:
 
 
 def end_process(line: str, before: Callable[[], object], *, status: int = 1) -> NoReturn:
-    """End this process with `status` from any thread, whatever its main thread does, after printing `line`."""
+    """End this process and its child processes, from any thread, whatever its main thread does.
+
+    Args:
+        line: The line to print.
+        before: A function to call before the line is printed.
+        status: The exit status.
+    """
     for worker in multiprocessing.active_children():
         worker.kill()
     before()

@@ -53,39 +53,39 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             The result of rank 0 of the node.
 
         Raises:
-            PlanError: ranks are to be forks, and CUDA is initialised here, or autograd has threads, which a fork cannot
+            PlanError: ranks are to be forked, and CUDA is initialised here or autograd has threads, which a fork cannot
                 use.
             torch.multiprocessing.ProcessRaisedException: a rank failed; with the traceback of the first to fail.
         """
-        if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if self.start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise PlanError(
                 "start_method='fork' cannot give the ranks CUDA, which this process has initialised; do not touch"
                 " torch.cuda before fit (restart a notebook's kernel), or run a script with start_method='popen'."
             )
-        if self._start_method == "fork" and not forks_differentiate():
+        if self.start_method == "fork" and not forks_differentiate():
             raise PlanError(
                 "start_method='fork' cannot give the ranks autograd, whose threads this process has started; run no"
                 " backward and no Workload.trace before fit where there are CUDA devices (restart a notebook's kernel),"
                 " or run a script with start_method='popen'."
             )
-        if self._start_method == "spawn":
+        if self.start_method == "spawn":
             compat.check_main_guard()
-        if self._already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        if self.already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             raise NotImplementedError(
-                f"A Trainer whose ranks are started by {self._start_method} fits once, since loops and optimizers stay"
+                f"A Trainer whose ranks are started by {self.start_method} fits once, since loops and optimizers stay"
                 " in the ranks; make a new Trainer, with fit(ckpt_path=...) to go on from a checkpoint."
             )
-        assert self._strategy.cluster_environment is not None
-        os.environ["MASTER_PORT"] = str(self._strategy.cluster_environment.main_port)
-        queue = mp.get_context(self._start_method).SimpleQueue()
-        states = compat.global_states() if self._start_method == "spawn" else None
+        assert self.strategy.cluster_environment is not None
+        os.environ["MASTER_PORT"] = str(self.strategy.cluster_environment.main_port)
+        queue = mp.get_context(self.start_method).SimpleQueue()
+        states = compat.global_states() if self.start_method == "spawn" else None
         self._collects = gc.isenabled()
-        with no_collection() if self._start_method == "fork" else contextlib.nullcontext():
+        with no_collection() if self.start_method == "fork" else contextlib.nullcontext():
             context = start_processes(  # type: ignore[no-untyped-call]
-                self._wrapping_function,
+                self.run_rank,
                 args=(trainer, function, args, kwargs, queue, states),
-                nprocs=len(self._strategy.parallel_devices or ()),
-                start_method=self._start_method,
+                nprocs=len(self.strategy.parallel_devices or ()),
+                start_method=self.start_method,
                 join=False,
             )
         self.procs = context.processes
@@ -93,17 +93,15 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         output = queue.get()
         if trainer is None:
             return output
-        self._recover_results_in_main_process(output, trainer)
-        self._already_fit |= trainer.state.fn == TrainerFn.FITTING and not self._only_tuned
+        self.recover_results(output, trainer)
+        self.already_fit |= trainer.state.fn == TrainerFn.FITTING and not self._only_tuned
         return output.trainer_results
 
     @override
-    def _wrapping_function(
-        self, process_idx: int, trainer: Trainer | None, function: Callable[..., Any], *args: Any
-    ) -> None:
+    def run_rank(self, process_idx: int, trainer: Trainer | None, function: Callable[..., Any], *args: Any) -> None:
         """Run local rank `process_idx` as Lightning does, and report its failure to the other ranks."""
-        if self._start_method == "fork":
-            # What is garbage here is the parent's to collect: the end of a process group waits for its threads.
+        if self.start_method == "fork":
+            # The parent collects garbage from before the fork: the end of a process group waits for its threads.
             gc.freeze()
             if self._collects:
                 gc.enable()
@@ -114,7 +112,7 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         self.failures = PeerFailures(parent=os.getppid())
         try:
             with reported(self.failures):
-                super()._wrapping_function(process_idx, trainer, partial(self._until_tuned, function), *args)
+                super().run_rank(process_idx, trainer, partial(self._until_tuned, function), *args)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except BaseException as error:
@@ -132,24 +130,24 @@ class ForkLauncher(compat.MultiProcessingLauncher):
             return None
 
     @override
-    def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
-        """Hand full tensors to the parent, whatever the plan: a collective, entered by all ranks."""
+    def collect_results(self, trainer: Trainer, results: Any) -> Any:
+        """Send full tensors to the parent, whatever the plan; a collective of all ranks."""
         if trainer.state.fn != TrainerFn.FITTING:
-            return super()._collect_rank_zero_results(trainer, results)
+            return super().collect_results(trainer, results)
         strategy: Any = trainer.strategy
         module, full = trainer.lightning_module, strategy.full_module_state()
-        # Lightning asks the module, which under a plan holds this rank's shards.
+        # Lightning asks the module, which holds this rank's shards.
         module.state_dict = lambda *args, **kwargs: full  # type: ignore[method-assign]
         try:
-            return super()._collect_rank_zero_results(trainer, results)
+            return super().collect_results(trainer, results)
         finally:
             del module.state_dict
 
     @override
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
         """Return further results for the parent: the strategy's decisions in the ranks, and the finders' results."""
-        names = getattr(self._strategy, "decided_at_setup", ())
-        decided = {name: getattr(self._strategy, name) for name in names}
+        names = getattr(self.strategy, "decided_at_setup", ())
+        decided = {name: getattr(self.strategy, name) for name in names}
         # As bytes, since Lightning looks for tensors in what it sends, and refuses frozen dataclasses.
         return {
             **super().get_extra_results(trainer),
@@ -162,26 +160,26 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         super().update_main_process_results(trainer, extra)
         decided, values, self._only_tuned = pickle.loads(extra["decided"])
         for name, value in decided.items():
-            setattr(self._strategy, name, value)
+            setattr(self.strategy, name, value)
         give_found(trainer, values)
 
     @override
-    def _recover_results_in_main_process(self, worker_output: Any, trainer: Trainer) -> None:
-        """Load what rank 0 handed over; a model that `configure_model` builds is built here first, to hold it."""
-        if worker_output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):
+    def recover_results(self, output: Any, trainer: Trainer) -> None:
+        """Load rank 0's weights, after building a model that `configure_model` builds."""
+        if output.weights_path is not None and is_overridden("configure_model", trainer.lightning_module):
             trainer.lightning_module.configure_model()
         strategy: Any = trainer.strategy
-        # What was built without values before the fork has none here either.
-        if worker_output.weights_path is not None:
+        # Tensors without values before the fork have none here either.
+        if output.weights_path is not None:
             strategy.make_all()
-        super()._recover_results_in_main_process(worker_output, trainer)
+        super().recover_results(output, trainer)
 
 
 def join(context: ProcessContext) -> None:
-    """Wait for all of `context`'s processes and, when one fails, for the others' end or end them.
+    """Wait for all processes of `context`; when one fails, give the others time to end, then end them.
 
-    torch's own `join` raises what the process that ended first had to say, which need not be the one that failed first,
-    and waits 30 s for processes that do not heed SIGTERM.
+    torch's own `join` raises the error of the process that ended first, which need not be the one that failed first,
+    and waits 30 s for processes that ignore SIGTERM.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a process raised; with the traceback of the first to fail.
@@ -208,7 +206,7 @@ def _exit_code(context: ProcessContext, index: int) -> int:
 
 
 def _failed_processes(context: ProcessContext) -> list[int]:
-    """Return the processes that failed by themselves, in the order of their ends, when all ended or had time to."""
+    """Wait until all processes have ended or had time to; return those that failed by themselves, in order of end."""
     pending = {process.sentinel: index for index, process in enumerate(context.processes)}
     failed: list[int] = []
     deadline: float | None = None
@@ -228,10 +226,10 @@ def _failed_processes(context: ProcessContext) -> list[int]:
 
 
 def _end(context: ProcessContext) -> None:
-    """End the processes that are left: ranks of a failed run, or of one that was interrupted here."""
+    """End the remaining processes, of a failed or interrupted run."""
     deadline = time.monotonic() + 1
     try:
-        # After Ctrl-C in a terminal they have the signal too, and close their files and loggers.
+        # After Ctrl-C in a terminal they receive the signal too, and close their files and loggers.
         for process in context.processes:
             process.join(max(0.0, deadline - time.monotonic()))
     finally:

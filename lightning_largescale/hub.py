@@ -1,7 +1,7 @@
-"""The hub: a thread in rank 0's process that learns which rank failed first, and tells every other.
+"""The hub: a thread in rank 0's process that detects which rank failed first, and notifies every other.
 
-A rank that raises says so before its connections close; one that is killed is known by the end of its connection.
-torch's TCPStore could carry the same words, but prints a C++ stack trace in every rank when rank 0 is gone.
+A rank that raises reports its error before its connections close; a rank that is killed is detected by the end of its
+connection. torch's TCPStore could carry the same messages, but prints a C++ stack trace in every rank when rank 0 ends.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch.distributed as dist
 
 from lightning_largescale.waiting import STILL_SECONDS, Place, Wait, has_gone_on, sentence_of
 
-# Seconds in which every rank may report an error of its own before the first is taken to be alone. All ranks raise
-# alike where the input is wrong, and then nobody waits for anybody and connections can stay.
+# Seconds for every rank to report an error of its own before the first is taken for the only one. Wrong input raises
+# on all ranks; then no rank waits for another, and connections can stay.
 TOGETHER_SECONDS = 2.0
-# Seconds that a lost connection waits for its reason: the peer's own error, or its end, which may be a moment later.
+# Seconds to wait for the cause of a lost connection: the peer's own error, or its end, which may come a moment later.
 _REASON_SECONDS = 0.5
 _POLL_SECONDS = 0.2
-# Seconds for which it holds that a rank waits, unless it says so again: one that holds the interpreter's lock, or is
-# suspended, cannot say that it waits no more. Less than STILL_SECONDS, so that all ranks waited at one time.
+# Seconds for which a report that a rank waits is valid: a rank that holds the interpreter's lock, or is suspended,
+# cannot report that it no longer waits. Less than STILL_SECONDS, so that all ranks waited at one time.
 _WAIT_HOLDS_SECONDS = STILL_SECONDS / 2
 
 LOST = "ended without an error of its own; where the system killed it, running out of memory is the usual cause"
@@ -41,7 +41,7 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _close_in_fork() -> None:
-    """Close the parent's sockets in a forked child: a loader's worker would keep those of a killed rank open."""
+    """Close the parent's sockets in a forked child: a DataLoader worker would keep those of a killed rank open."""
     for held in list(_sockets):
         held.close()
 
@@ -52,14 +52,14 @@ if hasattr(os, "register_at_fork"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Why a rank failed.
+    """The failure of a rank.
 
     Attributes:
         rank: the global rank that failed.
         what: its error as one line, or how it ended.
-        lost: it has no error of its own: its connection to another rank broke, or its process is gone.
-        trace: its traceback as Python prints it; empty where there is none.
-        stuck: it waits where the others do not come, and will raise nothing by itself.
+        lost: whether it has no error of its own: its connection to another rank broke, or its process ended.
+        trace: its traceback as Python prints it; empty if there is none.
+        stuck: whether it waits in a collective that the others never enter, and will raise nothing by itself.
     """
 
     rank: int
@@ -81,7 +81,7 @@ class Failure:
 
 
 def describe_exit(code: int | None) -> str | None:
-    """Say, to follow "rank 1", what a process's exit status `code` means; None where there is none or it is 0."""
+    """Return the meaning of a process's exit status, to follow "rank 1"; None without a status or for 0."""
     if not code:
         return None
     if code > 0:
@@ -92,7 +92,7 @@ def describe_exit(code: int | None) -> str | None:
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Return whether `error` says, in the words of torch's backends, that a peer is gone, not what is wrong here."""
+    """Return whether `error` is one that torch's backends raise when a peer is gone."""
     if isinstance(error, dist.DistError | ConnectionError):
         return True
     # gloo raises a bare RuntimeError with the place in its transport and the system's words.
@@ -108,7 +108,7 @@ class Lines:
         _sockets.add(connection)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send `message`. A peer that is gone is not told; its end is noticed where this connection is read."""
+        """Send `message`; ignore a peer that is gone, since reading the connection detects its end."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
@@ -141,12 +141,12 @@ class _RankState:
 
 
 class Hub(threading.Thread):
-    """The meeting point of all ranks, in the process of rank 0. It ends when every rank has finished or gone.
+    """Server of all ranks, in rank 0's process. It ends when every rank has finished or disconnected.
 
     Args:
-        address: the host name that other ranks reach this process by.
-        world_size: how many ranks there are.
-        describe_exit: says how the process of a rank ended, in words that follow "rank 1", or None if unknown.
+        address: the host name by which other ranks reach this process.
+        world_size: the number of ranks.
+        describe_exit: returns how the process of a rank ended, in words that follow "rank 1"; None if unknown.
     """
 
     def __init__(self, address: str, world_size: int, describe_exit: Callable[[int], str | None]) -> None:
@@ -156,7 +156,7 @@ class Hub(threading.Thread):
         local = address in ("127.0.0.1", "localhost")
         self._server = socket.create_server(("127.0.0.1" if local else "", 0))
         _sockets.add(self._server)
-        # The token keeps strangers on the network, and ranks of an earlier run, from being taken for ours.
+        # The token distinguishes the ranks from strangers on the network and from ranks of an earlier run.
         self._token = secrets.token_hex(16)
         self.endpoint = (address, self._server.getsockname()[1], self._token)
         self._members: dict[socket.socket, _RankState] = {}
@@ -168,7 +168,7 @@ class Hub(threading.Thread):
         self._verdict_due: float | None = None
 
     def run(self) -> None:
-        """Listen until every rank has come and gone."""
+        """Listen until every rank has connected and disconnected."""
         self._selector.register(self._server, selectors.EVENT_READ)
         gone = 0
         while gone < self._world_size:
@@ -182,14 +182,14 @@ class Hub(threading.Thread):
             self._end_left()
             self._end_stuck(time.monotonic())
             self._decide(time.monotonic())
-        # Those that never said who they are stay until now.
+        # Connections that never identified themselves are still open.
         for member in self._members.values():
             member.lines.socket.close()
         self._selector.close()
         self._server.close()
 
     def _read(self, member: _RankState) -> bool:
-        """Take what `member` says; True when it is gone."""
+        """Handle the messages of `member`; return whether it is gone."""
         messages = member.lines.receive()
         if messages is None:
             self._selector.unregister(member.lines.socket)
@@ -226,13 +226,13 @@ class Hub(threading.Thread):
                 self._tell({"finished": True})
 
     def _ask(self, wait: Wait | None) -> None:
-        """Ask the ranks that `wait` is for how far they have come."""
+        """Ask the ranks that `wait` is for about their progress."""
         for member in self._members.values():
             if wait is not None and wait.awaited is not None and member.rank in wait.awaited.ranks:
                 member.lines.send({"passed": None})
 
     def _end_left(self) -> None:
-        """End the run where a rank has gone on from where another waits for it."""
+        """End the run if a rank is past the position where another waits for it."""
         for member in self._members.values():
             awaited = member.waits and member.waits.awaited
             if member.rank is None or not awaited:
@@ -242,7 +242,7 @@ class Hub(threading.Thread):
                 self._announce(Failure(rank=member.rank, what=f"PlanError: {awaited.otherwise}", stuck=True))
 
     def _end_stuck(self, now: float) -> None:
-        """End the run where every rank that is at work waits for others, which do not come."""
+        """End the run if every rank that has not finished waits for ranks that do not come."""
         here = {member.rank: member for member in self._members.values() if member.rank is not None}
         at_work = {
             rank: member.waits if now - member.heard < _WAIT_HOLDS_SECONDS else None

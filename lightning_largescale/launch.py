@@ -241,7 +241,7 @@ class ScriptLauncher(compat.SubprocessScriptLauncher):
             _children.launched_again()
         else:
             os.environ[_LAUNCHER_PID] = str(os.getpid())
-            self._call_children_scripts()
+            self.start_children()
             _children.adopt(self.procs, environment.node_rank() * self.num_processes)
         compat.share_threads(self.num_processes)
         _show_first_failure_only()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.serialize import take_version
+from lightning_largescale.techniques import plan_fields
 from lightning_largescale.techniques.activation_checkpoint.fields import ActivationCheckpointFields
 from lightning_largescale.techniques.activation_offload.fields import ActivationOffloadFields
 from lightning_largescale.techniques.fully_shard.fields import FullyShardFields
@@ -23,7 +24,6 @@ from lightning_largescale.techniques.gradient_release.fields import GradientRele
 from lightning_largescale.techniques.malloc_policy.fields import MallocPolicyFields
 from lightning_largescale.techniques.paged_optimizer.fields import PagedOptimizerFields
 from lightning_largescale.techniques.parameter_offload.fields import ParameterOffloadFields
-from lightning_largescale.techniques.plan_fields import techniques_of
 from lightning_largescale.techniques.precision.fields import PrecisionFields
 from lightning_largescale.techniques.replicate.fields import ReplicateFields
 from lightning_largescale.techniques.row_wise_embedding.fields import RowWiseEmbeddingFields
@@ -67,7 +67,9 @@ def _fields_in_order(cls: type[Plan]) -> type[Plan]:
     self_first = ["self", *known]
     init.__signature__ = signature.replace(parameters=[signature.parameters[name] for name in self_first])  # type: ignore[attr-defined]
     cls.__init__ = init  # type: ignore[method-assign]
-    documented = [(inspect.getdoc(fields) or "").partition("Attributes:")[2] for fields in techniques_of(cls)]
+    documented = [
+        (inspect.getdoc(fields) or "").partition("Attributes:")[2] for fields in plan_fields.techniques_of(cls)
+    ]
     cls.__doc__ = f"{inspect.getdoc(cls)}\n\nAttributes:{''.join(documented)}\n"
     return cls
 
@@ -94,13 +96,7 @@ class Plan(
     """
 
     def __post_init__(self) -> None:
-        techniques = techniques_of(type(self))
-        for fields in techniques:
-            # JSON and YAML give names as a list, and amounts may be text.
-            for name, value in fields._check(self).items():
-                object.__setattr__(self, name, value)
-        for fields in techniques:
-            fields._check_combination(self)
+        plan_fields.check_fields(self)
 
     def __repr__(self) -> str:
         """Return the constructor call without the fields that have their defaults: `Plan(dp_shard=2)`."""
@@ -120,24 +116,25 @@ class Plan(
         return self.dp_replicate * self.dp_shard * self.tp
 
     def validate(self, hardware: Hardware | None = None, workload: Workload | None = None) -> None:
-        """Check the plan against the hardware and the model; an argument that is None is not checked.
+        """Check the plan against the hardware and the model.
+
+        Args:
+            hardware: the hardware; None is not checked.
+            workload: the workload of the model; None is not checked.
 
         Raises:
             PlanError: the sizes do not multiply to the number of processes, the devices cannot compute in the
                 precision (known once their rates are measured), or the model does not fit the plan.
         """
-        techniques = techniques_of(type(self))
         if hardware is not None:
             self.check_world_size(hardware.world_size)
-            for fields in techniques:
-                fields._check_hardware(self, hardware)
+            plan_fields.check_against_hardware(self, hardware)
         if workload is None:
             return
         if not workload.parameters:
             raise PlanError(f"{workload.name} has no parameters, so there is nothing to train; give it at least one.")
         self.check_blocks(workload.blocks)
-        for fields in techniques:
-            fields._check_workload(self, workload)
+        plan_fields.check_against_workload(self, workload)
 
     def check_blocks(self, blocks: Collection[str]) -> None:
         """Check the names of blocks in the fields against those of a model's repeated blocks.
@@ -145,8 +142,7 @@ class Plan(
         Raises:
             PlanError: a name is not in `blocks`.
         """
-        for fields in techniques_of(type(self)):
-            fields._check_blocks(self, blocks)
+        plan_fields.check_against_blocks(self, blocks)
 
     def check_world_size(self, world: int) -> None:
         """Check the sizes against the number of processes.
@@ -197,20 +193,16 @@ class Plan(
     @property
     def offloads(self) -> bool:
         """Return whether parameters, optimizer state or activations are offloaded."""
-        return any((self.offload_parameters, self.offload_optimizer, self.offload_activations))
+        return plan_fields.offloads(self)
 
     @property
     def last_resorts(self) -> int:
         """Number of techniques in use that are taken only if nothing fits without; the fewer, the simpler."""
-        return sum(fields._last_resort and fields._in_use(self) for fields in techniques_of(type(self)))
+        return plan_fields.last_resorts(self)
 
     def describe(self) -> str:
         """Return the plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
-        layout, words = "", list[str]()
-        for fields in techniques_of(type(self)):
-            layout = fields._layout_words(self, layout)
-            words += fields._words(self)
-        return ", ".join([layout or ("one device" if self.last_resorts else "plain, one device"), *words])
+        return plan_fields.in_words(self)
 
     def to_json(self) -> str:
         """Return the plan as JSON text with its format version; `from_json` reads it back to an equal plan."""

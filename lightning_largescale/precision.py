@@ -1,4 +1,4 @@
-"""Precision: the Lightning plugin that carries out the arithmetic of a plan, the user's where there is one."""
+"""Lightning's precision plugin for a plan: the user's, if there is one."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
 from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 
-# Lightning's plugins that do what their precision says, no more.
+# Lightning's plugins that only apply their precision.
 _STANDARD = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 # Lightning's plugins that replace layers, or belong to other strategies.
 _REFUSED = (BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision, XLAPrecision)
 
 
 def asked_precision(plugin: Precision) -> str | None:
-    """The precision that the user gave the Trainer; None for its default, which cannot be told from none.
+    """Return the precision that the user gave the Trainer; None for the Trainer's default.
+
+    The default given explicitly cannot be distinguished from none.
 
     Raises:
-        PlanError: `plugin` is one that no plan stands for.
+        PlanError: no plan has the precision of `plugin`.
     """
     precision = str(plugin.precision)
     if isinstance(plugin, _REFUSED) or precision not in MATMUL_TYPE:
@@ -44,7 +46,7 @@ def asked_precision(plugin: Precision) -> str | None:
 
 
 def check_precision(asked: str | None, plan: Plan) -> None:
-    """Refuse a plan whose precision is not the one that the user gave the Trainer.
+    """Check that the precision of `plan` is the one that the user gave the Trainer.
 
     Raises:
         PlanError: they differ.
@@ -57,10 +59,15 @@ def check_precision(asked: str | None, plan: Plan) -> None:
 
 
 def plugin_for(plan: Plan, given: Precision, device_type: str) -> Precision:
-    """The plugin that carries out the precision of `plan`: the Trainer's, `given`, unless that is its default.
+    """Return the precision plugin of a plan: the Trainer's, unless that is the default.
+
+    Args:
+        plan: The plan.
+        given: The Trainer's plugin.
+        device_type: The type of the device, "cpu" or "cuda".
 
     Raises:
-        PlanError: what was given to the Trainer contradicts the plan, or is a plugin that no plan stands for.
+        PlanError: the Trainer's plugin contradicts the plan, or is one that no plan supports.
     """
     asked = asked_precision(given)
     check_precision(asked, plan)
@@ -70,7 +77,7 @@ def plugin_for(plan: Plan, given: Precision, device_type: str) -> Precision:
 
 
 def is_own(plugin: Precision) -> bool:
-    """Return whether `plugin` is of a user's class, which may do something else than its precision says."""
+    """Return whether `plugin` is of a user's class, which may do more than apply its precision."""
     return type(plugin) not in _STANDARD
 
 
@@ -80,10 +87,10 @@ def cast_type(plugin: Precision) -> torch.dtype | None:
 
 
 def convert_module(plugin: Precision, module: nn.Module) -> None:
-    """Make the parameters of `module` what `plugin` makes of them, in place.
+    """Convert the parameters of `module` with `plugin`, in place.
 
     Raises:
-        PlanError: the plugin makes another module of it.
+        PlanError: the plugin returns another module.
     """
     if plugin.convert_module(module) is not module:
         raise PlanError(

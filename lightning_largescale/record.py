@@ -14,21 +14,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_largescale import compat
 from lightning_largescale.plan import Plan
 
-# The name under which loggers have the plan's fields; they flatten it to "largescale/dp_shard" and the like.
+# Hyper-parameter that holds the plan's fields; loggers flatten it to "largescale/dp_shard" and the like.
 KEY = "largescale"
 
 
 def record_plan(trainer: Trainer, plan: Plan, *, report: str | None = None) -> None:
-    """Tell every logger the plan as hyper-parameters, and write it and the report where the run's files are.
+    """Log the plan as hyper-parameters with every logger, and write plan and report as JSON files.
 
-    Called at setup, before Lightning logs the user's own hyper-parameters. They are sent along here, since TensorBoard
-    shows what it is given first, and other loggers keep what they are given last. `largescale_plan.json` and
-    `largescale_report.json` are written to the first logger's directory, where one has a `log_dir`.
+    Called at setup, before Lightning logs the user's own hyper-parameters. These are logged here too, since TensorBoard
+    shows the first hyper-parameters that it receives, and other loggers keep the last. `largescale_plan.json` and
+    `largescale_report.json` are written to the directory of the first logger with a `log_dir`.
 
     Args:
-        trainer: about to fit; one without loggers, or in a fast development run, records nothing.
+        trainer: the Trainer, about to fit; without loggers, or in a fast development run, nothing is recorded.
         plan: the plan in force.
-        report: JSON of all candidates, where the plan was searched for.
+        report: JSON of all candidates, if the plan was searched for.
     """
     if not trainer.is_global_zero or not trainer.loggers:
         return
@@ -51,14 +51,12 @@ def record_plan(trainer: Trainer, plan: Plan, *, report: str | None = None) -> N
 
 
 def _own_hparams(trainer: Trainer) -> dict[str, Any]:
-    """The hyper-parameters that Lightning is about to log; where two contradict one another, it will say so."""
+    """Return the hyper-parameters that Lightning is about to log; it raises on contradictions itself."""
     hparams: dict[str, Any] = {}
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
     for owner in (trainer.lightning_module, datamodule):
-        if owner is not None and compat.logs_hparams(owner):
-            hparams.update(owner.hparams_initial)
-    # What LightningCLI keeps there for itself.
-    hparams.pop("_class_path", None)
+        if owner is not None:
+            hparams.update(compat.logged_hparams(owner))
     return hparams
 
 

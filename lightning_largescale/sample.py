@@ -133,6 +133,13 @@ class OpenedLoader:
     """
 
     def __init__(self, loader: Any, iterator: Iterator[Any], taken: list[Any]) -> None:
+        """Create the iterable.
+
+        Args:
+            loader: The loader, which is iterated anew from the second iteration on.
+            iterator: The iterator of the loader that was opened.
+            taken: The batches that were taken from it.
+        """
         self._loader = loader
         self._opened: Iterator[Any] | None = itertools.chain(taken, iterator)
 

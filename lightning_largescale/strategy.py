@@ -2,56 +2,97 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn import Parameter
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_largescale import compat
-from lightning_largescale.callbacks import callbacks_of, check_callbacks, copies_of
+from lightning_largescale import comm, compat
+from lightning_largescale.callbacks import callbacks_of, check_callbacks
 from lightning_largescale.checkpoint import warn_of_left_out
+from lightning_largescale.checkpoint.session import ModuleCheckpoints
 from lightning_largescale.checkpoint.weights import Weights, check_weights
-from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.hardware.usage import HeapTrimmer
 from lightning_largescale.launch import check_start_method, configure_launcher
-from lightning_largescale.offload.activations import offload_activations
-from lightning_largescale.offloading import OffloadingStrategy
-from lightning_largescale.parallel.adapted_optimizer import AdaptedOptimizer
-from lightning_largescale.parallel.alike import equal_random_state
-from lightning_largescale.parallel.compile import check_compile, compile_blocks
-from lightning_largescale.parallel.copies import average_shards, equal_copies, find_copies, shard_copies
-from lightning_largescale.parallel.equal import check_equal_structure, equal_weights
-from lightning_largescale.parallel.gather import reshard, sharded_state
-from lightning_largescale.parallel.heap import HeapWatch
-from lightning_largescale.parallel.known import KnownParameters
-from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh, use_mesh, warn_of_distance
-from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
-from lightning_largescale.parallel.replicate import Replica
-from lightning_largescale.parallel.shard import adapt, shard_module
-from lightning_largescale.parallel.tensor import compute_divided
-from lightning_largescale.parallel.user_styles import apply_styles
+from lightning_largescale.optimizers.closure import evaluate_first
+from lightning_largescale.parallel.compile import check_compile
+from lightning_largescale.parallel.copies import find_copies, whole_copies
+from lightning_largescale.parallel.embedding import make_tables_whole, whole_tables
+from lightning_largescale.parallel.full_params import make_whole, whole_parameters
+from lightning_largescale.parallel.mesh import warn_of_distance
+from lightning_largescale.parallel.sharded import meet, reshard, sharded_state
 from lightning_largescale.plan import Plan
-from lightning_largescale.precision import asked_precision, cast_type, convert_module, plugin_for
+from lightning_largescale.precision import asked_precision, plugin_for
+from lightning_largescale.processes import Processes, check_accelerator
 from lightning_largescale.record import record_plan
+from lightning_largescale.run import Run, Toggled, undo_earlier
+from lightning_largescale.step_tracer import StepTracer
+from lightning_largescale.technique import Technique, Techniques
+from lightning_largescale.techniques.activation_checkpoint.apply import ActivationCheckpoint
+from lightning_largescale.techniques.activation_offload.apply import ActivationOffload
+from lightning_largescale.techniques.compile.apply import CompileBlocks
+from lightning_largescale.techniques.fully_shard.apply import FullyShard
+from lightning_largescale.techniques.fully_shard.local_step import LocalOptimizerStep
+from lightning_largescale.techniques.fully_shard.module_copies import ModuleCopies
+from lightning_largescale.techniques.fully_shard.sharded_reads import ShardedReads
+from lightning_largescale.techniques.gradient_release.apply import GradientRelease
+from lightning_largescale.techniques.malloc_policy.apply import MallocPolicy
+from lightning_largescale.techniques.paged_optimizer.apply import PagedOptimizerStep
+from lightning_largescale.techniques.parameter_offload.apply import ParameterOffload
+from lightning_largescale.techniques.replicate.apply import Replicate
+from lightning_largescale.techniques.requeue.apply import RequeueOnSignal
+from lightning_largescale.techniques.row_wise_embedding.apply import RowWiseEmbedding
+from lightning_largescale.techniques.synced_layers.apply import SyncedLayers
+from lightning_largescale.techniques.tensor_parallel.apply import TensorParallel
+from lightning_largescale.techniques.uneven_inputs.apply import UnevenInputs
 from lightning_largescale.tuning import finders_search_together
+from lightning_largescale.values import ModuleValues
 from lightning_largescale.workload.kinds import check_tensors
-from lightning_largescale.workload.parts import Part
+
+_Value = TypeVar("_Value")
+
+# The techniques in the order in which they are set up; they are closed in reverse order.
+TECHNIQUES: tuple[type[Technique], ...] = (
+    RowWiseEmbedding,
+    SyncedLayers,
+    TensorParallel,
+    ActivationCheckpoint,
+    CompileBlocks,
+    ActivationOffload,
+    MallocPolicy,
+    RequeueOnSignal,
+    UnevenInputs,
+    ShardedReads,
+    FullyShard,
+    Replicate,
+    ParameterOffload,
+    ModuleCopies,
+    LocalOptimizerStep,
+    PagedOptimizerStep,
+    GradientRelease,
+)
 
 
-class LargeScaleStrategy(OffloadingStrategy):
+class LargeScaleStrategy(ParallelStrategy):
     """Strategy that trains a LightningModule under a plan; the module's code, names and state_dict keys do not change.
+
+    There is one process per device, connected by torch.distributed; a single process has no process group.
 
     Args:
         plan: a Plan, a mapping of its fields, the path of a plan's JSON, or a function of the hardware that returns a
@@ -70,15 +111,20 @@ class LargeScaleStrategy(OffloadingStrategy):
             index of several, or a folder with them; or such paths by submodule names, as in {"model": path}.
 
     Attributes:
-        plan: the current Plan; `Plan()` until a function of the hardware has returned one.
+        plan: the current plan; `Plan()` until a function of the hardware has returned one.
 
     Raises:
         PlanError: the plan is not valid; at setup, it does not fit the processes, the module, or the Trainer.
     """
 
-    _watch: HeapWatch | None = None
     # Attributes that forked ranks send to their parent.
     decided_at_setup: tuple[str, ...] = ("plan",)
+    # Whether setup decides the plan by itself.
+    _searches_plan = False
+    # True during a batch size search.
+    searching = False
+    # The tp size for which sampler arguments were last returned; 0 if they were not.
+    _told_samples_among = 0
 
     def __init__(
         self,
@@ -93,23 +139,112 @@ class LargeScaleStrategy(OffloadingStrategy):
         save_full: bool = False,
         weights: Weights | None = None,
     ) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        self._sample_batch = sample_batch
-        self._styles, self._save_full, self._weights = tensor_parallel_plan, save_full, weights
+        super().__init__()
         check_start_method(start_method)
         check_compile(compile)
         check_weights(weights)
-        self._compile = compile
+        self._start_method, self._compile, self._styles = start_method, compile, tensor_parallel_plan
         self._planner = plan if callable(plan) else None
         self.plan = Plan() if callable(plan) else Plan.of(plan)
-        self._start_method = start_method
-        self._converted_by: Precision | None = None
+        # Callbacks with which teardown reverts changes.
+        self._exits = contextlib.ExitStack()
+        self._processes = Processes(self, process_group_backend, timeout, self._exits)
+        self._tracer = StepTracer(self, sample_batch)
+        self._values = ModuleValues(self, self._processes, weights, may_shard=self._may_shard)
+        self._checkpoints = ModuleCheckpoints(self, save_full=save_full, may_shard=self._may_shard)
+        self._techniques = Techniques()
+        self._run: Run | None = None
 
-    # Setup: the order of techniques
+    # Processes
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        """The trainer's accelerator: CPU or CUDA."""
+        return super().accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        check_accelerator(accelerator, type(self).__name__)
+        ParallelStrategy.accelerator.fset(self, accelerator)  # type: ignore[attr-defined]
+
+    @property
+    @override
+    def local_rank(self) -> int:
+        """Rank of this process on its node.
+
+        It is 0 for a Trainer with one device, even if the process was launched with others: a script that trained on
+        several devices may go on with each process by itself.
+        """
+        return super().local_rank if self.has_peers else 0
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        """Rank of this process among all processes."""
+        return super().global_rank if self.has_peers else 0
+
+    @property
+    @override
+    def node_rank(self) -> int:
+        """Rank of this process's node; the environment is queried only if the run is distributed."""
+        return super().node_rank if self.is_distributed else 0
+
+    @property
+    @override
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._processes.world_size
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        """The device of this rank."""
+        return self._processes.device(self.local_rank)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return self._processes.num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, number: int) -> None:
+        self._processes.num_nodes = number
+
+    @property
+    def num_processes(self) -> int:
+        """Number of ranks on this node; before the ranks are connected, the number of devices of the Trainer."""
+        return self._processes.per_node
+
+    @property
+    def is_distributed(self) -> bool:
+        """Return whether loaders are sharded among ranks; False when Lightning's batch size finder asks."""
+        return self.has_peers and not compat.asked_by_batch_size_finder()
+
+    @property
+    def has_peers(self) -> bool:
+        """Return whether there are other ranks."""
+        return self._processes.has_peers
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """torch.distributed's name of the backend."""
+        return self._processes.backend
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Arguments of a DistributedSampler: the ranks of tensor parallelism compute the same samples."""
+        self._told_samples_among = self.plan.tp
+        return {"num_replicas": self.world_size // self.plan.tp, "rank": self.global_rank // self.plan.tp}
+
+    def set_world_ranks(self) -> None:
+        """Set the rank and world size of the cluster environment, and adopt its world size if it reports another."""
+        self._processes.set_world_ranks()
 
     @override
     def _configure_launcher(self) -> None:
-        if self._planner is None and self._fixed:
+        if self._plan_is_given:
             self.plan.check_world_size(self.world_size)
         self._launcher = configure_launcher(self, self._start_method)
 
@@ -117,113 +252,125 @@ class LargeScaleStrategy(OffloadingStrategy):
     def setup_environment(self) -> None:
         """Connect the ranks and, for a given plan, set its precision, in which `configure_model` builds."""
         super().setup_environment()
+        self._processes.connect(sums_in_dram=not self._plan_is_given or self.plan.offload_parameters is not None)
         # Raises for a plugin that is not accepted before it converts anything.
         asked_precision(self.precision_plugin)
-        if self._planner is None and self._fixed:
+        if self._plan_is_given:
             self._use_precision(self.plan)
+
+    def _meet_peers(self) -> None:
+        """Wait, in a step whose ranks may run different modules, until all are about to enter a collective."""
+        if self.lightning_module is not None:
+            meet(self.lightning_module)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank reaches the barrier."""
+        self._meet_peers()
+        if self._processes.are_connected:
+            comm.barrier(self.root_device)
+
+    @override
+    def broadcast(self, obj: _Value, src: int = 0) -> _Value:
+        """Return rank `src`'s `obj` on every rank."""
+        if not self._processes.are_connected:
+            return obj
+        self._meet_peers()
+        return comm.broadcast_object(obj, src)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return every rank's `tensor`, stacked; in a single process, `tensor` itself."""
+        self._meet_peers()
+        return super().all_gather(tensor, group, sync_grads) if self.has_peers else tensor
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce `tensor` over all ranks; a sum counts samples that tensor-parallel ranks share once."""
+        if not (self.has_peers and isinstance(tensor, Tensor)):
+            return tensor
+        self._meet_peers()
+        result = compat.reduce_tensor(tensor, group, reduce_op)
+        if self.plan.tp == 1 or group is not None or reduce_op not in (ReduceOp.SUM, "sum", "SUM"):
+            return result
+        return result / self.plan.tp if result.is_floating_point() else result // self.plan.tp
+
+    # Setup
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """Decide the plan and apply it: precision, recomputation, compilation, sharding or replication, optimizers.
+        """Decide the plan, apply its techniques to the module, and create the optimizers.
 
         Raises:
             PlanError: the plan does not fit the number of processes, the module, or the Trainer's arguments.
         """
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        module, fitting = self._module(), trainer.state.fn == TrainerFn.FITTING
-        plan = self.plan = self._decide(trainer)
-        plan.check_world_size(self.world_size)
-        check_callbacks(callbacks_of(trainer), plan)
-        self._adapt(module, plan)
-        if not self._is_divided():
-            check_tensors(module, plan)
-        self._open_tiers(trainer, module, plan)
-        self._use_precision(plan)
-        self._convert(module)
-        warn_of_distance(plan, self.num_processes)
-        self._prepare_values()
-        self._shard_tables(module, plan)
-        if plan.tp > 1 and self._compile is not False:
-            raise PlanError(f"compile={self._compile!r} cannot be combined with tp={plan.tp}; leave one of them out.")
-        mesh = None
-        if (state := sharded_state(module)) is None:
-            mesh = build_mesh(plan, self.root_device.type)
-        else:
-            use_mesh(state.mesh)
-        divided = self._divided(trainer, plan) if mesh is not None else {}
-        if fitting and self._layer_sync is not None and sharded_state(module) is None:
-            self.model = self._layer_sync.apply(module)
-            if not plan.gathers:
-                # A sharded module keeps its layers: FSDP2 would not know replaced ones.
-                self._undo.callback(self._layer_sync.revert, module)
-        self._trim_heap = HeapTrimmer() if self._heap_is("trimmed", "mapped") else None
-        on_parts = None
-        if mesh is not None and (among := tensor_mesh(mesh)) is not None:
-            on_parts = compute_divided(
-                module, divided, among, share_sequence=plan.sequence_parallel, wraps=plan.wrapped_modules
-            )
-            self._undo.callback(self._compute_plainly, module)
-        apply_recompute(module, plan)
-        self._undo.callback(remove_recompute, module)
-        if self._compile is not False:
-            options = {} if self._compile is True else self._compile
-            self._undo.callback(compile_blocks(module, options))
-        self._undo.callback(offload_activations(module, plan, self._store, self.root_device))
-        if self._heap_is("watched"):
-            self._watch_heap()
-        if plan.gathers:
-            if mesh is None:
-                self._spill(sharded_state(module))
-                self._make_values()
-            else:
-                self._divide(module, mesh, {name: found.parts for name, found in divided.items()}, on_parts)
-            self._take_over(fitting=fitting)
-            self._join(trainer, module)
-        else:
-            self._place(trainer, module, plan, fitting=fitting)
-        self._adapt_backward()
-        self._undo.enter_context(compat.around_hooks(trainer, self._around_hook))
-        if self.has_peers:
-            compat.flag_sigterm_only(trainer)
-        self._undo.enter_context(finders_search_together(self, trainer))
-        self._heed_requeue_signal(trainer)
-        if fitting:
-            self._known = KnownParameters(module, plan) if plan.world_size > 1 or plan.gathers else None
+        module = self._module()
+        self.plan = self._decide(trainer)
+        run = self._run = self._begin(trainer, module)
+        self._techniques = Techniques(technique(run) for technique in TECHNIQUES if technique.wanted(run))
+        self._techniques.each(Technique.check)
+        self._use_precision(run.plan)
+        self._values.convert()
+        warn_of_distance(run.plan, self.num_processes)
+        self._values.prepare()
+        self._techniques.each(Technique.prepare)
+        self._techniques.each(Technique.wrap)
+        self._techniques.each(Technique.shard)
+        self._values.make(partial(self._techniques.first, Technique.storage))
+        self._techniques.each(Technique.ready)
+        self._enter_run(run)
+        if run.fits:
             self.setup_optimizers(trainer)
             self._record(trainer)
-            if self._in_parts():
-                warn_of_left_out(trainer, plan)
+            if self._checkpoints.are_directories:
+                warn_of_left_out(trainer, run.plan)
         self.setup_precision_plugin()
 
-    def _heap_is(self, *ways: str) -> bool:
-        """Return whether the device is the CPU and the plan's `heap` is one of `ways`."""
-        return self.root_device.type == "cpu" and self.plan.heap in ways
+    def _begin(self, trainer: Trainer, module: LightningModule) -> Run:
+        """Check the plan, undo an earlier one that differs, and return the run."""
+        plan = self.plan
+        plan.check_world_size(self.world_size)
+        check_callbacks(callbacks_of(trainer), plan)
+        undo_earlier(module, plan, self.root_device, self.world_size, self.make_whole)
+        run = Run(
+            strategy=self,
+            trainer=trainer,
+            module=module,
+            plan=plan,
+            processes=self._processes,
+            tracer=self._tracer,
+            hardware=self._hardware,
+            compile=self._compile,
+            styles=self._styles,
+            layer_sync=compat.layer_sync(self),
+            clipping=Toggled(lambda: self._techniques.all(Technique.clip)),
+            unshard=self.make_whole,
+            end_steps=lambda: self._techniques.each(Technique.end_steps),
+            exits=self._exits,
+        )
+        if not run.is_sharded:
+            check_tensors(module, plan)
+        return run
 
-    def _watch_heap(self, limit_bytes: int = 0) -> None:
-        """Return free heap memory to the system above `limit_bytes`, until teardown or the next call."""
-        if self._watch is None:
-            self._undo.callback(self._watch_no_longer)
-        else:
-            self._watch.stop()
-        self._watch = HeapWatch(limit_bytes)
-        self._watch.start()
-
-    def _watch_no_longer(self) -> None:
-        if self._watch is not None:
-            self._watch.stop()
-        self._watch = None
+    def _enter_run(self, run: Run) -> None:
+        """Adapt the strategy and the Trainer to the techniques until teardown."""
+        self._checkpoints.keeps_on_disk = run.store is not None
+        self._checkpoints.state_memory = partial(self._techniques.first, Technique.state_memory)
+        if run.is_sharded or (run.fits and run.has_peers):
+            # Lightning's own method, which may be wrapped on its class, stays where gradients need no reduction.
+            self.backward = self._backward  # type: ignore[method-assign]
+            self._exits.callback(delattr, self, "backward")
+        if run.is_sharded:
+            self._exits.enter_context(compat.around_hooks(run.trainer, self._around_hook))
+        if self.has_peers:
+            compat.flag_sigterm_only(run.trainer)
+        self._exits.enter_context(finders_search_together(self, run.trainer))
 
     def _record(self, trainer: Trainer) -> None:
         """Log the plan with the trainer's loggers."""
         record_plan(trainer, self.plan)
-
-    def _convert(self, module: LightningModule) -> None:
-        """Convert the module's parameters with the current precision plugin, once per plugin."""
-        if sharded_state(module) is None and self._converted_by is not self.precision_plugin:
-            with self._recorded():
-                convert_module(self.precision_plugin, module)
-            self._converted_by = self.precision_plugin
 
     def _decide(self, trainer: Trainer) -> Plan:
         """Return the plan to apply; called on every rank after the module is built and before it is changed."""
@@ -243,15 +390,15 @@ class LargeScaleStrategy(OffloadingStrategy):
         )
 
     @property
-    @override
-    def _fixed(self) -> bool:
-        """Return whether `_decide` is not overridden: the plan or its function was given by the user."""
-        return type(self)._decide is LargeScaleStrategy._decide
+    def _plan_is_given(self) -> bool:
+        """Return whether the user gave a plan, so that it is known before setup."""
+        return self._planner is None and not self._searches_plan
 
-    @property
-    @override
-    def _sums_in_dram(self) -> bool:
-        return self._planner is not None or not self._fixed or self.plan.offload_parameters is not None
+    def _may_shard(self) -> bool:
+        """Return whether the plan shards the module or offloads its parameters, or may do so once it is decided."""
+        if self.plan.offload_parameters is not None or self._searches_plan:
+            return True
+        return self.has_peers and (self.plan.shards or bool(self.plan.row_sharded_embeddings))
 
     def _use_precision(self, plan: Plan) -> None:
         """Replace the Trainer's precision plugin with the plan's until teardown."""
@@ -259,78 +406,7 @@ class LargeScaleStrategy(OffloadingStrategy):
         plugin = plugin_for(plan, given, self.root_device.type)
         if plugin is not given:
             self.precision_plugin = plugin
-            self._undo.callback(self._give_back_precision, given)
-
-    def _give_back_precision(self, plugin: Precision) -> None:
-        self.precision_plugin = plugin
-
-    def _adapt(self, module: LightningModule, plan: Plan) -> None:
-        """Unshard a module that an earlier plan sharded, unless it can be adapted to `plan`.
-
-        Raises:
-            PlanError: the module is sharded over another number of processes.
-        """
-        state = sharded_state(module)
-        if state is None or adapt(module, plan, self.root_device):
-            return
-        if (ranks := state.plan.world_size) != self.world_size:
-            raise PlanError(
-                f"{type(module).__name__.removeprefix('FSDP')} is divided among {ranks} processes and this Trainer has"
-                f" {self.world_size}; first call `trainer.strategy.make_whole()` of the other Trainer on all ranks."
-            )
-        self.make_whole()
-
-    def _divide(
-        self,
-        module: LightningModule,
-        mesh: DeviceMesh,
-        parts: Mapping[str, Mapping[str, Part]],
-        on_parts: Callable[[Callable[[], Any]], Any] | None,
-    ) -> None:
-        check_equal_structure(module)
-        if (among := tensor_mesh(mesh)) is not None and (styles := self._user_styles()):
-            apply_styles(module, styles, among, self.root_device)
-        cast = cast_type(self.precision_plugin)
-        shard_module(
-            module,
-            self.plan,
-            mesh,
-            self.root_device,
-            gather_type=cast,
-            parts=parts,
-            on_parts=on_parts,
-            divided=self._spill,
-            make=self._make_values,
-        )
-
-    def _join(self, trainer: Trainer, module: LightningModule) -> None:
-        """Adapt callbacks, loops, random state and metrics to a sharded module."""
-        callbacks = callbacks_of(trainer)
-        shard_copies(find_copies(callbacks, module), module)
-        average_shards(callbacks)
-        # Parameters that are unsharded in inference mode cannot be used in training afterwards.
-        fit_validation = trainer.fit_loop.epoch_loop.val_loop
-        for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            self._undo.callback(setattr, loop, "inference_mode", loop.inference_mode)
-            loop.inference_mode = False
-        state = sharded_state(module)
-        assert state is not None
-        self._tensor_mesh, self._compared = tensor_mesh(state.mesh), frozenset()
-        if self._tensor_mesh is not None:
-            equal_random_state(self._tensor_mesh, self.root_device, self.global_rank // self.plan.tp)
-            self._count_samples_once(module, state.mesh)
-
-    def _place(self, trainer: Trainer, module: LightningModule, plan: Plan, *, fitting: bool) -> None:
-        self._make_values()
-        self.model_to_device()
-        if plan.dp_replicate > 1:
-            check_equal_structure(module)
-            equal_weights([*module.parameters(), *module.buffers()])
-            equal_copies(copies_of(module, callbacks_of(trainer)), self.root_device)
-            if fitting:
-                by_hand = not module.automatic_optimization or is_overridden("backward", module)
-                self._replica = Replica(module, self.root_device, watch_all=by_hand)
-                self._undo.callback(self._replica.close)
+            self._exits.callback(setattr, self, "precision_plugin", given)
 
     @override
     def model_to_device(self) -> None:
@@ -339,48 +415,40 @@ class LargeScaleStrategy(OffloadingStrategy):
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Create the optimizers of the current parameters and adapt them to shards and pages.
-
-        Raises:
-            PlanError: an optimizer has parameters that are not the module's, or cannot step on shards.
-        """
-        self._reset_optimizers_and_schedulers()
+        """Create the optimizers of the current parameters and adapt them to the techniques."""
+        self.optimizers, self.lr_scheduler_configs = [], []
         super().setup_optimizers(trainer)
-        known = self._known
         # Lightning's placeholder for a missing optimizer has nothing to step.
         optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
-        self._adapted = (
-            []
-            if known is None
-            else [
-                AdaptedOptimizer(
-                    optimizer,
-                    known,
-                    in_pages=self._pages,
-                    before_step=self._leave_numbers,
-                    after_step=self._enter_numbers,
-                )
-                for optimizer in optimizers
-            ]
-        )
-        for adapted in self._adapted:
-            self._undo.callback(adapted.undo)
-        self._page(optimizers)
+        self._techniques.each(Technique.optimizers, optimizers)
+        if self._run is not None:
+            self._checkpoints.adapted = self._run.adapted
+
+    @contextlib.contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Context in which a module that may be sharded is built without values, which setup makes.
+
+        Args:
+            empty_init: The argument of `Trainer.init_module`. If true, the module is built without values there as
+                well, for example since its weights are loaded next.
+        """
+        with self._values.init_context(empty_init):
+            yield
 
     @override
     def teardown(self) -> None:
         """Restore the module except for its weights; a sharded module stays sharded, on its device."""
-        self._uneven = None
-        self._replica = None
-        self._forget_values()
-        self._known = None
-        self._tensor_mesh = None
-        self._converted_by = None
-        self._close_tiers()
+        self._values.close()
+        self._techniques.each_reversed(Technique.close)
+        self._techniques, self._run = Techniques(), None
+        self._checkpoints.keeps_on_disk = False
         self.precision_plugin.teardown()
-        self._undo.close()
+        self._exits.close()
         module = self.lightning_module
-        if self.root_device.type != "cpu" and (module is None or sharded_state(module) is None):
+        # A failed setup may leave a module on the meta device, which nothing can be moved from.
+        whole = module is None or not (sharded_state(module) or any(one.is_meta for one in module.parameters()))
+        if self.root_device.type != "cpu" and whole:
             super().teardown()
             return
         if module is not None:
@@ -390,6 +458,238 @@ class LargeScaleStrategy(OffloadingStrategy):
         self.cluster_environment.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+    # Steps
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Return the loader that the techniques make of `dataloader`."""
+        return self._techniques.chain(Technique.dataloader, value=dataloader)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's training step through the techniques."""
+        return self._step("training_step", self.precision_plugin.train_step_context, args, kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's validation step through the techniques."""
+        return self._step("validation_step", self.precision_plugin.val_step_context, args, kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's test step through the techniques."""
+        return self._step("test_step", self.precision_plugin.test_step_context, args, kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's predict step through the techniques."""
+        return self._step("predict_step", self.precision_plugin.predict_step_context, args, kwargs)
+
+    def _step(
+        self,
+        stage: str,
+        precision: Callable[[], contextlib.AbstractContextManager[Any]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        self._techniques.each(Technique.check_step, stage, args)
+        step = partial(getattr(self._module(), stage), *args, **kwargs)
+        step = self._techniques.chain(Technique.around_step, stage, value=step)
+        with (
+            self._techniques.all(Technique.user_code, in_step=True),
+            precision(),
+            self._techniques.all(Technique.step, stage),
+        ):
+            result = step()
+        self._techniques.each(Technique.after_step, stage)
+        return result
+
+    @contextlib.contextmanager
+    def _around_hook(self, name: str) -> Generator[None, None, None]:
+        """Context of a hook of the module or of a callback."""
+        module = self.lightning_module
+        # Lightning's own hook only runs the step.
+        if module is None or (name == "optimizer_step" and not is_overridden(name, module)):
+            yield
+            return
+        with self._techniques.all(Technique.hook, name), self._techniques.all(Technique.user_code, in_step=False):
+            yield
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Prepare gradient reduction for the backward of `closure_loss`, also one that a manual step runs."""
+        self._techniques.each(Technique.before_backward, closure_loss)
+
+    def _backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run Lightning's sequence of a backward, with gradients reduced before the hooks that read them."""
+        module, precision = self._module(), self.precision_plugin
+        with self._techniques.all(Technique.backward):
+            self.pre_backward(closure_loss)
+            closure_loss = precision.pre_backward(closure_loss, module)
+            precision.backward(closure_loss, module, optimizer, *args, **kwargs)
+            self._techniques.each(Technique.reduce_gradients)
+            closure_loss = precision.post_backward(closure_loss, module)
+            self.post_backward(closure_loss)
+        return closure_loss
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """End the backward that `pre_backward` began."""
+        self._techniques.each(Technique.after_backward)
+
+    @contextlib.contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Context in which backward accumulates gradients without reducing them, where that is possible."""
+        with self._techniques.all(Technique.no_sync):
+            yield
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the closure (forward and backward) and the optimizer's step."""
+        run = self._run
+        assert run is not None
+        if not self._module().automatic_optimization:
+            self._techniques.each(Technique.check_gradients, optimizer)
+        with self._techniques.all(Technique.update) as runners, run.clipping.step():
+
+            def evaluate() -> Any:
+                run.clipping.leave()
+                inner = closure
+                for runner in filter(None, runners):
+                    inner = partial(runner, inner)
+                result = inner()
+                self._techniques.each(Technique.check_gradients, optimizer)
+                run.clipping.enter()
+                return result
+
+            evaluated = evaluate_first(optimizer, evaluate, paged=run.in_pages)
+            result = super().optimizer_step(optimizer, evaluated, *args, **kwargs)
+        self._techniques.each(Technique.after_update)
+        return result
+
+    def forget_step(self) -> None:
+        """Reset all state of a step that ended halfway on all ranks, and drop its gradients."""
+        self._techniques.each_reversed(Technique.abort_step)
+        self._module().zero_grad()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Prepare the techniques for a batch."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._techniques.each(Technique.batch_start, batch_idx)
+
+    @override
+    def on_train_end(self) -> None:
+        """Let the techniques follow the last step."""
+        self._techniques.each(Technique.train_end)
+
+    @override
+    def on_validation_start(self) -> None:
+        """Prepare an evaluation in which ranks may have different numbers of batches."""
+        self._techniques.each(Technique.start_evaluation, logged=True)
+
+    @override
+    def on_predict_start(self) -> None:
+        """Prepare a prediction in which ranks may have different numbers of batches."""
+        self._techniques.each(Technique.start_evaluation, logged=False)
+
+    @override
+    def on_validation_end(self) -> None:
+        """Reshard the parameters that evaluation unsharded."""
+        self._techniques.each(Technique.end_evaluation)
+
+    on_test_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_search_end(self) -> None:
+        """Hook called at the end of a batch size search."""
+
+    # State
+
+    @contextlib.contextmanager
+    def full_parameters(self) -> Generator[None, None, None]:
+        """Context in which the module's sharded or offloaded parameters are full plain tensors on its device.
+
+        Entering and leaving it is a collective. It is for code that reads `parameters()` or `state_dict()`, or writes
+        into them. Written values are kept and must be the same on all ranks. The full model must fit on the device
+        beside this rank's shards. In `training_step` the parameters are read-only, and a loss may be computed from
+        them; elsewhere they have no gradients.
+        """
+        with whole_tables(self._module()), whole_parameters(self._module(), self.root_device):
+            yield
+
+    def make_whole(self) -> Mapping[Tensor, Parameter]:
+        """Replace the module's shards with full plain parameters on the CPU, equal on all ranks: a collective.
+
+        Call it after `fit` under a sharded plan, for code that is not distributed. Optimizers no longer train the
+        module. Copies of the module that callbacks keep are unsharded too.
+
+        Returns:
+            The full parameter that replaces each shard.
+        """
+        module = self._module()
+        make_tables_whole(module)
+        made = make_whole(module)
+        whole_copies(find_copies(callbacks_of(module.trainer), module))
+        return made
+
+    def make_all(self) -> None:
+        """Materialize the full module in this process if it was built without values."""
+        self._values.make_all()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint file or directory.
+
+        In a batch size search, all ranks read rank 0's path, since each rank has made up its own. Tensors of a
+        directory, and of a file if the module may be sharded, are read lazily and in part.
+
+        Raises:
+            PlanError: a directory is not a checkpoint, or a directory or file is incomplete.
+        """
+        path = self.broadcast(checkpoint_path) if self.searching else checkpoint_path
+        checkpoint = self._checkpoints.read(path, weights_only)
+        return super().load_checkpoint(path, weights_only) if checkpoint is None else checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the module's weights; if it has no values yet, defer loading until its shards are materialized."""
+        if not self._values.defer_loading(checkpoint, strict=strict):
+            super().load_model_state_dict(checkpoint, strict)
+
+    def full_module_state(self) -> dict[str, Any]:
+        """Return the module's `state_dict` with full tensors, only on rank 0 if it is sharded: a collective."""
+        return self._checkpoints.full_module_state()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the module's state for a checkpoint: shards, or full tensors on rank 0; a collective."""
+        return self._checkpoints.module_state()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state for a checkpoint: a collective."""
+        state = self._checkpoints.optimizer_state(optimizer)
+        return super().optimizer_state(optimizer) if state is None else state
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizer states in order, each rank its shards; surplus states or optimizers are skipped."""
+        self._checkpoints.load_optimizer_states(checkpoint)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint: a directory to which each rank writes its shards, or a file; a collective."""
+        file = self._checkpoints.save(checkpoint, filepath, storage_options)
+        if file is not None:
+            super().save_checkpoint(file, filepath, storage_options)
+
+    def _module(self) -> LightningModule:
+        if self.lightning_module is None:
+            raise RuntimeError("the Trainer has not given the strategy its module yet")
+        return self.lightning_module
 
 
 # The Trainer accepts torch.compile(module) only with SingleDeviceStrategy, DDPStrategy or FSDPStrategy, and checks for

@@ -31,6 +31,14 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def pinned_bytes(size: int) -> int:
+    """Return the bytes that torch's allocator of pinned memory takes for `size` bytes: the next power of two.
+
+    Source: torch, ATen/core/CachingHostAllocator.h.
+    """
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def page_buffer_bytes(moved_bytes: int, page_bytes: int) -> int:
     """Return the bytes of the page buffers for a step that pages `moved_bytes` in pages of at most `page_bytes`."""
     return min(PAGE_BUFFERS * page_bytes, aligned(moved_bytes))

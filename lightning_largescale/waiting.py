@@ -94,7 +94,13 @@ PROGRESS = Progress()
 
 
 def has_gone_on(awaited: Awaited, passed: Place, told: Place) -> bool:
-    """Return whether a rank is past the position where another waits for it, and has not reported there."""
+    """Return whether a rank is past the position where another waits for it, and has not reported there.
+
+    Args:
+        awaited: the position where the other rank waits.
+        passed: the position that the rank has reached.
+        told: the position where the rank last reported.
+    """
     place, passed, told = tuple(awaited.place), tuple(passed), tuple(told)
     return passed[:1] == place[:1] and passed > place > told
 

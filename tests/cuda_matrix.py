@@ -94,6 +94,30 @@ FOUR: dict[str, dict[str, Any]] = {
     "2D, all in DRAM": {"dp_shard": 2, "tp": 2, **DRAM},
 }
 PLANS = {**ALONE, **PAIRED, **FOUR}
+# By the names of their plans; inductor makes no code for a pretended device.
+AOT = {"backend": "aot_eager"}
+COMPILED = (
+    "plain",
+    "recompute",
+    "recompute in part",
+    "optimizer in DRAM",
+    "host step from disk",
+    "parameters in DRAM",
+    "parameters on disk",
+    "activations in DRAM",
+    "all on disk",
+    "release",
+    "16-mixed",
+    "bf16-mixed",
+    "replicate",
+    "ZeRO-2",
+    "ZeRO-3",
+    "ZeRO-3, recompute",
+    "ZeRO-3, all in DRAM",
+    "ZeRO-3, release",
+    "ZeRO-3, bf16-mixed",
+    "table beside shards",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +126,7 @@ class Place:
 
     Attributes:
         plan: None: by stock Lightning in `precision`.
+        compiled: each block is compiled, by a backend that runs on a pretended device.
         folder: for checkpoints and spilled tensors; shared by the ranks.
         sparse: the optimizer is one that takes the sparse gradients of a table.
     """
@@ -112,6 +137,7 @@ class Place:
     precision: str = "32-true"
     sparse: bool = False
     batch_size: int | None = None
+    compiled: bool = False
 
     def trainer(self, *, save_full: bool = False, **options: Any) -> Trainer:
         """A Trainer here."""
@@ -122,7 +148,7 @@ class Place:
             half = self.precision == "16-mixed"
             given = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if half else {"precision": self.precision}
             return trainer(**given, **options)
-        strategy = LargeScaleStrategy(self.plan, save_full=save_full)
+        strategy = LargeScaleStrategy(self.plan, save_full=save_full, compile=self.compiled and AOT)
         return trainer(strategy, devices=self.plan.world_size, **options)
 
 
@@ -153,7 +179,7 @@ class Model(Language):
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.automatic_optimization = not by_hand
         self.sparse, self.batch_size, self.short = sparse, batch_size, short
-        self.blocks[1].down.register_full_backward_pre_hook(lambda part, gradients: self.run_out(gradients[0]))
+        self.blocks[1].register_full_backward_pre_hook(lambda part, gradients: self.run_out(gradients[0]))
 
     def run_out(self, gradient):
         if len(gradient) >= TOO_LARGE and self.global_rank == self.short:
@@ -353,6 +379,8 @@ def play(action: str, place: Place) -> Outcome | str:
     """The action's outcome on this rank; the sentence by which it is refused."""
     # Each connects its ranks as its plan wants it.
     leave_process_group()
+    # What was compiled before is kept otherwise, up to a limit beyond which nothing is compiled.
+    torch.compiler.reset()
     with _small_pages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f"{NOISE}|GPU available but not used")
         try:

@@ -19,7 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_largescale import compat
 from lightning_largescale.groups import leave_process_group, made_once
@@ -141,6 +143,15 @@ def mesh_of(shape: tuple[int, ...] | None = None) -> DeviceMesh:
     shape = shape or (dist.get_world_size(),)
     names = ("dp_shard", "tp")[-len(shape) :]
     return made_once(("test", shape, names), lambda: init_device_mesh("cpu", shape, mesh_dim_names=names))
+
+
+def divided_by_two() -> nn.Module:
+    """Two layers that two ranks shard, whose first has a dimension of five rows, and a root without own parameters."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    for part in (*module, module):
+        fully_shard(part, mesh=mesh_of((2,)))
+    return module
 
 
 def run_connected(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from ranks import quiet
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from lightning_largescale import looking
+from lightning_largescale import step_tracer
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
@@ -112,7 +112,7 @@ def test_ranks_that_are_given_their_own_samples_do_not(two, kind):
 def fit_looking_here(kind):
     """As where a fork cannot look at the step, so that the loader that the run is given is looked at twice."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(looking, "can_run_apart", lambda: False)
+        patch.setattr(step_tracer, "can_run_apart", lambda: False)
         return fit(kind, max_epochs=3, reload_dataloaders_every_n_epochs=1)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import zipfile
 from pathlib import Path
 from textwrap import dedent
@@ -137,3 +138,11 @@ def test_package_after_lightning(run_python, stand_in):
         assert sys.meta_path == before
     """
     run_python("import lightning.pytorch.strategies, lightning_largescale" + KNOWN + NO_TRACE + dedent(again))
+
+
+def test_python_marks_a_module_that_is_being_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "marked_module.py").write_text("DURING = __spec__._initializing")
+    module = importlib.import_module("marked_module")
+    assert module.DURING
+    assert not getattr(module.__spec__, "_initializing", False)

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from cuda_matrix import ACTIONS, FITS, PLANS, Place, play
+from cuda_matrix import ACTIONS, AOT, COMPILED, FITS, PLANS, Place, play
 from ranks import quiet
 
 from lightning_largescale.plan import Plan
@@ -56,6 +56,7 @@ QUICK = {
     "HSDP": "fit",
     "2D": "clipping",
 }
+QUICK_COMPILED = {"plain": "second fit", "all on disk": "clipping", "ZeRO-3": "resume", "ZeRO-3, recompute": "fit"}
 # What needs all gradients at once is refused where they are released, and a copy of a module with tables of many ranks.
 REFUSED = {"release": {"clipping", "clipping by value", "by hand", "gradients by hand"}, "table": {"swa", "ema"}}
 
@@ -64,6 +65,13 @@ def cells():
     for name in PLANS:
         for action in ACTIONS:
             marks = [] if QUICK.get(name) == action else [pytest.mark.slow]
+            yield pytest.param(name, action, id=f"{name}-{action}", marks=marks)
+
+
+def compiled_cells():
+    for name in COMPILED:
+        for action in ACTIONS:
+            marks = [] if QUICK_COMPILED.get(name) == action else [pytest.mark.slow]
             yield pytest.param(name, action, id=f"{name}-{action}", marks=marks)
 
 
@@ -89,11 +97,29 @@ def stock(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "action"), list(cells()))
 def test_as_stock_lightning_on_the_cpu(request, tmp_path, stock, name, action):
+    check(request, stock, name, action, placed(name, tmp_path))
+
+
+@pytest.mark.parametrize(("name", "action"), list(compiled_cells()))
+def test_compiled_as_stock_lightning_on_the_cpu(request, tmp_path, stock, name, action):
+    check(request, stock, name, action, placed(name, tmp_path, compiled=True))
+
+
+@pytest.mark.parametrize("name", ["tp", pytest.param("2D", marks=pytest.mark.slow)])
+def test_compiled_blocks_are_refused_beside_tensor_parallelism(request, tmp_path, name):
+    for found in run(request, "fit", placed(name, tmp_path, compiled=True)):
+        assert found == f"compile={AOT} cannot be combined with tp=2; leave one of them out."
+
+
+def placed(name, folder, **options):
     plan = Plan(**PLANS[name])
     if plan.offloads:
-        plan = dataclasses.replace(plan, nvme_path=str(tmp_path))
-    sparse = bool(plan.row_sharded_embeddings)
-    place = Place("cuda", tmp_path, plan, plan.precision, sparse)
+        plan = dataclasses.replace(plan, nvme_path=str(folder))
+    return Place("cuda", folder, plan, plan.precision, bool(plan.row_sharded_embeddings), **options)
+
+
+def check(request, stock, name, action, place):
+    plan = place.plan
     found = run(request, action, place)
     if any(word in name and action in actions for word, actions in REFUSED.items()):
         assert all(isinstance(one, str) for one in found)
@@ -105,7 +131,7 @@ def test_as_stock_lightning_on_the_cpu(request, tmp_path, stock, name, action):
         expected = run(request, action, dataclasses.replace(place, accelerator="cpu"))
     else:
         size = FITS * plan.dp if action == "batch size" else None
-        expected = [stock(action, plan.precision, sparse, size)] * len(found)
+        expected = [stock(action, plan.precision, place.sparse, size)] * len(found)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, {key: other[key] for key in one}, CLOSE[plan.precision])
 

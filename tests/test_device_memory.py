@@ -1,4 +1,7 @@
-"""What plans are predicted to take of a device is what its allocator gives out, and they train with little more."""
+"""What plans are predicted to take of a device, and of pinned DRAM beside it, is what the allocators give out.
+
+They train with little more.
+"""
 
 from __future__ import annotations
 
@@ -71,11 +74,11 @@ class Text(Dataset):
 class Model(LightningModule):
     """A small GPT: of its bytes those of parameters, state and activations are alike many."""
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer, layers=LAYERS):
         super().__init__()
         self.optimizer = optimizer
         self.token = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
         self.norm = Norm()
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         # Of what needs a parameter as a whole one that is larger than what its backward leaves room for.
@@ -141,12 +144,16 @@ WHOLE = {"normalized": Normalized, "factored": Factored}
 
 
 class Case(NamedTuple):
-    """What is trained: fields of a plan, and beside it an optimizer, micro-batches in a step, and bytes of a page."""
+    """What is trained: fields of a plan, an optimizer, micro-batches in a step, bytes of a page, and layers."""
 
     plan: dict[str, Any]
     optimizer: str = "AdamW"
     accumulate: int = 1
     page_bytes: int = 4 * MIB
+    layers: int = LAYERS
+
+    def module(self) -> Model:
+        return Model(self.optimizer, self.layers)
 
 
 FULL = {"activation_checkpointing": "full"}
@@ -160,7 +167,7 @@ DISK_STATE, DISK_PARAMETERS, DISK_SAVED = (
 )
 ZERO2, ZERO3 = {"dp_shard": 2, "reshard_after_forward": False}, {"dp_shard": 2}
 REPLICAS, TABLES = {"dp_replicate": 2}, {"row_sharded_embeddings": ("token",)}
-WRAPS = {"wrapped_modules": ("token", "head")}
+WRAPS, AHEAD = {"wrapped_modules": ("token", "head")}, {"prefetched_blocks": 2}
 ONE_RANK = {
     "plain": Case({}),
     "plain, SGD": Case({}, "SGD"),
@@ -201,6 +208,10 @@ ONE_RANK = {
     "state, release": Case({**STATE, **RELEASE}),
     "all in DRAM": Case({**STATE, **PARAMETERS, **SAVED}),
     "all in DRAM, release, recompute": Case({**STATE, **PARAMETERS, **SAVED, **RELEASE, **FULL}),
+    "activations in DRAM, two ahead": Case({**SAVED, **AHEAD}),
+    "activations on a disk, two ahead": Case({**DISK_SAVED, **AHEAD}, layers=6),
+    "all in DRAM, two ahead": Case({**STATE, **PARAMETERS, **SAVED, **AHEAD}, layers=8),
+    "parameters on a disk, two ahead": Case({**DISK_PARAMETERS, **AHEAD}),
 }
 TWO_RANKS = {
     "replicate": Case(REPLICAS),
@@ -228,30 +239,39 @@ TWO_RANKS = {
 }
 
 
-def predicted_bytes(case: Case) -> int:
-    """Of the device, of what its allocator gives out, without what libraries take of a real one."""
+class Bytes(NamedTuple):
+    """Bytes of the device's allocator, and of pinned DRAM."""
+
+    device: int
+    pinned: int
+
+
+def predicted(case: Case) -> Bytes:
+    """What a plan takes, without what libraries take of a real device."""
     plan = Plan(**case.plan)
-    module = Model(case.optimizer).to(torch.bfloat16 if plan.precision == "bf16-true" else torch.float32)
+    module = case.module().to(torch.bfloat16 if plan.precision == "bf16-true" else torch.float32)
     batch = next(iter(module.train_dataloader()))
     work = Workload.trace(module, batch, precisions=(plan.precision,), device_type="cuda")
     machine = hardware(plan.world_size, kind="cuda")
     estimate = peak_memory(work, plan, machine, accumulate_grad_batches=case.accumulate)
-    return estimate.measured_bytes - estimate.terms["runtime"]
+    return Bytes(estimate.measured_bytes - estimate.terms["runtime"], estimate.elsewhere.get("cpu", 0))
 
 
-def train(case: Case, folder: str, page_bytes: int) -> tuple[int, int]:
+def train(case: Case, folder: str, page_bytes: int) -> tuple[Bytes, Bytes]:
     """Predicted and measured bytes of a training, whose device has 3% more than was predicted."""
     for module in (tiers, pages, paging, placement):
         module.PAGE_BYTES = page_bytes
     # DistributedDataParallel made its nodes on another stream, as it asks to.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
     seed_everything(0, verbose=False)
-    predicted = predicted_bytes(case)
+    estimate = predicted(case)
     gc.collect()
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     start_peak("cuda")
+    torch.cuda.reset_peak_host_memory_stats()
+    pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     plan = Plan(**case.plan, nvme_path=folder if "nvme" in case.plan.values() else None)
     backend = "cpu:gloo,cuda:nccl" if plan.world_size > 1 else None
     trainer = Trainer(
@@ -266,22 +286,25 @@ def train(case: Case, folder: str, page_bytes: int) -> tuple[int, int]:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    module = Model(case.optimizer)
+    module = case.module()
     held = torch.cuda.memory_allocated()
-    torch.cuda.set_per_process_memory_fraction((before + 1.03 * predicted) / torch.cuda.mem_get_info()[1])
+    torch.cuda.set_per_process_memory_fraction((before + 1.03 * estimate.device) / torch.cuda.mem_get_info()[1])
     try:
         trainer.fit(module)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert module.steps == 3 * case.accumulate
-    return predicted, (peak_bytes("cuda") or 0) - held
+    pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"] - pinned
+    return estimate, Bytes((peak_bytes("cuda") or 0) - held, pinned)
 
 
-def check(predicted: int, measured: int) -> None:
-    error = 100 * (predicted / measured - 1)
-    words = f"predicted {predicted / MIB:.1f} MiB, measured {measured / MIB:.1f} MiB ({error:+.1f}%)"
-    print(words)
-    assert -2 <= error <= 10, words
+def check(predicted: Bytes, measured: Bytes, *, slack: int = MIB // 4) -> None:
+    # Of pinned memory: vectors are aligned, and loaders pin their batches.
+    for where, one, other in zip(Bytes._fields, predicted, measured, strict=True):
+        words = f"{where}: predicted {one / MIB:.2f} MiB, measured {other / MIB:.2f} MiB"
+        print(words)
+        more = 0 if where == "device" else slack
+        assert 0.98 * other - more <= one <= 1.1 * other + more, words
 
 
 @pytest.fixture(autouse=True)
@@ -304,16 +327,18 @@ def test_one_rank_takes_what_was_predicted(tmp_path, case):
 @pytest.mark.parametrize("case", cases(TWO_RANKS, "ZeRO-3"))
 def test_two_ranks_take_what_was_predicted(tmp_path, two, case):
     found = two.run(train, case, str(tmp_path), 4 * MIB)
-    check(found[0][0], max(measured for _, measured in found))
+    check(found[0][0], Bytes(*(max(sizes) for sizes in zip(*(measured for _, measured in found), strict=True))))
 
 
 def test_what_a_disk_gives_back_late_is_within_what_was_predicted(tmp_path):
     # When a read lands decides how much of it is there at once, and that is the disk's affair.
-    predicted, measured = train(Case({**DISK_STATE, **DISK_PARAMETERS, **DISK_SAVED}), str(tmp_path), 4 * MIB)
-    assert measured <= 1.02 * predicted
+    estimate, measured = train(Case({**DISK_STATE, **DISK_PARAMETERS, **DISK_SAVED}), str(tmp_path), 4 * MIB)
+    assert measured.device <= 1.02 * estimate.device
+    assert measured.pinned <= 1.02 * estimate.pinned
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["state in DRAM", "state on a disk", "state, release", "parameters and state in DRAM"])
 def test_pages_of_their_usual_size_are_counted(tmp_path, name):
-    check(*train(ONE_RANK[name], str(tmp_path), tiers.PAGE_BYTES))
+    # How full the fullest page is depends on the parameters that share it.
+    check(*train(ONE_RANK[name], str(tmp_path), tiers.PAGE_BYTES), slack=tiers.PAGE_BYTES // 4)

@@ -15,9 +15,8 @@ from lightning_largescale import compat
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.parallel.gather import sharded_state
 from lightning_largescale.parallel.mesh import build_mesh
-from lightning_largescale.parallel.shard import shard_module
+from lightning_largescale.parallel.shard import shard_groups
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner import find_plans
 from lightning_largescale.strategy import LargeScaleStrategy
@@ -138,8 +137,7 @@ def test_the_auto_strategy_on_one_process(expected, tmp_path, kind):
 
 def groups_of(kind, outside):
     model, plan = kinds.Model(kind, outside=outside), Plan(dp_shard=2)
-    shard_module(model, plan, build_mesh(plan, "cpu"), torch.device("cpu"))
-    state = sharded_state(model)
+    state = shard_groups(model, plan, build_mesh(plan, "cpu"), torch.device("cpu"))
     return [{str(one.dtype) for one, _ in compat.shards_of(group)} for group in state.every_group()]
 
 

@@ -24,39 +24,37 @@ LAYERS = [
     {"units"},
     {"fields"},
     {"plan"},
-    {"arithmetic", "console", "forward", "groups", "optimizing", "tiers", "waiting"},
-    {"hub", "pageable"},
+    {"arithmetic", "console", "dtensors", "forward", "groups", "optimizers", "tiers", "waiting"},
+    {"hub"},
     {"apart"},
     {"hardware", "workload"},
-    {"planner", "price", "parallel", "offload", "lowbit"},
-    {"apply"},
+    {"planner", "price", "parallel", "offload"},
     {
         "agree",
         "callbacks",
         "checkpoint",
-        "building",
-        "connected",
-        "dividing",
         "failures",
-        "stateful",
-        "stepping",
         "fork",
         "launch",
-        "looking",
-        "offloading",
         "precision",
+        "processes",
         "record",
         "requeue",
         "sample",
+        "step_tracer",
         "tuning",
+        "values",
     },
+    {"run"},
+    {"technique"},
+    {"apply"},
     {"strategy"},
     {"auto"},
     {"registry", "cli"},
     {"__init__"},
 ]
 # The strategy's own helpers may build on one another; the other lines are of equals that never meet.
-HELPERS = next(layer for layer in LAYERS if "stepping" in layer)
+HELPERS = next(layer for layer in LAYERS if "step_tracer" in layer)
 # The planner walks the prices of techniques, which are sums of what it knows of all.
 PRICED = {"planner", "price"}
 
@@ -196,7 +194,7 @@ SPOKEN = {
 }
 SPEAKS = "comm.py"
 # The fork that stands for a rank, whose group is none: it asks for its number to make one that does nothing.
-EXEMPT = {"compat/of_distributed.py"}
+EXEMPT = {"compat/distributed.py"}
 
 
 def on_the_default_group(tree: ast.AST) -> list[str]:

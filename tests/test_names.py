@@ -9,6 +9,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lightning_largescale"
 
+# The modules that each technique's folder may have.
+OF_A_TECHNIQUE = ("fields", "price", "apply")
+
 
 def repeated(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """Of pairs of a name and a place, the places of each name that has several, leading underscores aside."""
@@ -28,9 +31,7 @@ def test_no_class_has_the_name_of_another():
 
 
 def test_no_module_has_the_name_of_another():
-    # Every technique has the same ones.
-    common = {"__init__", "fields", "price", "apply"}
-    modules = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in common]
+    modules = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in {"__init__", *OF_A_TECHNIQUE}]
     assert not repeated((path.stem, str(path)) for path in modules)
 
 

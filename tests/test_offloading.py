@@ -23,7 +23,8 @@ from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import at_rest, held_bytes, peak_bytes, release_free_memory
 from lightning_largescale.offload import pages
-from lightning_largescale.offload.store import DirectFile, Store, StoreError
+from lightning_largescale.offload.direct import DirectFile
+from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -117,7 +118,7 @@ class Kept(Callback):
             names[parameter]: {key: local(value) for key, value in values.items()}
             for parameter, values in state.items()
         }
-        store = fitted.strategy._store
+        store = fitted.strategy._run.store
         self.written = 0 if store is None else store.written_bytes
 
 
@@ -188,6 +189,31 @@ def test_a_cuda_device_trains_as_plainly(tmp_path, tier, kind):
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
     for name, value in found[1].items():
         torch.testing.assert_close(value.cpu(), expected[1][name].cpu(), rtol=1e-3, atol=1e-5)
+
+
+class Halved(Language):
+    """Is evaluated in half precision."""
+
+    def on_validation_start(self):
+        self.to(torch.bfloat16)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.loss(batch).float(), sync_dist=True)
+
+
+def halved(plan):
+    run = trainer(LargeScaleStrategy(plan), devices=plan.world_size, accelerator="cuda", limit_val_batches=2)
+    (found,) = run.validate(Halved(), verbose=False)
+    return found["val_loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_shard_whose_memory_was_replaced_is_what_is_gathered(two, tmp_path, tier, shards):
+    plan = Plan(dp_shard=shards, offload_parameters=tier, nvme_path=str(tmp_path))
+    for found in two.run(halved, plan) if shards > 1 else [halved(plan)]:
+        assert found == pytest.approx(halved(Plan()), rel=1e-2)
 
 
 @pytest.mark.parametrize(("kind", "run", "steps"), [*cases("SGD-clipping")])
@@ -288,7 +314,7 @@ class Peak(Callback):
     """What the steps of a run held at most, and wrote."""
 
     def on_train_batch_end(self, fitted, module, *given):
-        self.bytes, self.written = peak_bytes("cpu"), fitted.strategy._store.written_bytes
+        self.bytes, self.written = peak_bytes("cpu"), fitted.strategy._run.store.written_bytes
 
 
 def test_auto_keeps_on_a_disk_what_does_not_fit(tmp_path):
@@ -533,7 +559,7 @@ class Failing(DirectFile):
 
 @pytest.mark.parametrize("tier", ["optimizer", "both"])
 def test_a_disk_that_fails_in_mid_run_ends_it_with_its_own_error(tmp_path, monkeypatch, tier):
-    monkeypatch.setattr("lightning_largescale.offloading.Store", lambda folder: Store(folder, file=Failing))
+    monkeypatch.setattr("lightning_largescale.run.Store", lambda folder: Store(folder, file=Failing))
     monkeypatch.setattr(Failing, "left", 200)
     monkeypatch.setattr(pages, "PAGE_BYTES", 16 * 1024)
     model = Model()

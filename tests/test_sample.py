@@ -17,7 +17,7 @@ from models import trainer
 from ranks import quiet
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_largescale import apart, looking
+from lightning_largescale import apart, step_tracer
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
 
@@ -269,7 +269,7 @@ class ByLibrary(Served):
 
 @pytest.mark.parametrize("kind", [ByPool, ByLock, ByLibrary])
 def test_a_dataset_that_needs_a_thread_is_looked_at_here_and_left_as_it_was(kind, monkeypatch):
-    monkeypatch.setattr(looking, "run_apart", partial(apart.run_apart, idle=0.5))
+    monkeypatch.setattr(step_tracer, "run_apart", partial(apart.run_apart, idle=0.5))
     dataset = kind()
     end = dataset.start()
     try:

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lightning_largescale import comm
+from lightning_largescale import comm, compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.chunks import Chunk, chunks_of, in_boxes, is_divided
@@ -65,9 +65,8 @@ _BOX_BYTES = 64 * 2**20
 # Globals that a directory's pickled metadata may name, beside dtypes and torch.distributed.checkpoint.metadata.
 _OF_METADATA = {
     ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
+    *compat.pickled_globals(),
 }
 # Name parts of the directory that is being written, and of the one that is being replaced.
 _HIDDEN = ("unfinished", "replaced")

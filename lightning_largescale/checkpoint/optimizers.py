@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_largescale.checkpoint.directory import EXTRA, OPTIMIZERS
 from lightning_largescale.checkpoint.files import listed
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.chunks import empty_part, write_part
@@ -201,7 +202,7 @@ def _placed(value: Tensor, parameter: Tensor, place: Tensor | torch.device) -> T
     if memory is None:
         return own
     if not alike:
-        memory.copy_(own.to_local() if isinstance(own, DTensor) else own)
+        memory.copy_(local_of(own))
         own = empty_part(parameter, own=memory)
     let_rest(memory)
     return own

@@ -39,7 +39,7 @@ from lightning_largescale.hardware.measure import (
     memory_bandwidth,
 )
 from lightning_largescale.hardware.memory_limits import machine_memory
-from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.hardware.usage import available_bytes, release_free_memory
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _alone(
 
     All ranks begin each part together.
     """
-    most_bytes = hardware.memory_free_bytes // _SCRATCH_PART
+    most_bytes = available_bytes(hardware.kind, hardware.memory_free_bytes) // _SCRATCH_PART
     parts: dict[str, Callable[[float], Found]] = {
         "matrix products": lambda left: {"matmul": matmul_rates(device, sizes, left, most_bytes=most_bytes)},
         "memory": lambda left: {"memory_bandwidth": memory_bandwidth(device, left, most_bytes=most_bytes)},

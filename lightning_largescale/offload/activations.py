@@ -28,9 +28,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.saved import DiskTier, HostTier, Saved, Sent, Tier
 from lightning_largescale.offload.store import Store
 from lightning_largescale.plan import Plan
@@ -78,7 +78,7 @@ def offload_activations(module: nn.Module, plan: Plan, store: Store | None, devi
     tier: Tier
     if plan.offload_activations == "nvme":
         assert store is not None
-        tier = DiskTier(store, device)
+        tier = DiskTier(store, device, plan.prefetched_blocks)
     elif device.type == "cuda":
         tier = HostTier(device)
     else:
@@ -212,7 +212,10 @@ class _BlockForward:
         )
         if not plain or tensor.untyped_storage().nbytes() < SMALL_BYTES:
             return False
-        return not isinstance(tensor._base, nn.Parameter) and tensor.untyped_storage().data_ptr() not in self._stays
+        return (
+            not isinstance(compat.view_base(tensor), nn.Parameter)
+            and tensor.untyped_storage().data_ptr() not in self._stays
+        )
 
 
 class _ResidentTensor:

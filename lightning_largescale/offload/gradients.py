@@ -1,10 +1,6 @@
-"""Gradients during backward: offloaded to another tier, or used for an update at once.
+"""Gradient offload: keep gradients in another tier from when they are complete until the optimizer reads them.
 
-In backward, all gradients of a block are complete before the last gradient of the preceding block. So when a gradient
-of another block arrives, the gradients that arrived before it can be offloaded or used.
-
-Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.1.1; Lv et al. 2023, "Full Parameter Fine-tuning for Large
-    Language Models with Limited Resources" (LOMO), section 3.
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5.1.1.
 """
 
 from __future__ import annotations
@@ -21,173 +17,14 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_largescale import compat
-from lightning_largescale.errors import PlanError
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.hardware.usage import let_rest
+from lightning_largescale.offload.gradient_arrivals import GRADIENT, Arrivals
 from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.offloaded_parameters import GradientPlaces
-from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.offload.paged_state import as_divided
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.tiers import aligned
-
-_GRADIENT: Any = Tensor.grad
-
-
-class Arrivals:
-    """Callbacks for the arrival of gradients and for the completion of a block's gradients, until `stop`.
-
-    Gradients that FSDP2 copies from a CUDA device to DRAM are reported when gradients of another block have followed,
-    so that the copies overlap with computation.
-
-    Args:
-        label_of: The block of each parameter to watch.
-        arrived: Called with the parameter of each gradient that arrives.
-        complete: Called with a block when a gradient of another block has followed, and at the end of backward.
-        copied: Modules that `fully_shard` was applied to and whose shards are in DRAM while a CUDA device computes.
-    """
-
-    def __init__(
-        self,
-        label_of: Mapping[Tensor, str],
-        arrived: Callable[[Tensor], None],
-        complete: Callable[[str], None],
-        copied: Iterable[nn.Module] = (),
-    ) -> None:
-        self._label_of, self._arrived, self._complete = label_of, arrived, complete
-        self._label: str | None = None
-        self._copying: list[tuple[Sequence[Tensor], Callable[[], object]]] = []
-        # The stream on which gradients on the device arrived, and on which their memory is freed.
-        self._stream: Any = None
-        self._undo = contextlib.ExitStack()
-        told: set[Tensor] = set()
-        for module in copied:
-            self._undo.callback(compat.around_reductions(module, self._reduced))
-            told.update(parameter for parameter, _ in compat.shards_of(module))
-        self._copies = bool(told)
-        for parameter in label_of:
-            if parameter.requires_grad and parameter not in told:
-                handle = parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
-                self._undo.callback(handle.remove)
-
-    def end(self) -> None:
-        """End the backward: no more gradients arrive in it."""
-        label, self._label = self._label, None
-        copying, self._copying = self._copying, []
-        if label is None:
-            return
-        for parameters, wait in copying:
-            wait()
-            for parameter in parameters:
-                # `autograd.grad` has taken the gradients of its inputs away since.
-                if _GRADIENT.__get__(parameter) is not None:
-                    self._arrived(parameter)
-        self._complete(label)
-
-    def forget(self) -> None:
-        """Abandon a backward that did not finish."""
-        self._label = None
-        self._copying.clear()
-
-    def stop(self) -> None:
-        """Stop watching gradients."""
-        self._undo.close()
-
-    def _note(self, parameter: Tensor) -> None:
-        self._begin(self._label_of[parameter])
-        if self._copies:
-            self._stream = torch.cuda.current_stream()
-        self._arrived(parameter)
-
-    def _reduced(self, parameters: Sequence[Tensor], wait: Callable[[], object]) -> None:
-        watched = [parameter for parameter in parameters if parameter in self._label_of]
-        if not watched:
-            return
-        stream, self._stream = self._stream, None
-        if stream is None:
-            self._begin(self._label_of[watched[0]])
-        else:
-            # The previous block's gradients are on the device, in memory of the stream that reduced them.
-            with torch.cuda.stream(stream):
-                self._begin(self._label_of[watched[0]])
-            torch.cuda.current_stream().wait_stream(stream)
-        self._copying.append((watched, wait))
-
-    def _begin(self, label: str) -> None:
-        if self._label not in (None, label):
-            self.end()
-        self._label = label
-
-
-class Release:
-    """Update of each block's parameters as soon as the block's gradients are complete, until `stop`.
-
-    The gradients are freed after the update.
-
-    Args:
-        optimizer: The optimizer of all parameters.
-        label_of: The block of each parameter; parameters of no block are left to the optimizer's step.
-        prepare: Called with the parameters whose gradients are complete, before they are updated.
-        copied: As for `Arrivals`.
-    """
-
-    def __init__(
-        self,
-        optimizer: PagedOptimizer,
-        label_of: Mapping[Tensor, str],
-        prepare: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
-        copied: Iterable[nn.Module] = (),
-    ) -> None:
-        self._optimizer, self._prepare = optimizer, prepare
-        self._waiting: list[Tensor] = []
-        # The block that followed each block in the previous step.
-        self._following: dict[str, str] = {}
-        self._members: dict[str, list[Tensor]] = {}
-        self._last: str | None = None
-        self._done: set[Tensor] = set()
-        self._arrivals = Arrivals(label_of, self._arrived, self._update, copied)
-
-    def end_backward(self) -> None:
-        """Update the parameters whose gradients arrived last."""
-        self._arrivals.end()
-
-    def end_step(self) -> None:
-        """End the step, so that every parameter may be updated again."""
-        self._done.clear()
-        self._last = None
-
-    def forget(self) -> None:
-        """Reset after a step that raised."""
-        self._arrivals.forget()
-        self._waiting.clear()
-        self._done.clear()
-        self._last = None
-
-    def stop(self) -> None:
-        """Stop updating parameters in backward."""
-        self._arrivals.stop()
-
-    def _arrived(self, parameter: Tensor) -> None:
-        if parameter in self._done:
-            raise PlanError(
-                "release_gradients=True has updated a parameter whose gradient is computed once more in the same step;"
-                " a plan for steps with several backwards is release_gradients=False."
-            )
-        self._waiting.append(parameter)
-
-    def _update(self, label: str) -> None:
-        parameters, self._waiting = self._waiting, []
-        self._prepare(parameters)
-        self._optimizer.step_on({*parameters})
-        if self._last is not None:
-            self._following[self._last] = label
-        self._last, self._members[label] = label, parameters
-        self._optimizer.expect({*self._members.get(self._following.get(label, ""), ())})
-        self._done.update(parameters)
-        for parameter in parameters:
-            # Gradients of parameters that the optimizer does not have are left to the code that computes them.
-            if parameter in self._optimizer.paged.entries:
-                parameter.grad = None
 
 
 @dataclass(eq=False)
@@ -302,8 +139,7 @@ class SpilledGradients(GradientPlaces):
                 _make_changes(gone)
 
     def _arrived(self, parameter: Tensor) -> None:
-        # The shard's own gradient: the parameter's class may override `grad`.
-        gradient = _GRADIENT.__get__(parameter)
+        gradient = GRADIENT.__get__(parameter)
         assert gradient is not None
         own = local_of(gradient)
         if not own.numel():
@@ -315,7 +151,7 @@ class SpilledGradients(GradientPlaces):
                 region.claim()
             memory.copy_(own)
             kept = as_divided(parameter, memory)
-            _GRADIENT.__set__(parameter, kept)
+            GRADIENT.__set__(parameter, kept)
         else:
             kept = gradient
         for key in [key for key, gone in self._gone.items() if gone.parameter is parameter]:

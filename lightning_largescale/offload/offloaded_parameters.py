@@ -22,10 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.hardware.usage import at_rest, let_rest
 from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.mapped_memory import Memory, Region
-from lightning_largescale.offload.pages import Page, ParamEntry, local_of
+from lightning_largescale.offload.pages import Page, ParamEntry
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.shards import ShardCopies
 from lightning_largescale.offload.store import Store, StoreError, Transfer
@@ -217,8 +218,11 @@ class SpilledParameters(Places):
         self._fetch(block)
         block.transfer.wait()
         assert block.buffer is not None
-        pairs = zip(shards, block.starts, strict=True)
-        sources = [block.buffer.tensor(shard.dtype, shard.shape, start) for shard, start in pairs]
+        # A shard that was converted, as by `Module.to`, is in memory of its own.
+        sources = [
+            block.buffer.tensor(shard.dtype, shard.shape, start) if block.region.holds(shard) else shard.pin_memory()
+            for shard, start in zip(shards, block.starts, strict=True)
+        ]
         with self._copies.copies(sources) as (found, copied):
             self._return_buffer(block, copied)
             yield found

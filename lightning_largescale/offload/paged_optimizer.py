@@ -27,12 +27,14 @@ from lightning_largescale import compat
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.mapped_memory import Memory
+from lightning_largescale.offload.page_step import PageStep
 from lightning_largescale.offload.paged_state import PagedState
 from lightning_largescale.offload.pages import Page, ParamEntry
 from lightning_largescale.offload.places import Places
 from lightning_largescale.offload.store import Store, StoreError, Transfer
-from lightning_largescale.offload.turn import Turn
-from lightning_largescale.optimizing import bare_step, closure_first, hold, vectorized
+from lightning_largescale.optimizers.closure import closure_first
+from lightning_largescale.optimizers.fused import vectorized
+from lightning_largescale.optimizers.local_view import bare_step, options_of, set_options
 
 # Number of pages that are prefetched while another one is stepped on.
 _AHEAD = 2
@@ -169,7 +171,7 @@ class PagedOptimizer:
         if self.paged.waits:
             return torch.device("cpu")
         entry = self.paged.entries.get(parameter)
-        if entry is None or key not in entry.kind.dtypes or not entry.local.numel():
+        if entry is None or key not in entry.spec.dtypes or not entry.local.numel():
             return None
         return self.paged.view(entry, key)
 
@@ -190,7 +192,7 @@ class PagedOptimizer:
                 # `step_on` has already stepped on everything. The caller's step changes the groups' options once more,
                 # so it has to begin with the options from before.
                 for group, options in zip(self.optimizer.param_groups, self._options, strict=False):
-                    hold(group, options, group["params"])
+                    set_options(group, options)
             self._turns = self._in_turn(pages, empty) if count else None
             with self._forgetting():
                 for number in range(count):
@@ -240,10 +242,8 @@ class PagedOptimizer:
             Once per turn, when the optimizer is ready to step.
         """
         moved, stay = self._sorted(pages)
-        groups = self.optimizer.param_groups
         if self._options is None:
-            self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        given = [group["params"] for group in groups]
+            self._options = [options_of(group) for group in self.optimizer.param_groups]
         coming, ahead = deque[tuple[Page, Memory | None, Transfer]](), iter(moved)
         leaving = deque[tuple[Page, Memory | None, Transfer]]()
 
@@ -281,8 +281,6 @@ class PagedOptimizer:
             self._keep_state()
         finally:
             self._made.clear()
-            for group, params in zip(groups, given, strict=False):
-                group["params"] = params
             try:
                 # Pages that were stepped on are written back even if a later one failed.
                 with suppress(StoreError):
@@ -302,20 +300,20 @@ class PagedOptimizer:
         assert self._options is not None
         given = [*zip(self.optimizer.param_groups, self._options, self._options_of(places), strict=False)]
         for group, _, held in given:
-            hold(group, held, [])
-        turn = Turn(self.optimizer, self.paged, self._made)
-        for page, buffer in places:
-            lanes = self._lanes if self.paged.crosses(page) else None
-            for span, values, gradient in self.paged.values(page, buffer):
-                if gradient is not None and self.paged.is_live(span.entry):
-                    turn.hold(span, values, gradient, self.paged.slots(page, span, buffer), lanes)
-        for entry in empty:
-            turn.hold_row(entry)
+            set_options(group, held)
+        step = PageStep(self.optimizer, self.paged, self._made)
         try:
+            for page, buffer in places:
+                lanes = self._lanes if self.paged.crosses(page) else None
+                for span, values, gradient in self.paged.values(page, buffer):
+                    if gradient is not None and self.paged.is_live(span.entry):
+                        step.hold_slice(span, values, gradient, self.paged.slots(page, span, buffer), lanes)
+            for entry in empty:
+                step.hold_row(entry)
             yield
-            return turn.end()
+            return step.store()
         finally:
-            turn.leave()
+            step.close()
             for group, options, held in given:
                 group.update({key: value for key, value in options.items() if held[key] is not value})
 

@@ -14,16 +14,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.mapped_memory import Memory, Region
-from lightning_largescale.offload.pages import Bundle, Page, ParamEntry, ParamSlice, bundles_of, local_of
+from lightning_largescale.offload.pages import Bundle, Page, ParamEntry, ParamSlice, bundles_of
 from lightning_largescale.offload.places import Places, elements
 from lightning_largescale.offload.store import Store, Transfer
-from lightning_largescale.optimizing import UntriedError, has_modes
-from lightning_largescale.pageable import Key, Kind, ask_kinds, kind_key
+from lightning_largescale.optimizers.state_spec import SpecKey, StateSpec, spec_key, state_specs
+from lightning_largescale.optimizers.trial import UntriedError, has_modes
 
 
 def as_divided(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -100,15 +101,15 @@ class PagedState:
         self._stay: set[Page] = set()
         self._views: dict[tuple[ParamEntry, str], Tensor] = {}
         self._bundle_of: dict[ParamEntry, Bundle] = {}
-        # Kinds found before hooks could switch the optimizer's modes, until it is probed again. If they differ then,
+        # Specs found before hooks could switch the optimizer's modes, until it is probed again. If they differ then,
         # the bytes in `_taken` are given back.
-        self._asked_early: dict[Key, Kind] | None = {} if has_modes(optimizer) else None
+        self._early_specs: dict[SpecKey, StateSpec] | None = {} if has_modes(optimizer) else None
         self._taken: list[tuple[Allowance, int]] = []
 
     @property
     def waits(self) -> bool:
         """Return whether the optimizer could not be probed yet, so that it is not known which state is paged."""
-        return self._asked_early is not None and not self.entries
+        return self._early_specs is not None and not self.entries
 
     def lay_out(self, *, early: bool = False) -> None:
         """Make pages for parameters that are new, move their existing state, and record each parameter's group.
@@ -122,19 +123,19 @@ class PagedState:
             PlanError: The optimizer cannot be stepped on a subset of its parameters at a time, the disk has too little
                 free space, or a parameter was moved to a group that keeps other state of it.
         """
-        if not early and self._asked_early is not None:
-            self._ask_again(self._asked_early)
+        if not early and self._early_specs is not None:
+            self._ask_again(self._early_specs)
         try:
             self._lay_out()
         except UntriedError:
-            if self._asked_early is None:
+            if self._early_specs is None:
                 raise
 
-    def _ask_again(self, answers: Mapping[Key, Kind]) -> None:
+    def _ask_again(self, early: Mapping[SpecKey, StateSpec]) -> None:
         """Probe the optimizer again, now that hooks have set its modes, and forget all pages if its state differs."""
-        self._asked_early = None
+        self._early_specs = None
         found = [(entry.parameter, entry.group) for entry in self.entries.values()]
-        if not found or self._ask(found) == answers:
+        if not found or self._ask(found) == early:
             return
         for allowance, nbytes in self._taken:
             allowance.give_back(nbytes)
@@ -157,12 +158,12 @@ class PagedState:
         fresh = [(one, number) for one, number in self.group_of.items() if one not in self.entries]
         if not fresh:
             return
-        kinds = self._ask(fresh)
-        if self._asked_early is not None:
-            self._asked_early.update(kinds)
+        specs = self._ask(fresh)
+        if self._early_specs is not None:
+            self._early_specs.update(specs)
         entries = [
             ParamEntry(
-                parameter, number, self._kept(parameter, kinds[kind_key(parameter, number)]), self._label_of(parameter)
+                parameter, number, self._kept(parameter, specs[spec_key(parameter, number)]), self._label_of(parameter)
             )
             for parameter, number in fresh
         ]
@@ -172,18 +173,18 @@ class PagedState:
         for entry in entries:
             self._take_over(entry)
 
-    def _ask(self, parameters: Sequence[tuple[Tensor, int]]) -> Mapping[Key, Kind]:
+    def _ask(self, parameters: Sequence[tuple[Tensor, int]]) -> Mapping[SpecKey, StateSpec]:
         # Probe on the device that steps, since some optimizers do not support every device.
-        return ask_kinds(self._optimizer, parameters, torch.device("cpu") if self._places.on_host else None)
+        return state_specs(self._optimizer, parameters, torch.device("cpu") if self._places.on_host else None)
 
     def _check_moved(self, found: Sequence[tuple[Tensor, int]]) -> None:
         moved = [(one, number) for one, number in found if one in self.entries and self.entries[one].group != number]
-        kinds = self._ask(moved) if moved else {}
+        specs = self._ask(moved) if moved else {}
         for parameter, number in moved:
-            kind, own = kinds[kind_key(parameter, number)], self.entries[parameter].kind
+            spec, own = specs[spec_key(parameter, number)], self.entries[parameter].spec
             # A parameter that is stepped on in full and has no paged state may have any state in the new group.
-            other = kind.dtypes != own.dtypes and (own.divisible or own.dtypes)
-            if other or (own.divisible and not kind.divisible):
+            other = spec.dtypes != own.dtypes and (own.elementwise or own.dtypes)
+            if other or (own.elementwise and not spec.elementwise):
                 raise PlanError(
                     f"a parameter of shape {tuple(parameter.shape)} was moved to group {number} of"
                     f" {type(self._optimizer).__name__}, by which other state is kept of it than was set aside; make"
@@ -206,17 +207,17 @@ class PagedState:
             )
         return True
 
-    def _kept(self, parameter: Tensor, kind: Kind) -> Kind:
-        """Return `kind` for this parameter; a kind with no paged state if its state stays on the device.
+    def _kept(self, parameter: Tensor, spec: StateSpec) -> StateSpec:
+        """Return `spec` for this parameter; one with no paged state if its state stays on the device.
 
-        A parameter whose local shard is not contiguous gets an indivisible kind.
+        A parameter whose local shard is not contiguous is stepped on in full.
         """
         local = local_of(parameter.detach())
         if not local.is_contiguous():
             # A flat view in index order would be a copy, and the gradient's memory order may differ from its own.
-            kind = replace(kind, divisible=False)
-        stays = self._on_device(parameter) and self._take(self._resident, local.numel() * kind.bytes_per_element)
-        return Kind(divisible=False) if stays else kind
+            spec = replace(spec, elementwise=False)
+        stays = self._on_device(parameter) and self._take(self._resident, local.numel() * spec.bytes_per_element)
+        return StateSpec(elementwise=False) if stays else spec
 
     def _take(self, allowance: Allowance, nbytes: int) -> bool:
         """Take `nbytes` from `allowance` if that many are left, and return whether they were."""
@@ -254,11 +255,11 @@ class PagedState:
         loaded.
         """
         state = self._optimizer.state.get(entry.parameter, {})
-        stays = self._on_device(entry.parameter) and not entry.kind.dtypes
+        stays = self._on_device(entry.parameter) and not entry.spec.dtypes
         for key, value in state.items():
             if not self.is_paged(entry, value):
                 continue
-            if key in entry.kind.dtypes:
+            if key in entry.spec.dtypes:
                 state[key] = self._put(entry, key, value)
             elif stays and key != "step" and local_of(value).device != entry.local.device:
                 # It was loaded to DRAM, before it was known that the state stays on the device.
@@ -302,7 +303,7 @@ class PagedState:
                 # The optimizer itself places the step count: fused kernels need it on the device.
                 keep = Tensor.cpu if self.waits and key != "step" else None
             else:
-                paged = key in entry.kind.dtypes and self.is_paged(entry, value)
+                paged = key in entry.spec.dtypes and self.is_paged(entry, value)
                 keep = partial(self._put, entry, key) if paged else None
             if keep is not None:
                 found[key] = value.detach()

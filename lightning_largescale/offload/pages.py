@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lightning_largescale.pageable import Kind
+from lightning_largescale.dtensors import local_of
+from lightning_largescale.optimizers.state_spec import StateSpec
 from lightning_largescale.tiers import ALIGNMENT_BYTES, PAGE_BYTES, aligned
 
 # Pages end at multiples of this many elements, for every element size. So any range is aligned for O_DIRECT, and
@@ -29,13 +29,13 @@ class ParamEntry:
     Attributes:
         parameter: The optimizer's parameter, sharded among ranks or not.
         group: The number of its group.
-        kind: The kind of its state.
+        spec: The kind of its state.
         label: Its label. Parameters with different labels never share a page.
     """
 
     parameter: Tensor
     group: int
-    kind: Kind
+    spec: StateSpec
     label: str = ""
 
     @property
@@ -84,7 +84,7 @@ class Bundle:
     """
 
     def __init__(self, entries: Sequence[ParamEntry]) -> None:
-        self.entries, self.dtypes = entries, entries[0].kind.dtypes
+        self.entries, self.dtypes = entries, entries[0].spec.dtypes
         sizes = [_padded(entry.local.numel()) for entry in entries]
         self._offsets = dict(zip(map(id, entries), itertools.accumulate(sizes, initial=0), strict=False))
         self.numel = sum(sizes)
@@ -110,8 +110,8 @@ class Bundle:
         Args:
             moved_bytes: Offloaded bytes per element of a parameter, besides its state.
         """
-        length = max(_STRIDE, PAGE_BYTES // max(1, moved_bytes + self.entries[0].kind.bytes_per_element))
-        length = length // _STRIDE * _STRIDE if len(self.entries) == 1 and self.entries[0].kind.divisible else 0
+        length = max(_STRIDE, PAGE_BYTES // max(1, moved_bytes + self.entries[0].spec.bytes_per_element))
+        length = length // _STRIDE * _STRIDE if len(self.entries) == 1 and self.entries[0].spec.elementwise else 0
         for start in range(0, self.numel, length or max(1, self.numel)):
             stop = min(self.numel, start + length) if length else self.numel
             yield Page(self, start, stop, tuple(self._pieces(start, stop)))
@@ -162,7 +162,7 @@ def bundles_of(
     small: dict[object, list[ParamEntry]] = {}
     for entry in entries:
         moved = moved_bytes(entry)
-        per_element = max(1, moved + entry.kind.bytes_per_element)
+        per_element = max(1, moved + entry.spec.bytes_per_element)
         nbytes = entry.local.numel() * per_element
         if not nbytes:
             continue
@@ -171,8 +171,8 @@ def bundles_of(
             continue
         key = (
             entry.group,
-            tuple(entry.kind.dtypes.items()),
-            entry.kind.divisible,
+            tuple(entry.spec.dtypes.items()),
+            entry.spec.elementwise,
             entry.label,
             entry.local.dtype,
             entry.local.device,
@@ -184,11 +184,6 @@ def bundles_of(
             small[key] = held = []
         held.append(entry)
     yield from map(Bundle, filter(None, small.values()))
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, sharing storage; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

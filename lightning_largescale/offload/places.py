@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.mapped_memory import Memory
-from lightning_largescale.offload.pages import Page, ParamEntry, ParamSlice, local_of
+from lightning_largescale.offload.pages import Page, ParamEntry, ParamSlice
 from lightning_largescale.offload.store import Transfer
 from lightning_largescale.tiers import aligned
 
@@ -123,7 +124,7 @@ class HostPlaces(Places):
     def _copies(self, entry: ParamEntry) -> bool:
         """Return whether `entry` is on the device and its state is not."""
         on_device = entry.local.device.type == self._lanes.device.type
-        return on_device and bool(entry.kind.dtypes) and self._others.keeps(entry)
+        return on_device and bool(entry.spec.dtypes) and self._others.keeps(entry)
 
 
 def _aligned_bytes(span: ParamSlice) -> int:

@@ -65,6 +65,13 @@ class Saved:
     )
 
     def __init__(self, name: str, storage: torch.UntypedStorage, version: int) -> None:
+        """Create the record of a storage that was saved just now.
+
+        Args:
+            name: The name of the block that saves it.
+            storage: The storage.
+            version: The version of the tensor that was saved.
+        """
         self.name, self.nbytes, self.version = name, storage.nbytes(), version
         self.content: Tensor | None = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.wanted = self.sent = self.used = False
@@ -169,10 +176,11 @@ class DiskTier(Tier):
     Args:
         store: The store.
         device: The device that storages come from.
+        ahead: The number of blocks that are fetched before the one whose backward runs.
     """
 
-    def __init__(self, store: Store, device: torch.device) -> None:
-        self._store, self._device = store, device
+    def __init__(self, store: Store, device: torch.device, ahead: int) -> None:
+        self._store, self._device, self._ahead = store, device, ahead
         self._cuda = device.type == "cuda"
         self._extents = Extents(store)
         self._buffers = Buffers(pinned=self._cuda)
@@ -181,7 +189,7 @@ class DiskTier(Tier):
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         # Pending copies to the device: the block's name, the event that marks the end, and the source buffer.
         self._copying: list[tuple[str, Any, Tensor]] = []
-        # The two blocks whose storages were fetched last.
+        # The blocks whose storages were fetched last: the one whose backward runs, and those ahead.
         self._names: tuple[str, ...] = ()
         self._threads = request_threads("activations")
         weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True).atexit = False
@@ -262,13 +270,13 @@ class DiskTier(Tier):
         return coming.target
 
     def _wait_for_others(self, name: str) -> None:
-        """Wait until buffers are in use only for the block `name` and the one fetched before it, as plans assume.
+        """Wait until buffers are in use only for the block `name` and the `ahead` fetched before it, as plans assume.
 
         The host may run any number of blocks ahead of the device.
         """
         with self._taking:
             if name not in self._names:
-                self._names = (*self._names[-1:], name)
+                self._names = (*self._names[-self._ahead :], name)
             for block, event, _ in self._copying:
                 if block not in self._names:
                     event.synchronize()

@@ -1,7 +1,7 @@
-"""Any optimizer on a module whose parameters are divided: as it is, on this rank's shards, or refused.
+"""Steps of any optimizer on a sharded or replicated module: on DTensors, on this rank's shards, or refused.
 
-Between steps an optimizer holds the module's parameters, and state divided as they are: schedulers, callbacks
-and checkpoints need not know how it steps.
+Between steps an optimizer holds the module's parameters, and state sharded like them, so schedulers, callbacks and
+checkpoints need not know how it steps.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ from torch.optim import Optimizer
 
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
-from lightning_largescale.optimizing import UntriedError, after_closure, closure_first, has_modes
+from lightning_largescale.optimizers.closure import after_closure, closure_first
+from lightning_largescale.optimizers.local_view import LocalView
+from lightning_largescale.optimizers.traits import OptimizerTraits, check_takes_rows, shard_count, sharded_traits
+from lightning_largescale.optimizers.trial import UntriedError, has_modes
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.exchange import Exchange
-from lightning_largescale.parallel.gather import reshard, settle
 from lightning_largescale.parallel.known import KnownParameters
 from lightning_largescale.parallel.order import divided_dims, order_of
-from lightning_largescale.parallel.sparse import check_takes_rows
-from lightning_largescale.parallel.trial import OptimizerTraits, ask, count_shards
+from lightning_largescale.parallel.sharded import reshard
+from lightning_largescale.parallel.sharded_step import settle
 
 
 class AdaptedOptimizer:
-    """Makes an optimizer step right on parameters that are divided or replicated, until `undo`.
+    """Adaptation of an optimizer's steps to sharded or replicated parameters, until `undo`.
 
-    A collective where they are divided. Gathered copies are dropped whenever a step has changed their shards. How an
-    optimizer with modes steps is asked again at its first step, as hooks have left it by then; one that cannot be tried
-    before is only asked then.
+    A collective if parameters are sharded. Gathered copies are dropped whenever a step has changed their shards. An
+    optimizer with modes is probed again at its first step, after hooks have set them; one that cannot be probed before
+    is probed only then.
 
     Args:
-        optimizer: with the same groups on all ranks.
+        optimizer: the optimizer, with the same groups on all ranks.
         known: the parameters that it may hold.
-        in_pages: another has it step on this rank's parts, and has seen to it that it can.
-        before_step: called when forward, backward and the hooks after them are over, before the optimizer steps on
-            plain tensors.
+        in_pages: whether a `PagedOptimizer`, which has probed it, steps it on this rank's shards.
+        before_step: called after forward, backward and the hooks that follow them, before the optimizer steps on plain
+            tensors.
         after_step: called after every step.
 
     Attributes:
-        optimizer: as given, without Lightning's wrapper.
+        optimizer: the optimizer, without Lightning's wrapper.
 
     Raises:
-        PlanError: on all ranks, when it cannot step on shards or on rows of tables, or holds parameters that are not
+        PlanError: on all ranks, if it cannot step on shards or on rows of tables, or holds parameters that are not
             the module's.
     """
 
@@ -62,62 +63,66 @@ class AdaptedOptimizer:
         self.optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         self._known, self._in_pages = known, in_pages
         self._before_step, self._after_step = before_step, after_step
-        # Some make their state at once, and would miss it in a trial.
+        # Some optimizers create state in their constructor, and a copy would miss it in a trial.
         self._initial = {parameter: dict(state) for parameter, state in self.optimizer.state.items()}
-        self._answer = OptimizerTraits()
+        self._traits = OptimizerTraits()
         self._sizes: list[int] = []
-        # A step may call its base class's, which calls the hooks too.
+        # A step may call its base class's step, which calls the hooks too.
         self._depth = 0
-        self._exchange = Exchange(self.optimizer, part=_part, to_whole=self._whole)
-        self._asked_early = has_modes(self.optimizer)
+        self._view: LocalView | None = None
+        self._probed_early = has_modes(self.optimizer)
         try:
-            self._decide()
+            self._probe()
         except UntriedError:
-            if not self._asked_early:
+            if not self._probed_early:
                 raise
         self._remove_hooks = compat.hook_nearest(self.optimizer, self._before, self._after)
 
     def undo(self) -> None:
-        """Leave the optimizer as it was."""
-        self._exchange.end()
+        """Restore the optimizer's plain step."""
+        self._end_view()
         self._remove_hooks()
 
     def forget_step(self) -> None:
-        """Let the optimizer hold the parameters again after a step that raised, after which torch calls no hook."""
+        """Put the parameters back into the optimizer after a step that raised, after which torch calls no hook."""
         self._depth = 0
-        self._exchange.end()
+        self._end_view()
 
     def check_state(self) -> None:
-        """Make sure that the state can be put together of the ranks' parts, for a checkpoint.
+        """Make sure that a checkpoint can assemble the state from the ranks' shards.
 
         Raises:
-            PlanError: some of it is of blocks of elements that the shards cut.
+            PlanError: shards cut through blocks of elements in which the optimizer keeps state.
         """
-        self._whole_blocks(cut=lambda tensor: not isinstance(tensor, DTensor))
+        self._blockwise_state(cut=lambda tensor: not isinstance(tensor, DTensor))
 
     def divide_state(self) -> None:
-        """Divide what a checkpoint has brought, where it is of blocks of elements; the rest is divided already.
+        """Shard blockwise state that a checkpoint has loaded; other state is sharded already.
 
         Raises:
-            PlanError: the shards cut the blocks.
+            PlanError: shards cut through blocks.
         """
-        for parameter, key in self._whole_blocks(cut=lambda _: True):
+        for parameter, key in self._blockwise_state(cut=lambda _: True):
             state = self.optimizer.state[parameter]
             if not isinstance(state[key], DTensor):
                 assert isinstance(parameter, DTensor)
                 mesh, placements = parameter.device_mesh, parameter.placements
                 state[key] = distribute_tensor(state[key], mesh, placements, src_data_rank=None)
 
-    def _whole_blocks(self, *, cut: Callable[[Tensor], bool]) -> list[tuple[Tensor, str]]:
-        """Parameters and keys of their state that is of blocks of elements; refused where these are `cut`."""
+    def _blockwise_state(self, *, cut: Callable[[Tensor], bool]) -> list[tuple[Tensor, str]]:
+        """Return parameters and keys of blockwise state; refuse state whose blocks are cut by shards if `cut` is true.
+
+        Args:
+            cut: function of a state tensor that returns whether cut blocks in it are an error.
+        """
         found: list[tuple[Tensor, str]] = [
             (parameter, key)
             for parameter, state in self.optimizer.state.items()
-            for key in sorted(self._answer.block_sizes.keys() & state.keys())
+            for key in sorted(self._traits.block_sizes.keys() & state.keys())
             if isinstance(parameter, DTensor)
         ]
         for parameter, key in found:
-            if not self._blocks_whole(parameter, key) and cut(self.optimizer.state[parameter][key]):
+            if not self._has_whole_blocks(parameter, key) and cut(self.optimizer.state[parameter][key]):
                 raise PlanError(
                     f"{type(self.optimizer).__name__} keeps {key!r} of blocks of elements, which the shards of a"
                     f" parameter of shape {tuple(parameter.shape)} cut, so checkpoints cannot hold its state; save"
@@ -126,57 +131,69 @@ class AdaptedOptimizer:
         return found
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The closure where it must come first, then the shards."""
+        """Pre-step hook: evaluate the closure first if the optimizer steps on shards, and make it hold them."""
         given = None
         if self._depth == 0:
             given = args, kwargs = after_closure(args, kwargs, self._after_backward)
             if (lookups := row_sharded(self._known.module)) is not None:
                 lookups.check_sent()
-            if self._asked_early and (asked := self._ask_again(args, kwargs)) is not None:
-                given = args, kwargs = asked
-            self._decide()
-            if self._answer.local:
+            if self._probed_early:
+                given = args, kwargs = self._probe_again(args, kwargs)
+            self._probe()
+            if self._traits.local:
                 given = closure_first(args, kwargs)
-                self._exchange.begin()
+                self._view = LocalView(self.optimizer)
+                self._view.hold_all(_local)
         self._depth += 1
         return given
 
     def _after_backward(self) -> None:
         settle(self._known.module)
-        # Where GradScaler leaves its scale to a fused step, that copies it to the host without waiting for it.
+        # If GradScaler leaves its scale to a fused step, the step copies the scale to the host without waiting for it.
         scaled = getattr(self.optimizer, "grad_scale", None) is not None
-        if (self._in_pages or self._answer.local) and not scaled:
+        if (self._in_pages or self._traits.local) and not scaled:
             self._before_step()
 
-    def _ask_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let the optimizer be asked as hooks have left it, those around backward too; arguments of its first step."""
-        self._asked_early, self._sizes = False, []
-        divided = any(isinstance(one, DTensor) for group in self.optimizer.param_groups for one in group["params"])
-        # What is neither divided nor in pages may evaluate its closure whenever it likes.
-        return closure_first(args, kwargs) if divided and not self._in_pages else None
+    def _probe_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make `_probe` probe the optimizer in the modes that hooks have set, those around backward too.
+
+        Returns:
+            The arguments of the first step.
+        """
+        self._probed_early, self._sizes = False, []
+        sharded = any(isinstance(one, DTensor) for group in self.optimizer.param_groups for one in group["params"])
+        # An optimizer of replicated parameters may evaluate its closure whenever it likes; a paged one has been probed.
+        return closure_first(args, kwargs) if sharded and not self._in_pages else (args, kwargs)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The parameters again, whose gathered copies are stale."""
+        """Post-step hook: put the parameters back, and drop gathered copies, which are stale."""
         self._depth -= 1
         if self._depth == 0:
-            self._exchange.end()
+            self._end_view()
             reshard(self._known.module)
             self._after_step()
 
-    def _decide(self) -> None:
-        """Check the parameters, and ask how to step on them when there are others than before."""
+    def _end_view(self) -> None:
+        view, self._view = self._view, None
+        if view is not None:
+            view.end(self._as_sharded)
+
+    def _probe(self) -> None:
+        """Check the optimizer's parameters, and if there are new ones, probe how it steps on them."""
         self._known.check_optimizer(self.optimizer)
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         if sizes == self._sizes:
             return
         self._sizes = sizes
-        check_takes_rows(self.optimizer, row_sharded(self._known.module), self._initial)
+        lookups = row_sharded(self._known.module)
+        tables: dict[Tensor, str] = {} if lookups is None else {table.weight: table.name for table in lookups.tables}
+        check_takes_rows(self.optimizer, tables, self._initial)
         if self._in_pages:
             return
-        self._answer = ask(self.optimizer, self._initial)
-        if self._answer.refusal is not None:
-            raise (UntriedError if self._answer.untried else PlanError)(
-                f"{type(self.optimizer).__name__} cannot train a sharded module: {self._answer.refusal};"
+        self._traits = sharded_traits(self.optimizer, self._initial)
+        if self._traits.refusal is not None:
+            raise (UntriedError if self._traits.untried else PlanError)(
+                f"{type(self.optimizer).__name__} cannot train a sharded module: {self._traits.refusal};"
                 f" {self._instead}"
             )
 
@@ -184,24 +201,24 @@ class AdaptedOptimizer:
     def _instead(self) -> str:
         return f"replicate with Plan(dp_replicate={self._known.plan.world_size}), or choose another optimizer."
 
-    def _blocks_whole(self, parameter: Tensor, key: str) -> bool:
-        """Whether each block of elements is on one rank, as many on each."""
-        size, shards = self._answer.block_sizes[key], count_shards(parameter)
-        # What is divided twice, or by columns, has elements of a block on several ranks.
+    def _has_whole_blocks(self, parameter: Tensor, key: str) -> bool:
+        """Return whether each block of elements is on one rank, with the same number of blocks on each rank."""
+        size, shards = self._traits.block_sizes[key], shard_count(parameter)
+        # If a parameter is sharded twice, or by columns, elements of a block are on several ranks.
         if divided_dims(parameter) != [0] or order_of(parameter) is not None:
             return False
         return size > 0 and parameter.shape[0] % shards == 0 and parameter.numel() // shards % size == 0
 
-    def _whole(self, parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
-        """State of this rank's part of a parameter as a part of the whole parameter's state."""
+    def _as_sharded(self, parameter: Tensor, key: str, tensor: Tensor) -> Tensor:
+        """Return state of this rank's shard of a parameter as a DTensor, if it is sharded like the parameter."""
         assert isinstance(parameter, DTensor)
-        if key in self._answer.whole_keys:
+        if key in self._traits.whole_keys:
             return tensor
-        if key in self._answer.block_sizes:
-            if not self._blocks_whole(parameter, key):
+        if key in self._traits.block_sizes:
+            if not self._has_whole_blocks(parameter, key):
                 return tensor
-            shape, stride = torch.Size([tensor.numel() * count_shards(parameter)]), tensor.stride()
-        elif tensor.shape == _part(parameter.detach()).shape:
+            shape, stride = torch.Size([tensor.numel() * shard_count(parameter)]), tensor.stride()
+        elif tensor.shape == _local(parameter.detach()).shape:
             tensor, shape, stride = tensor[: len(parameter.to_local())], parameter.shape, parameter.stride()
         else:
             return tensor
@@ -210,8 +227,8 @@ class AdaptedOptimizer:
         )
 
 
-def _part(tensor: Tensor) -> Tensor:
-    """This rank's part; where it has none, as much as one row: not all optimizers step on nothing."""
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard; a row of zeros if it is empty, since not all optimizers step on an empty tensor."""
     if not isinstance(tensor, DTensor):
         return tensor
     local = tensor.to_local()

@@ -1,6 +1,6 @@
-"""What the ranks of tensor parallelism must have alike: their batches, and their random numbers.
+"""Equal batches and equal random numbers on the tensor-parallel ranks, which compute shards of the same samples.
 
-They compute parts of the same samples, so a loader that gives them different ones would train on neither.
+With different batches, they would train on neither.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lightning_largescale.workload.keep import random_state, set_random_state
 
 
 def check_equal_batch(batch: Any, mesh: DeviceMesh) -> None:
-    """Make sure that the ranks of `mesh`, of one dimension, have the same batch: a collective.
+    """Check that the ranks of the one-dimensional `mesh` have the same batch; a collective.
 
     Raises:
-        PlanError: on all of them, where they have not.
+        PlanError: on all of these ranks, if their batches differ.
     """
     own = digest_of(batch)
     digests = comm.all_gather_object(own, mesh.get_group())
@@ -36,19 +36,19 @@ def check_equal_batch(batch: Any, mesh: DeviceMesh) -> None:
 
 
 def equal_random_state(mesh: DeviceMesh, device: torch.device, data_rank: int) -> None:
-    """Let the ranks of `mesh`, of one dimension, draw the same random numbers, others than those of other data do.
+    """Give the ranks of the one-dimensional `mesh` one random state, which differs between data-parallel ranks.
 
-    A collective of all ranks. Those that see the first samples go on with what their first rank has.
+    A collective of all ranks. The ranks of the first samples keep the random state of their first rank.
 
     Args:
-        mesh: of the ranks that compute the same samples.
-        device: of this rank.
-        data_rank: number of the samples that this rank sees among those of all ranks.
+        mesh: the ranks that compute the same samples.
+        device: this rank's device.
+        data_rank: the data-parallel rank.
     """
     source = dist.get_global_rank(mesh.get_group(), 0)
     set_random_state(comm.broadcast_object(random_state(), source, mesh.get_group(), device))
     if device.type == "cuda":
-        # Each rank's own device, which is another one.
+        # `random_state` has the states of devices by index, and each rank uses another device.
         of_device = comm.broadcast_object(torch.cuda.get_rng_state(device), source, mesh.get_group(), device)
         torch.cuda.set_rng_state(of_device, device)
     first = comm.broadcast_object(torch.get_rng_state(), device=device)

@@ -1,4 +1,4 @@
-"""Averages over the ranks that see other samples, of tensors that neither FSDP2 nor DistributedDataParallel reduces."""
+"""Averages over the data-parallel ranks, of tensors that neither FSDP2 nor DistributedDataParallel reduces."""
 
 from __future__ import annotations
 
@@ -15,38 +15,51 @@ from lightning_largescale.parallel.mesh import data_group
 
 @torch.no_grad()
 def average_in_place(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Average `tensor`, contiguous or sparse and coalesced, over the ranks of `group`, None for all: a collective."""
-    # Before they are summed, as DistributedDataParallel does: a sum of all may be too large for half precision.
+    """Average `tensor` over the ranks of `group`; a collective.
+
+    Args:
+        tensor: a contiguous tensor, or a sparse and coalesced one.
+        group: the process group; None for all ranks.
+    """
+    # Divided before the sum, as in DistributedDataParallel: the sum may be too large for half precision.
     tensor.div_(comm.world_size(group))
     comm.all_reduce(tensor, group=group)
 
 
 class Average:
-    """Averages over the ranks that see other samples.
+    """Averages over the data-parallel ranks.
 
     Args:
-        mesh: that parameters are divided over.
-        meet: is given how many elements are to be averaged before they are, in the group that parameters are gathered
-            in: other ranks may be about to gather.
+        mesh: the mesh that parameters are sharded over.
+        meet: called before an average, with its number of elements; waits for ranks that are about to unshard
+            parameters in the same process group.
+
+    Attributes:
+        group: the process group of the data-parallel ranks.
     """
 
     def __init__(self, mesh: DeviceMesh, meet: Callable[[int], None] = lambda elements: None) -> None:
-        self._group, self._meet = data_group(mesh), meet
+        self.group, self._meet = data_group(mesh), meet
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The average of every rank's `tensor`: a collective."""
-        if self._group.size() == 1:
+        """Return the average of all ranks' `tensor`; a collective."""
+        if self.group.size() == 1:
             return tensor
         self._meet(tensor.numel())
         average = tensor.detach().clone(memory_format=torch.contiguous_format)
-        average_in_place(average, self._group)
+        average_in_place(average, self.group)
         return average
 
     def each(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Of each the average, missing ones counting as zeros and those that are missing everywhere as missing: a
-        collective for each dtype.
+        """Return the average of each tensor; a collective per dtype.
+
+        A tensor that is None on some ranks counts as zeros there; the average of one that is None on all ranks is None.
+
+        Args:
+            tensors: this rank's tensors.
+            like: tensors of the shape and dtype of each result.
         """
-        if self._group.size() == 1:
+        if self.group.size() == 1:
             return [None if one is None else one.to(as_.dtype) for one, as_ in zip(tensors, like, strict=True)]
         found: list[Tensor | None] = [None] * len(tensors)
         for dtype in dict.fromkeys(one.dtype for one in like):

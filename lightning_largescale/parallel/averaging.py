@@ -1,4 +1,4 @@
-"""Gradients averaged over all ranks after backward: those of parameters that nothing has reduced within it."""
+"""Average over all ranks, after backward, of gradients that nothing has reduced during backward."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lightning_largescale import comm, compat
 from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.rows import sparse_rows
 
-# Gradients travel together up to about as many bytes, as DistributedDataParallel's do.
+# Approximate size of a bucket of gradients, as in DistributedDataParallel.
 _BUCKET_BYTES = 25 * 2**20
 
 
 class Seen(enum.IntFlag):
-    """What is known of a parameter after backward."""
+    """Properties of a parameter after backward."""
 
     TRAINABLE = enum.auto()
-    DENSE = enum.auto()  # it has a gradient
-    SPARSE = enum.auto()  # it has one of that layout
-    REENTERED = enum.auto()  # it was accumulated in several parts, or by a backward within the backward
+    DENSE = enum.auto()  # has a dense gradient
+    SPARSE = enum.auto()  # has a sparse gradient
+    REENTERED = enum.auto()  # accumulated several times, or by a backward within the backward
 
     @property
     def used(self) -> bool:
-        """Whether there is a gradient."""
+        """Return whether there is a gradient."""
         return bool(self & (Seen.DENSE | Seen.SPARSE))
 
 
 def agree(parameters: Sequence[nn.Parameter], reentered: Collection[int], device: torch.device) -> list[Seen]:
-    """What any rank has seen of each of `parameters`, the same on all ranks: a collective.
+    """Return, for each parameter, the properties that it has on any rank; a collective.
 
     Args:
-        parameters: of a module that is built alike on all ranks.
-        reentered: ids of those that are so on this rank.
-        device: of this rank.
+        parameters: the parameters, of the same module on all ranks.
+        reentered: ids of the parameters that are REENTERED on this rank.
+        device: this rank's device.
     """
     own = [_seen(parameter, id(parameter) in reentered) for parameter in parameters]
     bits = torch.tensor([[bool(one & bit) for one in own] for bit in Seen], dtype=torch.uint8).to(device)
@@ -60,12 +60,12 @@ def _seen(parameter: nn.Parameter, reentered: bool) -> Seen:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[tuple[nn.Parameter, Seen]]) -> None:
-    """Average the gradients of `parameters` over all ranks, in place: a collective.
+    """Average the gradients of `parameters` over all ranks, in place; a collective.
 
-    Those that are averaged already stay as they are. A rank without one gets the average with zeros in its place.
+    Gradients that are averaged already do not change. A rank without a gradient contributes zeros and gets the average.
 
     Args:
-        parameters: and what `agree` has found of them, each used.
+        parameters: used parameters, each with its result of `agree`.
     """
     waiting: dict[torch.dtype, list[Tensor]] = {}
     for parameter, seen in parameters:
@@ -106,15 +106,15 @@ def _average_sparse(parameter: nn.Parameter) -> None:
 
 
 class Accumulations:
-    """Watches how gradients come to be accumulated in backward.
+    """Records how gradients are accumulated in backward.
 
     Args:
-        parameters: to be watched, frozen ones included.
+        parameters: the parameters to watch, frozen ones included.
 
     Attributes:
-        reentered: ids of those whose gradients a backward has accumulated in several parts, or from another backward
-            within it, as reentrant activation checkpointing does.
-        outside: whether gradients were accumulated by a backward that was not told of, since this was set to False.
+        reentered: ids of parameters whose gradient a backward has accumulated several times, or in a backward within
+            it, as reentrant activation checkpointing does.
+        outside: whether a backward without `start` has accumulated gradients since this was set to False.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -126,23 +126,23 @@ class Accumulations:
         self._handles = [_hooked(parameter, self._accumulate) for parameter in parameters]
 
     def start(self, loss: Tensor) -> None:
-        """A backward from `loss` is about to begin."""
+        """Begin a backward from `loss`."""
         self._told, self._task = True, None
         self._accumulated.clear()
         if self._handles and loss.requires_grad:
             loss.register_hook(self._begin)  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
-        """The backward has ended."""
+        """End the backward."""
         self._told = False
 
     @property
     def has_any(self) -> bool:
-        """Whether the backward has accumulated gradients of what is watched."""
+        """Return whether the backward has accumulated gradients of watched parameters."""
         return bool(self._accumulated)
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
 
@@ -160,7 +160,7 @@ class Accumulations:
 
 def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
     trainable = parameter.requires_grad
-    # torch takes hooks for trainable tensors alone, and keeps them.
+    # torch accepts hooks on trainable tensors only, and keeps them when the tensor is frozen.
     parameter.requires_grad_(True)
     try:
         handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

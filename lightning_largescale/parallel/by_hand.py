@@ -1,9 +1,9 @@
-"""Gradients that the code of users takes and sets itself: `torch.autograd.grad`, and assignments to `.grad`.
+"""Gradients that user code computes and assigns itself: `torch.autograd.grad`, and assignments to `.grad`.
 
-What is differentiated with respect to a parameter is so with respect to its leaf, gathered or not, and is averaged over
-the ranks, as one process would have it of all their samples; so is what is assigned. In a step gradients stay full
-tensors until the optimizer steps, or until the next backward of their group reduces them; elsewhere they are divided at
-once.
+A derivative with respect to a parameter is taken with respect to its leaf, unsharded or not, and averaged over the
+ranks, as a single process would compute it from all their samples. Assigned gradients are averaged likewise. In a step
+they stay full tensors until the optimizer steps, or until the next backward of their group reduces them; outside of
+steps they are sharded at once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lightning_largescale.parallel.order import divided, full, order_of
 from lightning_largescale.parallel.parameter_access import GRADIENT, watched
 from lightning_largescale.parallel.watched import Watched
 
-# Where a parameter keeps what averages its gradients.
+# Attribute in which a parameter keeps its `Average`.
 _AVERAGE = "_largescale_average"
 
 
 class AveragedParameter(nn.Parameter):
-    """A parameter that all ranks hold whole: what is assigned to its gradient is averaged over them."""
+    """A replicated parameter whose assigned gradients are averaged over the ranks."""
 
     @property
     def grad(self) -> Tensor | None:
-        """Of the parameter."""
+        """The parameter's gradient."""
         return GRADIENT.__get__(self)  # type: ignore[no-any-return]
 
     @grad.setter
@@ -49,7 +49,7 @@ class AveragedParameter(nn.Parameter):
 
 
 def average_assigned(parameter: nn.Parameter, average: Average | None) -> None:
-    """Average what is assigned to the gradient of `parameter`, which all ranks hold whole; None: no more."""
+    """Average gradients that are assigned to the replicated `parameter`; stop doing so if `average` is None."""
     if average is None:
         vars(parameter).pop(_AVERAGE, None)
         parameter.__class__ = nn.Parameter
@@ -59,10 +59,15 @@ def average_assigned(parameter: nn.Parameter, average: Average | None) -> None:
 
 
 def set_gradient(in_step: Callable[[], bool], found: Watched, value: Tensor) -> None:
-    """Assign `value`, no shard, to the gradient of a parameter of which there are shards: a collective.
+    """Assign `value`, which is not a shard, to the gradient of a sharded parameter; a collective.
+
+    Args:
+        in_step: returns whether a step runs.
+        found: the parameter.
+        value: the gradient.
 
     Raises:
-        PlanError: it is not of the parameter's shape.
+        PlanError: `value` does not have the parameter's shape.
     """
     one = found.one
     leaf, shard = one.leaf, one.shard
@@ -84,14 +89,14 @@ def set_gradient(in_step: Callable[[], bool], found: Watched, value: Tensor) -> 
 
 
 def reduce_assigned(groups: Iterable[tuple[nn.Module, Sequence[Watched]]]) -> None:
-    """Divide the gradients that were assigned and not reduced since: a collective."""
+    """Reduce gradients that were assigned and not reduced since; a collective."""
     for group, parameters in groups:
         if any(one.one.has_unreduced_gradient for one in parameters):
             compat.reduce_gradients(group)
 
 
 def differentiate_leaves() -> Callable[[], None]:
-    """Have autograd differentiate with respect to the leaves where it is given shards; what undoes it."""
+    """Make autograd differentiate with respect to leaves in place of shards; return a function that undoes it."""
     undo: Callable[[], None] = compat.around_engine(_differentiate)
     return undo
 
@@ -136,7 +141,7 @@ def _local(gradient: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _like(given: Tensor, found: Watched | None) -> Tensor:
-    """A tensor of the shape that `_local` gives, in the dtype of the parameter."""
+    """Return a tensor of the shape of the result of `_local`, in the parameter's dtype."""
     if found is None:
         return given.detach()
     leaf = found.one.leaf

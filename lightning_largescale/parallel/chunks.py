@@ -1,7 +1,7 @@
-"""Where in a whole tensor this rank's elements stand: what is written to and read from files that know no mesh.
+"""Chunks: the boxes of a full tensor that this rank holds, for files that are independent of the mesh.
 
-A chunk is a box of the whole tensor, in the user's order. Most ranks have one of a tensor; of a matrix that holds q, k
-and v side by side, divided by tensor parallelism, they have one of each. Rows of a table are one.
+A box is in the user's element order. A rank usually holds one chunk of a tensor; of a matrix that holds q, k and v side
+by side, sharded by tensor parallelism, it holds one each. A rank's rows of a row-sharded table are one chunk.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.parallel.order import as_ordered, divided_dim, has_order, order_of
 from lightning_largescale.parallel.rows import mark_rows, rows_of
 from lightning_largescale.workload.parts import Part, share
 
-# Of one dimension, first element and length of what is held, in the order in which it is held.
+# The stretches of one dimension that this rank holds, as first element and length, in memory order.
 _Stretches = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a whole tensor.
+    """A box of a full tensor.
 
     Attributes:
-        offsets: its first element in the whole tensor, one a dimension.
-        values: a view of this rank's memory, of the box's sizes.
+        offsets: the place of the box's first element in the full tensor, by dimension.
+        values: a view of this rank's memory, with the box's shape.
     """
 
     offsets: tuple[int, ...]
@@ -38,11 +39,11 @@ class Chunk:
 
 
 def chunks_of(tensor: Tensor, part: Part | None = None) -> list[Chunk]:
-    """The boxes that this rank holds of `tensor`, none of them empty; a tensor that is not divided is one.
+    """Return the boxes of `tensor` that this rank holds, without empty ones; one for a tensor that is not sharded.
 
     Args:
         tensor: a parameter, its gradient or its state.
-        part: `order_of` the parameter, where `tensor` is not told itself.
+        part: `order_of` the parameter, if `tensor` is not marked itself.
     """
     if not isinstance(tensor, DTensor):
         rows = rows_of(tensor)
@@ -69,15 +70,15 @@ def chunks_of(tensor: Tensor, part: Part | None = None) -> list[Chunk]:
 def empty_part(
     like: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, own: Tensor | None = None
 ) -> Tensor:
-    """Memory for what this rank holds of a tensor that is divided as `like` is, told as that is.
+    """Return uninitialized memory for this rank's shard of a tensor that is sharded, and marked, as `like`.
 
     Args:
-        like: a parameter, divided or not, on any device.
-        dtype: None for that of `like`.
-        device: None for that of `like`.
-        own: memory of this rank's part that is there already; None to allocate it.
+        like: a parameter, sharded or not, on any device.
+        dtype: the dtype; None for that of `like`.
+        device: the device; None for that of `like`.
+        own: the shard's memory; None to allocate it.
     """
-    local = like.to_local() if isinstance(like, DTensor) else like
+    local = local_of(like)
     if own is None:
         device = local.device if device is None else device
         own = torch.empty_strided(local.shape, local.stride(), dtype=dtype or like.dtype, device=device)
@@ -89,14 +90,14 @@ def empty_part(
 
 
 def write_part(tensor: Tensor, whole: Tensor) -> None:
-    """Write into `tensor` what this rank holds of it, `whole` being all of it."""
+    """Write this rank's slice of the full tensor `whole` into the shard `tensor`."""
     for chunk in chunks_of(tensor):
         box = [slice(start, start + size) for start, size in zip(chunk.offsets, chunk.values.shape, strict=True)]
         chunk.values.copy_(whole.detach()[tuple(box)])
 
 
 def in_boxes(chunk: Chunk, limit_bytes: int) -> Iterator[Chunk]:
-    """`chunk` in boxes of at most `limit_bytes`, or of one element, along its first dimensions."""
+    """Split `chunk` along its first dimensions into boxes of at most `limit_bytes`, or of one element."""
     values = chunk.values
     dim = next((dim for dim, size in enumerate(values.shape) if size > 1), None)
     if values.nbytes <= limit_bytes or dim is None:
@@ -110,7 +111,7 @@ def in_boxes(chunk: Chunk, limit_bytes: int) -> Iterator[Chunk]:
 
 
 def _boxes(local: Tensor, dims: Sequence[_Stretches]) -> Iterator[Chunk]:
-    """What `local` holds, its dimensions being made of stretches."""
+    """Yield the boxes of `local`, whose dimensions consist of the stretches `dims`."""
     held = [[*_places(dim)] for dim in dims]
     for box in itertools.product(*held):
         values = local
@@ -121,7 +122,7 @@ def _boxes(local: Tensor, dims: Sequence[_Stretches]) -> Iterator[Chunk]:
 
 
 def _places(stretches: _Stretches) -> Iterator[tuple[int, int, int]]:
-    """Of each stretch its first element among those held, in the whole, and its length."""
+    """Yield, for each stretch, its first element in the shard and in the full tensor, and its length."""
     own = 0
     for start, length in stretches:
         yield own, start, length
@@ -129,7 +130,7 @@ def _places(stretches: _Stretches) -> Iterator[tuple[int, int, int]]:
 
 
 def _within(stretches: _Stretches, start: int, length: int) -> _Stretches:
-    """The stretches of elements `start` to `start + length` of those that are held."""
+    """Return the stretches of the elements from `start` to `start + length` of the shard."""
     found: _Stretches = []
     before = 0
     for first, size in stretches:
@@ -145,5 +146,5 @@ def _length(stretches: _Stretches) -> int:
 
 
 def is_divided(tensor: object) -> bool:
-    """Whether `tensor` is this rank's part of a whole."""
+    """Return whether `tensor` is a shard or rows of a row-sharded table."""
     return isinstance(tensor, DTensor) or rows_of(tensor) is not None

@@ -5,8 +5,8 @@ Source: torch.compile, "Regional compilation"; torchtitan, `parallelize_llama`: 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
+from lightning_largescale.forward import Forward, replacements
 from lightning_largescale.workload.blocks import find_blocks
 
 
 def check_compile(given: Any) -> None:
-    """Raise PlanError unless `given` says whether to compile, or with which arguments."""
+    """Raise PlanError unless `given` is a bool or the arguments of torch.compile."""
     if not isinstance(given, bool | Mapping):
         raise PlanError(
             f"compile={given!r} is not accepted; give True, False, or the arguments of torch.compile as a dict, such as"
@@ -27,14 +28,17 @@ def check_compile(given: Any) -> None:
 
 
 def compile_blocks(module: nn.Module, options: Mapping[str, Any]) -> Callable[[], None]:
-    """Compile the forward of every repeated block of `module`; what undoes it.
+    """Compile the forward of every repeated block of `module`.
 
-    Recomputation, applied before, is compiled with the block, and what gathers its parameters, applied after, stays
-    outside of the graph. Names and state_dict keys stay; a block that is compiled already is left as it is.
+    Recompute, applied before, is compiled with the block. The hooks that unshard its parameters, registered after, stay
+    outside of the graph. Names and state_dict keys stay; a block that the user compiled is not changed.
 
     Args:
-        module: with repeated blocks.
+        module: the module, with repeated blocks.
         options: arguments of `torch.compile`, as `{"backend": "aot_eager"}`.
+
+    Returns:
+        A function that restores the blocks' forward.
 
     Raises:
         PlanError: `module` has no repeated blocks.
@@ -45,40 +49,41 @@ def compile_blocks(module: nn.Module, options: Mapping[str, Any]) -> Callable[[]
             f"compile needs repeated blocks and {type(module).__name__} has none; leave it out, and give the Trainer"
             " torch.compile(module)."
         )
-    blocks = [block for block in repeated if compat.compiled_module(block) is block]
-    before = [(block, vars(block).get("forward")) for block in blocks]
-    for block in blocks:
-        # The bound method is replaced, not the module: hooks stay outside, where they break no graph.
-        block.forward = _Compiled(block.forward, options)
-
-    def undo() -> None:
-        for block, own in before:
-            del block.forward
-            if own is not None:
-                block.forward = own
-
-    return undo
+    for block in repeated:
+        if compat.compiled_module(block) is block:
+            _Compiled(block, options).replace()
+    return partial(_Compiled.restore, module)
 
 
 def traced_modules(module: nn.Module) -> set[nn.Module]:
-    """`module` and those in it whose forward torch.compile traces."""
+    """Return the modules among `module` and its submodules whose forward torch.compile traces."""
     compiled = [
         part
         for part in module.modules()
-        if compat.is_compiled(part) or isinstance(vars(part).get("forward"), _Compiled)
+        if compat.is_compiled(part) or any(isinstance(one, _Compiled) for one in replacements(part))
     ]
     return {inner for part in compiled for inner in part.modules()}
 
 
-class _Compiled:
-    """A block's forward, compiled; a copy of the block gets its own, where a function would compute as the block."""
+class _Compiled(Forward):
+    """A block's compiled forward; hooks stay outside, where they break no graph."""
 
-    def __init__(self, original: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        self._original, self._options = original, options
-        self._compiled = torch.compile(original, **options)
+    def __init__(self, block: nn.Module, options: Mapping[str, Any]) -> None:
+        super().__init__(block)
+        self._options = options
+
+    def wrap(self, original: Callable[..., Any]) -> None:
+        """Compile `original`."""
+        super().wrap(original)
+        self._compiled = torch.compile(original, **self._options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiled(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
-        return _Compiled(copy.deepcopy(self._original, memo), self._options)
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the compiled function would compute with the parameters of the block that was copied.
+        return {name: value for name, value in vars(self).items() if name != "_compiled"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.wrap(self.original)

@@ -1,8 +1,8 @@
-"""Copies of a sharded module, such as the averages of its weights that callbacks keep: divided as the module is.
+"""Sharded copies of a sharded module, such as the averages of its weights that callbacks keep.
 
-A copy has the module's own class and each rank's shards as parameters, which is all that averaging and swapping need.
-Its forward, as of a teacher, gathers all of them for as long as it takes. Full tensors are loaded into it as into the
-module, each rank taking its part. A copy of a part of the module, such as its encoder, is as one of the whole.
+A copy has the module's own class, and each rank's shards as parameters, which suffice for averaging and swapping. Its
+forward, for example of a teacher, unshards all of them while it runs. It loads full tensors as the module does: each
+rank takes its slice. Submodules, such as an encoder, may be copied like the module.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.parallel.chunks import empty_part
 from lightning_largescale.parallel.equal import equal_weights
-from lightning_largescale.parallel.gather import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.order import as_ordered, as_whole, divided, full, order_of, whole_of
 from lightning_largescale.parallel.rows import global_shape, own_rows, rows_of
+from lightning_largescale.parallel.sharded import gathering_attributes, reshard, sharded_state
 from lightning_largescale.parallel.stored import Stored
 
-# Tensors of copies are moved to the rank's device about as many bytes at a time: all of them need not fit there.
+# Approximate bytes of copies that are moved to the rank's device at a time: not all of them may fit.
 _BATCH_BYTES = 16 * 2**20
-# Stands in a copy for what is not copied, until it is taken out.
+# Placeholder in a copy for objects that are not copied, until it is removed.
 _LEFT_OUT = object()
 
 
 def find_copies(holders: Iterable[object], module: nn.Module) -> Iterator[nn.Module]:
-    """Modules that `holders` have as an attribute, or inside an AveragedModel, with the parameters of `module`.
+    """Yield modules with the parameters of `module` that `holders` have as an attribute, or in an AveragedModel.
 
     Args:
         holders: objects such as callbacks.
-        module: whole or sharded; neither it nor a part of it is a copy.
+        module: the module, sharded or not; neither it nor its submodules are copies.
     """
     shapes, own = _shapes(module), {*module.modules()}
     for holder in holders:
@@ -49,12 +50,12 @@ def find_copies(holders: Iterable[object], module: nn.Module) -> Iterator[nn.Mod
 
 
 def equal_copies(copies: Iterable[nn.Module], device: torch.device, *, buffers_only: bool = False) -> None:
-    """Give every rank rank 0's values of what `copies` hold whole: a collective.
+    """Broadcast rank 0's values of the unsharded tensors of `copies` to all ranks; a collective.
 
     Args:
-        copies: as many on every rank, on any device, each made from what the rank had drawn.
-        device: of this rank.
-        buffers_only: leave parameters alone.
+        copies: the copies, as many on every rank, on any device.
+        device: this rank's device.
+        buffers_only: whether to leave out parameters.
     """
     batch: list[Tensor] = []
     for one in copies:
@@ -67,9 +68,9 @@ def equal_copies(copies: Iterable[nn.Module], device: torch.device, *, buffers_o
 
 
 def shard_copies(copies: Iterable[nn.Module], module: nn.Module) -> None:
-    """Divide whole `copies` of `module`, which is sharded, as it is: a collective.
+    """Shard `copies` of the sharded `module` as the module is; a collective.
 
-    Ranks get slices of rank 0's values, on the device where the copy was. What is divided already is left alone.
+    Ranks get slices of rank 0's values, on the copy's device. Copies that are sharded already do not change.
     """
     targets = dict(module.named_parameters(remove_duplicate=False))
     for one in copies:
@@ -79,16 +80,16 @@ def shard_copies(copies: Iterable[nn.Module], module: nn.Module) -> None:
 
 
 def whole_copies(copies: Iterable[nn.Module]) -> None:
-    """Give divided `copies` full plain parameters, where they are: a collective."""
+    """Replace the shards of `copies` by full plain parameters on the same device; a collective."""
     for one in copies:
         _replace(one, lambda _, parameter: _whole(parameter))
         _remove_hooks(one, _gathers)
 
 
 def average_shards(holders: Iterable[object]) -> None:
-    """Let AveragedModels that `holders` have as an attribute average what is sharded beside what is whole.
+    """Make AveragedModels that `holders` have as an attribute average both shards and plain tensors.
 
-    torch averages lists of tensors in one operation, which does not take both.
+    torch averages lists of tensors in one operation, which does not accept a mixture of both.
     """
     for holder in holders:
         for value in vars(holder).values():
@@ -98,32 +99,36 @@ def average_shards(holders: Iterable[object]) -> None:
 
 
 def enable_copies(module: nn.Module) -> None:
-    """Let `copy.deepcopy` copy `module`, just sharded, and parts of it, and `load_state_dict` take full tensors."""
+    """Make `copy.deepcopy` copy the sharded `module` and its submodules, and `load_state_dict` accept full tensors."""
     state = sharded_state(module)
     assert state is not None
     for part in module.modules():
-        # Python looks a copier up on the object, and finds this one before the refusal that is FSDP's.
+        # Python looks it up on the object first; that of FSDP's class raises.
         vars(part)["__deepcopy__"] = partial(_deepcopy, module, part)
     state.hooks += exchange_states(module)
 
 
 def disable_copies(module: nn.Module) -> None:
-    """Undo `enable_copies`, but for its hook, which goes with those that gather."""
+    """Undo `enable_copies` except for its hooks, which are removed with those that unshard."""
     for part in module.modules():
-        # The module may have parts by now that it had not when it was sharded.
+        # The module may have new submodules since it was sharded.
         vars(part).pop("__deepcopy__", None)
 
 
 def exchange_states(module: nn.Module) -> list[RemovableHandle]:
-    """Let `module.load_state_dict` take full tensors for parameters that are divided, without communication, and
-    `module.state_dict` tell the order of what it gives.
+    """Make `module.load_state_dict` accept full tensors for shards, and `module.state_dict` mark the element order.
+
+    Both work without communication.
+
+    Returns:
+        The handles of the hooks.
     """
     tells = [part.register_state_dict_post_hook(_tell_order) for part in module.modules()]  # type: ignore[no-untyped-call]
     return [module.register_load_state_dict_pre_hook(_divide), *tells]  # type: ignore[no-untyped-call]
 
 
 def divided_like(value: Any, target: Any) -> Any:
-    """`value` divided as `target` is, without communication, where both are the same tensor but for that."""
+    """Return `value` sharded as `target`, without communication, if it is the full tensor of `target`; else `value`."""
     if not isinstance(target, Tensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
     rows = rows_of(target)
@@ -135,7 +140,7 @@ def divided_like(value: Any, target: Any) -> Any:
         return own
     if not isinstance(target, DTensor):
         return value
-    # What is in a file is read when it is copied, and no more of it than is asked for.
+    # A stored tensor is read when it is copied, and only as far as needed.
     if value.shape != target.shape or isinstance(value, Stored):
         return value
     return divided(value.to(target.device), target, order_of(target))
@@ -154,7 +159,7 @@ def _equal(tensors: Iterable[Tensor], device: torch.device) -> None:
 
 
 def _replace(module: nn.Module, by: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
-    """Put what `by` makes of a name and a parameter in its place, once of those that are tied."""
+    """Replace each parameter by the result of `by`, called with its name and the parameter; tied ones stay tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, part in module.named_modules(remove_duplicate=False):
         own, _ = compat.own_tensors(part)
@@ -165,7 +170,7 @@ def _replace(module: nn.Module, by: Callable[[str, nn.Parameter], nn.Parameter])
 
 
 def _equip(one: nn.Module) -> None:
-    """Let `one`, a divided copy, compute and take full tensors."""
+    """Make the forward of `one`, a sharded copy, unshard it, and its `load_state_dict` accept full tensors."""
     _remove_hooks(one, _gathers)
     exchange_states(one)
     for part in _outermost_callable(one):
@@ -173,7 +178,7 @@ def _equip(one: nn.Module) -> None:
 
 
 def _outermost_callable(module: nn.Module) -> Iterator[nn.Module]:
-    """`module`, or what is called of a mere list or dict of modules."""
+    """Yield `module`, or the members of a list or dict of modules that has no forward of its own."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
         for child in module.children():
             yield from _outermost_callable(child)
@@ -182,7 +187,7 @@ def _outermost_callable(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Gathering:
-    """Full parameters for a copy while its forward runs: a collective."""
+    """Hooks that give a copy full parameters while its forward runs; a collective."""
 
     def __init__(self, one: nn.Module) -> None:
         self._shards: list[dict[nn.Parameter, nn.Parameter]] = []
@@ -207,13 +212,13 @@ class _Gathering:
 
 def _slice(parameter: nn.Parameter, target: nn.Parameter) -> nn.Parameter:
     _equal([parameter], target.device)
-    # Or the whole would stay in memory behind the slice.
+    # A view would keep the full tensor in memory.
     shard = divided_like(parameter.detach(), target).to(parameter.device).clone()
     return _as_told(nn.Parameter(shard, requires_grad=parameter.requires_grad), target)
 
 
 def _as_told(shard: nn.Parameter, like: nn.Parameter) -> nn.Parameter:
-    """`shard` told of its whole what `like` is told."""
+    """Mark `shard` with the element order and full parameter of `like`; return it."""
     return as_whole(as_ordered(shard, order_of(like)), whole_of(like))
 
 
@@ -226,17 +231,13 @@ def _whole(parameter: nn.Parameter) -> nn.Parameter:
 
 
 class _OnShards:
-    """An average of lists of tensors, taken of each rank's shards."""
+    """An average of lists of tensors that uses each rank's shards."""
 
     def __init__(self, average: Callable[..., Any]) -> None:
         self._average = average
 
     def __call__(self, averaged: Iterable[Tensor], current: Iterable[Tensor], number: Tensor | int) -> Any:
-        return self._average([_local(tensor) for tensor in averaged], [_local(tensor) for tensor in current], number)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return self._average([*map(local_of, averaged)], [*map(local_of, current)], number)
 
 
 def _divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -253,7 +254,7 @@ def _tell_order(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
 
 def _deepcopy(root: nn.Module, module: nn.Module, memo: dict[int, Any]) -> Any:
-    """A copy of `module`, a part of the sharded `root` or itself, as `copy.deepcopy` asks for it."""
+    """Return a copy of `module`, the sharded `root` or one of its submodules; called by `copy.deepcopy`."""
     copied = _copied_group if isinstance(module, FSDPModule) else _copied_part
     if id(_LEFT_OUT) in memo:
         return copied(module, memo)
@@ -271,11 +272,11 @@ def _deepcopy(root: nn.Module, module: nn.Module, memo: dict[int, Any]) -> Any:
 
 
 def _copied_group(group: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of `group`, of the class that it had before it was sharded."""
+    """Return a copy of `group`, of the class that it had before it was sharded."""
     plain = next(kind for kind in type(group).__mro__ if not issubclass(kind, FSDPModule))
     made: Any = plain.__new__(plain)
     memo[id(group)] = made
-    # What the class says is to be copied: a LightningModule leaves its Trainer out. Python 3.10 has no such method.
+    # The class chooses what to copy: a LightningModule leaves its Trainer out. Python 3.10's object has no such method.
     state = getattr(group, "__getstate__", lambda: vars(group))()
     left_out = {"__deepcopy__", *gathering_attributes(), *compat.sharding_attributes()}
     made.__setstate__({key: copy.deepcopy(value, memo) for key, value in state.items() if key not in left_out})
@@ -284,7 +285,7 @@ def _copied_group(group: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _copied_part(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of `part`, no group, made as its class says."""
+    """Return a copy of `part`, which is not an FSDP group, as its class makes it."""
     copier = vars(part).pop("__deepcopy__")
     try:
         return copy.deepcopy(part, memo)
@@ -293,9 +294,9 @@ def _copied_part(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Let a copier find in its memo, which says what objects become, shards of its own, and no hooks that gather."""
+    """Put new shards into `memo`, the results of a deep copy by id, and placeholders for hooks that unshard."""
     for part in module.modules():
-        memo |= {id(hook): _LEFT_OUT for hooks in _hooks(part) for hook in hooks.values() if _gathers(hook)}
+        memo |= {id(hook): _LEFT_OUT for hooks in compat.hook_tables(part) for hook in hooks.values() if _gathers(hook)}
     for parameter in module.parameters():
         if isinstance(parameter, DTensor):
             shard = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -304,19 +305,15 @@ def _remember_shards(module: nn.Module, memo: dict[int, Any]) -> None:
 
 def _remove_hooks(module: nn.Module, which: Callable[[Any], bool]) -> None:
     for part in module.modules():
-        keys = [key for hooks in _hooks(part) for key, hook in hooks.items() if which(hook)]
-        # Under a hook's key, which no other hook has, stand also the options that it was registered with.
-        for hooks in _hooks(part):
+        keys = [key for hooks in compat.hook_tables(part) for key, hook in hooks.items() if which(hook)]
+        # Keys are unique among hooks; the options of a hook's registration have the hook's key in other dictionaries.
+        for hooks in compat.hook_tables(part):
             for key in keys:
                 hooks.pop(key, None)
 
 
-def _hooks(part: nn.Module) -> list[dict[int, Any]]:
-    return [value for name, value in vars(part).items() if name.endswith("_hooks") and isinstance(value, dict)]
-
-
 def _gathers(hook: Any) -> bool:
-    """Whether FSDP or this package has registered `hook`."""
+    """Return whether FSDP or this package has registered `hook`."""
     function = hook.hook if hasattr(hook, "hook") else hook
     function = function.func if isinstance(function, partial) else function
     return str(getattr(function, "__module__", "")).startswith(("torch.distributed.", "lightning_largescale."))

@@ -137,8 +137,7 @@ def make_tables_whole(module: nn.Module) -> None:
         local = table.weight
         whole = nn.Parameter(full_rows(local, table.rows), requires_grad=local.requires_grad)
         own_parameters(table.module)["weight"] = whole
-    for kind in (_LookUp, _LookUpBags):
-        kind.restore(module)
+    _LookUp.restore(module)
     lookups.end()
     del vars(module)[_STATE]
 
@@ -236,7 +235,7 @@ class _LookUp(Forward):
     def __init__(self, table: Table, lookups: Lookups) -> None:
         super().__init__(table.module)
         self._table, self._lookups = table, lookups
-        self._hooks: list[Any] = [
+        self.handles += [
             table.module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
                 partial(_take_full_table, table)
             ),
@@ -272,16 +271,6 @@ class _LookUp(Forward):
             f"table {self._table.name!r} is row-sharded and cannot be copied; copy in"
             " `with trainer.strategy.full_parameters():` its state_dict, or after `trainer.strategy.make_whole()`."
         )
-
-    @classmethod
-    def restore(cls, root: nn.Module) -> None:
-        """Restore each module's own forward, and remove the state dict hooks."""
-        for module in root.modules():
-            forward = vars(module).get("forward")
-            if isinstance(forward, cls):
-                for hook in forward._hooks:
-                    hook.remove()
-        super().restore(root)
 
 
 class _LookUpBags(_LookUp):

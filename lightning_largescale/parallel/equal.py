@@ -1,4 +1,4 @@
-"""The same initial weights on all ranks, whatever their seeds.
+"""Equal initial weights on all ranks, whatever their seeds.
 
 torch ensures this for DistributedDataParallel only: `fully_shard` shards each rank's own initial values.
 """

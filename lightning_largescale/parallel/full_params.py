@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from lightning_largescale import compat
 from lightning_largescale.parallel.average import average_in_place
 from lightning_largescale.parallel.copies import disable_copies
-from lightning_largescale.parallel.gather import Sharded, meet, reshard, sharded_state, stop_gathering
+from lightning_largescale.parallel.gather import stop_gathering
 from lightning_largescale.parallel.order import divided, full, order_of, whole_of
+from lightning_largescale.parallel.sharded import Sharded, meet, reshard, sharded_state
 from lightning_largescale.parallel.tensor import compute_plainly
 
 

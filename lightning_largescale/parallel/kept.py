@@ -25,8 +25,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
+from lightning_largescale.workload.flops import is_product
 from lightning_largescale.workload.reads import storage_keys
-from lightning_largescale.workload.tracker import is_product, writes, written
+from lightning_largescale.workload.tracker import writes, written
 
 # The contexts of a block's first forward, and of its recomputations in backward.
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]

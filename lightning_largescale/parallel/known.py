@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
-from lightning_largescale.parallel.gather import reshard, sharded_state
+from lightning_largescale.parallel.sharded import reshard, sharded_state
 from lightning_largescale.plan import Plan
 
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_largescale import comm, compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import let_rest, trim_heap
 from lightning_largescale.parallel.chunks import empty_part, write_part
@@ -199,7 +200,7 @@ def _write(tensor: Tensor, values: Any) -> None:
         values.read(tensor)
     else:
         write_part(tensor, values)
-    let_rest(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+    let_rest(local_of(tensor))
 
 
 def _replace(module: nn.Module, made: Mapping[int, Tensor]) -> None:

@@ -33,10 +33,13 @@ class ModuleOrder:
     Args:
         modules: modules by name.
         ranks: a separate gloo group of this rank's tensor-parallel ranks.
+
+    Attributes:
+        ranks: the gloo group.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], ranks: dist.ProcessGroup) -> None:
-        self._names, self._ranks = list(modules), ranks
+        self._names, self.ranks = list(modules), ranks
         self._followed: dict[str, list[int]] = {}
         self._known: list[int] | None = None
         self._entered: list[int] = []
@@ -102,7 +105,7 @@ class ModuleOrder:
     def _told(self, index: int) -> tuple[int, int]:
         """Return the least and the greatest module index that any rank is about to enter."""
         numbers = torch.tensor([-index, index], device="cpu")
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, self._ranks)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, self.ranks)
         return -int(numbers[0]), int(numbers[1])
 
     def _name(self, index: int) -> str:

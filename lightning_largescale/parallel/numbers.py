@@ -58,11 +58,7 @@ def _wait_for(source: Tensor, copy: Tensor) -> None:
 
 
 def _whole(result: Any) -> Any:
-    return _full(result) if isinstance(result, DTensor) and result.dim() == 0 else result
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return full(tensor) if isinstance(tensor, DTensor) else tensor
+    return full(result) if isinstance(result, DTensor) and result.dim() == 0 else result
 
 
 def _has_rows(tensor: object) -> bool:
@@ -132,7 +128,7 @@ def _norms(
     order = kwargs.get("ord", order)
     if order == torch.inf:
         # The maximum over the ranks' shards would lose a NaN, and the norm of an empty shard raises.
-        tensors = [_full(tensor) for tensor in tensors]
+        tensors = [full(tensor) for tensor in tensors]
     found: dict[int, Tensor] = {
         index: _norm(function, tensor, order, dtype=dtype) for index, tensor in enumerate(tensors) if _has_rows(tensor)
     }
@@ -141,7 +137,7 @@ def _norms(
             continue
         norms = function([tensors[index] for index in indices], order, dtype=dtype)
         if isinstance(norms[0], DTensor):
-            norms = _full(torch.stack(norms)).unbind()
+            norms = full(torch.stack(norms)).unbind()
         found |= dict(zip(indices, norms, strict=True))
     return [found[index] for index in range(len(tensors))]
 

@@ -83,13 +83,14 @@ def whole_of(parameter: object) -> Whole:
 
 
 def full(tensor: Tensor, part: Part | None = None) -> Tensor:
-    """Return the full tensor of a DTensor, in the user's element order; a collective.
+    """Return the full tensor of a DTensor, in the user's element order, by a collective; any other tensor as it is.
 
     Args:
         tensor: a parameter, its gradient or its state, sharded over the last mesh axis first, then over the others.
         part: `order_of` the parameter, if `tensor` is not marked itself.
     """
-    assert isinstance(tensor, DTensor)
+    if not isinstance(tensor, DTensor):
+        return tensor
     part = part or order_of(tensor)
     if not divided_dims(tensor):
         return _replicated(tensor)

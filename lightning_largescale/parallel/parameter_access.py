@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.parallel.shard_writes import fill_randomly, write_in_place, write_item
 
 if TYPE_CHECKING:
     from lightning_largescale.parallel.watched import Watched
@@ -194,7 +195,7 @@ class ShardValues(DTensor):
         if found is None:
             super().__setitem__(index, value)
         else:
-            found.write_item(self, index, value)
+            write_item(found, self, index, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return memo.setdefault(id(self), Tensor.detach(self).clone())
@@ -231,7 +232,7 @@ def _drawing(method: str) -> Callable[..., Any]:
         found = watched(self)
         if found is None:
             return getattr(super(ShardValues, self), method)(*args, **kwargs)
-        found.draw(method, self, *args, **kwargs)
+        fill_randomly(found, method, self, *args, **kwargs)
         return self
 
     return draw
@@ -242,7 +243,9 @@ def _writing(method: str) -> Callable[..., Any]:
 
     def write(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = watched(self)
-        return function(self, *args, **kwargs) if found is None else found.write(function, self, *args, **kwargs)
+        return (
+            function(self, *args, **kwargs) if found is None else write_in_place(found, function, self, *args, **kwargs)
+        )
 
     return write
 

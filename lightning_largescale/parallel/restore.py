@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
-from lightning_largescale.parallel.gather import Sharded
 from lightning_largescale.parallel.order import Whole, as_whole, memory_order
 from lightning_largescale.parallel.parameter_access import GRADIENT
+
+if TYPE_CHECKING:
+    from lightning_largescale.parallel.sharded import Sharded
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ def made_contiguous(module: nn.Module, but: set[nn.Parameter]) -> dict[str, Befo
     return {name: one for name, one in before.items() if one != Before(Whole(), {})}
 
 
-def restore_when_gathered(state: Sharded, before: Mapping[str, Before]) -> None:
-    """Register the restoring of gathered parameters: FSDP2 gathers them as they were before they were sharded."""
+def restore_when_gathered(state: Sharded) -> None:
+    """Make FSDP2 gather parameters with the layout, class and attributes that they had before they were sharded."""
     groups = {shard: group for group in state.every_group() for shard, _ in compat.shards_of(group)}
-    for name, one in before.items():
+    for name, one in state.layouts.items():
         shard = cast(nn.Module, state.groups[""]).get_parameter(name)
         compat.when_gathered(groups[shard], shard, one.come_back, one.whole.dims)
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_largescale.errors import PlanError
+
 # Points where all ranks meet, described by the rank's action there.
 POINTS = (
     "begins a training step",
@@ -66,6 +68,38 @@ class Entry(NamedTuple):
         place = code >> 32
         return cls(EntryKind(place >> 16), place & 0xFFFF)
 
+    def describe(self, names: Sequence[str]) -> str:
+        """Describe the action of a rank that is about to enter this collective; `names` are those of the groups."""
+        if self.kind is EntryKind.MEET:
+            return POINTS[self.number]
+        name = repr(names[self.number] or "the root") if self.number < len(names) else "the root"
+        return f"gathers {name}" if self.kind is EntryKind.UNSHARD else f"reduces gradients of {name}"
+
+
+class ReadLog:
+    """The sharded tensors that this rank has read.
+
+    Attributes:
+        code: a number that identifies all of them in their order.
+    """
+
+    def __init__(self) -> None:
+        self.code, self._last = 0, ""
+
+    def add(self, name: str) -> None:
+        """Record the read of a tensor."""
+        self.code, self._last = zlib.crc32(name.encode(), self.code), name
+
+    def differ(self, ranks: dist.ProcessGroup) -> PlanError:
+        """Return the error for ranks that have read different tensors; a collective of `ranks`."""
+        names: list[Any] = [None] * ranks.size()
+        dist.all_gather_object(names, self._last, ranks)
+        read = " and ".join(map(repr, dict.fromkeys(name for name in names if name))) or "none"
+        return PlanError(
+            f"ranks read different sharded tensors, {read} last, and reads are collectives, whose numbers are of both"
+            " then; read the same on all ranks, or within `with self.trainer.strategy.full_parameters():`."
+        )
+
 
 class Told(NamedTuple):
     """The result of a round, equal on all ranks.
@@ -90,6 +124,20 @@ class Told(NamedTuple):
     idle: bool = False
     wanted: Sequence[int] = ()
     complete: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+
+    def disagreement(self, names: Sequence[str]) -> PlanError:
+        """Return the error for ranks that are about to enter different collectives.
+
+        Args:
+            names: the names of the groups, by index; the root's is empty.
+        """
+        one, other = (entry.describe(names) for entry in self.between)
+        if one == other:
+            other += ", of other tensors"
+        return PlanError(
+            f"a rank {one} where another {other}, so they would wait for one another for ever; let all ranks of a"
+            " sharded plan run the same steps, backwards and collectives (blocks may differ), or use dp_replicate."
+        )
 
 
 class Round:

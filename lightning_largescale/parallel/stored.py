@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.hardware.usage import let_rest
 from lightning_largescale.parallel.chunks import Chunk, chunks_of, write_part
 from lightning_largescale.parallel.deferred import active_recording
@@ -72,7 +72,7 @@ class Stored(Tensor):
         else:
             with torch.no_grad():
                 self.read(out)
-                let_rest(out.to_local() if isinstance(out, DTensor) else out)
+                let_rest(local_of(out))
 
     def whole(self) -> Tensor:
         """Return the full values as a plain tensor."""

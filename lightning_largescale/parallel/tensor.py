@@ -103,6 +103,12 @@ def step_on_parts(
     """Return a runner of steps of `module` with tensor-parallel shards outside of its blocks; None without `parts`.
 
     Modules that own such parameters also compute with their shards when they are called outside of a step.
+
+    Args:
+        module: the module.
+        parts: the tensor-parallel parts of its parameters, by name.
+        mesh: as for `compute_on_parts`.
+        wraps: as for `compute_divided`.
     """
     if not parts:
         return None

@@ -21,8 +21,9 @@ from torch import nn
 from lightning_largescale import comm
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.embedding import row_sharded
-from lightning_largescale.parallel.gather import gather_along, meet, sharded_state
 from lightning_largescale.parallel.rounds import LOOK_UP
+from lightning_largescale.parallel.sharded import meet, sharded_state
+from lightning_largescale.parallel.sharded_step import gather_along
 
 _NOTHING = object()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from lightning_largescale.parallel.parameter_access import (
     ShardValues,
     gathered_class,
 )
-
-# Part of torch's error for operations that mix shards and plain tensors.
-MIXED = "torch.Tensor and DTensor"
 
 
 class ShardStore(Protocol):
@@ -183,7 +180,7 @@ class Watched:
         elif moved is None or self.one.is_cast or isinstance(self.one.leaf, DTensor):
             self.one.gather_again()
         else:
-            whole = full(moved, order_of(self.one.shard)) if isinstance(moved, DTensor) else moved
+            whole = full(moved, order_of(self.one.shard))
             DATA.__set__(self.one.leaf, whole.to(self.one.leaf.device, self.one.leaf.dtype, copy=True))
             self._values, self._is_stale = None, False
 
@@ -244,8 +241,7 @@ class Watched:
             with torch.no_grad():
                 compat.local_tensor(one.leaf).copy_(local)
             return
-        if isinstance(value, DTensor):
-            value = full(value, order_of(one.shard))
+        value = full(value, order_of(one.shard))
         self._check_own(value)
         DATA.__set__(one.leaf, value)
         self._values = None
@@ -304,50 +300,6 @@ class Watched:
             local = padded
         with self.writing_shard(moved=value):
             compat.place_shard(self._group, shard, local.view(-1))
-
-    def write(self, function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call `function`, which writes into the shard's `values`, with this rank's slices of full arguments.
-
-        Raises:
-            PlanError: an argument is a plain tensor of another shape.
-        """
-
-        def slice_of(one: Any) -> Any:
-            if not isinstance(one, Tensor) or isinstance(one, DTensor) or one.shape != values.shape or not one.dim():
-                return one
-            return divided(one.detach().to(values.device), self.one.shard, order_of(self.one.shard))
-
-        try:
-            with self.writing_shard():
-                return function(values, *map(slice_of, args), **{name: slice_of(one) for name, one in kwargs.items()})
-        except RuntimeError as error:
-            if MIXED not in str(error):
-                raise
-            raise PlanError(
-                f"{self.one.name!r} is sharded here, and {function.__name__} is given a plain tensor that is not of its"
-                f" shape {tuple(values.shape)}; expand it, or write in"
-                " `with self.trainer.strategy.full_parameters():`."
-            ) from error
-
-    def write_item(self, values: Tensor, index: Any, value: Any) -> None:
-        """Write `value` to `index` of the full parameter, whose shard has `values`; a collective."""
-        shard = self.one.shard
-        self.settle()
-        with torch.no_grad():
-            whole = full(shard, order_of(shard)).clone()
-            whole[index] = full(value) if isinstance(value, DTensor) else value
-            with self.writing_shard():
-                increment_version(values)
-                compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
-
-    def draw(self, method: str, values: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Fill the shard, which has `values`, with its slice of the random numbers that a plain run draws."""
-        shard = self.one.shard
-        whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
-        getattr(whole, method)(*args, **kwargs)
-        with torch.no_grad(), self.writing_shard():
-            increment_version(values)
-            compat.local_tensor(shard).copy_(compat.local_tensor(divided(whole, shard, order_of(shard))))
 
     def _local_of(self, value: Tensor, like: DTensor) -> Tensor:
         if not isinstance(value, DTensor):

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
 
 def segment_seconds(segment: Segment, rates: Rates, dtype: str, *, backward: bool) -> float:
-    """Return the seconds of one segment's forward or backward, with matrix products in `dtype`."""
+    """Return the seconds of one segment's forward or backward.
+
+    Args:
+        segment: the segment.
+        rates: the rates of the hardware.
+        dtype: data type of the matrix products.
+        backward: whether it is the backward.
+
+    Raises:
+        ValueError: the rate of these matrix products is not known.
+    """
     rate = rates.matmul_rate(dtype)
     if rate is None:
         raise ValueError(f"the hardware has no rate of matrix products in {dtype}.")

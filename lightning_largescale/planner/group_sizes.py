@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lightning_largescale.planner.paging import Paging
 from lightning_largescale.techniques.prices import PRICES
-from lightning_largescale.tiers import shard_bytes
+from lightning_largescale.tiers import pinned_bytes, shard_bytes
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
@@ -41,7 +41,14 @@ class GroupSizes:
     """
 
     def __init__(self, workload: Workload, plan: Plan, kind: str, accumulate_grad_batches: int = 1) -> None:
-        """Create the sizes of `plan` on devices of `kind`."""
+        """Create the sizes of `plan`.
+
+        Args:
+            workload: the traced step, of one rank's micro-batch.
+            plan: the plan.
+            kind: the kind of the devices.
+            accumulate_grad_batches: micro-batches in a step.
+        """
         self.workload, self.plan, self.kind, self.accumulate = workload, plan, kind, accumulate_grad_batches
         self.step: Step = next(iter(workload.steps.values()))
         self.gathers, self.gather_ranks, self.halves = plan.gathers, 1, False
@@ -53,6 +60,7 @@ class GroupSizes:
         self._gathered: dict[str | None, int] = {}
         self._states: dict[str | None, int] = {}
         self._shards: dict[str | None, int] = {}
+        self._pinned: dict[str | None, tuple[int, int]] = {}
         self._gradients: dict[tuple[str | None, bool], int] = {}
         for price in PRICES:
             price.lay_out(self)
@@ -98,6 +106,13 @@ class GroupSizes:
         if block not in self._shards:
             self._shards[block] = sum(map(self.local, self._group(block)))
         return self._shards[block]
+
+    def pinned(self, block: str | None) -> tuple[int, int]:
+        """Return the bytes of pinned memory that one group's shard takes, and those that its gradients take."""
+        if block not in self._pinned:
+            group = [(pinned_bytes(self.local(one)), one.trainable and one.used) for one in self._group(block)]
+            self._pinned[block] = sum(size for size, _ in group), sum(size for size, trained in group if trained)
+        return self._pinned[block]
 
     def local(self, parameter: Parameter) -> int:
         """Return the bytes of `parameter` that the rank keeps."""

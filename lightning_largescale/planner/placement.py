@@ -15,6 +15,9 @@ from lightning_largescale.tiers import PAGE_BYTES
 if TYPE_CHECKING:
     from lightning_largescale.planner.sizes import Sizes
 
+# Blocks whose gradients are on their way out at once, beside a CUDA device.
+_GRADIENTS_OUT = 2
+
 
 @dataclass(kw_only=True)
 class Placement:
@@ -80,17 +83,36 @@ def state_without_pages(sizes: Sizes, away: Iterable[str]) -> int:
 def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
     """Return, by tier, the bytes of one rank kept outside the device's memory.
 
-    On CUDA the staging buffers of transfers to a disk count as DRAM.
+    On CUDA the staging buffers of transfers count as DRAM.
     """
-    place, fit = sizes.placement, sizes.workload.stage == "fit"
+    place = sizes.placement
     kept = dict(place.state)
     for name, tier in place.groups.items():
-        gradients = fit and not sizes.releases
-        size = sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0)
-        kept[tier] = kept.get(tier, 0) + size
+        kept[tier] = kept.get(tier, 0) + kept_of_group(sizes, name, tier, gradients=not sizes.releases)
     if place.activations is not None:
-        saved = sum(map(sizes.leaving_of, sizes.step.segments))
-        kept[place.activations] = kept.get(place.activations, 0) + saved
+        kept[place.activations] = kept.get(place.activations, 0) + sum(sizes.saved_elsewhere)
     if sizes.kind != "cpu":
         kept["cpu"] = kept.get("cpu", 0) + sizes.staging_bytes
     return {tier: size for tier, size in kept.items() if size and tier in place.outside}
+
+
+def kept_of_group(sizes: Sizes, name: str, tier: str, *, gradients: bool) -> int:
+    """Return the bytes that a group keeps in a tier.
+
+    Args:
+        sizes: the sizes of the plan.
+        name: the group.
+        tier: the tier.
+        gradients: whether its gradients are kept with its shard.
+    """
+    gradients &= sizes.workload.stage == "fit"
+    if sizes.kind != "cpu" and tier == "cpu":
+        return sum(sizes.pinned(name)[: 1 + gradients])
+    return sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0)
+
+
+def gradient_staging(sizes: Sizes, groups: Iterable[str]) -> int:
+    """Return the bytes in DRAM of gradients of `groups`, which come there and do not stay."""
+    if sizes.workload.stage != "fit":
+        return 0
+    return sum(sorted((sizes.pinned(name)[1] for name in groups), reverse=True)[:_GRADIENTS_OUT])

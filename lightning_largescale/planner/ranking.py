@@ -64,7 +64,13 @@ def ranked(
 
 
 def refusal(plan: Plan, allowed: Collection[str], *, fixed: bool) -> str:
-    """Return why the user has not allowed `plan`; empty if they have. Arguments as for `ranked`."""
+    """Return why the user has not allowed `plan`; empty if they have.
+
+    Args:
+        plan: the plan.
+        allowed: names that the user allows.
+        fixed: whether the user asked for one of them.
+    """
     return next(filter(None, (price.refusal(plan, allowed, fixed=fixed) for price in PRICES)), "")
 
 

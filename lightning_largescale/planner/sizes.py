@@ -110,6 +110,15 @@ class Sizes(GroupSizes):
         """Return the bytes of saved activations of `segment` that are kept in another tier."""
         return self._saved(segment) if segment.block in self.placement.blocks else 0
 
+    @property
+    def saved_elsewhere(self) -> list[int]:
+        """Bytes that each block saves in another tier.
+
+        Beside a CUDA device a block's offload begins with the next block's forward, so the last one's stays.
+        """
+        saved = [size for size in map(self.leaving_of, self.step.segments) if size]
+        return saved if self.kind == "cpu" else saved[:-1]
+
     def saved_by(self, blocks: Collection[str]) -> list[int]:
         """Return the bytes of saved activations that can be offloaded, for each segment of `blocks`."""
         return [self._saved(segment) for segment in self.step.segments if segment.block in blocks]

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lightning_largescale.planner.placement import (
+    gradient_staging,
     kept_elsewhere,
+    kept_of_group,
     state_that_may_stay,
     state_without_pages,
     whole_pages,
@@ -56,24 +58,26 @@ def spread(sizes: Sizes, remedies: frozenset[str], choice: Choice, tiers: Mappin
     taken = sizes.workload.blocks[: choice.blocks] if in_unit(remedies, "blocks") else ()
     blocks = () if recomputes(remedies) else taken
     saved = sum(sizes.saved_by(blocks))
-    trained = [sizes.gradient(name, whole=False) if sizes.workload.stage == "fit" else 0 for name in groups]
     may_stay, stuck = state_that_may_stay(sizes, groups), state_without_pages(sizes, groups)
     stays = min(choice.state_bytes, may_stay - stuck) if in_unit(remedies, "pages") else may_stay - stuck
     state = sizes.optimizer_state - stuck - stays if sizes.workload.stage == "fit" else 0
-    gradients = 0 if any(REMEDIES[name].frees_gradients for name in remedies) else 1
-    kept = [sizes.shard(name) + gradients * size for name, size in zip(groups, trained, strict=True)]
+    released = any(REMEDIES[name].frees_gradients for name in remedies)
+    kept = {
+        tier: [kept_of_group(sizes, name, tier, gradients=not released) for name in groups] for tier in ("cpu", "nvme")
+    }
     dram, disk = tiers.get("cpu", 0), tiers.get("nvme")
     narrow = False
-    if sum(kept) + saved + state > dram:
+    if sum(kept["cpu"]) + saved + state + (gradient_staging(sizes, groups) if released else 0) > dram:
         if disk is None:
             return None
         most = sum(remedy.most_staging(sizes, groups, blocks) for remedy in REMEDIES.values())
         staging = most if "cpu" in tiers else 0
         dram, narrow = max(0, dram - staging), dram < staging
-    in_dram, dram = _last_within(groups, kept, dram) if "cpu" in tiers else ([], 0)
+    in_dram, dram = _last_within(groups, kept["cpu"], dram) if "cpu" in tiers else ([], 0)
     saved_tier = "cpu" if saved <= dram and "cpu" in tiers else "nvme"
     state_in_dram = whole_pages(state, dram - (saved if saved_tier == "cpu" else 0))
-    on_disk = sum(kept[: len(kept) - len(in_dram)]) + (saved if saved_tier == "nvme" else 0) + state - state_in_dram
+    state_on_disk = state - state_in_dram
+    on_disk = sum(kept["nvme"][: len(groups) - len(in_dram)]) + (saved if saved_tier == "nvme" else 0) + state_on_disk
     if on_disk > (disk or 0):
         return None
     assigned = Assigned(
@@ -83,7 +87,7 @@ def spread(sizes: Sizes, remedies: frozenset[str], choice: Choice, tiers: Mappin
         blocks_tier=saved_tier,
         state_bytes=stays,
         state_in_dram=state_in_dram,
-        state_on_disk=state - state_in_dram,
+        state_on_disk=state_on_disk,
     )
     # State leaves with parameters that do, whether or not more of it may.
     used = [one for one in REMEDIES.values() if one.name in remedies or (one.unit == "pages" and state)]

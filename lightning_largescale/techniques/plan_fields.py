@@ -23,11 +23,13 @@ class PlanFields:
     Attributes:
         _heap: treatment of the heap on the CPU that the technique needs at least where it is in use.
         _last_resort: whether it is one of those taken only if nothing fits without: the fewer, the simpler.
+        _to_tiers: whether it offloads to another tier.
     """
 
     __slots__ = ()
     _heap: ClassVar[str] = "left"
     _last_resort: ClassVar[bool] = False
+    _to_tiers: ClassVar[bool] = False
 
     @property
     def _plan(self) -> Plan:
@@ -38,7 +40,7 @@ class PlanFields:
         """Return whether the plan has the technique do something."""
         return False
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         """Check each field by itself; return those that are to be stored in another form, by name."""
         return {}
 
@@ -68,8 +70,75 @@ def techniques_of(plan: type[PlanFields]) -> tuple[type[PlanFields], ...]:
     return tuple(base for base in plan.__bases__ if issubclass(base, PlanFields))
 
 
+def check_fields(plan: PlanFields) -> None:
+    """Check the fields of all techniques, and store those in another form that have one."""
+    techniques = techniques_of(type(plan))
+    for fields in techniques:
+        # JSON and YAML give names as a list, and amounts may be text.
+        for name, value in fields._check_values(plan).items():
+            object.__setattr__(plan, name, value)
+    for fields in techniques:
+        fields._check_combination(plan)
+
+
+def check_against_blocks(plan: PlanFields, blocks: Collection[str]) -> None:
+    """Check names of blocks in the fields of all techniques."""
+    for fields in techniques_of(type(plan)):
+        fields._check_blocks(plan, blocks)
+
+
+def check_against_hardware(plan: PlanFields, hardware: Hardware) -> None:
+    """Check the fields of all techniques against the devices."""
+    for fields in techniques_of(type(plan)):
+        fields._check_hardware(plan, hardware)
+
+
+def check_against_workload(plan: PlanFields, workload: Workload) -> None:
+    """Check the fields of all techniques against a model."""
+    for fields in techniques_of(type(plan)):
+        fields._check_workload(plan, workload)
+
+
+def in_use(plan: PlanFields) -> list[type[PlanFields]]:
+    """Return the techniques that the plan has do something."""
+    return [fields for fields in techniques_of(type(plan)) if fields._in_use(plan)]
+
+
+def last_resorts(plan: PlanFields) -> int:
+    """Return the number of techniques in use that are taken only if nothing fits without."""
+    return sum(fields._last_resort for fields in in_use(plan))
+
+
+def offloads(plan: PlanFields) -> bool:
+    """Return whether a technique in use offloads to another tier."""
+    return any(fields._to_tiers for fields in in_use(plan))
+
+
+def needed_heaps(plan: PlanFields) -> set[str]:
+    """Return the treatments of the heap that the techniques in use need at least."""
+    return {fields._heap for fields in in_use(plan)}
+
+
+def in_words(plan: PlanFields) -> str:
+    """Return the words of all techniques: first the use of the ranks."""
+    layout, words = "", list[str]()
+    for fields in techniques_of(type(plan)):
+        layout = fields._layout_words(plan, layout)
+        words += fields._words(plan)
+    return ", ".join([layout or ("one device" if last_resorts(plan) else "plain, one device"), *words])
+
+
 def check_count(plan: PlanFields, name: str, of: str) -> None:
-    """Raise PlanError unless the field is a whole number, 1 or more."""
+    """Check that the field is a whole number, 1 or more.
+
+    Args:
+        plan: the plan.
+        name: the field's name.
+        of: the things that it counts, for the error: "devices".
+
+    Raises:
+        PlanError: it is not.
+    """
     value = getattr(plan, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PlanError(f"{name}={value!r} is not accepted; give a whole number of {of}, 1 or more.")
@@ -83,7 +152,16 @@ def check_flag(plan: PlanFields, name: str) -> None:
 
 
 def check_choice(plan: PlanFields, name: str, accepted: Sequence[str | None]) -> None:
-    """Raise PlanError unless the field is in `accepted`."""
+    """Check that the field is one of `accepted`.
+
+    Args:
+        plan: the plan.
+        name: the field's name.
+        accepted: the accepted values, two or more.
+
+    Raises:
+        PlanError: it is not.
+    """
     value = getattr(plan, name)
     if value not in accepted:
         *others, last = map(repr, accepted)
@@ -109,7 +187,17 @@ def as_bytes(plan: PlanFields, *names: str) -> Mapping[str, int]:
 
 
 def check_amount(plan: PlanFields, name: str, of: str, tiers: Sequence[str]) -> None:
-    """Raise PlanError unless the field is None, or a number of bytes and the field `of` is one of `tiers`."""
+    """Check that the field is None, or a number of bytes of what is offloaded.
+
+    Args:
+        plan: the plan.
+        name: the field's name.
+        of: the field that offloads.
+        tiers: the values of that field with which there may be an amount.
+
+    Raises:
+        PlanError: it is not.
+    """
     value, tier = getattr(plan, name), getattr(plan, of)
     if value is None:
         return
@@ -122,7 +210,16 @@ def check_amount(plan: PlanFields, name: str, of: str, tiers: Sequence[str]) -> 
 
 
 def check_names_of_blocks(plan: PlanFields, name: str, blocks: Collection[str]) -> None:
-    """Raise PlanError if the field has a name that is not in `blocks`."""
+    """Check the names in the field.
+
+    Args:
+        plan: the plan.
+        name: the field's name.
+        blocks: names of the model's repeated blocks.
+
+    Raises:
+        PlanError: a name is not in `blocks`.
+    """
     for one in getattr(plan, name) or ():
         if one in blocks:
             continue
@@ -134,7 +231,17 @@ def check_names_of_blocks(plan: PlanFields, name: str, blocks: Collection[str]) 
 
 
 def check_has_blocks(plan: PlanFields, name: str, workload: Workload, remedy: object) -> None:
-    """Raise PlanError if the model has no repeated blocks, which the field needs."""
+    """Check that the model has repeated blocks.
+
+    Args:
+        plan: the plan.
+        name: the name of the field that needs them.
+        workload: the model's.
+        remedy: the value to use instead.
+
+    Raises:
+        PlanError: it has none.
+    """
     if not workload.blocks:
         raise PlanError(
             f"{name}={getattr(plan, name)!r} needs repeated blocks and {workload.name} has none; use {remedy!r}."
@@ -142,7 +249,17 @@ def check_has_blocks(plan: PlanFields, name: str, workload: Workload, remedy: ob
 
 
 def refuse_together(plan: PlanFields, name: str, others: Mapping[str, bool], why: str = "") -> None:
-    """Raise PlanError for the first field of `others` that cannot be combined with the field `name`."""
+    """Check that the field is combined with no field that it excludes.
+
+    Args:
+        plan: the plan.
+        name: the field's name.
+        others: whether the value of another field is excluded, by name.
+        why: the reason, for the error.
+
+    Raises:
+        PlanError: one is.
+    """
     for other, refused in others.items():
         if refused:
             raise PlanError(

@@ -135,7 +135,14 @@ def trained_dtypes(parameters: Iterable[nn.Parameter]) -> list[torch.dtype]:
 
 
 def no_such_module(option: str, name: str, module: nn.Module, among: Collection[str]) -> PlanError:
-    """Return the error for an `option` of a plan that names no submodule of `module`; `among` has the valid names."""
+    """Return the error for an option of a plan that names no submodule.
+
+    Args:
+        option: The name of the option.
+        name: The name that it has.
+        module: The module.
+        among: The valid names.
+    """
     near = difflib.get_close_matches(name, among, 1)
     return PlanError(
         f"{option} has {name!r} and {type(module).__name__} has no such module; give names that named_modules"

@@ -48,11 +48,11 @@ def check_tensors(module: nn.Module, plan: Plan) -> None:
                 f"parameter {name!r} is {_in_words(parameter)}, whose gradients ranks cannot average; make it a dense"
                 " parameter of torch, or train on one process."
             )
-        sparse = not is_lazy(parameter) and parameter.layout is not torch.strided
-        if sparse and parameter.requires_grad and (plan.offload_optimizer or plan.release_gradients):
+        dense = is_lazy(parameter) or (parameter.layout is torch.strided and not parameter.is_nested)
+        if not dense and parameter.requires_grad and (plan.offload_optimizer or plan.release_gradients):
             raise PlanError(
-                f"parameter {name!r} is {_in_words(parameter)}, and optimizer state that is paged takes no sparse"
-                " gradient; make it a dense parameter of torch, or leave out offload_optimizer and release_gradients."
+                f"parameter {name!r} is {_in_words(parameter)}, and optimizer state is paged for dense parameters only;"
+                " make it a dense parameter of torch, or leave out offload_optimizer and release_gradients."
             )
         if not is_lazy(parameter) and parameter.requires_grad and _is_expanded(parameter):
             raise PlanError(

@@ -11,7 +11,7 @@ from lightning_largescale.workload.batch import batch_bytes, batch_samples, firs
 from lightning_largescale.workload.estimate import estimate
 from lightning_largescale.workload.snapshot import swap_tensors
 from lightning_largescale.workload.stand_in import attach
-from lightning_largescale.workload.steps import Traced, TraceRequest, eager, run_step
+from lightning_largescale.workload.steps import Traced, TraceRequest, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
 from lightning_largescale.workload.workload import Step, combine_steps
 
@@ -80,7 +80,8 @@ def trace_for_real(request: TraceRequest) -> Traced:
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
-    with request.snapshot.untouched(), eager():
+    # What torch.compile wrapped runs as plain Python.
+    with request.snapshot.untouched(), torch.compiler.set_stance("force_eager"):
         attach(request.module)
         new = swap_tensors(request.module, parameter, copied)
         batch = map_tensors(request.batch, copied)

@@ -6,10 +6,8 @@ parameters instead, and the bytes are fitted to the shapes.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +15,8 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_largescale import compat
-from lightning_largescale.pageable import ask_kinds
+from lightning_largescale.optimizers.state_spec import state_specs
+from lightning_largescale.optimizers.trial import clone_of
 from lightning_largescale.workload.steps import in_words
 from lightning_largescale.workload.tracker import Tracker
 from lightning_largescale.workload.workload import OptimizerNeeds
@@ -126,10 +125,10 @@ def _is_divisible(optimizer: Optimizer, parameters: Sequence[tuple[torch.Tensor,
     """
     try:
         with compat.without_dispatch_modes():
-            kinds = ask_kinds(optimizer, parameters, torch.device("cpu")) if parameters else {}
+            specs = state_specs(optimizer, parameters, torch.device("cpu")) if parameters else {}
     except Exception:
         return False
-    return all(kind.divisible for kind in kinds.values())
+    return all(spec.elementwise for spec in specs.values())
 
 
 def _asked(
@@ -202,12 +201,7 @@ def _small_step(
     Returns:
         State bytes of the first parameter, the unpaged part of them, peak of the temporaries, and bytes moved.
     """
-    clone = copy.copy(optimizer)
-    clone.__dict__.update(optimizer.__dict__)
-    # Schedulers wrap the method on the instance; the copy uses that of its class.
-    clone.__dict__.pop("step", None)
-    clone.state = defaultdict(dict)
-    clone.param_groups = [{**group, "params": parameters}]
+    clone = clone_of(optimizer, [{**group, "params": parameters}])
     _set_gradients(clone, parameters, parameters)
     peak, moved = _second_step(clone, None)
     return *_state_bytes(clone.state.get(parameters[0], {}), parameters[0].shape), peak, moved

@@ -88,7 +88,7 @@ class Reads:
             log.leave_block()
         for tensor in _with_gradients(output) if name not in self._refused else ():
             tensor.register_hook(lambda gradient: self._in_backward.add(name))  # type: ignore[no-untyped-call]
-            if tensor._base is not None:
+            if compat.view_base(tensor) is not None:
                 self._returned |= dict.fromkeys(storage_keys(tensor), name)
 
 

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_largescale import compat
 from lightning_largescale.workload.batch import map_tensors, tensors_in
 from lightning_largescale.workload.division_run import DivisionRun
+from lightning_largescale.workload.flops import FlopsOf
 from lightning_largescale.workload.parts import SEQUENCE, Part, as_part, sequence_in
-from lightning_largescale.workload.tracker import FlopsOf
 from lightning_largescale.workload.workload import Divided
 
 

@@ -60,6 +60,11 @@ def swap_tensors(
     A tensor in several places stays one tensor. Attributes that are, or contain, a parameter or buffer are replaced too
     (the flat weights of recurrent layers).
 
+    Args:
+        module: The module.
+        parameter: The function that makes the replacement of a parameter.
+        buffer: The function that makes the replacement of a buffer.
+
     Returns:
         The new tensors by the id of the old.
     """

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,16 +201,6 @@ def _safe_kernels(precision: str) -> Any:
     if MATMUL_TYPE[precision] == "bfloat16":
         return torch.backends.mkldnn.flags(enabled=False)
     return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Run what torch.compile wrapped as plain Python; nothing is wrapped unless `torch._dynamo` is imported."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def in_words(error: Exception) -> str:

@@ -28,7 +28,7 @@ from lightning_largescale.workload.metrics import forgive_metrics
 from lightning_largescale.workload.optimizer_needs import assumed_needs, optimizer_needs
 from lightning_largescale.workload.snapshot import Snapshot, has_script, swap_tensors
 from lightning_largescale.workload.stand_in import attach, optimizers_of
-from lightning_largescale.workload.steps import STAGES, Traced, TraceRequest, eager, in_words, run_step
+from lightning_largescale.workload.steps import STAGES, Traced, TraceRequest, in_words, run_step
 from lightning_largescale.workload.tracker import CannotTraceError
 from lightning_largescale.workload.workload import Divided, OptimizerNeeds, Parameter, Workload, only_blocks
 
@@ -205,7 +205,8 @@ class _Fakes:
 def _holding_fakes(request: TraceRequest) -> Iterator[tuple[_Fakes, list[torch.Tensor]]]:
     """Context in which the module holds fakes, which are yielded, and a stand-in trainer; new tensors are fakes too."""
     fakes = _Fakes(request.device_type)
-    with request.snapshot.untouched(), eager(), compat.silent_fakes():
+    # What torch.compile wrapped runs as plain Python.
+    with request.snapshot.untouched(), torch.compiler.set_stance("force_eager"), compat.silent_fakes():
         attach(request.module)
         new = swap_tensors(request.module, fakes.parameter, fakes.tensor)
         with fakes.mode:

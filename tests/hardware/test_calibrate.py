@@ -194,3 +194,15 @@ def test_a_real_cuda_device():
     assert rates.memory_bandwidth > 1e10
     assert rates.host_to_device.bandwidth > 1e8
     assert torch.cuda.memory_reserved() <= reserved + 2**22
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measures_within_the_memory_that_the_process_may_have():
+    machine = Hardware.detect(accelerator="cuda", ranks_per_node=1)
+    allowed, (_, total) = torch.cuda.memory_reserved() + 96 * 2**20, torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        assert machine.calibrate(seconds=0.3, matmul_sizes=SMALL).rates.memory_bandwidth > 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

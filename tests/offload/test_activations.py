@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.offload.activations import SMALL_BYTES, offload_activations
+from lightning_largescale.offload.direct import DirectFile
 from lightning_largescale.offload.saved import HostTier, Saved
-from lightning_largescale.offload.store import DirectFile, Store, StoreError
+from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.parallel.compile import compile_blocks
 from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.plan import Plan

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import release_free_memory
+from lightning_largescale.offload.direct import DirectFile
 from lightning_largescale.offload.mapped_memory import Memory, Region, _pin
-from lightning_largescale.offload.store import DirectFile, Store, StoreError, Transfer
+from lightning_largescale.offload.store import Store, StoreError, Transfer
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without O_DIRECT")

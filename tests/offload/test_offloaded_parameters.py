@@ -11,13 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_largescale import compat
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import PageBuffers
 from lightning_largescale.offload.mapped_memory import Region
 from lightning_largescale.offload.offloaded_parameters import SpilledParameters, bring_back
 from lightning_largescale.offload.paged_optimizer import PagedOptimizer
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.store import Store, StoreError
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*without O_DIRECT")]

@@ -30,7 +30,7 @@ from lightning_largescale.offload.buffers import Allowance
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import StoreError
-from lightning_largescale.optimizing import vectorized
+from lightning_largescale.optimizers.fused import vectorized
 from lightning_largescale.tiers import PAGE_BUFFERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without O_DIRECT")

@@ -7,13 +7,13 @@ from ranks import mesh_of, quiet
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lightning_largescale.dtensors import local_of
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware.usage import at_rest
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.buffers import Allowance, PageBuffers
 from lightning_largescale.offload.lanes import Lanes
 from lightning_largescale.offload.paged_state import PagedState, as_divided
-from lightning_largescale.offload.pages import local_of
 from lightning_largescale.offload.places import HostPlaces, Places
 from lightning_largescale.offload.store import Store
 
@@ -64,7 +64,7 @@ def test_beside_a_device_what_leaves_it_stays_in_dram_as_far_as_it_may(store):
     lanes = Lanes(torch.device("cpu"))
     made = state_of(BUILDERS["AdamW"](model()), store, 300_000, dram=Allowance(2 * SMALL_PAGE), lanes=lanes)
     # Parameters as a whole stay on the device, pages of others are in DRAM.
-    stay = [entry.local.numel() * 8 for entry in made.entries.values() if not entry.kind.dtypes]
+    stay = [entry.local.numel() * 8 for entry in made.entries.values() if not entry.spec.dtypes]
     assert sum(stay) <= 300_000 < sum(stay) + 300 * 150 * 8
     in_dram = [page for page in made.pages if made.crosses(page) and not made.moves(page)]
     assert sum(page.state_bytes for page in in_dram) <= 2 * SMALL_PAGE < sum(page.state_bytes for page in made.pages)
@@ -101,7 +101,7 @@ def test_what_is_read_is_what_was_written(store):
     output(module, 0).sum().backward()
     made = state_of(optimizer, store, buffers=buffers)
     for parameter, entry in made.entries.items():
-        optimizer.state[parameter] = {key: made.view(entry, key) for key in entry.kind.dtypes}
+        optimizer.state[parameter] = {key: made.view(entry, key) for key in entry.spec.dtypes}
     for value in (1, 2):
         for page in made.pages:
             buffer = buffers.take()
@@ -115,7 +115,7 @@ def test_what_is_read_is_what_was_written(store):
             buffers.give_back(buffer, made.write(page, buffer))
         buffers.drain()
         for entry in made.entries.values():
-            found = [made.view(entry, key).unique().tolist() for key in entry.kind.dtypes]
+            found = [made.view(entry, key).unique().tolist() for key in entry.spec.dtypes]
             assert found == ([[0.0], [1.0]] if value == 1 else [[0.0], [-1.0]])
 
 

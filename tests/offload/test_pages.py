@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_largescale.offload import pages
 from lightning_largescale.offload.pages import ParamEntry, bundles_of
-from lightning_largescale.pageable import Kind
+from lightning_largescale.optimizers.state_spec import StateSpec
 from lightning_largescale.tiers import ALIGNMENT_BYTES
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.uint8]
@@ -19,8 +19,10 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.uint8]
 def entries(draw):
     """Parameters of all sizes around what a page holds, in groups and blocks."""
     found = []
-    kinds = [
-        Kind(draw(st.booleans()), dict(zip("abc", draw(st.lists(st.sampled_from(DTYPES), max_size=3)), strict=False)))
+    specs = [
+        StateSpec(
+            draw(st.booleans()), dict(zip("abc", draw(st.lists(st.sampled_from(DTYPES), max_size=3)), strict=False))
+        )
         for _ in range(draw(st.integers(1, 3)))
     ]
     for _ in range(draw(st.integers(0, 12))):
@@ -32,8 +34,8 @@ def entries(draw):
             )
         )
         parameter = torch.empty(shape, dtype=draw(st.sampled_from(DTYPES[:3])))
-        kind, group, label = draw(st.sampled_from(kinds)), draw(st.integers(0, 1)), draw(st.sampled_from(["", "0"]))
-        found.append(ParamEntry(parameter, group, kind, label))
+        spec, group, label = draw(st.sampled_from(specs)), draw(st.integers(0, 1)), draw(st.sampled_from(["", "0"]))
+        found.append(ParamEntry(parameter, group, spec, label))
     return found
 
 
@@ -51,10 +53,10 @@ def test_every_element_is_in_one_page_of_its_kind(entries, page_bytes):
         for bundle in bundles:
             ours = bundle.entries
             assert len({(one.group, one.label, one.local.dtype, moved(one)) for one in ours}) == 1
-            assert len({(one.kind.divisible, *one.kind.dtypes.items()) for one in ours}) == 1
+            assert len({(one.spec.elementwise, *one.spec.dtypes.items()) for one in ours}) == 1
         found = {id(entry): [] for entry in entries}
         for bundle in bundles:
-            per_element = moved(bundle.entries[0]) + bundle.entries[0].kind.bytes_per_element
+            per_element = moved(bundle.entries[0]) + bundle.entries[0].spec.bytes_per_element
             cut = list(bundle.pages(moved(bundle.entries[0])))
             assert [page.start for page in cut[1:]] == [page.stop for page in cut[:-1]]
             for page in cut:
@@ -70,7 +72,7 @@ def test_every_element_is_in_one_page_of_its_kind(entries, page_bytes):
 
 def check_size(page, per_element, page_bytes):
     entries, keys = page.bundle.entries, len(page.bundle.dtypes)
-    if len(entries) == 1 and (not entries[0].kind.divisible or page.stop - page.start <= 4096):
+    if len(entries) == 1 and (not entries[0].spec.elementwise or page.stop - page.start <= 4096):
         return
     # What is rounded up: the elements of each parameter to 64, the state under each key to what a request takes.
     rounding = 64 * len(entries) * max(1, per_element) + keys * ALIGNMENT_BYTES
@@ -112,7 +114,7 @@ def test_the_state_of_each_parameter_has_bytes_of_its_own(entries):
 
 def test_parameters_without_state_that_are_elsewhere_make_no_large_page():
     count = 4 * pages.PAGE_BYTES // 4
-    found = [ParamEntry(torch.empty(count // 64, device="meta"), 0, Kind(True)) for _ in range(64)]
+    found = [ParamEntry(torch.empty(count // 64, device="meta"), 0, StateSpec(True)) for _ in range(64)]
     sizes = [sum(one.local.nbytes for one in bundle.entries) for bundle in bundles_of(found, lambda entry: 4)]
     assert max(sizes) <= pages.PAGE_BYTES
     assert len(sizes) == 4

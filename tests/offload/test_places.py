@@ -8,7 +8,7 @@ from lightning_largescale.offload import pages
 from lightning_largescale.offload.mapped_memory import Memory
 from lightning_largescale.offload.pages import ParamEntry, bundles_of
 from lightning_largescale.offload.places import Places, elements
-from lightning_largescale.pageable import Kind
+from lightning_largescale.optimizers.state_spec import StateSpec
 
 
 @pytest.mark.parametrize("page_bytes", [4096, 2**20])
@@ -16,7 +16,7 @@ def test_what_is_in_memory_is_viewed_there(page_bytes, monkeypatch):
     monkeypatch.setattr(pages, "PAGE_BYTES", page_bytes)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in ((100, 100), (3,), ())]
     parameters[0].grad = torch.randn(100, 100)
-    entries = [ParamEntry(one, 0, Kind(True, {"mean": torch.float32})) for one in parameters]
+    entries = [ParamEntry(one, 0, StateSpec(True, {"mean": torch.float32})) for one in parameters]
     places, memory = Places(), Memory(1)
     seen = 0
     for bundle in bundles_of(entries):

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from mounting import mounted_ext4, mounted_tmpfs
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.offload.store import DirectFile, Store, StoreError
+from lightning_largescale.offload.direct import DirectFile
+from lightning_largescale.offload.store import Store, StoreError
 from lightning_largescale.tiers import ALIGNMENT_BYTES, REQUEST_BYTES, REQUESTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without O_DIRECT")

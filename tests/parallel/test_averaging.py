@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.techniques.replicate.apply import Replicate
 
 pytestmark = quiet
 
@@ -356,7 +357,7 @@ def reduced_within(kind):
 
     class Watch(Callback):
         def on_before_backward(self, trainer, module, loss):
-            known = trainer.strategy._replica._known
+            (known,) = (one._replica._known for one in trainer.strategy._techniques if isinstance(one, Replicate))
             names = [name for name, parameter in module.named_parameters() if id(parameter) in known]
             found.append({name.removesuffix(".weight") for name in names if name.endswith("weight")})
 

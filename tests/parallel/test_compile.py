@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from models import Language, trainer
+from models import Block, Language, trainer
 from ranks import quiet
 from torch import nn
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
-from lightning_largescale.parallel.compile import compile_blocks
-from lightning_largescale.parallel.recompute import apply_recompute
+from lightning_largescale.parallel.compile import compile_blocks, traced_modules
+from lightning_largescale.parallel.recompute import apply_recompute, remove_recompute
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -93,6 +93,12 @@ def test_blocks_that_the_strategy_compiles(two, plan):
 def test_one_process_trains_as_uncompiled(checkpointing):
     plan = Plan(activation_checkpointing=checkpointing)
     assert fit(plan, 1, compile=EAGER, dropout=0.1) == pytest.approx(fit(plan, 1, dropout=0.1), rel=1e-6)
+
+
+def test_blocks_whose_activations_are_offloaded_too(tmp_path):
+    fields = dict.fromkeys(("offload_activations", "offload_parameters"), "nvme")
+    plan = Plan(nvme_path=str(tmp_path), **fields)
+    assert fit(plan, 1, compile=EAGER) == pytest.approx(fit(None, 1), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -196,3 +202,37 @@ def test_nothing_to_compile():
 def test_what_compile_takes():
     with pytest.raises(PlanError, match="compile='inductor' is not accepted; give True, False, or the arguments of"):
         LargeScaleStrategy(Plan(), compile="inductor")
+
+
+def outputs_of(block):
+    block.zero_grad()
+    x = torch.ones(2, 3, 16, requires_grad=True)
+    output = block(x).sum()
+    output.backward()
+    return [output.item(), x.grad.tolist()]
+
+
+@pytest.mark.parametrize("first", ["recompute", "compile"])
+def test_recompute_and_compile_are_undone_in_any_order(first):
+    torch.compiler.reset()
+    model = nn.Sequential(Block(), Block())
+    expected = outputs_of(model[0])
+    apply_recompute(model, Plan(activation_checkpointing="full"))
+    compile_blocks(model, EAGER)
+    undos = {"recompute": lambda: remove_recompute(model), "compile": compile_blocks(model, EAGER)}
+    assert outputs_of(model[0]) == expected
+    undos.pop(first)()
+    assert outputs_of(model[0]) == expected
+    for undo in undos.values():
+        undo()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not traced_modules(model)
+
+
+def test_a_compiled_block_that_another_technique_wraps_is_traced():
+    model = nn.Sequential(Block(), Block())
+    undo = compile_blocks(model, EAGER)
+    apply_recompute(model, Plan(activation_checkpointing="full"))
+    assert traced_modules(model) == {inner for block in model for inner in block.modules()}
+    undo()
+    assert not traced_modules(model)

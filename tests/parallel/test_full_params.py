@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_largescale import LargeScaleAutoStrategy, LargeScaleStrategy, Plan, PlanError
 from lightning_largescale.parallel.full_params import make_whole
-from lightning_largescale.parallel.gather import sharded_state
+from lightning_largescale.parallel.sharded import sharded_state
 
 pytestmark = quiet
 

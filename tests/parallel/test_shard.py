@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -17,15 +16,9 @@ from ranks import quiet
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
-from lightning_largescale.parallel.gather import sharded_state
-from lightning_largescale.parallel.mesh import build_mesh
-from lightning_largescale.parallel.shard import block_tiers, in_order, shard_module
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
-from lightning_largescale.tiers import group_tiers
-from lightning_largescale.workload.blocks import find_groups
 
 pytestmark = quiet
 
@@ -279,33 +272,3 @@ def test_a_model_of_a_thousand_ranks_on_meta(size):
     found = json.loads(line.removeprefix("FOUND "))
     assert found["gib"] < 8
     assert float(found["words"].split("%")[0]) >= 95
-
-
-def tiers_before_and_after(gather_type, fields):
-    """Of blocks that leave a device, as they are before they are divided and as their shards say."""
-    module = Language(layers=5, seed=0)
-    plan = Plan(dp_shard=2, offload_parameters="nvme", wrapped_modules=("embedding", "head"), **fields)
-    found = in_order(module, find_groups(module, plan.wrapped_modules))
-    before = block_tiers(module, plan, found, {}, gather_type)
-    every = block_tiers(module, dataclasses.replace(plan, resident_parameter_bytes=None), found, {}, gather_type)
-    shard_module(module, plan, build_mesh(plan, "cpu"), torch.device("cpu"), gather_type=gather_type)
-    groups = sharded_state(module).groups
-    sizes = {name: sum(data.nbytes for _, data in compat.shards_of(groups[name])) for name in every}
-    assert [*every] == [name for name in groups if name]
-    return before, group_tiers(plan, sizes), sizes
-
-
-@pytest.mark.parametrize("gather_type", [None, torch.bfloat16])
-def test_shards_go_to_the_tiers_that_were_chosen_for_them(two, gather_type):
-    for fields in ({}, {"cpu_parameter_bytes": 2**40}):
-        for before, after, _ in two.run(tiers_before_and_after, gather_type, fields):
-            assert before == after
-            assert set(before.values()) == {"cpu" if fields else "nvme"}
-    sizes = two.run(tiers_before_and_after, gather_type, {})[0][2]
-    last, other = [*sizes.values()][-1:-3:-1]
-    for stays in (last - 1, last, last + other - 1, last + other):
-        fields = {"resident_parameter_bytes": stays, "cpu_parameter_bytes": 2 * other}
-        for before, after, _ in two.run(tiers_before_and_after, gather_type, fields):
-            assert before == after
-            assert len(before) == len(sizes) - (stays >= last) - (stays >= last + other)
-            assert set(before.values()) == {"cpu", "nvme"}

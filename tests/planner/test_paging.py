@@ -29,7 +29,8 @@ def test_beside_a_cuda_device_pages_and_shards_wait_in_dram():
     found = sizes("cuda", **DISK)
     assert page_buffers(found) == 0
     assert parameters_in_flight(found, backward=False) == [0] * 5
-    assert mib(kept_elsewhere(found)["cpu"]) == 6 * 32 + 2 * 16
+    # Buffers of pages, and shards and gradients of two groups.
+    assert mib(kept_elsewhere(found)["cpu"]) == 6 * 32 + 2 * 16 + 2 * 16
     assert "page buffers" not in memory_of(found).terms
 
 

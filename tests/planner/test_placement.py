@@ -1,5 +1,7 @@
 """Which group, and which page of state, a plan keeps in which tier."""
 
+import dataclasses
+
 import pytest
 from planner.builders import MIB, hardware, mib, sizes, workload
 
@@ -78,9 +80,13 @@ def test_what_is_kept_where():
 
 def test_what_goes_to_a_disk_from_cuda_passes_through_dram():
     found = sizes("cuda", **DISK, offload_activations="nvme")
-    # Buffers of pages, the shards of two groups, what two blocks saved.
-    assert mib(found.staging_bytes) == 6 * 32 + 2 * 16 + 2 * 64
+    # Buffers of pages, shards and gradients of two groups, what two blocks saved, requests.
+    assert mib(found.staging_bytes) == 6 * 32 + 2 * 16 + 2 * 16 + 2 * 64 + 8 * 4
     assert kept_elsewhere(found)["cpu"] == found.staging_bytes
+    # One more of each that is fetched ahead; of four blocks the last one's activations stay.
+    ahead = sizes("cuda", **DISK, offload_activations="nvme", prefetched_blocks=2)
+    assert mib(ahead.staging_bytes - found.staging_bytes) == 16 + 64
+    assert mib(kept_elsewhere(ahead)["nvme"]) == 144 + 2 * 64 + 3 * 64
 
 
 def test_the_estimate_has_what_is_kept_elsewhere():
@@ -97,3 +103,19 @@ def test_dram_of_a_cpu_saves_nothing(field):
         return sum(size for name, size in terms.items() if name != "allocator")
 
     assert live(Plan(**{field: "cpu"})) >= live(Plan())
+
+
+def test_state_that_stays_in_dram_goes_through_no_buffer_of_a_page():
+    # Two of four bytes of a page are then parameters and gradients.
+    assert mib(sizes("cuda", offload_optimizer="cpu", host_optimizer_step=True).staging_bytes) == 6 * 16
+    assert mib(sizes("cuda", offload_optimizer="nvme", host_optimizer_step=True).staging_bytes) == 6 * 32
+    shards = sizes("cuda", offload_parameters="nvme", release_gradients=True)
+    # A third, all 64 MiB of it, and shards and gradients of two groups.
+    assert mib(shards.staging_bytes) == pytest.approx(64 + 2 * 16 + 2 * 16, abs=1)
+
+
+def test_torch_pins_each_tensor_in_a_power_of_two():
+    odd = tuple(dataclasses.replace(one, shape=(768, 1024), bytes=3 * MIB) for one in workload().parameters)
+    found = sizes("cuda", work=dataclasses.replace(workload(), parameters=odd), offload_parameters="cpu")
+    blocks = sum(one.block is not None for one in odd)
+    assert mib(kept_elsewhere(found)["cpu"]) == blocks * (4 + 4) + mib(found.placement.state["cpu"])

@@ -50,8 +50,8 @@ def test_amounts_become_fields():
 
 def test_parameters_go_to_dram_before_activations_and_these_before_state():
     work = workload(blocks=16, steps={"32-true": step(blocks=16, saved=8 * MIB)})
-    # Through DRAM pass 192 MiB of pages, two shards of 16 and what two blocks of 8 saved.
-    through = 192 + 2 * 16 + 2 * 8
+    # Through DRAM pass 192 MiB of pages, two shards of 16 and their gradients, what two blocks of 8 saved, requests.
+    through = 192 + 2 * 16 + 2 * 16 + 2 * 8 + 32
     # Sixteen groups with their gradients, 128 MiB saved, 528 MiB of state.
     plan = found(work=work, blocks=16, tiers={"cpu": (through + 512 + 128 + 40) * MIB, "nvme": GIB}).plan
     assert (plan.offload_parameters, plan.offload_activations, plan.offload_optimizer) == ("cpu", "cpu", "nvme")

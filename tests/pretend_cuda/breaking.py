@@ -215,21 +215,21 @@ BREAKS = (
     ),
     Break(
         "gradients are used before they came",
-        "compat/of_distributed.py",
+        "compat/fsdp_gather.py",
         "lambda: [event.synchronize() for event in events]",
         "lambda: None",
         "release",
     ),
     Break(
         "what is stepped on on another stream is gathered",
-        "offload/gradients.py",
+        "offload/gradient_arrivals.py",
         "            torch.cuda.current_stream().wait_stream(stream)\n",
         "",
         "release in part",
     ),
     Break(
         "gradients on the device are used on another stream",
-        "offload/gradients.py",
+        "offload/gradient_arrivals.py",
         "            with torch.cuda.stream(stream):\n",
         "            with torch.cuda.stream(torch.cuda.Stream()):\n",
         "release in part",
@@ -421,7 +421,7 @@ def _on_a_disk(*values: float) -> tuple[Any, list[Any]]:
     from lightning_largescale.offload.saved import DiskTier, Saved
     from lightning_largescale.offload.store import Store
 
-    tier = DiskTier(Store(Path.cwd()), torch.device("cuda", 0))
+    tier = DiskTier(Store(Path.cwd()), torch.device("cuda", 0), 1)
     made = [Saved("a block", torch.full((65536,), one, device="cuda").untyped_storage(), 0) for one in values]
     tier.settle(tier.send(made))
     return tier, made

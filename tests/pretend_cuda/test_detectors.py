@@ -31,7 +31,7 @@ OTHERS = {
     ("hardware/measure.py", "torch.cuda.synchronize(device)"): "what is timed, not what is computed",
     ("offload/saved.py", "event.synchronize()"): "how many buffers there are, not an order",
     ("parallel/replicate.py", "stream = torch.cuda.stream"): "which stream's pool the buckets are from, not an order",
-    ("compat/of_distributed.py", "root._device_handle.synchronize()"): "of torch versions without reset_iter_state",
+    ("compat/fsdp.py", "root._device_handle.synchronize()"): "of torch versions without reset_iter_state",
 }
 
 

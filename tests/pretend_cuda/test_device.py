@@ -94,6 +94,26 @@ def test_kernels_are_late(device):
     assert (raw(made), raw(changed)) == (3, 5)
 
 
+def test_layers_are_normalized_in_half_precision(device):
+    x, weight = torch.randn(4, 8, dtype=torch.bfloat16), torch.rand(8, dtype=torch.bfloat16)
+
+    def gradients(where):
+        inputs = [one.to(where).requires_grad_() for one in (x, weight)]
+        torch.nn.functional.layer_norm(inputs[0], (8,), inputs[1]).float().square().sum().backward()
+        return [one.grad.cpu() for one in inputs]
+
+    # They round at other places.
+    torch.testing.assert_close(gradients("cuda"), gradients("cpu"), rtol=2e-2, atol=5e-2)
+
+
+def test_pinned_memory_is_taken_in_powers_of_two(device):
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in (4096, 5000)]
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] - before == 4096 + 8192
+    del held
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == before
+
+
 def test_pageable_copies_are_at_once_and_told_of(device):
     source = torch.ones(LARGE)
     copied = source.to("cuda", non_blocking=True)

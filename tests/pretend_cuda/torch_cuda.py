@@ -100,7 +100,9 @@ def _exchange_device(one: int) -> int:
     return before
 
 
-_maybe_exchange_device = _exchange_device
+def _maybe_exchange_device(one: int) -> int:
+    # torch.compile tells the two apart.
+    return _exchange_device(one)
 
 
 class device:
@@ -265,6 +267,10 @@ memory_stats_as_nested_dict = memory_stats
 def host_memory_stats() -> dict[str, int]:
     now, peak = _device.pinned_bytes()
     return {"allocated_bytes.current": now, "allocated_bytes.peak": peak}
+
+
+def reset_peak_host_memory_stats() -> None:
+    _device.reset_pinned_peak()
 
 
 def reset_peak_memory_stats(one: Any = None) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_largescale.workload.kinds import why_whole
+from lightning_largescale.errors import PlanError
+from lightning_largescale.plan import Plan
+from lightning_largescale.workload.kinds import check_tensors, why_whole
 
 
 def module_of(**tensors):
@@ -80,3 +82,24 @@ def calls(tensors):
 @pytest.mark.parametrize("tensors", [rows, columns])
 def test_twice_as_many_are_twice_as_many_calls(tensors):
     assert calls(tensors(80)) < 2.5 * calls(tensors(40))
+
+
+NOT_DENSE = {
+    "jagged": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "a nested"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "sparse (torch.sparse_coo)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("fields", [{"offload_optimizer": "cpu"}, {"release_gradients": True}], ids=str)
+@pytest.mark.parametrize(("make", "words"), NOT_DENSE.values(), ids=NOT_DENSE)
+def test_state_is_paged_for_dense_parameters_only(make, words, fields):
+    module = nn.Module()
+    module.weight = nn.Parameter(make())
+    with pytest.raises(PlanError) as caught:
+        check_tensors(module, Plan(**fields))
+    assert words in str(caught.value)
+    assert "dense" in str(caught.value)
+    assert ("sparse" in str(caught.value)) == ("sparse" in words)
+    check_tensors(module, Plan())

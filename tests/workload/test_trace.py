@@ -11,7 +11,7 @@ from workload.families import FAMILIES, GPT, Pair, Reader, Recurrent, Sample, Wr
 
 from lightning_largescale.arithmetic import lightning_plugin
 from lightning_largescale.errors import PlanError
-from lightning_largescale.workload import Workload, tracker
+from lightning_largescale.workload import Workload
 
 # Where the real kernel keeps a normalisation's statistics in float32 and its fake in bfloat16: a few bytes a channel.
 NEARLY = {("convolutions", "bf16-mixed"), ("bert", "bf16-mixed")}
@@ -95,16 +95,6 @@ def test_attention_flops_are_counted_on_cpu():
     b, t, d, v = 4, 16, 32, 64
     matrices = 2 * b * t * (12 * d * d + d * v)
     assert plain.forward_flops == matrices + 2 * 2 * b * t * t * d
-
-
-@pytest.mark.parametrize("kernel", ["efficient_attention", "flash_attention", "flash_attention_for_cpu"])
-def test_attention_flops_of_heads_that_share_keys_and_values(kernel):
-    query, shared = torch.empty(2, 4, 8, 16, device="meta"), torch.empty(2, 1, 8, 16, device="meta")
-    forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
-    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward").default
-    product = 2 * 2 * 4 * 8 * 8 * 16
-    assert tracker._flops(forward, (query, shared, shared), {}, query) == 2 * product
-    assert tracker._flops(backward, (query, query, shared, shared), {}, (query, shared, shared)) == 5 * product
 
 
 def test_block_run_twice_appears_twice():

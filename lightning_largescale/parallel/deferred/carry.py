@@ -30,7 +30,7 @@ def carry_out(tape: Tape, steps: list[ReplayStep], *, keep: Keep | None = None) 
     Raises:
         DeferredError: an operation's result has another layout than on the meta device.
     """
-    run = _Run(tape, keep)
+    run = _Replay(tape, keep)
     settings = settings_now()
     steps.reverse()
     try:
@@ -65,7 +65,7 @@ def flat_leaves(tree: Any) -> list[Any]:
     return [tree]
 
 
-class _Run:
+class _Replay:
     def __init__(self, tape: Tape, keep: Keep | None) -> None:
         self._tape, self._keep = tape, keep
         self.course = Course(keep=keep is not None)

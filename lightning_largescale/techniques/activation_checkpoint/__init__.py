@@ -1,1 +1,1 @@
-"""Activation checkpointing: blocks recompute their forward in backward."""
+"""Activation checkpointing: blocks recompute their activations in backward."""

@@ -42,7 +42,7 @@ class ActivationCheckpointFields(PlanFields):
     def _in_use(self) -> bool:
         return self.activation_checkpointing != "none"
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_choice(self, "activation_checkpointing", ("none", "selective", "full"))
         check_choice(self, "checkpointed_operations", ("all", "cheap"))
         mode, blocks = self.activation_checkpointing, self.checkpointed_blocks

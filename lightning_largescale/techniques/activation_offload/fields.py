@@ -32,14 +32,14 @@ class ActivationOffloadFields(PlanFields):
 
     __slots__ = ()
     _heap = "mapped"
-    _last_resort = True
+    _last_resort = _to_tiers = True
     offload_activations: str | None = None
     offloaded_blocks: tuple[str, ...] | None = None
 
     def _in_use(self) -> bool:
         return self.offload_activations is not None
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_choice(self, "offload_activations", TIERS)
         blocks = self.offloaded_blocks
         if blocks is None:

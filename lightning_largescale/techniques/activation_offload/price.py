@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_largescale.planner.price import Fields, Moment, Price, Terms
 from lightning_largescale.planner.remedy import Assigned, Remedy, Removable, WorstMoment
+from lightning_largescale.tiers import REQUEST_BYTES, REQUESTS
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from lightning_largescale.planner.sizes import Sizes
     from lightning_largescale.workload import Workload
 
-# Blocks whose activations are in flight at once: out, while others compute; back, one ahead of its backward.
-_BLOCKS_OUT, _BLOCKS_BACK = 2, 1
+# Blocks whose activations are on their way out at once.
+_BLOCKS_OUT = 2
 
 
 class ActivationRemedy(Remedy):
@@ -51,7 +52,7 @@ class ActivationRemedy(Remedy):
 
     @override
     def most_staging(self, sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
-        return sum(sorted(sizes.saved_by(blocks), reverse=True)[:_BLOCKS_OUT])
+        return _staging(sizes, sizes.saved_by(blocks))
 
 
 class ActivationOffloadPrice(Price):
@@ -77,9 +78,7 @@ class ActivationOffloadPrice(Price):
 
     @override
     def staging(self, sizes: Sizes) -> int:
-        if sizes.placement.activations != "nvme":
-            return 0
-        return sum(sorted(map(sizes.leaving_of, sizes.step.segments), reverse=True)[:_BLOCKS_OUT])
+        return _staging(sizes, sizes.saved_elsewhere) if sizes.placement.activations == "nvme" else 0
 
 
 def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
@@ -88,7 +87,7 @@ def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
     Of two blocks on their way out, the first has left when the next block begins. On CUDA its memory is freed at once,
     so it adds only what exceeds the segment's rise to its peak.
     """
-    most = _BLOCKS_BACK if backward else _BLOCKS_OUT
+    most = sizes.plan.prefetched_blocks if backward else _BLOCKS_OUT
     last: list[int] = []
     found: list[int] = []
     for segment, leaving in zip(sizes.step.segments, sizes.leaving, strict=True):
@@ -98,3 +97,9 @@ def activations_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
         if segment.block is not None:
             last = [leaving, *last][:most]
     return found
+
+
+def _staging(sizes: Sizes, saved: Sequence[int]) -> int:
+    """Return the bytes in DRAM of activations on their way to a disk and back, of blocks that save `saved` bytes."""
+    back = sum(sorted(saved, reverse=True)[: sizes.plan.prefetched_blocks + 1])
+    return back + (REQUESTS * REQUEST_BYTES if back else 0)

@@ -1,1 +1,1 @@
-"""Compilation of blocks."""
+"""Compilation of every repeated block."""

@@ -1,1 +1,1 @@
-"""Sharding of parameters, gradients and optimizer state over ranks (FSDP2)."""
+"""Sharding of parameters, gradients and optimizer state over the data-parallel ranks (FSDP2)."""

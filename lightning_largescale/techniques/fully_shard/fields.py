@@ -44,7 +44,7 @@ class FullyShardFields(PlanFields):
     def _in_use(self) -> bool:
         return self.dp_shard > 1
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_count(self, "dp_shard", "devices")
         check_flag(self, "reshard_after_forward")
         return check_modules(self, "wrapped_modules")

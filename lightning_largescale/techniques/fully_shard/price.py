@@ -120,6 +120,11 @@ def shard_links(plan: Plan, hardware: Hardware, rates: Rates) -> tuple[Link | No
     A group inside a node has the node's own link, or that of all ranks if the node's was not measured. Groups that
     cross nodes communicate at the same time, and share the bandwidth that one group of all ranks would have.
 
+    Args:
+        plan: the plan.
+        hardware: the hardware.
+        rates: its rates.
+
     Source: torch.distributed.device_mesh (ranks in row-major order).
     """
     node, shards = hardware.ranks_per_node, plan.ranks_per_replica

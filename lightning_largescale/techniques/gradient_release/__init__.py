@@ -1,1 +1,1 @@
-"""Gradient release: blocks are updated during backward."""
+"""Updates of a block's parameters in backward, as soon as its gradients are complete."""

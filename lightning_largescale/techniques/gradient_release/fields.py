@@ -28,7 +28,7 @@ class GradientReleaseFields(PlanFields):
     def _in_use(self) -> bool:
         return self.release_gradients
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_flag(self, "release_gradients")
         return {}
 

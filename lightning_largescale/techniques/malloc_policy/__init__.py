@@ -1,1 +1,1 @@
-"""Treatment of heap fragmentation on the CPU."""
+"""The C heap of a training process whose device is the CPU."""

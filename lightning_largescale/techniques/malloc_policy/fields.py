@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_largescale.techniques.plan_fields import PlanFields, techniques_of
+from lightning_largescale.techniques.plan_fields import PlanFields, needed_heaps
 
 Heap = Literal["left", "trimmed", "watched", "mapped"]
 _MOST_FIRST: tuple[Heap, ...] = ("mapped", "watched", "trimmed")
@@ -26,5 +26,5 @@ class MallocPolicyFields(PlanFields):
 
         Source: parallel/heap.py, which gives the reasons.
         """
-        needed = {fields._heap for fields in techniques_of(type(self)) if fields._in_use(self)}
+        needed = needed_heaps(self)
         return next((heap for heap in _MOST_FIRST if heap in needed), "left")

@@ -1,1 +1,1 @@
-"""Optimizer state offloaded in pages, stepped on by the device or by the host."""
+"""Optimizer steps page by page, on state that is offloaded."""

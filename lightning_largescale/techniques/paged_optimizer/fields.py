@@ -36,7 +36,7 @@ class PagedOptimizerFields(PlanFields):
 
     __slots__ = ()
     _heap = "watched"
-    _last_resort = True
+    _last_resort = _to_tiers = True
     offload_optimizer: str | None = None
     host_optimizer_step: bool = False
     resident_optimizer_bytes: int | None = None
@@ -45,7 +45,7 @@ class PagedOptimizerFields(PlanFields):
     def _in_use(self) -> bool:
         return self.offload_optimizer is not None
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_choice(self, "offload_optimizer", TIERS)
         check_flag(self, "host_optimizer_step")
         return as_bytes(self, "resident_optimizer_bytes", "cpu_optimizer_bytes")

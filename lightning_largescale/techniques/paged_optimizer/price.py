@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from lightning_largescale.planner.paging import largest_page, moved_in_step, page_buffers, temporaries
+from lightning_largescale.planner.paging import largest_page, page_buffers, temporaries
 from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages, whole_pages
 from lightning_largescale.planner.price import Fields, Moment, Price, Terms
 from lightning_largescale.planner.remedy import Assigned, Remedy, Removable, WorstMoment
-from lightning_largescale.tiers import PAGE_BUFFERS, page_buffer_bytes
+from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES, aligned
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan
@@ -100,9 +100,26 @@ class PagedOptimizerPrice(Price):
 
     @override
     def staging(self, sizes: Sizes) -> int:
-        moved = moved_in_step(sizes)
-        paged = sum(moved.values()) if sizes.host_steps else moved.get("nvme", 0)
-        return page_buffer_bytes(paged, largest_page(sizes))
+        return _page_staging(sizes)
+
+
+def _page_staging(sizes: Sizes) -> int:
+    """Return the bytes of the page buffers in DRAM for state on a disk, and for parameters that the CPU steps on.
+
+    State that stays in DRAM goes through no buffer.
+    """
+    if sizes.workload.stage != "fit":
+        return 0
+    place = sizes.placement
+    on_disk = [name for name, tier in place.groups.items() if tier == "nvme"]
+    copied = [name for name in sizes.stepped if sizes.host_steps and name not in place.groups]
+    beside = sum(sizes.gradient(name, whole=False) for name in on_disk) * (1 if sizes.releases else 2)
+    beside += 2 * sum(sizes.stepped[name][1] for name in copied)
+    state, page = place.state.get("nvme", 0), largest_page(sizes)
+    if not state:
+        page = page * beside // max(1, beside + sum(map(sizes.state, [*on_disk, *copied])))
+    total = aligned(state + beside)
+    return min(PAGE_BUFFERS, -(-total // min(page, PAGE_BYTES))) * min(page, total) if total else 0
 
 
 def _state_tiers(sizes: Sizes) -> dict[str, int]:

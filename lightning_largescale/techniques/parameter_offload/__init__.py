@@ -1,1 +1,1 @@
-"""Offload of the parameters of blocks while the blocks do not compute."""
+"""Offload of the parameters and gradients of blocks."""

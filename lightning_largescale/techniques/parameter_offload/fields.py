@@ -41,7 +41,7 @@ class ParameterOffloadFields(PlanFields):
 
     __slots__ = ()
     _heap = "mapped"
-    _last_resort = True
+    _last_resort = _to_tiers = True
     offload_parameters: str | None = None
     nvme_path: str | None = None
     resident_parameter_bytes: int | None = None
@@ -51,7 +51,7 @@ class ParameterOffloadFields(PlanFields):
     def _in_use(self) -> bool:
         return self.offload_parameters is not None
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_choice(self, "offload_parameters", TIERS)
         check_count(self, "prefetched_blocks", "blocks")
         changed = as_bytes(self, "resident_parameter_bytes", "cpu_parameter_bytes")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
+from lightning_largescale.planner.placement import gradient_staging
 from lightning_largescale.planner.price import Fields, Moment, Price, Terms
 from lightning_largescale.planner.remedy import UNLIMITED, Assigned, Remedy, Removable, WorstMoment
 from lightning_largescale.tiers import group_tiers
@@ -70,7 +71,7 @@ class ParameterRemedy(Remedy):
 
     @override
     def most_staging(self, sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
-        return (sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, groups), default=0)
+        return _shard_staging(sizes, groups) + gradient_staging(sizes, groups)
 
 
 class ParameterOffloadPrice(Price):
@@ -94,9 +95,9 @@ class ParameterOffloadPrice(Price):
 
     @override
     def staging(self, sizes: Sizes) -> int:
-        # Every buffer has the size of the largest shard.
-        shards = [sizes.shard(name) for name, tier in sizes.placement.groups.items() if tier == "nvme"]
-        return (sizes.plan.prefetched_blocks + 1) * max(shards, default=0)
+        groups = sizes.placement.groups
+        on_disk = [name for name, tier in groups.items() if tier == "nvme"]
+        return _shard_staging(sizes, on_disk) + gradient_staging(sizes, groups if sizes.releases else on_disk)
 
 
 def parameters_in_flight(sizes: Sizes, *, backward: bool) -> list[int]:
@@ -127,3 +128,8 @@ def _copied_alone(sizes: Sizes, index: int, *, backward: bool) -> int:
     if backward:
         rise = segment.backward_peak_bytes - segment.backward_entry_bytes + sizes.own_gradient(index)
     return max(0, sizes.shard(block) - max(0, rise))
+
+
+def _shard_staging(sizes: Sizes, on_disk: Sequence[str]) -> int:
+    """Return the bytes of the buffers in DRAM for shards of the groups `on_disk`, each as large as the largest."""
+    return min(len(on_disk), sizes.plan.prefetched_blocks + 1) * max(map(sizes.shard, on_disk), default=0)

@@ -45,7 +45,7 @@ class PrecisionFields(PlanFields):
         """Return whether a gradient scaler, which needs all gradients at once, is on the device."""
         return self.precision == "16-mixed"
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_choice(self, "precision", tuple(MATMUL_TYPE))
         return {}
 

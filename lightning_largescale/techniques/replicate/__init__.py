@@ -1,1 +1,1 @@
-"""Data parallelism over replicas of the full model."""
+"""Replication: the full module on every rank, gradients averaged (DDP)."""

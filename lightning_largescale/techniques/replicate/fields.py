@@ -23,7 +23,7 @@ class ReplicateFields(PlanFields):
     def _in_use(self) -> bool:
         return self.dp_replicate > 1
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_count(self, "dp_replicate", "devices")
         return {}
 

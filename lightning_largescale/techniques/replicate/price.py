@@ -65,6 +65,11 @@ def replica_link(plan: Plan, hardware: Hardware, rates: Rates) -> Link | None:
 
     Groups that cross nodes communicate at the same time, and share the bandwidth that one group of all ranks would
     have.
+
+    Args:
+        plan: the plan.
+        hardware: the hardware.
+        rates: its rates.
     """
     if hardware.nodes == 1:
         return rates.all_reduce

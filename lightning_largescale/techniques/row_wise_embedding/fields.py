@@ -20,7 +20,7 @@ class RowWiseEmbeddingFields(PlanFields):
     __slots__ = ()
     row_sharded_embeddings: tuple[str, ...] = ()
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         return check_modules(self, "row_sharded_embeddings")
 
     def _check_combination(self) -> None:

@@ -1,1 +1,1 @@
-"""Tensor parallelism: matrices of blocks sharded over the ranks of a node."""
+"""Tensor parallelism: matrices of blocks sharded over ranks that compute the same samples."""

@@ -31,7 +31,7 @@ class TensorParallelFields(PlanFields):
     def _in_use(self) -> bool:
         return self.tp > 1
 
-    def _check(self) -> Mapping[str, object]:
+    def _check_values(self) -> Mapping[str, object]:
         check_count(self, "tp", "devices")
         check_flag(self, "sequence_parallel")
         return {}

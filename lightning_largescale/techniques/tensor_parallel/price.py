@@ -167,7 +167,13 @@ def tensor_seconds(sizes: Sizes, link: Link | None) -> float:
 
 
 def tensor_link(tp: int, hardware: Hardware, rates: Rates) -> Link | None:
-    """Return the link of the innermost axis of the mesh, on consecutive ranks."""
+    """Return the link of the innermost axis of the mesh, on consecutive ranks.
+
+    Args:
+        tp: the size of the axis.
+        hardware: the hardware.
+        rates: its rates.
+    """
     node = hardware.ranks_per_node
     if hardware.nodes == 1:
         return rates.all_reduce

@@ -15,7 +15,7 @@ from lightning_largescale.workload.parts.part import cut, part_of
 
 def rules() -> dict[Callable[..., Any], Rule]:
     """Return the rules by function."""
-    return {torch.Tensor.register_hook: _register_hook, torch.Tensor._base.__get__: _base}  # type: ignore[union-attr]
+    return {torch.Tensor.register_hook: _register_hook, compat.view_base_getter(): _view_base}
 
 
 def _register_hook(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -33,6 +33,6 @@ def _register_hook(engine: OnParts, func: Callable[..., Any], args: Sequence[Any
     return func(tensor, on_whole)
 
 
-# FSDP2 reads `_base` to warn of outputs that are views.
-def _base(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+# FSDP2 reads it to warn of outputs that are views.
+def _view_base(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return func(*args)

@@ -58,7 +58,12 @@ def as_part(local: Tensor, part: Part) -> Tensor:
 
 
 def share(size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Return start and length of the shard of `rank` of `ranks` in `size` elements; uneven shards are larger first.
+    """Return start and length of one rank's shard of a dimension; of uneven shards the larger are first.
+
+    Args:
+        size: The number of elements in the dimension.
+        rank: The number of the rank.
+        ranks: The number of ranks.
 
     Source: torch.distributed.tensor.Shard, which shards as `torch.chunk` does.
     """
@@ -68,7 +73,14 @@ def share(size: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def cut(whole: Tensor, part: Part, rank: int, ranks: int) -> Tensor:
-    """Return the shard of `whole` on `rank` of `ranks`; a view if `part` has one section."""
+    """Return one rank's shard of a tensor; a view if `part` has one section.
+
+    Args:
+        whole: The unsharded tensor.
+        part: The sharding.
+        rank: The number of the rank.
+        ranks: The number of ranks.
+    """
     starts = itertools.accumulate(part.pieces[:-1], initial=0)
     shares = [(start, *share(size, rank, ranks)) for start, size in zip(starts, part.pieces, strict=True)]
     stretches = [whole.narrow(part.dim, start + offset, length) for start, offset, length in shares]

@@ -89,7 +89,13 @@ def _pointwise(engine: OnParts, func: Callable[..., Any], args: Sequence[Any], k
 
 
 def fitted(engine: OnParts, tensor: Tensor, part: Part, from_last: int) -> Tensor:
-    """Return `tensor`, sharded to match a tensor that is sharded as `part` in the dimension `from_last` of both.
+    """Return a tensor, sharded to match another operand of the same function.
+
+    Args:
+        engine: The engine that runs the function.
+        tensor: The tensor, which broadcasts with the other operand.
+        part: The sharding of the other operand.
+        from_last: The sharded dimension, counted from the last: -1 is the last one.
 
     Raises:
         TypeError: `tensor` is sharded otherwise.

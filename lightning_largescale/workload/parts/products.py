@@ -34,7 +34,13 @@ def rules() -> dict[Callable[..., Any], Rule]:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """The arguments of `torch.nn.functional.linear`, which has no signature."""
+    """Signature of `torch.nn.functional.linear`, which has none that `inspect` can read.
+
+    Args:
+        input: The input.
+        weight: The matrix.
+        bias: The bias; None if there is none.
+    """
 
 
 LINEAR = inspect.signature(linear)

@@ -149,6 +149,7 @@ void unpin(uintptr_t address, bool by_hand);
 bool is_pinned(const void* data);
 // Now and at most.
 std::pair<int64_t, int64_t> pinned_bytes();
+void reset_pinned_peak();
 
 // --- guard, generators, hooks (guard.cpp)
 

@@ -190,7 +190,17 @@ class Call {
     }
     for (auto& [own, other] : stand_ins)
       if (own.sizes() != other.sizes() || own.strides() != other.strides()) return std::nullopt;
+    if (schema_.name() == "aten::native_batch_norm") take_types_of_cpu(stack);
     return stack;
+  }
+
+  // CUDA's statistics are float32, and so are those without data; the CPU's are of the input's type, unless a parameter
+  // has another. Layer normalization is made of this operator here.
+  void take_types_of_cpu(Stack& results) const {
+    auto type = (*stack_)[first_].toTensor().scalar_type();
+    for (size_t i = first_ + 1; i < first_ + 5; i++)
+      if (auto& value = (*stack_)[i]; value.isTensor() && value.toTensor().defined() && value.toTensor().scalar_type() != type) return;
+    for (size_t i = 1; i < 3; i++) results[i] = results[i].toTensor().to(type);
   }
 
   bool is_own(const at::Tensor& t) const {

@@ -70,6 +70,7 @@ void add_memory(py::module_& m) {
   m.def("pin", [](uintptr_t address, size_t nbytes) { pin(address, nbytes, true); });
   m.def("unpin", [](uintptr_t address) { unpin(address, true); });
   m.def("pinned_bytes", &pinned_bytes);
+  m.def("reset_pinned_peak", &reset_pinned_peak);
   m.def("resize_storage", [](const at::Tensor& holder, size_t nbytes) {
     resize_storage(holder.storage().unsafeGetStorageImpl(), nbytes);
   });

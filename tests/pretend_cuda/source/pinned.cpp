@@ -2,6 +2,7 @@
 #include "device.h"
 
 #include <ATen/core/CachingHostAllocator.h>
+#include <c10/util/llvmMathExtras.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -29,13 +30,15 @@ void free_pinned(void* address) {
   ::free(address);
 }
 
+// As torch's own takes it, so that it is found again for others: ATen/core/CachingHostAllocator.h.
 struct PinnedAllocator final : at::HostAllocator {
   c10::DataPtr allocate(size_t nbytes) override {
     if (!nbytes) return {nullptr, nullptr, &free_pinned, c10::kCPU};
-    auto address = ::aligned_alloc(kPage, (nbytes + kPage - 1) / kPage * kPage);
+    auto taken = c10::llvm::PowerOf2Ceil(nbytes);
+    auto address = ::aligned_alloc(kPage, std::max(kPage, taken));
     TORCH_CHECK(address, "this machine has no memory to pin");
     ::memset(address, kPoison, nbytes);
-    pin(reinterpret_cast<uintptr_t>(address), nbytes, false);
+    pin(reinterpret_cast<uintptr_t>(address), taken, false);
     return {address, address, &free_pinned, c10::kCPU};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free_pinned; }
@@ -101,6 +104,11 @@ bool is_pinned(const void* data) {
 std::pair<int64_t, int64_t> pinned_bytes() {
   Lock lock;
   return {pinned().now, pinned().peak};
+}
+
+void reset_pinned_peak() {
+  Lock lock;
+  pinned().peak = pinned().now;
 }
 
 }  // namespace pretend

@@ -78,6 +78,9 @@ void submit(int key, std::function<void()> task) {
 
 void flush(int key, uint64_t upto) {
   auto& stream = streams()[key];
+  // What traces while the work is done, as torch.compile, does not see it.
+  c10::impl::ExcludeDispatchKeyGuard no_modes(c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::PreDispatch, c10::DispatchKey::PythonTLSSnapshot}));
   while (!stream.tasks.empty() && stream.done < upto) {
     auto task = std::move(stream.tasks.front());
     stream.tasks.pop_front();

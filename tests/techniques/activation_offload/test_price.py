@@ -10,6 +10,8 @@ def test_saved_bytes_of_two_blocks_are_on_their_way_out_and_of_one_back():
     assert [*map(mib, activations_in_flight(found, backward=False))] == [0, 64, 128, 128, 128]
     assert [*map(mib, activations_in_flight(found, backward=True))] == [0, 64, 64, 64, 64]
     assert [*map(mib, found.dropped)] == [0, 64, 128, 192, 256]
+    ahead = sizes(offload_activations="nvme", prefetched_blocks=2)
+    assert [*map(mib, activations_in_flight(ahead, backward=True))] == [0, 64, 128, 128, 128]
     again = sizes(offload_activations="nvme", activation_checkpointing="full", offloaded_blocks=("blocks.0",))
     assert [*map(mib, activations_in_flight(again, backward=False))] == [0, 8, 8, 0, 0]
     assert [*map(mib, again.dropped)] == [0, 64, 64 + 56, 64 + 2 * 56, 64 + 3 * 56]

@@ -1,6 +1,6 @@
 """Optimizer state in pages: who may step on it."""
 
-from lightning_largescale.optimizing import FUSED
+from lightning_largescale.optimizers.fused import FUSED
 from lightning_largescale.techniques.paged_optimizer.price import FUSED_NAMES
 
 

@@ -1,0 +1,1 @@
+"""The signal by which a cluster requeues the job."""

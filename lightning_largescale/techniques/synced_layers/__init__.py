@@ -1,0 +1,1 @@
+"""Batch norms whose statistics are of all ranks."""
