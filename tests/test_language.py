@@ -22,35 +22,18 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 UNEXPLAINED = {
     "Point",
     "Sizes",
-    "adapt",
-    "all_gather_tensor",
     "all_reduce_seconds",
     "apply_styles",
-    "argument",
-    "around_gathers",
-    "around_sharding",
     "beside_transfers",
     "buffer_bytes",
-    "hook_nearest",
-    "init_process_group",
-    "keep_loaders",
     "make_again",
     "map_arguments",
     "memory_of",
     "moments_bytes",
-    "note_read",
-    "place_shard",
     "reduce_scatter_seconds",
-    "reduce_scatter_tensor",
-    "reduce_tensor",
-    "set_gradient",
     "sparse_rows",
-    "step_on_parts",
-    "tensor_without_values",
     "time_of",
     "transfers",
-    "watch",
-    "when_gathered",
     "would_fit",
 }
 
@@ -63,10 +46,6 @@ def relative_summaries(tree: ast.AST) -> list[str]:
         if text and RELATIVE.match(text):
             found.append(f"{getattr(node, 'lineno', 1)}: {text.splitlines()[0]}")
     return found
-
-
-# Modules whose docstrings are still to be reworded; the list only shrinks.
-STILL = {}
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:
