@@ -9,7 +9,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lightning_largescale import compat
 
 
-@pytest.mark.parametrize("forget", [compat.forget_cached_meshes, partial(compat.forget_cached_meshes_of_backward, "cpu")])
+@pytest.mark.parametrize(
+    "forget", [compat.forget_cached_meshes, partial(compat.forget_cached_meshes_of_backward, "cpu")]
+)
 def test_forget_cached_meshes(forget):
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     one, other = (init_device_mesh("cpu", (1,), mesh_dim_names=("x",)) for _ in range(2))
