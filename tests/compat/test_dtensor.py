@@ -8,7 +8,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_largescale import compat
 
-
 CLEARS = {"x": compat.forget_cached_meshes, "y": partial(compat.forget_cached_meshes_of_backward, "cpu")}
 
 
