@@ -37,6 +37,7 @@ from lightning_largescale.parallel.embedding import make_tables_whole, whole_tab
 from lightning_largescale.parallel.full_params import make_whole, whole_parameters
 from lightning_largescale.parallel.mesh import warn_of_distance
 from lightning_largescale.parallel.sharded import meet, reshard, sharded_state
+from lightning_largescale.parallel.uneven import equal_batches
 from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision, plugin_for
 from lightning_largescale.processes import Processes, check_accelerator
@@ -463,8 +464,13 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Return the loader that the techniques make of `dataloader`."""
-        return self._techniques.chain(Technique.dataloader, value=dataloader)
+        """Return the loader that the techniques make of `dataloader`, equally long on all ranks in training.
+
+        Lightning calls this before setup if the module asks for `estimated_stepping_batches` in its own `setup`.
+        """
+        loader = self._techniques.chain(Technique.dataloader, value=dataloader)
+        equal = self.is_distributed and self._module().trainer.training
+        return equal_batches(loader, self.root_device) if equal else loader
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
