@@ -443,7 +443,7 @@ class LargeScaleStrategy(ParallelStrategy):
         self._values.close()
         self._techniques.each_reversed(Technique.close)
         self._techniques, self._run = Techniques(), None
-        self._checkpoints.keeps_on_disk = False
+        self._checkpoints.close()
         self.precision_plugin.teardown()
         self._exits.close()
         module = self.lightning_module

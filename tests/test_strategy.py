@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 import os
+import pickle
 import warnings
+import weakref
 from functools import cache
 from unittest import mock
 
@@ -389,6 +392,21 @@ def test_ranks_as_forks_hand_the_trained_weights_back(monkeypatch):
     assert run.strategy.plan == Plan(dp_shard=2)
     for name, parameter in start.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=2e-3)
+
+
+class Watched(Language):
+    def on_train_start(self):
+        self.run = weakref.ref(self.trainer.strategy._run)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(offload_optimizer="cpu")])
+def test_teardown_keeps_nothing_of_the_run(plan):
+    """It has the buffers of pages, and cannot be pickled."""
+    module, run = Watched(), trainer(LargeScaleStrategy(plan), max_steps=2)
+    run.fit(module)
+    gc.collect()
+    assert vars(module).pop("run")() is None
+    pickle.dumps(run.strategy)
 
 
 def test_a_plain_run_has_lightnings_own_backward():
