@@ -26,6 +26,7 @@ from typing_extensions import override
 from lightning_largescale import comm, compat
 from lightning_largescale.callbacks import callbacks_of, check_callbacks
 from lightning_largescale.checkpoint import warn_of_left_out
+from lightning_largescale.checkpoint.directory import replacing_directory
 from lightning_largescale.checkpoint.session import ModuleCheckpoints
 from lightning_largescale.checkpoint.weights import Weights, check_weights
 from lightning_largescale.hardware import Hardware
@@ -690,7 +691,8 @@ class LargeScaleStrategy(ParallelStrategy):
         """Write a checkpoint: a directory to which each rank writes its shards, or a file; a collective."""
         file = self._checkpoints.save(checkpoint, filepath, storage_options)
         if file is not None:
-            super().save_checkpoint(file, filepath, storage_options)
+            with replacing_directory(filepath) if self.is_global_zero else contextlib.nullcontext():
+                super().save_checkpoint(file, filepath, storage_options)
 
     def _module(self) -> LightningModule:
         if self.lightning_module is None:
