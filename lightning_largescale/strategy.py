@@ -442,11 +442,12 @@ class LargeScaleStrategy(ParallelStrategy):
     def teardown(self) -> None:
         """Restore the module except for its weights; a sharded module stays sharded, on its device."""
         self._values.close()
-        self._techniques.each_reversed(Technique.close)
-        self._techniques, self._run = Techniques(), None
         self._checkpoints.close()
-        self.precision_plugin.teardown()
-        self._exits.close()
+        techniques, self._techniques, self._run = self._techniques, Techniques(), None
+        # Also after a technique that fails to close: Lightning calls this once more then.
+        with self._exits:
+            techniques.each_reversed(Technique.close)
+            self.precision_plugin.teardown()
         module = self.lightning_module
         # A failed setup may leave a module on the meta device, which nothing can be moved from.
         whole = module is None or not (sharded_state(module) or any(one.is_meta for one in module.parameters()))

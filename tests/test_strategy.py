@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
+from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.techniques.activation_checkpoint.recompute import recomputes
 
 pytestmark = quiet
 
@@ -407,6 +409,36 @@ def test_teardown_keeps_nothing_of_the_run(plan):
     gc.collect()
     assert vars(module).pop("run")() is None
     pickle.dumps(run.strategy)
+
+
+def test_teardown_goes_on_after_what_fails_to_close():
+    plan = Plan(offload_parameters="cpu", activation_checkpointing="full")
+    module, run = Language(), trainer(LargeScaleStrategy(plan), max_steps=2)
+    with (
+        mock.patch.object(PagedOptimizer, "undo", side_effect=OSError("the disk is gone")),
+        pytest.raises(OSError, match="the disk is gone"),
+    ):
+        run.fit(module)
+    assert not torch.distributed.is_initialized()
+    assert not recomputes(module)
+    assert "profile" not in vars(run.profiler)
+    assert {type(parameter) for parameter in module.parameters()} == {nn.Parameter}
+
+
+class ToDevice(LargeScaleStrategy):
+    """Moves the module by its own means."""
+
+    moved = 0
+
+    def model_to_device(self):
+        self.moved += 1
+        super().model_to_device()
+
+
+def test_a_strategy_may_move_the_module_by_its_own_means():
+    run = trainer(ToDevice(Plan()), max_steps=1)
+    run.fit(Language())
+    assert run.strategy.moved == 1
 
 
 def test_a_plain_run_has_lightnings_own_backward():
