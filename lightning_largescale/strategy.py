@@ -26,6 +26,7 @@ from typing_extensions import override
 from lightning_largescale import comm, compat
 from lightning_largescale.callbacks import callbacks_of, check_callbacks
 from lightning_largescale.checkpoint import warn_of_left_out
+from lightning_largescale.checkpoint.directory import replacing_directory
 from lightning_largescale.checkpoint.session import ModuleCheckpoints
 from lightning_largescale.checkpoint.weights import Weights, check_weights
 from lightning_largescale.hardware import Hardware
@@ -37,6 +38,7 @@ from lightning_largescale.parallel.embedding import make_tables_whole, whole_tab
 from lightning_largescale.parallel.full_params import make_whole, whole_parameters
 from lightning_largescale.parallel.mesh import warn_of_distance
 from lightning_largescale.parallel.sharded import meet, reshard, sharded_state
+from lightning_largescale.parallel.uneven import equal_batches
 from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision, is_own, plugin_for
 from lightning_largescale.processes import Processes, check_accelerator
@@ -440,11 +442,12 @@ class LargeScaleStrategy(ParallelStrategy):
     def teardown(self) -> None:
         """Restore the module except for its weights; a sharded module stays sharded, on its device."""
         self._values.close()
-        self._techniques.each_reversed(Technique.close)
-        self._techniques, self._run = Techniques(), None
         self._checkpoints.close()
-        self.precision_plugin.teardown()
-        self._exits.close()
+        techniques, self._techniques, self._run = self._techniques, Techniques(), None
+        # Also after a technique that fails to close: Lightning calls this once more then.
+        with self._exits:
+            techniques.each_reversed(Technique.close)
+            self.precision_plugin.teardown()
         module = self.lightning_module
         # A failed setup may leave a module on the meta device, which nothing can be moved from.
         whole = module is None or not (sharded_state(module) or any(one.is_meta for one in module.parameters()))
@@ -463,8 +466,13 @@ class LargeScaleStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Return the loader that the techniques make of `dataloader`."""
-        return self._techniques.chain(Technique.dataloader, value=dataloader)
+        """Return the loader that the techniques make of `dataloader`, equally long on all ranks in training.
+
+        Lightning calls this before setup if the module asks for `estimated_stepping_batches` in its own `setup`.
+        """
+        loader = self._techniques.chain(Technique.dataloader, value=dataloader)
+        equal = self.is_distributed and self._module().trainer.training
+        return equal_batches(loader, self.root_device) if equal else loader
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -686,7 +694,8 @@ class LargeScaleStrategy(ParallelStrategy):
         """Write a checkpoint: a directory to which each rank writes its shards, or a file; a collective."""
         file = self._checkpoints.save(checkpoint, filepath, storage_options)
         if file is not None:
-            super().save_checkpoint(file, filepath, storage_options)
+            with replacing_directory(filepath) if self.is_global_zero else contextlib.nullcontext():
+                super().save_checkpoint(file, filepath, storage_options)
 
     def _module(self) -> LightningModule:
         if self.lightning_module is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 import os
+import pickle
 import warnings
+import weakref
 from functools import cache
 from unittest import mock
 
@@ -21,8 +24,10 @@ from torch.utils.data import DataLoader
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
+from lightning_largescale.offload.paged_optimizer import PagedOptimizer
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.techniques.activation_checkpoint.recompute import recomputes
 
 pytestmark = quiet
 
@@ -389,6 +394,51 @@ def test_ranks_as_forks_hand_the_trained_weights_back(monkeypatch):
     assert run.strategy.plan == Plan(dp_shard=2)
     for name, parameter in start.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=2e-3)
+
+
+class Watched(Language):
+    def on_train_start(self):
+        self.run = weakref.ref(self.trainer.strategy._run)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(offload_optimizer="cpu")])
+def test_teardown_keeps_nothing_of_the_run(plan):
+    """It has the buffers of pages, and cannot be pickled."""
+    module, run = Watched(), trainer(LargeScaleStrategy(plan), max_steps=2)
+    run.fit(module)
+    gc.collect()
+    assert vars(module).pop("run")() is None
+    pickle.dumps(run.strategy)
+
+
+def test_teardown_goes_on_after_what_fails_to_close():
+    plan = Plan(offload_parameters="cpu", activation_checkpointing="full")
+    module, run = Language(), trainer(LargeScaleStrategy(plan), max_steps=2)
+    with (
+        mock.patch.object(PagedOptimizer, "undo", side_effect=OSError("the disk is gone")),
+        pytest.raises(OSError, match="the disk is gone"),
+    ):
+        run.fit(module)
+    assert not torch.distributed.is_initialized()
+    assert not recomputes(module)
+    assert "profile" not in vars(run.profiler)
+    assert {type(parameter) for parameter in module.parameters()} == {nn.Parameter}
+
+
+class ToDevice(LargeScaleStrategy):
+    """Moves the module by its own means."""
+
+    moved = 0
+
+    def model_to_device(self):
+        self.moved += 1
+        super().model_to_device()
+
+
+def test_a_strategy_may_move_the_module_by_its_own_means():
+    run = trainer(ToDevice(Plan()), max_steps=1)
+    run.fit(Language())
+    assert run.strategy.moved == 1
 
 
 def test_a_plain_run_has_lightnings_own_backward():

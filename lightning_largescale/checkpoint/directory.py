@@ -9,6 +9,7 @@ Source: torch.distributed.checkpoint; lightning.pytorch.strategies.ModelParallel
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import shutil
@@ -93,8 +94,7 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, optimizers: Seq
     states: dict[str, Any] = {_STATE: checkpoint.get(_STATE, {})}
     states |= {f"{_OPTIMIZER}{index}": state for index, state in enumerate(checkpoint.get(_OPTIMIZERS, ()))}
     rest[EXTRA] = {_STATES: _named(states, ()), OPTIMIZERS: [*map(list, optimizers)]}
-    # Callbacks find checkpoints by parts of their names, which these names must not contain.
-    unfinished, replaced = (path.with_name(f".{kind}-{zlib.crc32(path.name.encode()):08x}") for kind in _HIDDEN)
+    unfinished, replaced = (_hidden(path, kind) for kind in _HIDDEN)
 
     def begin() -> None:
         _check_writable(path)
@@ -148,6 +148,28 @@ def load_directory(path: Path, *, weights_only: bool | None = None, device: str 
 def is_directory(path: Path) -> bool:
     """Return whether a directory holds a checkpoint."""
     return (path / _METADATA).is_file()
+
+
+@contextlib.contextmanager
+def replacing_directory(path: str | Path) -> Iterator[None]:
+    """Context in which a file is written to `path`; a directory there that holds a checkpoint is removed at its end.
+
+    A file system would move the file into the directory, from which the previous checkpoint would still be read.
+    """
+    path = Path(path)
+    if not is_directory(path):
+        yield
+        return
+    replaced = _hidden(path, _HIDDEN[1])
+    _remove(replaced)
+    path.rename(replaced)
+    try:
+        yield
+    except BaseException:
+        if not path.exists():
+            replaced.rename(path)
+        raise
+    _remove(replaced)
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -336,6 +358,11 @@ def _put_back(value: Any, named: Callable[[str], Any]) -> Any:
         items = [_put_back(one, named) for one in value]
         return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    # Callbacks find checkpoints by parts of their names, which this name must not contain.
+    return path.with_name(f".{kind}-{zlib.crc32(path.name.encode()):08x}")
 
 
 def _check_writable(path: Path) -> None:

@@ -51,7 +51,7 @@ class ModuleCheckpoints:
         self.close()
 
     def close(self) -> None:
-        """Forget the run, which has memory for state and may keep it on disk."""
+        """Forget the run, of which nothing is on disk any more."""
         self.keeps_on_disk = False
         self.state_memory: Callable[[Optimizer], StateMemory | None] = _nowhere
 

@@ -198,6 +198,27 @@ def save_in_place_of(path):
     return None
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_file_takes_the_place_of_a_directory(tmp_path, monkeypatch):
+    """Lightning's own move would put it into the directory, of which the next run would read the rest."""
+
+    def fail(*args, **options):
+        raise OSError("the disk is full")
+
+    path = tmp_path / "last.ckpt"
+    save_directory({"state_dict": {"weight": torch.ones(2)}}, path)
+    run = trainer(LargeScaleStrategy(Plan()), max_steps=1)
+    run.fit(Language())
+    with monkeypatch.context() as patched:
+        patched.setattr(TorchCheckpointIO, "save_checkpoint", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            run.save_checkpoint(path)
+    assert [*load_directory(path)["state_dict"]] == ["weight"]
+    run.save_checkpoint(path)
+    assert path.is_file()
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_other_folders_are_not_replaced(two, tmp_path):
     (tmp_path / "mine").write_text("text")
     for told in two.run(save_in_place_of, tmp_path):

@@ -175,6 +175,36 @@ def test_an_epoch_of_training_ends_on_all_ranks_together(two, plan, kind):
         assert first[:2] == ([(3, steps, True), (6, 2 * steps, True)], 2 * steps)
 
 
+class Asking(Language):
+    """Asks for the number of steps before the strategy is set up, which has Lightning make the loaders."""
+
+    def __init__(self, kind, counts):
+        super().__init__()
+        self.kind, self.counts = kind, counts
+
+    def train_dataloader(self):
+        return loader(self.kind, self.counts)
+
+    def setup(self, stage):
+        self.steps = self.trainer.estimated_stepping_batches
+
+    def on_train_batch_start(self, batch, index):
+        return -1
+
+
+def steps_before_setup(plan, kind, counts):
+    model = Asking(kind, counts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ranks have")
+        trainer(LargeScaleStrategy(plan), devices=2, max_epochs=1, max_steps=-1).fit(model)
+    return model.steps
+
+
+@pytest.mark.parametrize("plan", [PLANS[0], PLANS[2]])
+def test_loaders_that_are_made_before_setup_are_as_long_on_all_ranks(two, plan):
+    assert two.run(steps_before_setup, plan, "shares", [5, 3]) == [3, 3]
+
+
 class Stateful:
     """A loader that is saved with the loop."""
 

@@ -6,7 +6,11 @@ from typing_extensions import override
 
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
-from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute, remove_recompute
+from lightning_largescale.techniques.activation_checkpoint.recompute import (
+    apply_recompute,
+    recomputes,
+    remove_recompute,
+)
 
 
 class ActivationCheckpoint(Technique):
@@ -15,7 +19,8 @@ class ActivationCheckpoint(Technique):
     @classmethod
     @override
     def wanted(cls, run: Run) -> bool:
-        return run.plan.activation_checkpointing != "none"
+        # A copy of a module that was made within another run recomputes as that run does.
+        return run.plan.activation_checkpointing != "none" or recomputes(run.module)
 
     @override
     def wrap(self) -> None:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
-from lightning_largescale.forward import Forward
+from lightning_largescale.forward import Forward, replacements
 from lightning_largescale.parallel.parameter_access import watched
 from lightning_largescale.plan import Plan
 from lightning_largescale.techniques.activation_checkpoint.selective_recompute import Contexts, keep_products
@@ -52,6 +52,11 @@ def apply_recompute(module: nn.Module, plan: Plan) -> None:
 def remove_recompute(module: nn.Module) -> None:
     """Undo `apply_recompute`: restore every block's forward, so that `module` can be copied and pickled again."""
     _Recomputed.restore(module)
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Return whether `apply_recompute` is in force on any block of `module`."""
+    return any(isinstance(one, _Recomputed) for part in module.modules() for one in replacements(part))
 
 
 # Copies of buffers, each with the version that was copied.

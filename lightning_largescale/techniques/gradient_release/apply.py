@@ -61,6 +61,7 @@ class GradientRelease(Technique):
 
     @override
     def optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        self.close()
         (paged,) = self.run.paged
         self._release = Release(paged, self.run.released, _clips_values(self.run.trainer), self.run.copied)
 

@@ -34,6 +34,8 @@ class PagedOptimizerStep(Technique):
 
     @override
     def optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        # Hooks of the module may have the strategy set up other optimizers.
+        self.close()
         run, plan = self.run, self.run.plan
         # Without offload_optimizer, only the state of offloaded parameters is offloaded.
         stays = sys.maxsize if plan.offload_optimizer is None else plan.resident_optimizer_bytes or 0

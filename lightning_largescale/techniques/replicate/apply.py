@@ -35,7 +35,7 @@ class Replicate(Technique):
     @override
     def ready(self) -> None:
         run, module = self.run, self.run.module
-        module.to(run.device)
+        run.strategy.model_to_device()
         if run.plan.dp_replicate == 1:
             return
         check_equal_structure(module)

@@ -1,4 +1,4 @@
-"""UnevenInputs: ranks that run out of batches at different times."""
+"""UnevenInputs: ranks that run out of batches at different times in evaluation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_largescale import compat
 from lightning_largescale.callbacks import callbacks_of
 from lightning_largescale.parallel.copies import equal_copies, find_copies
 from lightning_largescale.parallel.equal import equal_weights
-from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty, equal_batches
+from lightning_largescale.parallel.uneven import UnevenSteps, any_rank, check_not_empty
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
 
 
 class UnevenInputs(Technique):
-    """A training epoch ends on all ranks at once; in evaluation, ranks without batches join others' collectives."""
+    """In evaluation, ranks without batches join others' collectives."""
 
     _uneven: UnevenSteps | None = None
 
@@ -25,11 +25,6 @@ class UnevenInputs(Technique):
     @override
     def wanted(cls, run: Run) -> bool:
         return True
-
-    @override
-    def dataloader(self, loader: Any) -> Any:
-        run = self.run
-        return equal_batches(loader, run.device) if run.has_peers and run.trainer.training else loader
 
     @override
     def start_evaluation(self, *, logged: bool) -> None:
