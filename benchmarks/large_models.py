@@ -24,8 +24,8 @@ from lightning_largescale import Plan, Workload
 from lightning_largescale.parallel.mesh import build_mesh, tensor_mesh
 from lightning_largescale.parallel.shard import shard_groups
 from lightning_largescale.parallel.tensor import compute_on_parts
+from lightning_largescale.techniques.tensor_parallel.price import division_words
 from lightning_largescale.workload import find_blocks
-from lightning_largescale.workload.divisions import division_words
 
 SIZES = {
     "70B": {

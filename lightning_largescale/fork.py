@@ -80,6 +80,8 @@ class ForkLauncher(compat.MultiProcessingLauncher):
         queue = mp.get_context(self.start_method).SimpleQueue()
         states = compat.global_states() if self.start_method == "spawn" else None
         self._collects = gc.isenabled()
+        # A fork that drops a process group of this process would wait for threads that it lacks.
+        compat.forget_cached_meshes()
         with no_collection() if self.start_method == "fork" else contextlib.nullcontext():
             context = start_processes(  # type: ignore[no-untyped-call]
                 self.run_rank,

@@ -1,29 +1,33 @@
-"""Plan: every decision about how a model is trained, in one frozen dataclass that can be stored as JSON."""
+"""Plan: every decision about how a model is trained, in one frozen dataclass that can be stored as JSON.
+
+`Plan` is the sum of its techniques' fields: `techniques/<name>/fields.py` has those of one technique, with their checks
+and words.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
+import inspect
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.plan_fields import (
-    AMOUNTS,
-    check_choice,
-    check_count,
-    check_flag,
-    check_names,
-    check_offload,
-    check_path,
-    check_recomputation,
-)
-from lightning_largescale.plan_words import describe
 from lightning_largescale.serialize import take_version
-from lightning_largescale.units import parse_bytes
+from lightning_largescale.techniques import plan_fields
+from lightning_largescale.techniques.activation_checkpoint.fields import ActivationCheckpointFields
+from lightning_largescale.techniques.activation_offload.fields import ActivationOffloadFields
+from lightning_largescale.techniques.fully_shard.fields import FullyShardFields
+from lightning_largescale.techniques.gradient_release.fields import GradientReleaseFields
+from lightning_largescale.techniques.malloc_policy.fields import MallocPolicyFields
+from lightning_largescale.techniques.paged_optimizer.fields import PagedOptimizerFields
+from lightning_largescale.techniques.parameter_offload.fields import ParameterOffloadFields
+from lightning_largescale.techniques.precision.fields import PrecisionFields
+from lightning_largescale.techniques.replicate.fields import ReplicateFields
+from lightning_largescale.techniques.row_wise_embedding.fields import RowWiseEmbeddingFields
+from lightning_largescale.techniques.tensor_parallel.fields import TensorParallelFields
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware
@@ -31,31 +35,26 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 
-# The data type of each precision's matrix products; the hardware must support it.
-MATMUL_TYPE = {
-    "32-true": "float32",
-    "bf16-mixed": "bfloat16",
-    "16-mixed": "float16",
-    "bf16-true": "bfloat16",
-    "16-true": "float16",
-    "64-true": "float64",
-}
-
-_ACCEPTED: dict[str, tuple[str | None, ...]] = {
-    "precision": tuple(MATMUL_TYPE),
-    "activation_checkpointing": ("none", "selective", "full"),
-    "checkpointed_operations": ("all", "cheap"),
-    **dict.fromkeys(("offload_parameters", "offload_optimizer", "offload_activations"), (None, "cpu", "nvme")),
-}
+# The order of the fields in JSON and in words. Fields that are not in it follow, technique by technique.
+_ORDER = """
+    dp_replicate dp_shard tp sequence_parallel reshard_after_forward precision
+    activation_checkpointing checkpointed_blocks checkpointed_operations wrapped_modules row_sharded_embeddings
+    offload_parameters offload_optimizer host_optimizer_step offload_activations nvme_path
+    resident_parameter_bytes cpu_parameter_bytes resident_optimizer_bytes cpu_optimizer_bytes
+    offloaded_blocks prefetched_blocks release_gradients
+"""
 
 
-def _refusing_unknown_fields(cls: type[Plan]) -> type[Plan]:
-    """Make the generated constructor raise `PlanError`, not `TypeError`, for an unknown or positional argument."""
+def _fields_in_order(cls: type[Plan]) -> type[Plan]:
+    """Sort and document the fields, and let the constructor raise `PlanError` for an unknown or positional argument."""
+    ranks = {name: rank for rank, name in enumerate(_ORDER.split())}
+    known = sorted(cls.__dataclass_fields__, key=lambda name: ranks.get(name, len(ranks)))
+    cls.__dataclass_fields__ = {name: cls.__dataclass_fields__[name] for name in known}
     generated: Callable[..., None] = cls.__init__
+    signature = inspect.signature(generated)
 
     @functools.wraps(generated)
     def init(self: Plan, *args: Any, **fields: Any) -> None:
-        known = [field.name for field in dataclasses.fields(cls)]
         if args:
             raise PlanError(
                 f"Plan takes its fields by name and got {args[0]!r} without one; accepted: {', '.join(known)}."
@@ -65,107 +64,39 @@ def _refusing_unknown_fields(cls: type[Plan]) -> type[Plan]:
                 raise PlanError(f"{name}={value!r} is no field of a Plan; accepted: {', '.join(known)}.")
         generated(self, **fields)
 
+    self_first = ["self", *known]
+    init.__signature__ = signature.replace(parameters=[signature.parameters[name] for name in self_first])  # type: ignore[attr-defined]
     cls.__init__ = init  # type: ignore[method-assign]
+    documented = [
+        (inspect.getdoc(fields) or "").partition("Attributes:")[2] for fields in plan_fields.techniques_of(cls)
+    ]
+    cls.__doc__ = f"{inspect.getdoc(cls)}\n\nAttributes:{''.join(documented)}\n"
     return cls
 
 
-@_refusing_unknown_fields
+@_fields_in_order
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, repr=False)
-class Plan:
+class Plan(
+    FullyShardFields,
+    ReplicateFields,
+    TensorParallelFields,
+    RowWiseEmbeddingFields,
+    ParameterOffloadFields,
+    PagedOptimizerFields,
+    ActivationOffloadFields,
+    GradientReleaseFields,
+    ActivationCheckpointFields,
+    PrecisionFields,
+    MallocPolicyFields,
+):
     """Decisions about how one model is trained on one set of devices; `Plan()` is a plain run on one device.
-
-    Attributes:
-        dp_replicate: number of groups of devices that each hold the full model; their gradients are averaged.
-        dp_shard: number of devices that the parameters, gradients and optimizer state are sharded over.
-        reshard_after_forward: whether to reshard parameters after a block's forward and all-gather them again in
-            backward (ZeRO-3); False keeps them unsharded until after backward (ZeRO-2). Ignored with `dp_shard=1`.
-        wrapped_modules: names of modules outside of repeated blocks (large embeddings and heads) that are FSDP groups
-            of their own, as blocks are; all other parameters stay unsharded for the whole step. Ignored if parameters
-            are neither sharded nor offloaded.
-        row_sharded_embeddings: names of `nn.Embedding` and `nn.EmbeddingBag` modules whose rows are sharded over all
-            devices and looked up by an exchange of ids; their gradients are sparse. Ignored on one device.
-        tp: number of devices that the matrices of blocks are sharded over (tensor parallel), each computing its part of
-            every sample.
-        sequence_parallel: whether each tensor-parallel rank computes and keeps a part of the sequence between these
-            matrices (norms, residuals), where all ranks would compute the same. Ignored with `tp=1`.
-        precision: Lightning's name of the precision: "32-true"; "bf16-mixed" or "16-mixed", matrix products in 16 bits
-            and weights in float32; "bf16-true", "16-true" or "64-true", weights and everything else in that type.
-        activation_checkpointing: "none"; "full": every repeated block keeps its input and recomputes its forward in
-            backward; "selective": the blocks in `checkpointed_blocks` do.
-        checkpointed_blocks: names, as in `named_modules`, of the blocks to recompute under "selective"; None under
-            "none" and "full".
-        checkpointed_operations: operations that these blocks recompute: "all" of their forward, or only the "cheap"
-            ones: then they keep the results of matrix products, convolutions and attention.
-
-        offload_parameters: tier of the parameters of blocks while the blocks do not compute: None, the device; "cpu",
-            DRAM; "nvme", a disk. Their gradients are offloaded to it too.
-        offload_optimizer: tier of the optimizer state, which is paged in and out around each step.
-        host_optimizer_step: whether parameters with offloaded state are stepped in DRAM by the CPU cores, to which
-            their gradients are copied; otherwise their state is copied to the device. Ignored on the CPU.
-        offload_activations: tier of the tensors that blocks save for backward.
-        nvme_path: a folder on the disk of the nvme tier; None selects the disk with the most free bytes.
-        resident_parameter_bytes: bytes of a rank's parameters that stay on the device despite offload, in entire
-            blocks; None: only those outside of blocks. This and the next three may be given as text, such as "2GiB".
-        cpu_parameter_bytes: bytes of the parameters offloaded with "nvme" that are kept in DRAM.
-        resident_optimizer_bytes: bytes of a rank's optimizer state that stay on the device, in entire pages; None: 0.
-        cpu_optimizer_bytes: bytes of the optimizer state offloaded with "nvme" that are kept in DRAM.
-        offloaded_blocks: names of the blocks whose activations are offloaded; None: all.
-        prefetched_blocks: number of blocks to prefetch ahead of the one that computes.
-        release_gradients: whether to update a block's parameters as soon as its gradients are complete in backward, and
-            free these gradients.
 
     Raises:
         PlanError: a field is unknown, or its value is not of the accepted type or range.
-
-    Source: Rajbhandari et al. 2020, "ZeRO", section 5 (stages); Zhao et al. 2023, "PyTorch FSDP", section 3.2 (hybrid
-        sharding); Shoeybi et al. 2019, "Megatron-LM", section 3 (tensor parallelism); Korthikanti et al. 2022,
-        "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (sequence parallelism);
-        Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (the memory hierarchy); Ren et al. 2021, "ZeRO-Offload",
-        section 4 (the step on the host); Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with
-        Limited Resources", section 3 (gradient release).
     """
 
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    tp: int = 1
-    sequence_parallel: bool = False
-    reshard_after_forward: bool = True
-    precision: str = "32-true"
-    activation_checkpointing: str = "none"
-    checkpointed_blocks: tuple[str, ...] | None = None
-    checkpointed_operations: str = "all"
-    wrapped_modules: tuple[str, ...] = ()
-    row_sharded_embeddings: tuple[str, ...] = ()
-    offload_parameters: str | None = None
-    offload_optimizer: str | None = None
-    host_optimizer_step: bool = False
-    offload_activations: str | None = None
-    nvme_path: str | None = None
-    resident_parameter_bytes: int | None = None
-    cpu_parameter_bytes: int | None = None
-    resident_optimizer_bytes: int | None = None
-    cpu_optimizer_bytes: int | None = None
-    offloaded_blocks: tuple[str, ...] | None = None
-    prefetched_blocks: int = 1
-    release_gradients: bool = False
-
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "tp"):
-            check_count(name, getattr(self, name), "devices")
-        check_count("prefetched_blocks", self.prefetched_blocks, "blocks")
-        for name in ("sequence_parallel", "reshard_after_forward", "host_optimizer_step", "release_gradients"):
-            check_flag(name, getattr(self, name))
-        for name, accepted in _ACCEPTED.items():
-            check_choice(name, getattr(self, name), accepted)
-        if self.nvme_path is not None:
-            object.__setattr__(self, "nvme_path", check_path("nvme_path", self.nvme_path))
-        for name in AMOUNTS:
-            if isinstance(amount := getattr(self, name), str):
-                object.__setattr__(self, name, parse_bytes(amount, name=name))
-        for check in (check_recomputation, check_names, check_offload):
-            # JSON and YAML give names as a list.
-            for name, names in check(self).items():
-                object.__setattr__(self, name, names)
+        plan_fields.check_fields(self)
 
     def __repr__(self) -> str:
         """Return the constructor call without the fields that have their defaults: `Plan(dp_shard=2)`."""
@@ -196,56 +127,22 @@ class Plan:
                 precision (known once their rates are measured), or the model does not fit the plan.
         """
         if hardware is not None:
-            self._check_hardware(hardware)
-        if workload is not None:
-            self._check_workload(workload)
-
-    def _check_hardware(self, hardware: Hardware) -> None:
-        self.check_world_size(hardware.world_size)
-        matmul_type = MATMUL_TYPE[self.precision]
-        if hardware.rates is not None and hardware.rates.matmul_rate(matmul_type) is None:
-            raise PlanError(
-                f"precision={self.precision!r} needs matrix products in {matmul_type}, which {hardware.name} cannot"
-                " compute; use '32-true'."
-            )
-
-    def _check_workload(self, workload: Workload) -> None:
+            self.check_world_size(hardware.world_size)
+            plan_fields.check_against_hardware(self, hardware)
+        if workload is None:
+            return
         if not workload.parameters:
             raise PlanError(f"{workload.name} has no parameters, so there is nothing to train; give it at least one.")
-        if self.activation_checkpointing != "none" and not workload.blocks:
-            raise PlanError(
-                f"activation_checkpointing={self.activation_checkpointing!r} needs repeated blocks"
-                f" and {workload.name} has none; use 'none'."
-            )
         self.check_blocks(workload.blocks)
-        if (self.offload_activations or self.offload_parameters) and not workload.blocks:
-            field = "offload_activations" if self.offload_activations else "offload_parameters"
-            raise PlanError(
-                f"{field}={getattr(self, field)!r} needs repeated blocks and {workload.name} has none; use None."
-            )
-        for name in self.wrapped_modules:
-            if name not in workload.wraps:
-                accepted = f"accepted are {', '.join(map(repr, workload.wraps))}" if workload.wraps else "there is none"
-                raise PlanError(
-                    f"wrapped_modules has {name!r}, which is no module of {workload.name} that is large, outside of its"
-                    f" repeated blocks, and alone in reading its parameters; {accepted}."
-                )
+        plan_fields.check_against_workload(self, workload)
 
     def check_blocks(self, blocks: Collection[str]) -> None:
-        """Check the names in `checkpointed_blocks` and `offloaded_blocks` against those of a model's repeated blocks.
+        """Check the names of blocks in the fields against those of a model's repeated blocks.
 
         Raises:
             PlanError: a name is not in `blocks`.
         """
-        for field in ("checkpointed_blocks", "offloaded_blocks"):
-            for name in getattr(self, field) or ():
-                if name in blocks:
-                    continue
-                near = difflib.get_close_matches(name, blocks, 1) or list(blocks)[:1]
-                raise PlanError(
-                    f"{field} has {name!r}, which is no repeated block of the model; accepted are its"
-                    f" {len(blocks)}, such as {near[0]!r}."
-                )
+        plan_fields.check_against_blocks(self, blocks)
 
     def check_world_size(self, world: int) -> None:
         """Check the sizes against the number of processes.
@@ -279,9 +176,14 @@ class Plan:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that hold the shards of one replica."""
+        return self.dp_shard * self.tp
+
+    @property
     def shards(self) -> bool:
         """Return whether the ranks hold shards of the parameters."""
-        return self.dp_shard > 1 or self.tp > 1
+        return self.ranks_per_replica > 1
 
     @property
     def gathers(self) -> bool:
@@ -291,26 +193,16 @@ class Plan:
     @property
     def offloads(self) -> bool:
         """Return whether parameters, optimizer state or activations are offloaded."""
-        return any((self.offload_parameters, self.offload_optimizer, self.offload_activations))
+        return plan_fields.offloads(self)
 
     @property
-    def heap(self) -> Literal["left", "trimmed", "watched", "mapped"]:
-        """Treatment of heap fragmentation on the CPU.
-
-        "left": none; "trimmed": the heap is trimmed between steps; "watched": it is trimmed whenever it outgrows what
-        the step needs; "mapped": tensors are allocated outside of it.
-
-        Source: techniques/malloc_policy/heap.py, which gives the reasons.
-        """
-        if self.dp_shard > 1 or self.offload_parameters is not None or self.offload_activations is not None:
-            return "mapped"
-        if self.activation_checkpointing != "none" or self.offload_optimizer is not None or self.release_gradients:
-            return "watched"
-        return "trimmed" if self.world_size > 1 else "left"
+    def last_resorts(self) -> int:
+        """Number of techniques in use that are taken only if nothing fits without; the fewer, the simpler."""
+        return plan_fields.last_resorts(self)
 
     def describe(self) -> str:
         """Return the plan in words: `"ZeRO-3 over 4 devices, full activation checkpointing, 32-true"`."""
-        return describe(self)
+        return plan_fields.in_words(self)
 
     def to_json(self) -> str:
         """Return the plan as JSON text with its format version; `from_json` reads it back to an equal plan."""

@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_largescale.arithmetic import CAST_TYPE, lightning_plugin
 from lightning_largescale.errors import PlanError
-from lightning_largescale.plan import MATMUL_TYPE, Plan
+from lightning_largescale.plan import Plan
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 
 # Lightning's plugins that only apply their precision.
 _STANDARD = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)

@@ -38,7 +38,7 @@ from lightning_largescale.parallel.full_params import make_whole, whole_paramete
 from lightning_largescale.parallel.mesh import warn_of_distance
 from lightning_largescale.parallel.sharded import meet, reshard, sharded_state
 from lightning_largescale.plan import Plan
-from lightning_largescale.precision import asked_precision, plugin_for
+from lightning_largescale.precision import asked_precision, is_own, plugin_for
 from lightning_largescale.processes import Processes, check_accelerator
 from lightning_largescale.record import record_plan
 from lightning_largescale.run import Run, Toggled, undo_earlier
@@ -442,7 +442,7 @@ class LargeScaleStrategy(ParallelStrategy):
         self._values.close()
         self._techniques.each_reversed(Technique.close)
         self._techniques, self._run = Techniques(), None
-        self._checkpoints.keeps_on_disk = False
+        self._checkpoints.close()
         self.precision_plugin.teardown()
         self._exits.close()
         module = self.lightning_module
@@ -564,7 +564,9 @@ class LargeScaleStrategy(ParallelStrategy):
                 run.clipping.enter()
                 return result
 
-            evaluated = evaluate_first(optimizer, evaluate, paged=run.in_pages)
+            # A plugin of the user's may do something before it evaluates the closure.
+            own = is_own(self.precision_plugin)
+            evaluated = evaluate if own else evaluate_first(optimizer, evaluate, paged=run.in_pages)
             result = super().optimizer_step(optimizer, evaluated, *args, **kwargs)
         self._techniques.each(Technique.after_update)
         return result

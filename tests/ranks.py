@@ -99,6 +99,8 @@ class Ranks:
         self._port.bind(("", 0))
         port = self._port.getsockname()[1]
         context = multiprocessing.get_context("fork")
+        # torch's caches keep process groups of this process; a fork that drops them waits for threads that it lacks.
+        compat.forget_cached_meshes()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)

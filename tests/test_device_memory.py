@@ -23,7 +23,7 @@ from lightning_largescale import tiers
 from lightning_largescale.hardware.usage import peak_bytes, start_peak
 from lightning_largescale.offload import pages
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner import hierarchy, placement
+from lightning_largescale.planner import paging, placement
 from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.workload import Workload
@@ -269,7 +269,7 @@ def predicted(case: Case) -> Bytes:
 
 def train(case: Case, folder: str, page_bytes: int) -> tuple[Bytes, Bytes]:
     """Predicted and measured bytes of a training, whose device has 3% more than was predicted."""
-    for module in (tiers, pages, hierarchy, placement):
+    for module in (tiers, pages, paging, placement):
         module.PAGE_BYTES = page_bytes
     # DistributedDataParallel made its nodes on another stream, as it asks to.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
@@ -319,7 +319,7 @@ def check(predicted: Bytes, measured: Bytes, *, slack: int = MIB // 4) -> None:
 
 @pytest.fixture(autouse=True)
 def _pages_as_they_were(monkeypatch):
-    for module in (tiers, pages, hierarchy, placement):
+    for module in (tiers, pages, paging, placement):
         monkeypatch.setattr(module, "PAGE_BYTES", module.PAGE_BYTES)
 
 

@@ -14,6 +14,15 @@ def test_the_package_is_light(run_python):
     run_python(dedent(code))
 
 
+def test_prices_and_the_search_need_no_torch(run_python):
+    code = """
+        import sys
+        import lightning_largescale.techniques.prices, lightning_largescale.planner.search
+        assert "torch" not in sys.modules
+    """
+    run_python(dedent(code))
+
+
 def test_no_device_and_no_process_group(run_python):
     code = """
         import importlib, pkgutil, threading

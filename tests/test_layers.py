@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
+import statistics
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,20 +13,22 @@ from pathlib import Path
 import pytest
 
 import lightning_largescale
+from lightning_largescale.plan import Plan
 
 PACKAGE = Path(lightning_largescale.__file__).parent
 
 # A module or folder may import what stands in a line above its own. compat and units may be imported by all.
 LAYERS = [
     {"compat", "errors"},
-    {"comm", "plan_fields", "serialize"},
-    {"plan_words", "units"},
+    {"comm", "serialize"},
+    {"units"},
+    {"fields"},
     {"plan"},
     {"arithmetic", "console", "dtensors", "forward", "groups", "optimizers", "tiers", "waiting"},
     {"hub"},
     {"apart"},
     {"hardware", "workload"},
-    {"planner", "parallel", "offload"},
+    {"planner", "price", "parallel", "offload"},
     {
         "agree",
         "callbacks",
@@ -43,7 +47,7 @@ LAYERS = [
     },
     {"run"},
     {"technique"},
-    {"techniques"},
+    {"apply"},
     {"strategy"},
     {"auto"},
     {"registry", "cli"},
@@ -51,11 +55,21 @@ LAYERS = [
 ]
 # The strategy's own helpers may build on one another; the other lines are of equals that never meet.
 HELPERS = next(layer for layer in LAYERS if "step_tracer" in layer)
+# The planner walks the prices of techniques, which are sums of what it knows of all.
+PRICED = {"planner", "price"}
 
 
 def part(path: Path) -> str:
     """The folder or module of the package that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return part_of(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def part_of(names: tuple[str, ...]) -> str:
+    """The same of a dotted name without the package's; a technique has parts of several layers."""
+    if names[0] != "techniques":
+        return names[0]
+    known = {"fields": "fields", "plan_fields": "fields", "price": "price", "prices": "price"}
+    return next((known[name] for name in names[1:] if name in known), "fields" if names[-1] == "__init__" else "apply")
 
 
 def imports(tree: ast.AST, here: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -92,25 +106,52 @@ def test_imports_go_one_way(path):
     for name in imports(ast.parse(path.read_text()), here):
         if name[0] != "lightning_largescale" or len(name) == 1:
             continue
-        other = name[1]
-        allowed = other == mine or rank.get(other, -1) < rank[mine] or {other, mine} <= HELPERS
+        other = part_of(name[1:])
+        equals = {other, mine} <= HELPERS or {other, mine} <= PRICED
+        allowed = other == mine or rank.get(other, -1) < rank[mine] or equals
         assert allowed, f"{path.name} imports {'.'.join(name)}"
 
 
-def technique_of(path: Path) -> str | None:
-    """The technique whose folder a file is in."""
-    parts = path.relative_to(PACKAGE).parts
-    return parts[1] if parts[0] == "techniques" and len(parts) > 2 else None
+TECHNIQUES = sorted(path.name for path in (PACKAGE / "techniques").iterdir() if (path / "__init__.py").exists())
+# The search has an argument of this name, which users give.
+ARGUMENTS = {"search.py": {"precision"}}
 
 
-@pytest.mark.parametrize("path", files().values(), ids=files().keys())
-def test_techniques_never_import_one_another(path):
-    mine = technique_of(path)
-    if mine is None:
-        return
+def named(tree: ast.AST) -> set[str]:
+    """Identifiers and string constants of a file."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        found |= {getattr(node, name, None) for name in ("id", "attr", "arg", "name")}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def techniques_imported(path: Path) -> set[tuple[str, ...]]:
+    """What a file imports of techniques, as the names after `techniques`."""
     here = ("lightning_largescale", *path.relative_to(PACKAGE).parts[:-1])
-    for name in imports(ast.parse(path.read_text()), here):
-        assert name[:2] != ("lightning_largescale", "techniques") or name[2] == mine, ".".join(name)
+    names = imports(ast.parse(path.read_text()), here)
+    return {name[2:] for name in names if name[:2] == ("lightning_largescale", "techniques")}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "planner").glob("*.py")), ids=lambda path: path.name)
+def test_the_planner_walks_techniques_and_names_none(path):
+    fields = {field.name for field in dataclasses.fields(Plan)} | {*TECHNIQUES}
+    assert named(ast.parse(path.read_text())) & fields <= ARGUMENTS.get(path.name, set())
+    assert {name[0] for name in techniques_imported(path)} <= {"prices"}
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_techniques_do_not_import_one_another(technique):
+    common = {technique, *(path.stem for path in (PACKAGE / "techniques").glob("*.py"))}
+    for path in (PACKAGE / "techniques" / technique).rglob("*.py"):
+        assert {name[0] for name in techniques_imported(path)} <= common, path
+
+
+def test_a_field_is_named_in_few_files():
+    words = [named(ast.parse(path.read_text())) for path in files().values()]
+    counts = [sum(field.name in found for found in words) for field in dataclasses.fields(Plan)]
+    assert statistics.median(counts) <= 4
 
 
 def test_autoload_is_standard_library_only():

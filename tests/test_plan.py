@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import lightning_largescale
 from lightning_largescale.errors import PlanError
 from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import MATMUL_TYPE, PLAN_VERSION, Plan
+from lightning_largescale.plan import PLAN_VERSION, Plan
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 
 PLANS = st.builds(
     Plan,

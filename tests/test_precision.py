@@ -21,9 +21,10 @@ from torch import nn
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
-from lightning_largescale.plan import MATMUL_TYPE, Plan
+from lightning_largescale.plan import Plan
 from lightning_largescale.precision import asked_precision, check_precision, convert_module
 from lightning_largescale.strategy import LargeScaleStrategy
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 
 pytestmark = quiet
 

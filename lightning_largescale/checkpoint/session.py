@@ -48,6 +48,10 @@ class ModuleCheckpoints:
     def __init__(self, strategy: ParallelStrategy, *, save_full: bool, may_shard: Callable[[], bool]) -> None:
         self._strategy, self._save_full, self._may_shard = strategy, save_full, may_shard
         self.adapted: Sequence[AdaptedOptimizer] = ()
+        self.close()
+
+    def close(self) -> None:
+        """Forget the run, which has memory for state and may keep it on disk."""
         self.keeps_on_disk = False
         self.state_memory: Callable[[Optimizer], StateMemory | None] = _nowhere
 

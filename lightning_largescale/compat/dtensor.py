@@ -26,7 +26,19 @@ def divided_as(like: Any, local: Any) -> Any:
     return made(local, DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta), requires_grad=False)
 
 
-def forget_cached_meshes(device_type: str) -> None:
+def forget_cached_meshes() -> None:
+    """Clear DTensor's sharding caches of this thread, which keep meshes, and these their process groups.
+
+    Replaced by caches that keep no mesh, or by a public way to clear them.
+    """
+    from torch.distributed.tensor import DTensor, debug
+
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    # Not in torch 2.11.
+    getattr(debug, "_clear_sharding_prop_cache", propagator.propagate_op_sharding.cache.cache_clear)()
+
+
+def forget_cached_meshes_of_backward(device_type: str) -> None:
     """Clear DTensor's sharding caches of this thread and of the current device's backward thread.
 
     The caches take meshes of equal shape for one mesh, whatever their process groups are, and give the result of an
@@ -35,11 +47,6 @@ def forget_cached_meshes(device_type: str) -> None:
     Replaced by meshes that are equal only if their groups are, or by a public way to clear these caches.
     """
     import torch
-    from torch.distributed.tensor import DTensor, debug
-
-    propagator: Any = DTensor._op_dispatcher.sharding_propagator
-    # Not in torch 2.11.
-    clear = getattr(debug, "_clear_sharding_prop_cache", propagator.propagate_op_sharding.cache.cache_clear)
 
     class Clearing(torch.autograd.Function):
         @staticmethod
@@ -48,10 +55,10 @@ def forget_cached_meshes(device_type: str) -> None:
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            clear()
+            forget_cached_meshes()
             return gradient
 
-    clear()
+    forget_cached_meshes()
     with torch.enable_grad():
         seen: Any = Clearing.apply(torch.zeros((), device=device_type, requires_grad=True))  # type: ignore[no-untyped-call]
     torch.autograd.backward(seen)

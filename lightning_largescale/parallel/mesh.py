@@ -55,7 +55,7 @@ def build_mesh(plan: Plan, device_type: str) -> DeviceMesh | None:
 def use_mesh(mesh: DeviceMesh) -> None:
     """Make later DTensor operations use the process groups of `mesh`, not those of an equal mesh built before."""
     if _in_use and _in_use[0]() is not mesh:
-        compat.forget_cached_meshes(mesh.device_type)
+        compat.forget_cached_meshes_of_backward(mesh.device_type)
     _in_use[:] = [weakref.ref(mesh)]
 
 

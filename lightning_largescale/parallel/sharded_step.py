@@ -42,6 +42,11 @@ _WORDS = (
 def run_step(module: nn.Module, name: str, step: Callable[[], Any]) -> Any:
     """Run `step`, the step `name` of `module`, with the root's parameters unsharded, as `run_gathered`.
 
+    Args:
+        module: the root.
+        name: the name of the step, such as "training_step".
+        step: the step, without arguments.
+
     Raises:
         PlanError: the step computed with parameters of a block that was not unsharded.
     """

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from lightning_largescale.hardware import Hardware
-from lightning_largescale.planner.ranking import LOSSY
+from lightning_largescale.planner.ranking import LOSSY, refusal
 from lightning_largescale.planner.report import Report, plan_fields
 from lightning_largescale.planner.tier_budgets import shortfalls
+from lightning_largescale.techniques.prices import PRICES
 from lightning_largescale.units import format_bytes
-from lightning_largescale.workload import Workload
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.workload import Workload
 
 _MORE_DEVICES = (2, 4, 8, 16, 32, 64, 128)
 _Option = TypeVar("_Option")
@@ -38,7 +43,7 @@ def faster(report: Report, *, fixed: bool) -> Iterator[str]:
         if status == "too large":
             yield f"{format_bytes(short, up=True)} more memory a rank would be {gain}"
         elif short <= 0 and not fixed:
-            yield f"allow=({row.plan.precision!r},) would be {gain}"
+            yield f"allow={_lossy_in(row.plan)!r} would be {gain}"
 
 
 def would_fit(
@@ -47,7 +52,7 @@ def would_fit(
     """Yield changes that would each make a plan fit: other numerics, a smaller batch, more devices, more memory."""
     workload, hardware = report.workload, report.hardware
     for name in sorted(set() if fixed else {*LOSSY} - {*allowed}):
-        if _least(report, {name}) <= report.budget_bytes:
+        if _least(report, functools.partial(_uses_only, name)) <= report.budget_bytes:
             yield f"allow {name!r}"
     batches = [workload.batch_samples >> power for power in range(1, workload.batch_samples.bit_length())]
     for samples in _first(batches, lambda samples: any_fits(workload.with_batch(samples), hardware)):
@@ -55,7 +60,7 @@ def would_fit(
     machines = [dataclasses.replace(hardware, nodes=hardware.nodes * factor) for factor in _MORE_DEVICES]
     for machine in _first(machines, lambda machine: any_fits(workload, machine)):
         yield f"take {machine.world_size} devices"
-    least_bytes = _least(report, allowed)
+    least_bytes = _least(report, lambda plan: not refusal(plan, allowed, fixed=fixed))
     if least_bytes < math.inf:
         yield f"give a budget of {format_bytes(least_bytes, up=True)}"
 
@@ -71,12 +76,20 @@ def _first(options: list[_Option], fits: Callable[[_Option], bool]) -> list[_Opt
     return [options[bisect.bisect_left(options, True, hi=len(options) - 1, key=fits)]]
 
 
-def _least(report: Report, precisions: Collection[str]) -> float:
-    """Return the smallest device peak (bytes) of the plans of these precisions that fit all other tiers.
+def _lossy_in(plan: Plan) -> tuple[str, ...]:
+    return tuple(name for price in PRICES for name in price.lossy_in(plan))
+
+
+def _uses_only(name: str, plan: Plan) -> bool:
+    return _lossy_in(plan) == (name,)
+
+
+def _least(report: Report, counts: Callable[[Plan], bool]) -> float:
+    """Return the smallest device peak (bytes) of the plans that count and fit all other tiers.
 
     Infinite if no plan fits them.
     """
-    estimates = [row.estimate for row in report.candidates if row.estimate and row.plan.precision in precisions]
+    estimates = [row.estimate for row in report.candidates if row.estimate and counts(row.plan)]
     others = {tier: size for tier, size in report.budgets.items() if tier != "device"}
     enough = {**others, "device": math.inf}
     peaks = [one.peak_bytes for one in estimates if not shortfalls(one.peak_bytes, enough)]

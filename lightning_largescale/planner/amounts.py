@@ -13,19 +13,21 @@ import bisect
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_largescale.hardware import Hardware
-from lightning_largescale.optimizers.fused import FUSED
-from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import buffer_bytes, largest_page, moved_in_step
+from lightning_largescale.planner.paging import buffer_bytes, largest_page, moved_in_step
 from lightning_largescale.planner.peak_memory import allocator_share, moments_bytes
 from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages
+from lightning_largescale.planner.remedy import UNLIMITED, Choice
 from lightning_largescale.planner.runtime import beside_transfers
-from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import OF_BLOCKS, RECOMPUTATION, UNLIMITED, Choice, Spread, spread
+from lightning_largescale.planner.spread import REMEDIES, Spread, in_unit, recomputes, spread
 from lightning_largescale.planner.transfers import Away, Passes, transfers
 from lightning_largescale.tiers import PAGE_BUFFERS, PAGE_BYTES
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.sizes import Sizes
 
 # Number of values tried of one amount, evenly spaced; the best choice is then refined to the least that fits.
 _MOST_VALUES = 12
@@ -47,18 +49,18 @@ class Layout:
         self.sizes, self.hardware, self.budgets, self._setup = sizes, hardware, budgets, setup
         self._moments: dict[object, Moments] = {}
 
-    def without(self, techniques: frozenset[str], choice: Choice) -> Sizes:
+    def without(self, remedies: frozenset[str], choice: Choice) -> Sizes:
         """Return the sizes with these amounts outside the device's memory, in any tier."""
         tiers = {"nvme" if self.sizes.kind == "cpu" else "cpu": UNLIMITED}
-        found = spread(self.sizes, techniques, choice, tiers)
+        found = spread(self.sizes, remedies, choice, tiers)
         assert found is not None
         return self.sizes.placing(found.plan)
 
-    def moments(self, techniques: frozenset[str], choice: Choice) -> Moments:
+    def moments(self, remedies: frozenset[str], choice: Choice) -> Moments:
         """Return, for each moment, the bytes of all terms except the allocator's, and of those that come and go."""
-        of_blocks = techniques & OF_BLOCKS
-        groups = choice.groups if "parameters" in techniques else 0
-        found = self._found(techniques - of_blocks, Choice(groups=groups))
+        of_blocks = in_unit(remedies, "blocks")
+        groups = choice.groups if in_unit(remedies, "groups") else 0
+        found = self._found(remedies - of_blocks, Choice(groups=groups))
         if not of_blocks:
             return found
         plain, saved = self._found(frozenset(), Choice()), self._found(of_blocks, Choice(blocks=choice.blocks))
@@ -67,34 +69,34 @@ class Layout:
             for (total, moving), (other, other_moving), (base, base_moving) in zip(found, saved, plain, strict=True)
         ]
 
-    def _found(self, techniques: frozenset[str], choice: Choice) -> Moments:
-        key = techniques, choice
+    def _found(self, remedies: frozenset[str], choice: Choice) -> Moments:
+        key = remedies, choice
         if key not in self._moments:
-            sizes = self.without(techniques, choice) if techniques else self.sizes
+            sizes = self.without(remedies, choice) if remedies else self.sizes
             self._moments[key] = moments_bytes(sizes, **self._setup)
         return self._moments[key]
 
 
 class Amounts:
-    """The offload amounts that a set of techniques allows under one layout."""
+    """The amounts that a set of remedies allows under one layout."""
 
-    def __init__(self, layout: Layout, techniques: frozenset[str]) -> None:
-        """Create the amounts of `techniques`: any of "release", "optimizer", "parameters", and one of `OF_BLOCKS`."""
-        self.layout, self.techniques = layout, techniques
+    def __init__(self, layout: Layout, remedies: frozenset[str]) -> None:
+        """Create the amounts of `remedies`, of which at most one has an amount in blocks."""
+        self.layout, self.remedies = layout, remedies
         sizes = layout.sizes
-        self._groups = len(sizes.movable) if "parameters" in techniques else 0
-        self._blocks = len(sizes.workload.blocks) if techniques & OF_BLOCKS else 0
-        if techniques & {*RECOMPUTATION}:
+        self._groups = len(sizes.movable) if in_unit(remedies, "groups") else 0
+        self._blocks = len(sizes.workload.blocks) if in_unit(remedies, "blocks") else 0
+        if recomputes(remedies):
             # Recomputing all blocks is a layout of its own.
             self._blocks -= 1
         paged = sizes.optimizer_state - state_without_pages(sizes, ())
-        self._state = paged if "optimizer" in techniques else 0
+        self._state = paged if in_unit(remedies, "pages") else 0
         self._beside: dict[int, tuple[float, Passes]] = {}
         # The bytes at setup and at the worst moment after it, with no state resident.
         self._peaks: dict[Choice, tuple[int, int]] = {}
         self._moved_by_groups: dict[int, tuple[int, int]] = {}
-        # Who may step on offloaded state: the device or, on CUDA, the host.
-        self._steppers = (False, True) if self._state and _host_steps(sizes) else (False,)
+        paging = [REMEDIES[name] for name in in_unit(remedies, "pages") if self._state]
+        self._paging = paging[0] if paging else None
         # The choice that offloads all that can be.
         self.least = Choice(blocks=self._blocks)
 
@@ -111,7 +113,8 @@ class Amounts:
         placed = self._spread(drawn_out)
         assert placed is not None
         seconds, by_host = self._priced(drawn_out, placed)
-        return dataclasses.replace(placed.plan, host_optimizer_step=by_host), seconds
+        fields = self._paging.stepper_fields(by_host=by_host) if self._paging else {}
+        return dataclasses.replace(placed.plan, **fields), seconds
 
     def plan(self, choice: Choice) -> Plan | None:
         """Return a plan of these amounts; None if the other tiers lack the room."""
@@ -119,7 +122,7 @@ class Amounts:
         return None if found is None else found.plan
 
     def _spread(self, choice: Choice) -> Spread | None:
-        return spread(self.layout.sizes, self.techniques, choice, self.layout.budgets)
+        return spread(self.layout.sizes, self.remedies, choice, self.layout.budgets)
 
     def _tried(self) -> Iterator[Choice]:
         """Yield choices that fit the device, each with as much resident state as fits."""
@@ -150,7 +153,7 @@ class Amounts:
         """Return by how many bytes the device's peak exceeds its budget, with the buffers of what is still paged."""
         amounts = _staying(choice, 0)
         if amounts not in self._peaks:
-            share, moments = self._share, self.layout.moments(self.techniques, amounts)
+            share, moments = self._share, self.layout.moments(self.remedies, amounts)
             setup, *steps = (total + int(share * moving) for total, moving in moments)
             self._peaks[amounts] = setup, max(steps, default=0)
         setup, most = self._peaks[amounts]
@@ -180,7 +183,7 @@ class Amounts:
     def _moved(self, groups: int) -> tuple[int, int]:
         """Return the bytes that the optimizer's step moves if no state stays, and those of the largest page."""
         if groups not in self._moved_by_groups:
-            sizes = self.layout.without(self.techniques, Choice(groups=groups, blocks=self._blocks))
+            sizes = self.layout.without(self.remedies, Choice(groups=groups, blocks=self._blocks))
             self._moved_by_groups[groups] = sum(moved_in_step(sizes).values()), largest_page(sizes)
         return self._moved_by_groups[groups]
 
@@ -198,7 +201,10 @@ class Amounts:
         assert rates is not None
         seconds, passes = self._without_transfers(choice.blocks)
         moved: list[tuple[float, bool]] = []
-        for by_host in self._steppers if self._has_room_for_copies(found.away) else (False,):
+        steppers: tuple[bool, ...] = (False,)
+        if self._paging is not None and self._has_room_for_copies(found.away):
+            steppers = self._paging.steppers(sizes)
+        for by_host in steppers:
             away = found.away.stepped_on(sizes, by_host=by_host)
             moved.append((transfers(away, passes, rates, sizes.kind).step_seconds, by_host))
         least, by_host = min(moved)
@@ -212,10 +218,10 @@ class Amounts:
 
     def _without_transfers(self, blocks: int) -> tuple[float, Passes]:
         """Return the seconds of a step without transfers, and the passes that transfers overlap with."""
-        blocks = blocks if self.techniques & {*RECOMPUTATION} else self._blocks
+        blocks = blocks if recomputes(self.remedies) else self._blocks
         if blocks not in self._beside:
             assert self.layout.hardware.rates is not None
-            sizes = self.layout.without(self.techniques, Choice(blocks=blocks))
+            sizes = self.layout.without(self.remedies, Choice(blocks=blocks))
             terms, hidden_seconds = beside_transfers(sizes, self.layout.hardware, self.layout.hardware.rates)
             self._beside[blocks] = sum(terms.values()) - hidden_seconds, Passes.of(sizes, terms)
         return self._beside[blocks]
@@ -223,18 +229,8 @@ class Amounts:
     @cached_property
     def _share(self) -> float:
         """Bytes lost to fragmentation for each byte that comes and goes."""
-        sizes = self.layout.without(self.techniques, self.least)
+        sizes = self.layout.without(self.remedies, self.least)
         return allocator_share(sizes.plan, sizes.kind)
-
-
-def _host_steps(sizes: Sizes) -> bool:
-    """Return whether the host's cores may run the optimizer's step of a CUDA device.
-
-    All optimizers must be torch's own that have a fused CPU kernel, which runs at the rate of the host's memory, and no
-    gradient scaler may run on the device.
-    """
-    known = {needs.class_name for needs in sizes.workload.optimizers} <= {one.__name__ for one in FUSED}
-    return sizes.kind == "cuda" and known and sizes.plan.precision != "16-mixed"
 
 
 def _staying(choice: Choice, state_bytes: int) -> Choice:

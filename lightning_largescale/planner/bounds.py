@@ -1,6 +1,6 @@
-"""Lower bound of a layout's step time if some techniques are to make it fit, without solving for amounts.
+"""Lower bound of a layout's step time if some remedies are to make it fit, without solving for amounts.
 
-The plan without the techniques is too large at one moment. It is known how many bytes each technique can take off that
+The plan without the remedies is too large at one moment. It is known how many bytes each remedy can take off that
 moment, and how long a byte takes to move. The cheapest bytes that close the gap are a lower bound of what has to move,
 and a step lasts at least as long as its slowest channel.
 
@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_largescale.hardware import Hardware, Rates
-from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import MemoryEstimate, allocator_share
-from lightning_largescale.planner.runtime import again_seconds
-from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import RECOMPUTATION
-from lightning_largescale.workload import Workload
+from lightning_largescale.planner.remedy import Removable, WorstMoment
+from lightning_largescale.planner.spread import REMEDIES, in_unit, recomputes
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.workload import Workload
 
 # Bisections, until the shares of the bytes are known to less than a thousandth.
 _HALVINGS = 12
@@ -31,7 +31,7 @@ def least_seconds(
     plan: Plan,
     memory: MemoryEstimate,
     step_seconds: float,
-    techniques: frozenset[str],
+    remedies: frozenset[str],
     *,
     hardware: Hardware,
     budget_bytes: int,
@@ -39,14 +39,14 @@ def least_seconds(
     built: bool = True,
     again_byte_seconds: float = 0.0,
 ) -> float | None:
-    """Return a lower bound of the step seconds of `plan` with `techniques`; None if they cannot make it fit.
+    """Return a lower bound of the step seconds of `plan` with `remedies`; None if they cannot make it fit.
 
     Args:
         workload: the traced step.
         plan: a plan that offloads nothing.
         memory: the peak memory of `plan`.
         step_seconds: the step seconds of `plan`.
-        techniques: any of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
+        remedies: names of remedies, of which at most one has an amount in blocks.
         hardware: the hardware, with rates of the tiers.
         budget_bytes: bytes that one rank may hold on its device tier.
         accumulate: micro-batches in a step.
@@ -59,19 +59,37 @@ def least_seconds(
         return None
     share = allocator_share(plan, hardware.kind)
     lacking = float(memory.peak_bytes - budget_bytes)
-    if share > allocator_share(_under(plan, techniques, workload.blocks, hardware.kind), hardware.kind):
+    if share > allocator_share(_under(plan, remedies, workload, hardware.kind), hardware.kind):
         # The fragmentation may go away as well.
         share, lacking = 0.0, lacking - memory.terms.get("allocator", 0)
-    costs = _costs(_removable(workload, plan, memory.terms, share, techniques, accumulate, hardware.kind), hardware)
-    if not techniques & {*RECOMPUTATION}:
+    worst = WorstMoment(
+        workload=workload,
+        plan=plan,
+        kind=hardware.kind,
+        accumulate=accumulate,
+        terms=memory.terms,
+        holes=1 + share,
+        moves_groups=bool(in_unit(remedies, "groups")),
+        frees_gradients=any(REMEDIES[name].frees_gradients for name in remedies),
+    )
+    costs = _costs(_removable(worst, remedies), hardware)
+    if not recomputes(remedies):
         seconds = _filled(costs, lacking)
         return None if seconds is None else max(step_seconds, seconds)
-    # Recomputation lengthens the compute, offload the transfers: bisect for the shares at which both last as long.
-    low, high = 0.0, memory.terms.get("activations", 0) * (1 + share)
+    # Recomputation lengthens the compute, offload the transfers.
+    high = memory.terms.get("activations", 0) * (1 + share)
     # Each freed byte also frees its share of the fragmentation.
     again_byte_seconds /= 1 + share
     if _filled(costs, lacking - high) is None:
         return None
+    return _balanced(costs, lacking, high, step_seconds, again_byte_seconds)
+
+
+def _balanced(
+    costs: list[tuple[float, float]], lacking: float, high: float, step_seconds: float, again_byte_seconds: float
+) -> float:
+    """Return the seconds of a step whose recomputation, of at most `high` bytes, and transfers last as long."""
+    low = 0.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         seconds = _filled(costs, lacking - middle)
@@ -82,34 +100,16 @@ def least_seconds(
     return max(step_seconds + low * again_byte_seconds, _filled(costs, lacking - high) or 0.0)
 
 
-def least_again(sizes: Sizes, rates: Rates) -> float:
-    """Return the least seconds of recomputing a block for each byte of activations that this frees.
-
-    Args:
-        sizes: the sizes of a plan under which all blocks recompute.
-        rates: the rates of the hardware.
-    """
-    shares = [
-        again_seconds(sizes, segment, rates) / saving
-        for segment in sizes.step.segments
-        if sizes.recomputes(segment) and (saving := sizes.saving(segment))
-    ]
-    return min(shares, default=0.0)
-
-
-def _under(plan: Plan, techniques: frozenset[str], blocks: Sequence[str], kind: str) -> Plan:
-    """Return `plan` with `techniques`, without amounts."""
+def _under(plan: Plan, remedies: frozenset[str], workload: Workload, kind: str) -> Plan:
+    """Return `plan` with `remedies`, without amounts."""
     tier = "nvme" if kind == "cpu" else "cpu"
-    fields: dict[str, Any] = {f"offload_{name}": tier for name in ("parameters", "optimizer") if name in techniques}
-    fields["release_gradients"] = "release" in techniques
-    if "activations" in techniques:
-        fields["offload_activations"] = tier
-    if techniques & {*RECOMPUTATION}:
-        fields |= {"activation_checkpointing": "selective", "checkpointed_blocks": tuple(blocks)}
+    fields: dict[str, Any] = {}
+    for name in remedies:
+        fields |= REMEDIES[name].fields_of_all(workload, tier)
     return dataclasses.replace(plan, **fields)
 
 
-def _costs(removable: list[tuple[float, float, float]], hardware: Hardware) -> list[tuple[float, float]]:
+def _costs(removable: list[Removable], hardware: Hardware) -> list[tuple[float, float]]:
     """Return (seconds per byte, bytes) of each removable term, cheapest first."""
     read, written = _byte_seconds(hardware)
     return sorted(
@@ -129,46 +129,14 @@ def _filled(costs: list[tuple[float, float]], lacking: float) -> float | None:
     return None if lacking > 0 else seconds
 
 
-def _removable(
-    workload: Workload,
-    plan: Plan,
-    terms: Mapping[str, int],
-    share: float,
-    techniques: frozenset[str],
-    accumulate: int,
-    kind: str,
-) -> list[tuple[float, float, float]]:
-    """Return what the techniques can take off the worst moment: (bytes, reads of each in a step, writes of each)."""
-    holes = 1 + share
-    gradients = terms.get("gradients", 0) * holes
-    found: list[tuple[float, float, float]] = [(terms.get("optimizer temporaries", 0) * holes, 0.0, 0.0)]
-    if "release" in techniques:
-        found.append((gradients, 0.0, 0.0))
-    if "optimizer" in techniques or (kind == "cuda" and "parameters" in techniques):
-        # On CUDA the host may step on the state: then parameters come back instead, unless they are offloaded too.
-        # The state of offloaded parameters is itself offloaded.
-        copies = 1.0 if kind == "cpu" else 0.0 if "parameters" in techniques else _parameters_of_state(workload)
-        found.append((terms.get("optimizer state", 0), min(1.0, copies), 1.0))
-    if "activations" in techniques:
-        found.append((terms.get("activations", 0) * holes, accumulate / holes, accumulate / holes))
-    if "parameters" in techniques:
-        fit = workload.stage == "fit"
-        fetched = accumulate * (2.0 if fit and plan.reshard_after_forward else 1.0)
-        trained = fit and all(parameter.trainable and parameter.used for parameter in workload.parameters)
-        # Gradients are offloaded with their parameters; a group's bytes then double.
-        also = 0.0 if "release" in techniques else gradients
-        size = terms.get("parameters", 0) + also
-        each = 1 + (holes if also else 0.0)
-        # On CUDA the host steps on them.
-        paged = 1.0 if trained and kind == "cpu" else 0.0
-        found.append((size, (fetched + paged) / each, paged / each))
-    return found
-
-
-def _parameters_of_state(workload: Workload) -> float:
-    """Return the smallest ratio of parameter bytes to optimizer-state bytes over all parameters with state."""
-    state = {name: size for needs in workload.optimizers for name, size in needs.state_bytes.items() if size}
-    return min((one.bytes / state[one.name] for one in workload.parameters if one.name in state), default=0.0)
+def _removable(worst: WorstMoment, remedies: frozenset[str]) -> list[Removable]:
+    """Return what the remedies can take off the worst moment."""
+    used = [REMEDIES[name] for name in remedies]
+    if any(remedy.moves_state(worst.kind) for remedy in used):
+        used = [*used, *(one for one in REMEDIES.values() if one.unit == "pages" and one not in used)]
+    removable = [remedy.removable(worst) for remedy in used]
+    temporaries = worst.terms.get("optimizer temporaries", 0) * worst.holes, 0.0, 0.0
+    return [temporaries, *(found for found in removable if found is not None)]
 
 
 def _byte_seconds(hardware: Hardware) -> tuple[float, float]:

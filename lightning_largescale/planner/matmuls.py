@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from lightning_largescale.workload import Parameter, Workload
+if TYPE_CHECKING:
+    from lightning_largescale.workload import Parameter, Workload
+
 
 _MOST_SIZES = 3
 # Beyond this edge the rate no longer grows, so that workloads of any batch share one measurement.

@@ -1,6 +1,6 @@
-"""Search for plans that fit by offload: which techniques, and how much of each.
+"""Search for plans that fit by offload: which remedies, and how much of each.
 
-For every layout that does not fit by itself, each set of techniques is solved for its cheapest amounts (`amounts`).
+For every layout that does not fit by itself, each set of remedies is solved for its cheapest amounts (`amounts`).
 Layouts are visited in the order of their upper bound of speed. The search ends when no remaining layout can beat the
 best plan found, so that the result is the best of all.
 
@@ -13,22 +13,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import Plan
 from lightning_largescale.planner.amounts import Amounts, Layout
-from lightning_largescale.planner.bounds import least_again, least_seconds
-from lightning_largescale.planner.report import Estimate
+from lightning_largescale.planner.bounds import least_seconds
+from lightning_largescale.planner.remedy import UNLIMITED
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import RECOMPUTATION, UNLIMITED
+from lightning_largescale.planner.spread import REMEDIES, in_unit
 from lightning_largescale.planner.tier_budgets import shortfalls
-from lightning_largescale.workload import Workload
+from lightning_largescale.techniques.prices import PRICES
 
-TECHNIQUES = ("release", "optimizer", "activations", "parameters")
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.report import Estimate
+    from lightning_largescale.workload import Workload
+
+# Names of the remedies that move bytes or free them, without recomputation.
+OFFLOADS = tuple(name for name, remedy in REMEDIES.items() if not remedy.recomputes)
 # Relative difference below which two plans count as equally fast.
 _ROUNDING = 1e-9
-Row = tuple[Plan, Estimate]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,67 +55,65 @@ class Offloading:
     may_release: bool
     setup: Mapping[str, Any]
 
-    def techniques(self, plan: Plan) -> list[frozenset[str]]:
-        """Return the sets of techniques that may be combined with `plan`, smallest sets first."""
-        work = self.workload
-        fit, tiers = work.stage == "fit", len(self.budgets) > 1
-        replicas = plan.dp_replicate > 1 and not plan.shards
-        may = {
-            "release": self.may_release
-            and fit
-            and self.accumulate == 1
-            and len(work.optimizers) == 1
-            and plan.precision != "16-mixed"
-            and not replicas,
-            "optimizer": tiers and fit and any(any(needs.state_bytes.values()) for needs in work.optimizers),
-            "activations": tiers and fit and bool(work.blocks),
-            "parameters": tiers and bool(work.blocks) and not work.whole,
-        }
-        usable = [name for name in TECHNIQUES if may[name]]
-        sets = (itertools.combinations(usable, count) for count in range(1, len(usable) + 1))
-        found = [frozenset(names) for names in itertools.chain.from_iterable(sets)]
-        # On CUDA the state of offloaded parameters is offloaded too.
-        both = {"parameters", "optimizer"} if self.hardware.kind == "cuda" and may["optimizer"] else set()
-        return [names for names in found if "parameters" not in names or both <= names]
+    @property
+    def has_tiers(self) -> bool:
+        """Return whether there is a tier beside the device."""
+        return len(self.budgets) > 1
+
+    def remedies(self, plan: Plan) -> list[frozenset[str]]:
+        """Return the sets of remedies without recomputation that may be combined with `plan`, smallest sets first."""
+        usable = [REMEDIES[name] for name in OFFLOADS if REMEDIES[name].may_help(plan, self)]
+        found = itertools.chain.from_iterable(
+            itertools.combinations(usable, count) for count in range(1, len(usable) + 1)
+        )
+        pages = any(remedy.unit == "pages" for remedy in usable)
+        # Where state leaves with parameters, more of it may as well.
+        return [
+            frozenset(remedy.name for remedy in used)
+            for used in found
+            if not pages
+            or not any(remedy.moves_state(self.hardware.kind) for remedy in used)
+            or any(remedy.unit == "pages" for remedy in used)
+        ]
 
     def with_recomputation(self, plan: Plan) -> list[tuple[frozenset[str], float]]:
-        """Return the sets of techniques in which some blocks recompute instead of offloading their activations.
+        """Return the sets of remedies in which some blocks recompute instead of offloading their activations.
 
         Each comes with the least seconds of recomputation for each byte that this frees.
         """
         work, rates = self.workload, self.hardware.rates
-        if plan.activation_checkpointing != "none" or work.stage != "fit" or len(work.blocks) < 2 or rates is None:
-            return []
         found: list[tuple[frozenset[str], float]] = []
-        for name, operations in RECOMPUTATION.items():
-            full = dataclasses.replace(plan, activation_checkpointing="full", checkpointed_operations=operations)
-            sizes = Sizes(work, full, self.hardware.kind, self.accumulate)
-            if operations == "cheap" and not any(map(sizes.kept, sizes.step.segments)):
+        for name, remedy in REMEDIES.items():
+            if not remedy.recomputes or rates is None or not remedy.may_help(plan, self):
                 continue
-            least = least_again(sizes, rates)
-            sets = (names for names in self.techniques(plan) if "activations" not in names)
-            found += [(names | {name}, self.accumulate * least) for names in sets]
+            full = dataclasses.replace(plan, **remedy.fields_of_all(work, ""))
+            least = remedy.byte_seconds(Sizes(work, full, self.hardware.kind, self.accumulate), rates)
+            if least is not None:
+                sets = (names for names in self.remedies(plan) if not in_unit(names, "blocks"))
+                found += [(names | {name}, self.accumulate * least) for names in sets]
         return found
 
     def layouts(self, plan: Plan, *, gathering: bool) -> list[Layout]:
         """Return the layouts of `plan`, with its parameters offloaded if `gathering`, else without."""
         plans = [plan]
         if gathering and not plan.shards:
-            wraps = self.workload.wraps if self.workload.stage == "fit" else ()
-            plans = [dataclasses.replace(plan, wrapped_modules=names) for names in dict.fromkeys(((), wraps))]
+            options = [price.gathered_options(self.workload) for price in PRICES]
+            plans = [
+                dataclasses.replace(plan, **{name: value for one in fields for name, value in one.items()})
+                for fields in itertools.product(*options)
+            ]
         layouts = [self._layout(plan, gathering=gathering) for plan in plans]
         return [layout for layout in layouts if layout.sizes.movable or not gathering]
 
     def _layout(self, plan: Plan, *, gathering: bool) -> Layout:
         kind = self.hardware.kind
-        tier = ("nvme" if kind == "cpu" else "cpu") if gathering else None
         # A plan that offloads parameters gathers them; in this layout all of them are still resident.
-        given = dataclasses.replace(plan, offload_parameters=tier, resident_parameter_bytes=UNLIMITED if tier else None)
-        sizes = Sizes(self.workload, given, kind, self.accumulate)
-        return Layout(sizes, self.hardware, self.budgets, **self.setup)
+        for remedy in REMEDIES.values() if gathering else ():
+            plan = dataclasses.replace(plan, **remedy.fields_of_none("nvme" if kind == "cpu" else "cpu"))
+        return Layout(Sizes(self.workload, plan, kind, self.accumulate), self.hardware, self.budgets, **self.setup)
 
 
-def offloaded_plans(search: Offloading, rows: Sequence[Row]) -> Iterator[Plan]:
+def offloaded_plans(search: Offloading, rows: Sequence[tuple[Plan, Estimate]]) -> Iterator[Plan]:
     """Yield the fastest offloading plan of every layout that may win, from the plans in `rows` that do not fit.
 
     Args:
@@ -123,42 +125,42 @@ def offloaded_plans(search: Offloading, rows: Sequence[Row]) -> Iterator[Plan]:
     fitting = [estimate for _, estimate in rows if not shortfalls(estimate.peak_bytes, search.budgets)]
     best, simplest = max((estimate.samples_per_second for estimate in fitting), default=0.0), 0
     layouts: dict[tuple[Plan, bool], list[Layout]] = {}
-    for speed, plan, techniques in _bounded(search, rows):
+    for speed, plan, remedies in _bounded(search, rows):
         if speed < best * (1 - _ROUNDING):
             break
-        if speed <= best * (1 + _ROUNDING) and len(techniques) >= simplest:
+        if speed <= best * (1 + _ROUNDING) and len(remedies) >= simplest:
             continue
-        gathering = "parameters" in techniques
+        gathering = bool(in_unit(remedies, "groups"))
         if (plan, gathering) not in layouts:
             layouts[plan, gathering] = search.layouts(plan, gathering=gathering)
         for layout in layouts[plan, gathering]:
-            solved = Amounts(layout, techniques).best()
+            solved = Amounts(layout, remedies).best()
             if solved is None:
                 continue
             found = samples(search, plan) / solved[1]
-            if found > best * (1 + _ROUNDING) or (found >= best * (1 - _ROUNDING) and len(techniques) < simplest):
-                best, simplest = max(best, found), len(techniques)
+            if found > best * (1 + _ROUNDING) or (found >= best * (1 - _ROUNDING) and len(remedies) < simplest):
+                best, simplest = max(best, found), len(remedies)
             yield solved[0]
 
 
-def _bounded(search: Offloading, rows: Sequence[Row]) -> list[tuple[float, Plan, frozenset[str]]]:
-    """Return each plan of `rows` that does not fit, with each set of techniques that may make it fit.
+def _bounded(search: Offloading, rows: Sequence[tuple[Plan, Estimate]]) -> list[tuple[float, Plan, frozenset[str]]]:
+    """Return each plan of `rows` that does not fit, with each set of remedies that may make it fit.
 
     Sorted by the upper bound of samples per second, highest first; among equals the simplest first.
     """
     found: list[tuple[float, int, Plan, frozenset[str]]] = []
     for order, (plan, estimate) in enumerate(rows):
         fits = estimate.peak_bytes["device"] <= search.budgets["device"]
-        if fits or plan.activation_checkpointing == "selective":
+        if fits or any(price.is_in_part(plan) for price in PRICES):
             continue
-        sets = [(names, 0.0) for names in search.techniques(plan)] + search.with_recomputation(plan)
-        for techniques, again_byte_seconds in sets:
+        sets = [(names, 0.0) for names in search.remedies(plan)] + search.with_recomputation(plan)
+        for remedies, again_byte_seconds in sets:
             seconds = least_seconds(
                 search.workload,
                 plan,
                 estimate.memory,
                 estimate.step_seconds,
-                techniques,
+                remedies,
                 hardware=search.hardware,
                 budget_bytes=search.budgets["device"],
                 accumulate=search.accumulate,
@@ -166,9 +168,9 @@ def _bounded(search: Offloading, rows: Sequence[Row]) -> list[tuple[float, Plan,
                 again_byte_seconds=again_byte_seconds,
             )
             if seconds is not None:
-                found.append((samples(search, plan) / seconds, order, plan, techniques))
+                found.append((samples(search, plan) / seconds, order, plan, remedies))
     found.sort(key=lambda row: (-row[0], len(row[3]), row[1]))
-    return [(speed, plan, techniques) for speed, _, plan, techniques in found]
+    return [(speed, plan, remedies) for speed, _, plan, remedies in found]
 
 
 def samples(search: Offloading, plan: Plan) -> float:
@@ -184,12 +186,12 @@ def least_plans(search: Offloading, plans: Collection[Plan]) -> Iterator[Plan]:
     tiers = [tier for tier in ("cpu", "nvme") if tier in search.budgets]
     search = dataclasses.replace(search, budgets={**search.budgets, **dict.fromkeys(tiers[-1:], UNLIMITED)})
     for plan in plans:
-        sets = search.techniques(plan)
+        sets = search.remedies(plan)
         # Offloaded parameters have to be gathered again, which may take more memory than it saves.
-        for names in (sets[-1:], [names for names in sets if "parameters" not in names][-1:]):
-            for techniques in names:
-                for layout in search.layouts(plan, gathering="parameters" in techniques):
-                    amounts = Amounts(layout, techniques)
+        for names in (sets[-1:], [names for names in sets if not in_unit(names, "groups")][-1:]):
+            for remedies in names:
+                for layout in search.layouts(plan, gathering=bool(in_unit(remedies, "groups"))):
+                    amounts = Amounts(layout, remedies)
                     least = amounts.plan(amounts.least)
                     if least is not None:
                         yield least

@@ -1,4 +1,4 @@
-"""Bytes of a rank's optimizer step that can be paged, wherever its state is: the sizes of one layout.
+"""Bytes of a rank's optimizer step: what can be paged, what the step moves between tiers, and its temporaries.
 
 Source: Dettmers et al. 2023, "QLoRA", section 3 (paged optimizers).
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from lightning_largescale.tiers import PAGE_BYTES, page_buffer_bytes
+
 if TYPE_CHECKING:
+    from lightning_largescale.planner.group_sizes import GroupSizes
     from lightning_largescale.planner.sizes import Sizes
 
 # Bytes of the largest gradient, and of all gradients.
@@ -19,15 +22,15 @@ Stepped = tuple[int, int]
 
 
 class Paging:
-    """Paged and unpaged bytes of the optimizers, by group of parameters; row-sharded tables are under "".
+    """Paged and unpaged bytes of the optimizers, by group of parameters; parameters in no group are under "".
 
     Args:
         sizes: the sizes of any plan of the layout.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: GroupSizes) -> None:
         self._sizes = sizes
-        self._groups = {**sizes.groups, "": sizes.tables}
+        self._groups = {**sizes.groups, "": sizes.ungrouped_parameters}
 
     @cached_property
     def state(self) -> dict[str, float]:
@@ -79,3 +82,87 @@ class Paging:
         group = [one for one in self._groups[name] if one.trainable and one.used and one.name in among]
         local = [*map(self._sizes.gradient_of, group)]
         return max(local, default=0), sum(local)
+
+
+def moved_in_step(sizes: Sizes) -> Mapping[str, int]:
+    """Return, by tier, the bytes read for the optimizer's step: state, parameters, and gradients unless released.
+
+    State and parameters are written back.
+    """
+    moved: Counter[str] = Counter()
+    if sizes.workload.stage != "fit":
+        return moved
+    moved.update(sizes.placement.state)
+    for name, tier in sizes.placement.groups.items():
+        # A parameter and its gradient have the same bytes.
+        moved[tier] += sizes.gradient(name, whole=False) * (1 if sizes.releases else 2)
+    return moved
+
+
+def page_buffers(sizes: Sizes) -> int:
+    """Return the bytes of the device's memory in the page buffers of the optimizer's step, which persist across steps.
+
+    On CUDA the buffers are in pinned memory instead, and count as staging.
+    """
+    return buffer_bytes(sizes.kind, sum(moved_in_step(sizes).values()), largest_page(sizes))
+
+
+def buffer_bytes(kind: str, moved_bytes: int, page_bytes: int) -> int:
+    """Return the bytes of page buffers in the device's memory for `moved_bytes` a step, in pages of `page_bytes`."""
+    return page_buffer_bytes(moved_bytes, page_bytes) if kind == "cpu" else 0
+
+
+def largest_page(sizes: Sizes) -> int:
+    """Return the bytes of the largest page; it exceeds `PAGE_BYTES` if it holds a parameter that cannot be split."""
+    found = PAGE_BYTES
+    for name, (largest, state) in sizes.paging.undivided.items():
+        moves = state and (name in sizes.placement.groups or sizes.host_steps)
+        found = max(found, state + (largest * (1 if sizes.releases else 2) if moves else 0))
+    return found
+
+
+def temporaries(sizes: Sizes, names: Iterable[str | None]) -> int:
+    """Return the peak bytes of temporaries on the device while the optimizer steps on these groups.
+
+    For paged groups they are those of one page; on CUDA the page's state is brought to the device as well. On CUDA the
+    host steps on offloaded parameters, which need none.
+    """
+    in_pages: list[tuple[int, int]] = []
+    at_once: list[tuple[int, int]] = []
+    paging = sizes.paging
+    state, page, page_state = 0, _page_parameter_bytes(sizes), PAGE_BYTES
+    for name in names:
+        if name in sizes.placement.groups:
+            # On the CPU pages hold the parameters too.
+            in_pages += [sizes.stepped.get(name, (0, 0))] if sizes.kind == "cpu" else []
+        elif not sizes.pages_state:
+            at_once.append(sizes.stepped.get(name, (0, 0)))
+        else:
+            in_pages.append(paging.stepped.get(name, (0, 0)))
+            at_once.append(paging.stepped_at_once.get(name, (0, 0)))
+            state += sizes.state(name) - paging.unpaged.get(name, 0) if sizes.kind != "cpu" else 0
+        largest, largest_state = paging.undivided.get(name, (0, 0))
+        page, page_state = max(page, largest), max(page_state, largest_state)
+    return max(_temporaries(sizes, at_once, None), _temporaries(sizes, in_pages, page) + min(state, page_state))
+
+
+def _page_parameter_bytes(sizes: Sizes) -> int:
+    """Return the bytes of the parameters that one page updates."""
+    state = sum(sizes.paging.state.values())
+    if not sizes.pages_state or not state:
+        return PAGE_BYTES // (1 if sizes.releases else 2)
+    return int(PAGE_BYTES * sum(total for _, total in sizes.paging.stepped.values()) / state)
+
+
+def _temporaries(sizes: Sizes, groups: list[tuple[int, int]], page: int | None) -> int:
+    largest = max((largest for largest, _ in groups), default=0)
+    total = sum(total for _, total in groups)
+    if page is not None:
+        largest, total = min(largest, page), min(total, page)
+    return max(
+        (
+            int(needs.step_temporary_largest * largest + needs.step_temporary_total * total)
+            for needs in sizes.workload.optimizers
+        ),
+        default=0,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -10,13 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_largescale.console import Bars
-from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.disks import nvme_disk
 from lightning_largescale.planner.report import Estimate, Report, plan_fields
 from lightning_largescale.planner.transfers import CHANNELS
+from lightning_largescale.techniques.prices import PRICES
 from lightning_largescale.units import format_bytes, format_flops, format_seconds
-from lightning_largescale.workload import Workload
-from lightning_largescale.workload.divisions import division_words
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.workload import Workload
 
 _BAR_WIDTH = 24
 _BUDGET_WIDTH = 54
@@ -32,8 +35,9 @@ def setup_panel(report: Report) -> Panel:
     table.add_row("hardware", Text(hardware_words(report.hardware)))
     table.add_row("model", Text(model_words(report.workload)))
     table.add_row("plan", Text(f"{report.best.describe()}  [{plan_fields(report.best)}]"))
-    if report.best.tp > 1:
-        table.add_row("tensor parallel", Text(division_words(report.workload, report.best.tp)))
+    for price in PRICES:
+        for title, words in price.panel_rows(report.workload, report.best):
+            table.add_row(title, Text(words))
     table.add_row("peak memory", memory_bars(estimate, report.budget_bytes))
     for tier, size in estimate.peak_bytes.items():
         if tier != "device":
@@ -124,9 +128,10 @@ def time_words(report: Report, estimate: Estimate) -> str:
     terms = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in rows)
     hidden = f", {format_seconds(estimate.time.hidden_seconds)} hidden" if estimate.time.hidden_seconds else ""
     samples = report.workload.batch_samples * report.best.dp * report.accumulate_grad_batches
-    shared = f", not {samples * report.best.tp}, since {report.best.tp} ranks compute the same samples"
+    ranks = report.best.world_size // report.best.dp
+    shared = f", not {samples * ranks}, since {ranks} ranks compute the same samples"
     return (
-        f"{format_seconds(estimate.step_seconds)} for a global batch of {samples}{shared if report.best.tp > 1 else ''}"
+        f"{format_seconds(estimate.step_seconds)} for a global batch of {samples}{shared if ranks > 1 else ''}"
         f" ({estimate.samples_per_second:.3g} samples/s): {terms}{hidden}"
     )
 

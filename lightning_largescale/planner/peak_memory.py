@@ -1,8 +1,8 @@
 """Peak memory of one rank under a plan: a sum of named terms at the worst moment of a training step.
 
 A step is a sequence of moments: setup, each segment's forward, each segment's backward, the optimizer's step. The live
-bytes at each moment are a sum of terms; the peak is the largest sum. Terms are small pure functions of the workload and
-the plan, so that a new technique adds a term or changes one.
+bytes at each moment are a sum of terms; the peak is the largest sum. The terms here are those of any run; techniques
+add theirs (`Price.memory`).
 
 Source: Rajbhandari et al. 2020, "ZeRO", section 3 (model states and residual states); the traced live bytes are those
     of `Workload`.
@@ -10,38 +10,21 @@ Source: Rajbhandari et al. 2020, "ZeRO", section 3 (model states and residual st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import (
-    activations_in_flight,
-    gradients_passing,
-    kept_elsewhere,
-    page_buffers,
-    parameters_here,
-    parameters_in_flight,
-    state_here,
-    temporaries,
-)
+from lightning_largescale.planner.placement import kept_elsewhere
+from lightning_largescale.planner.price import Moment, Terms
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.workload import Segment, Workload
+from lightning_largescale.techniques.prices import PRICES
 
-# Fragmentation (holes between the tensors of a step) as a share of the bytes that come and go in it
-# (benchmarks/results). On CPU: of glibc's heap, by how it is managed (`Plan.heap`). On CUDA: of the caching allocator's
-# segments, not measured yet.
-_HEAP_SHARES = {"left": 0.6, "trimmed": 0.15, "watched": 0.15, "mapped": 0.05}
-_TENSOR_SHARE, _CUDA_SHARE = 0.45, 0.06
-_COMES_AND_GOES = (
-    "activations",
-    "activations in flight",
-    "gathered parameters",
-    "gradients",
-    "unreduced gradients",
-    "communication",
-    "optimizer temporaries",
-)
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.workload import Segment, Workload
+
+_PASSING_TERMS = {"activations", "gradients"}.union(*(price.passing_terms for price in PRICES))
 # Bytes per process, whatever the model: kernels' code pages and work buffers on first use (cpu); the workspaces that
 # cuBLAS takes from the allocator (cuda), one for each thread that multiplies, 32 MiB each on Hopper.
 RUNTIME_BYTES = {"cpu": 24 * 2**20, "cuda": 64 * 2**20}
@@ -123,7 +106,7 @@ def moments_bytes(sizes: Sizes, *, baseline_bytes: int = 0, built: bool = True) 
     Every amount of offload adds its own change to these, independently of the others.
     """
     return [
-        (sum(terms.values()) - terms["allocator"], _moving_bytes(terms))
+        (sum(terms.values()) - terms["allocator"], _passing_bytes(terms))
         for _, _, terms in _moments(sizes, baseline_bytes, built)
     ]
 
@@ -154,259 +137,88 @@ def first_excess(
 
 
 def allocator_share(plan: Plan, kind: str) -> float:
-    """Return the bytes lost to fragmentation for each byte that comes and goes in a step.
-
-    Source: measured, benchmarks/results; techniques/malloc_policy/heap.py for how the heap is managed.
-    """
-    if kind == "cuda":
-        return _CUDA_SHARE
-    # Even if the heap is trimmed between steps, tensor parallelism fragments it more in each step than replicas do.
-    return _TENSOR_SHARE if plan.heap == "trimmed" and plan.tp > 1 else _HEAP_SHARES[plan.heap]
+    """Return the bytes lost to fragmentation for each byte that comes and goes in a step."""
+    return sum(price.fragmentation(plan, kind) for price in PRICES)
 
 
-def _moving_bytes(terms: Mapping[str, int]) -> int:
-    return sum(terms.get(name, 0) for name in _COMES_AND_GOES)
+def _passing_bytes(terms: Mapping[str, int]) -> int:
+    return sum(size for name, size in terms.items() if name in _PASSING_TERMS)
 
 
-_Moment = tuple[str, int | None, dict[str, int]]
-
-
-def _moments(sizes: Sizes, baseline_bytes: int, built: bool) -> Iterator[_Moment]:
+def _moments(sizes: Sizes, baseline_bytes: int, built: bool) -> Iterator[tuple[str, int | None, dict[str, int]]]:
     """Yield each moment of one run: its name, the index of its segment, and its terms."""
-    plan, workload = sizes.plan, sizes.workload
-    always = {
-        "process before": baseline_bytes,
-        "runtime": RUNTIME_BYTES[sizes.kind],
-        # Recomputation keeps a copy of a block's buffers until its backward.
-        "buffers": workload.buffer_bytes * (1 if plan.activation_checkpointing == "none" else 2),
-    }
-    share = allocator_share(plan, sizes.kind)
-    for moment, index, changing in _changing(sizes, built):
-        terms = {**always, **changing}
-        terms["allocator"] = int(share * _moving_bytes(terms))
+    share = allocator_share(sizes.plan, sizes.kind)
+    for moment, index, terms in _without_allocator(sizes, baseline_bytes, built):
+        terms["allocator"] = int(share * _passing_bytes(terms))
         yield moment, index, terms
 
 
-def _changing(sizes: Sizes, built: bool) -> Iterator[_Moment]:
-    yield "setup", None, setup_terms(sizes, built=built)
-    states, segments = _states(sizes), sizes.step.segments
-    flights = _in_flight(sizes, backward=False)
-    for index in range(len(segments)):
-        live = live_in_forward(sizes, index)
-        yield "forward", index, {**states, **forward_terms(sizes, index), **flights[index], "activations": live}
+def _without_allocator(
+    sizes: Sizes, baseline_bytes: int, built: bool
+) -> Iterator[tuple[str, int | None, dict[str, int]]]:
+    def at(moment: Moment, index: int = 0) -> dict[str, int]:
+        """Return the sums of the terms of all at one moment."""
+        if moment not in found:
+            process = {"process before": baseline_bytes, "runtime": RUNTIME_BYTES[sizes.kind]}
+            of_techniques = [price.memory(sizes, moment, built=built) for price in reversed(PRICES)]
+            found[moment] = [process, _of_any_run(sizes, moment), *filter(None, of_techniques)]
+        terms: dict[str, int] = {}
+        for added in found[moment]:
+            for name, size in added.items():
+                terms[name] = terms.get(name, 0) + (size if isinstance(size, int) else size[index])
+        return terms
+
+    found: dict[Moment, list[Terms]] = {}
+    blocks = sizes.blocks
+    yield "setup", None, at("setup")
+    for index in range(len(blocks)):
+        yield "forward", index, at("forward", index)
     if sizes.workload.stage != "fit":
         return
-    flights = _in_flight(sizes, backward=True)
-    for index in range(len(segments) - 1, -1, -1):
-        live = live_in_backward(sizes, index)
-        moved = {**states, **flights[index]}
-        yield "backward", index, {**moved, **backward_terms(sizes, index), "activations": live}
-        if sizes.gathers:
-            live = live_after_backward(sizes, index)
-            yield "gradient reduction", index, {**moved, **reduction_terms(sizes, index), "activations": live}
-    # Released gradients have been stepped on already, except the root's.
-    stepped = (None, "") if sizes.plan.release_gradients else sizes.stepped
-    ends = {"gradients": _kept_gradients(sizes), "optimizer temporaries": temporaries(sizes, stepped)}
-    yield "optimizer step", None, {**states, **ends}
+    for index in range(len(blocks) - 1, -1, -1):
+        yield "backward", index, at("backward", index)
+        # The root's gradients are reduced last, after the whole backward.
+        if sizes.gathers and (blocks[index] is not None or index == 0):
+            yield "gradient reduction", index, at("gradient reduction", index)
+    yield "optimizer step", None, at("optimizer step")
 
 
-def setup_terms(sizes: Sizes, *, built: bool = True) -> dict[str, int]:
-    """Return the terms at setup: the full model as the user built it, and a group's shard beside its full copy.
-
-    On CUDA the full model is in DRAM, and only the group that is being sharded is on the device, twice while rank 0's
-    values are broadcast. The same holds on the CPU for a model that is not materialized yet, but once.
-    """
-    # Tables are sharded one after the other, each beside its full copy.
-    rows = max(map(sizes.local, sizes.tables), default=0)
-    if not sizes.gathers:
-        return {"parameters": sizes.full_parameters, "rows of a table": rows}
-    largest = max((sizes.gathered(block) for block in sizes.groups), default=0)
-    if sizes.kind == "cpu" and built:
-        gathered = max(largest // sizes.plan.dp_shard, rows)
-        return {"parameters": sizes.full_parameters, "gathered parameters": gathered}
-    copies = 1 if sizes.kind == "cpu" else 2
-    return {"parameters": parameters_here(sizes), "gathered parameters": max(copies * largest, 0 if built else rows)}
-
-
-def _in_flight(sizes: Sizes, *, backward: bool) -> list[dict[str, int]]:
-    """Return, for each segment, the terms in flight between tiers."""
-    parameters = parameters_in_flight(sizes, backward=backward)
-    activations = activations_in_flight(sizes, backward=backward)
-    return [
-        {"parameters in flight": one, "activations in flight": other}
-        for one, other in zip(parameters, activations, strict=True)
-    ]
-
-
-def live_in_forward(sizes: Sizes, index: int) -> int:
-    """Return the bytes of activations and temporaries at the peak of one segment's forward.
-
-    Source: the trace; Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4, for what
-        recomputation drops.
-    """
-    return max(0, sizes.step.segments[index].forward_peak_bytes - sizes.dropped[index])
-
-
-def live_in_backward(sizes: Sizes, index: int) -> int:
-    """Return the bytes of activations and temporaries at the peak of one segment's backward, recomputation included."""
-    segment, dropped = sizes.step.segments[index], sizes.dropped[index]
-    live = segment.backward_peak_bytes - dropped
-    if sizes.recomputes(segment):
-        # The kept results are live already.
-        again = max(0, segment.forward_peak_bytes - segment.forward_entry_bytes - sizes.kept(segment))
-        live = max(live, segment.backward_entry_bytes - dropped - sizes.saving(segment) + again)
-    return max(0, live)
-
-
-def live_after_backward(sizes: Sizes, index: int) -> int:
-    """Return the bytes of activations that remain when one segment's backward is done."""
-    return max(0, sizes.step.segments[index].backward_exit_bytes - sizes.dropped[index])
-
-
-def forward_terms(sizes: Sizes, index: int) -> dict[str, int]:
-    """Return the terms of gradients and gathered parameters during one segment's forward.
+def _of_any_run(sizes: Sizes, moment: Moment) -> Terms:
+    """Return the terms of a moment that any run has.
 
     Lightning's closure runs the forward before it clears gradients, so those of the previous step are still live.
 
-    Source: lightning.pytorch.loops.optimization.automatic, `Closure.closure`; torch.distributed.fsdp.fully_shard.
+    Source: lightning.pytorch.loops.optimization.automatic, `Closure.closure`; for activations the trace.
     """
-    terms = {"gradients": _kept_gradients(sizes), "unreduced gradients": _beside_buckets(sizes)}
-    if sizes.gathers:
-        terms["gathered parameters"] = (
-            (
-                _gathered_at(sizes, {sizes.step.segments[index].block})
-                if sizes.plan.reshard_after_forward
-                else sizes.gathered_so_far[index]
-            )
-            + _received(sizes, index)
-            + _joined(sizes)
-        )
-    return terms
-
-
-def backward_terms(sizes: Sizes, index: int) -> dict[str, int]:
-    """Return the terms of gradients and gathered parameters during one segment's backward.
-
-    The all-gather of the next group, in flight, is included.
-    """
-    terms = {"gradients": _gradients_so_far(sizes, index)}
-    block = sizes.step.segments[index].block
-    if sizes.plan.release_gradients:
-        # A block is stepped on when the first gradient of the next block arrives.
-        ends = (block,) if sizes.kind == "cpu" else ()
-        stepped = [name for name in (*ends, _block_beside(sizes, index, 1)) if name is not None]
-        terms["optimizer temporaries"] = max((temporaries(sizes, [name]) for name in stepped), default=0)
-    if not sizes.gathers:
-        return {**terms, "unreduced gradients": _beside_buckets(sizes)}
-    terms["unreduced gradients"] = _unreduced(sizes, index) + _joined(sizes)
-    terms["communication"] = _sent(sizes, index)
-    terms["gathered parameters"] = (
-        _gathered_at(sizes, {block, _gathered_ahead(sizes, index)})
-        if sizes.plan.reshard_after_forward
-        else sizes.gathered_so_far[index]
-    ) + _joined(sizes)
-    return terms
-
-
-def reduction_terms(sizes: Sizes, index: int) -> dict[str, int]:
-    """Return the terms while a group's gradients are reduced: unsharded gradients, flat send copy, reduced shard.
-
-    The root's gradients are reduced last, after the whole backward.
-
-    On CPU all three are live. On CUDA the group's gathered parameters are freed before, and the unsharded gradients
-    once they are copied. The fragmentation of a CPU's heap was measured with these terms.
-
-    Source: torch.distributed.fsdp, `foreach_reduce`.
-    """
-    block, terms = sizes.blocks[index], backward_terms(sizes, index)
-    if block is None and index > 0:
-        return {}
-    whole = sizes.gradient(block, whole=True)
-    if sizes.kind == "cpu":
-        return {**terms, "communication": whole + sizes.gradient(block, whole=False)}
-    if block is not None:
-        terms["gathered parameters"] -= sizes.gathered(block)
-        if sizes.reductions == sizes.accumulate:
-            terms["unreduced gradients"] += whole - sizes.own_gradient(index)
-    return {**terms, "communication": whole}
-
-
-def _states(sizes: Sizes) -> dict[str, int]:
-    return {
-        "parameters": parameters_here(sizes),
-        "optimizer state": state_here(sizes),
-        "page buffers": page_buffers(sizes),
+    buffers = {"buffers": sizes.workload.buffer_bytes}
+    if moment == "setup":
+        return buffers if sizes.gathers else {**buffers, "parameters": sizes.full_parameters}
+    terms: dict[str, int | Sequence[int]] = {
+        **buffers,
+        "parameters": sizes.parameters_here,
+        "optimizer state": sizes.state_here,
         "batch": sizes.workload.batch_bytes,
+        "gradients": _kept_gradients(sizes),
     }
-
-
-def _received(sizes: Sizes, index: int) -> int:
-    """Return the bytes of the last all-gather's output in forward, live until the copy-out for the next one.
-
-    On CPU it is part of the measured fragmentation of the heap.
-
-    Source: torch.distributed.fsdp, `AllGatherState`.
-    """
-    if sizes.kind == "cpu" or sizes.plan.dp_shard == 1:
-        return 0
-    return sizes.gathered(next((block for block in sizes.blocks[index::-1] if block is not None), None))
-
-
-def _sent(sizes: Sizes, index: int) -> int:
-    """Return the bytes of the previous group's reduce-scatter input, live until the next group is reduced.
-
-    On CPU it is part of the measured fragmentation of the heap.
-
-    Source: torch.distributed.fsdp, `ReduceScatterState`.
-    """
-    if sizes.kind == "cpu" or sizes.reductions < sizes.accumulate:
-        return 0
-    after = _block_beside(sizes, index, 1)
-    return 0 if after is None else sizes.gradient(after, whole=True)
-
-
-def _gathered_ahead(sizes: Sizes, index: int) -> str | None:
-    """Return the block that is prefetched during the backward of segment `index`; None if it is not prefetched.
-
-    Source: torch.distributed.fsdp, which copies on a mesh of one rank when the block is about to run.
-    """
-    alone = sizes.kind == "cuda" and sizes.plan.dp_shard == 1
-    return None if alone else _block_beside(sizes, index, -1)
-
-
-def _joined(sizes: Sizes) -> int:
-    """Return the parameter bytes, or gradient bytes, of a block whose collectives this rank joins without running it.
-
-    Only models with branches have such blocks, as ranks may run different ones.
-    """
-    if not sizes.workload.branches or sizes.plan.world_size == sizes.plan.tp:
-        return 0
-    return max((sizes.gathered(block) for block in sizes.groups if block is not None), default=0)
-
-
-def _unreduced(sizes: Sizes, index: int) -> int:
-    """Return the unsharded gradient bytes of the group that runs backward and of the root, which is reduced last."""
-    if sizes.reductions < sizes.accumulate:
-        return 0
-    return sizes.own_gradient(index) + sizes.root_gradient(index, whole=True)
-
-
-def _beside_buckets(sizes: Sizes) -> int:
-    """Return the bytes of gradients outside of buckets: those of replicas that accumulate, before any reduction.
-
-    Source: torch.nn.parallel.DistributedDataParallel, `no_sync` and `gradient_as_bucket_view`.
-    """
-    if sizes.gathers or sizes.accumulate == 1 or sizes.plan.dp_replicate == 1 or sizes.workload.stage != "fit":
-        return 0
-    return sum(parameter.bytes for parameter in sizes.trained if parameter not in sizes.tables)
+    if moment == "optimizer step":
+        return terms
+    segments, dropped = sizes.step.segments, sizes.dropped
+    if moment == "forward":
+        live = [max(0, one.forward_peak_bytes - gone) for one, gone in zip(segments, dropped, strict=True)]
+        return {**terms, "activations": live}
+    terms["gradients"] = [_gradients_so_far(sizes, index) for index in range(len(segments))]
+    if moment == "backward":
+        return {**terms, "activations": [sizes.live_in_backward(index) for index in range(len(segments))]}
+    live = [max(0, one.backward_exit_bytes - gone) for one, gone in zip(segments, dropped, strict=True)]
+    return {**terms, "activations": live}
 
 
 def _kept_gradients(sizes: Sizes) -> int:
     if sizes.workload.stage != "fit":
         return 0
     if sizes.gathers and sizes.reductions < sizes.accumulate:
-        dense = (p for p in sizes.trained if p not in sizes.tables)
-        return sum(p.bytes for p in dense) + sizes.table_gradients
+        dense = (one for one in sizes.trained if one.name not in sizes.ungrouped)
+        return sum(one.bytes for one in dense) + sizes.ungrouped_gradients
     return sizes.gradients - sizes.passing_gradients
 
 
@@ -415,31 +227,16 @@ def _gradients_so_far(sizes: Sizes, index: int) -> int:
 
     They are those of later groups, its own and the root's; if micro-batches accumulate, all gradients.
     """
-    after = _block_beside(sizes, index, 1)
-    if sizes.accumulate > 1 or (sizes.plan.dp_replicate > 1 and not sizes.gathers):
-        return _kept_gradients(sizes) + gradients_passing(sizes, {after})
-    if not sizes.gathers:
-        later = sizes.kept_from_here[index + 1]
-        own = sizes.kept_from_here[index] - later + gradients_passing(sizes, {sizes.blocks[index]} - {after})
-        others = later + sizes.root_gradient(index, whole=False) + gradients_passing(sizes, {after})
-        return others + min(own, sizes.own_gradient(index))
-    # The group's own gradient shard arrives with the reduction, and so does the root's.
-    return sizes.kept_from_here[index + 1] + sizes.table_gradients + gradients_passing(sizes, {after})
-
-
-def _gathered_at(sizes: Sizes, blocks: set[str | None]) -> int:
-    """Return the bytes of unsharded parameters of the root and of `blocks`."""
-    return sum(sizes.gathered(name) for name in {None, *blocks})
-
-
-def _block_beside(sizes: Sizes, index: int, step: int) -> str | None:
-    """Return the nearest other block before segment `index` (`step` -1) or after it (1); None if there is none."""
-    own, index = sizes.blocks[index], index + step
-    while 0 <= index < len(sizes.blocks):
-        if sizes.blocks[index] not in (None, own):
-            return sizes.blocks[index]
-        index += step
-    return None
+    after = sizes.block_beside(index, 1)
+    passing = sizes.gradients_passing({after})
+    if sizes.accumulate > 1 or sizes.in_buckets:
+        return _kept_gradients(sizes) + passing
+    later = sizes.kept_from_here[index + 1]
+    if sizes.gathers:
+        # The group's own gradient shard arrives with the reduction, and so does the root's.
+        return later + sizes.ungrouped_gradients + passing
+    own = sizes.kept_from_here[index] - later + sizes.gradients_passing({sizes.blocks[index]} - {after})
+    return later + sizes.root_gradient(index, whole=False) + passing + min(own, sizes.own_gradient(index))
 
 
 def _where(segments: tuple[Segment, ...], index: int) -> str:

@@ -5,35 +5,42 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 5 (what moves between 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lightning_largescale.tiers import PAGE_BYTES, group_tiers
+from lightning_largescale.tiers import PAGE_BYTES
 
 if TYPE_CHECKING:
     from lightning_largescale.planner.sizes import Sizes
 
+# Blocks whose gradients are on their way out at once, beside a CUDA device.
+_GRADIENTS_OUT = 2
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(kw_only=True)
 class Placement:
-    """The tiers of all that a plan offloads.
+    """The tiers of all that a plan offloads, as its techniques set them.
 
     Attributes:
+        outside: tiers that are not the device's own memory (on CPU, DRAM is the device's memory).
         groups: tier of each offloaded parameter group, by name; groups that stay are left out.
-        state: bytes of offloaded optimizer state, by tier.
         activations: tier of the activations that `blocks` save; None if they stay.
         blocks: names of the blocks whose activations are offloaded.
-        outside: tiers that are not the device's own memory (on CPU, DRAM is the device's memory).
-        away: names of the groups whose parameters are not in the device's memory.
+        state: bytes of offloaded optimizer state, by tier.
     """
 
+    outside: frozenset[str]
     groups: Mapping[str, str] = field(default_factory=dict)
-    state: Mapping[str, int] = field(default_factory=dict)
     activations: str | None = None
     blocks: frozenset[str] = frozenset()
-    outside: frozenset[str] = frozenset()
-    away: frozenset[str] = frozenset()
+    state: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def away(self) -> frozenset[str]:
+        """Names of the groups whose parameters are not in the device's memory."""
+        return frozenset(name for name, tier in self.groups.items() if tier in self.outside)
 
     @property
     def state_away(self) -> int:
@@ -41,22 +48,9 @@ class Placement:
         return sum(size for tier, size in self.state.items() if tier in self.outside)
 
 
-def place(sizes: Sizes) -> Placement:
-    """Return the placement of the plan of `sizes`."""
-    plan = sizes.plan
-    blocks: frozenset[str] = frozenset()
-    if plan.offload_activations is not None and sizes.workload.stage == "fit":
-        blocks = frozenset(sizes.workload.blocks if plan.offloaded_blocks is None else plan.offloaded_blocks)
-    groups = group_tiers(plan, {name: sizes.shard(name) for name in sizes.movable})
-    outside = frozenset({"nvme"} if sizes.kind == "cpu" else {"cpu", "nvme"})
-    return Placement(
-        groups=groups,
-        away=frozenset(name for name, tier in groups.items() if tier in outside),
-        state=_state_tiers(sizes, groups),
-        activations=plan.offload_activations if blocks else None,
-        blocks=blocks,
-        outside=outside,
-    )
+def outside_tiers(kind: str) -> frozenset[str]:
+    """Return the tiers that are not a device's own memory."""
+    return frozenset({"nvme"} if kind == "cpu" else {"cpu", "nvme"})
 
 
 def whole_pages(total_bytes: int, amount_bytes: int | None) -> int:
@@ -86,14 +80,39 @@ def state_without_pages(sizes: Sizes, away: Iterable[str]) -> int:
     return min(state_that_may_stay(sizes, elsewhere), stays)
 
 
-def _state_tiers(sizes: Sizes, groups: Collection[str]) -> dict[str, int]:
-    plan, total = sizes.plan, sizes.optimizer_state
+def kept_elsewhere(sizes: Sizes) -> dict[str, int]:
+    """Return, by tier, the bytes of one rank kept outside the device's memory.
+
+    On CUDA the staging buffers of transfers count as DRAM.
+    """
+    place = sizes.placement
+    kept = dict(place.state)
+    for name, tier in place.groups.items():
+        kept[tier] = kept.get(tier, 0) + kept_of_group(sizes, name, tier, gradients=not sizes.releases)
+    if place.activations is not None:
+        kept[place.activations] = kept.get(place.activations, 0) + sum(sizes.saved_elsewhere)
+    if sizes.kind != "cpu":
+        kept["cpu"] = kept.get("cpu", 0) + sizes.staging_bytes
+    return {tier: size for tier, size in kept.items() if size and tier in place.outside}
+
+
+def kept_of_group(sizes: Sizes, name: str, tier: str, *, gradients: bool) -> int:
+    """Return the bytes that a group keeps in a tier.
+
+    Args:
+        sizes: the sizes of the plan.
+        name: the group.
+        tier: the tier.
+        gradients: whether its gradients are kept with its shard.
+    """
+    gradients &= sizes.workload.stage == "fit"
+    if sizes.kind != "cpu" and tier == "cpu":
+        return sum(sizes.pinned(name)[: 1 + gradients])
+    return sizes.shard(name) + (sizes.gradient(name, whole=False) if gradients else 0)
+
+
+def gradient_staging(sizes: Sizes, groups: Iterable[str]) -> int:
+    """Return the bytes in DRAM of gradients of `groups`, which come there and do not stay."""
     if sizes.workload.stage != "fit":
-        return {}
-    may_stay = state_that_may_stay(sizes, groups)
-    if plan.offload_optimizer is None:
-        return {"cpu": total - may_stay} if total > may_stay else {}
-    stuck = state_without_pages(sizes, groups)
-    leaves = total - stuck - whole_pages(may_stay - stuck, plan.resident_optimizer_bytes)
-    in_dram = leaves if plan.offload_optimizer == "cpu" else whole_pages(leaves, plan.cpu_optimizer_bytes)
-    return {tier: size for tier, size in (("cpu", in_dram), ("nvme", leaves - in_dram)) if size}
+        return 0
+    return sum(sorted((sizes.pinned(name)[1] for name in groups), reverse=True)[:_GRADIENTS_OUT])

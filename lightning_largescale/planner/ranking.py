@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from lightning_largescale.plan import Plan
 from lightning_largescale.planner.report import Candidate, Estimate
 from lightning_largescale.planner.tier_budgets import shortfalls
+from lightning_largescale.techniques.prices import PRICES
 from lightning_largescale.units import format_bytes, format_seconds
 
-# Precisions that change a model's numerics; used only if the user's `allow` names them.
-LOSSY = ("bf16-mixed",)
-_OFFLOADED = ("parameters", "optimizer", "activations")
+if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
+
+# Uses of techniques that change a model's numerics; a plan has them only if the user's `allow` names them.
+LOSSY = tuple(name for price in PRICES for name in price.lossy)
 
 
 def ranked(
@@ -27,18 +30,20 @@ def ranked(
     Args:
         rows: plans and their estimates.
         budgets: bytes of each tier.
-        allowed: precisions that may be used.
-        fixed: whether the user asked for the precision.
+        allowed: names that the user allows.
+        fixed: whether the user asked for one of them.
 
     Source: the module's docstring.
     """
-    lacking = [shortfalls(estimate.peak_bytes, budgets) for _, estimate in rows]
-    fitting = [row for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and not short]
+    refused = {plan: why for plan, _ in rows if (why := refusal(plan, allowed, fixed=fixed))}
+    priced = [
+        (plan, estimate, shortfalls(estimate.peak_bytes, budgets)) for plan, estimate in rows if plan not in refused
+    ]
+    fitting = [(plan, estimate) for plan, estimate, short in priced if not short]
     # Tensor-parallel ranks share their samples, so the steps of different plans may have different global batches.
     fitting.sort(key=_order)
-    large = [(*row, short) for row, short in zip(rows, lacking, strict=True) if row[0].precision in allowed and short]
+    large = [row for row in priced if row[2]]
     large.sort(key=lambda row: (sum(row[2].values()), row[1].peak_bytes["device"]))
-    refused = [row for row in rows if row[0].precision not in allowed]
     ranked = [
         Candidate(plan=plan, estimate=estimate, status="fits", reason=_slower(estimate, fitting[0][1]))
         for plan, estimate in fitting
@@ -51,22 +56,29 @@ def ranked(
         for plan, estimate, short in large
     ]
     ranked += [
-        Candidate(plan=plan, estimate=estimate, status="not allowed", reason=_not_allowed(plan, allowed, fixed=fixed))
-        for plan, estimate in refused
+        Candidate(plan=plan, estimate=estimate, status="not allowed", reason=refused[plan])
+        for plan, estimate in rows
+        if plan in refused
     ]
     return ranked
 
 
-def simplicity(plan: Plan) -> int:
-    """Return the number of offload and gradient-release techniques of `plan`; the fewer, the simpler."""
-    return sum((plan.release_gradients, *(getattr(plan, f"offload_{name}") is not None for name in _OFFLOADED)))
+def refusal(plan: Plan, allowed: Collection[str], *, fixed: bool) -> str:
+    """Return why the user has not allowed `plan`; empty if they have.
+
+    Args:
+        plan: the plan.
+        allowed: names that the user allows.
+        fixed: whether the user asked for one of them.
+    """
+    return next(filter(None, (price.refusal(plan, allowed, fixed=fixed) for price in PRICES)), "")
 
 
 def _order(row: tuple[Plan, Estimate]) -> tuple[float, int, float, int]:
     plan, estimate = row
     # Plans whose speeds differ by rounding alone count as equally fast.
     speed = float(f"{estimate.samples_per_second:.9g}")
-    return -speed, simplicity(plan), estimate.step_seconds, estimate.peak_bytes["device"]
+    return -speed, plan.last_resorts, estimate.step_seconds, estimate.peak_bytes["device"]
 
 
 def _slower(estimate: Estimate, best: Estimate) -> str:
@@ -91,9 +103,3 @@ def _too_large(estimate: Estimate, short: Mapping[str, float]) -> str:
         where = f"at the {estimate.memory.moment}, where {name} take {format_bytes(size)}"
         words.insert(0, f"lacks {format_bytes(short['device'])} {where}")
     return ", and ".join(words)
-
-
-def _not_allowed(plan: Plan, allowed: Collection[str], *, fixed: bool) -> str:
-    if plan.precision in LOSSY and not fixed:
-        return f"{plan.precision} changes numerics and allow does not name it"
-    return f"precision {plan.precision} is not {' or '.join(sorted(allowed))}, which was asked for"

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from lightning_largescale.console import as_text
 from lightning_largescale.errors import PlanError
-from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import MemoryEstimate
 from lightning_largescale.planner.runtime import TimeEstimate
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.units import format_bytes, format_seconds
-from lightning_largescale.workload import Workload
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.workload import Workload
 
 _REPORT_VERSION = 1
 

@@ -11,22 +11,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.hardware import Hardware
-from lightning_largescale.plan import MATMUL_TYPE, Plan
+from lightning_largescale.plan import Plan
 from lightning_largescale.planner.advice import faster, would_fit
 from lightning_largescale.planner.offload_search import Offloading, least_plans, offloaded_plans
 from lightning_largescale.planner.peak_memory import MemoryEstimate, first_excess, peak_memory
-from lightning_largescale.planner.ranking import LOSSY, ranked
+from lightning_largescale.planner.ranking import LOSSY, ranked, refusal
 from lightning_largescale.planner.report import Candidate, Estimate, Report
 from lightning_largescale.planner.runtime import step_time
-from lightning_largescale.planner.selective import fewest_blocks
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
+from lightning_largescale.techniques.prices import PRICES
 from lightning_largescale.units import parse_bytes
-from lightning_largescale.workload import Workload
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
+    from lightning_largescale.workload import Workload
 
 # Share of a device's free memory that a plan may use unless a budget is given; the rest is for what the memory model
 # does not see.
@@ -76,19 +79,19 @@ def find_plans(
     if hardware.rates is None:
         hardware = hardware.calibrate()
     _check_links(workload, hardware)
-    if precision is not None and not _computes(hardware, precision):
-        raise PlanError(f"precision={precision!r} was asked for and {hardware.name} cannot compute it; take '32-true'.")
-    if memory_budget is None:
-        budget_bytes = int(BUDGET_SHARE * hardware.memory_free_bytes) + baseline_bytes
-    else:
-        budget_bytes = parse_bytes(memory_budget, name="memory_budget")
+    plans = [*candidates(workload, hardware)]
     allowed = {precision} if precision else {"32-true", *allow}
-    price = _Pricing(baseline_bytes, accumulate_grad_batches, may_release, built)
-    rows = [(plan, price.estimate(workload, hardware, plan)) for plan in candidates(workload, hardware)]
-    rows += list(price.in_part(workload, hardware, rows, budget_bytes))
-    rows += list(price.elsewhere(workload, hardware, rows, budget_bytes, allowed))
-    budgets = {"device": budget_bytes, **tier_budgets(hardware)}
     fixed = precision is not None
+    if fixed and all(refusal(plan, allowed, fixed=fixed) for plan in plans):
+        raise PlanError(f"precision={precision!r} was asked for and {hardware.name} cannot compute it; take '32-true'.")
+    budget_bytes = int(BUDGET_SHARE * hardware.memory_free_bytes) + baseline_bytes
+    if memory_budget is not None:
+        budget_bytes = parse_bytes(memory_budget, name="memory_budget")
+    pricing = _Pricing(baseline_bytes, accumulate_grad_batches, may_release, built)
+    rows = [(plan, pricing.estimate(workload, hardware, plan)) for plan in plans]
+    rows += list(pricing.in_part(workload, hardware, rows, budget_bytes))
+    rows += list(pricing.elsewhere(workload, hardware, rows, budget_bytes, allowed))
+    budgets = {"device": budget_bytes, **tier_budgets(hardware)}
     report = Report(
         candidates=(*ranked(rows, budgets, allowed, fixed=fixed), *_impossible(workload, hardware)),
         budget_bytes=budget_bytes,
@@ -96,7 +99,7 @@ def find_plans(
         workload=workload,
         accumulate_grad_batches=accumulate_grad_batches,
     )
-    any_fits = functools.partial(price.any_fits, precisions=allowed, budget_bytes=budget_bytes)
+    any_fits = functools.partial(pricing.any_fits, allowed=allowed, budget_bytes=budget_bytes)
     advice = faster(report, fixed=fixed) if report.fits else would_fit(report, any_fits, allowed, fixed=fixed)
     return dataclasses.replace(report, advice=tuple(advice))
 
@@ -106,63 +109,20 @@ def candidates(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
 
     Source: the module's docstring.
     """
-    usable = [name for name in workload.steps if _computes(hardware, name)]
-    for precision in usable:
-        for checkpointing in _checkpointing(workload, precision):
-            for layout in _layouts(workload, hardware):
-                for groups in _groups(workload, layout):
-                    yield dataclasses.replace(
-                        layout,
-                        precision=precision,
-                        **checkpointing,
-                        **groups,
-                    )
-
-
-def _checkpointing(workload: Workload, precision: str) -> Iterator[dict[str, Any]]:
-    """Yield the plan fields of each admissible kind of recomputation: none, full, or cheap operations only."""
-    yield {}
-    if not workload.blocks or workload.stage != "fit":
-        return
-    yield {"activation_checkpointing": "full"}
-    if any(segment.product_bytes for segment in workload.steps[precision].segments if segment.block in workload.blocks):
-        yield {"activation_checkpointing": "full", "checkpointed_operations": "cheap"}
-
-
-def _groups(workload: Workload, layout: Plan) -> Iterator[dict[str, Any]]:
-    """Yield the plan fields for the wrapped modules and resharding that `layout` admits."""
-    if layout.dp_shard == 1:
-        yield {}
-        return
-    # Evaluation keeps wrapped modules gathered, so that wrapping them gains nothing.
-    found = workload.wraps if workload.stage == "fit" else ()
-    # If parameters stay gathered until backward, wrapping modules costs no time and saves memory.
-    for reshard, wraps in dict.fromkeys(((True, ()), (True, found), (False, found))):
-        yield {"reshard_after_forward": reshard, "wrapped_modules": wraps}
+    plans = [Plan()]
+    for price in PRICES:
+        plans = [replace(plan, **fields) for plan in plans for fields in price.options(workload, hardware, plan)]
+    for price in PRICES:
+        plans = [replace(plan, **fields) for plan in plans for fields in price.rank_options(workload, hardware, plan)]
+    for price in PRICES:
+        plans = [replace(plan, **fields) for plan in plans for fields in price.options_on_ranks(workload, plan)]
+    return iter(plans)
 
 
 def check_allow(allow: Sequence[str]) -> None:
     """Raise PlanError unless every value of `allow` is a known precision that changes numerics."""
     if isinstance(allow, str) or not isinstance(allow, Collection) or any(name not in LOSSY for name in allow):
         raise PlanError(f"allow={allow!r} is not accepted; give a tuple of {', '.join(map(repr, LOSSY))}, or nothing.")
-
-
-def _layouts(workload: Workload, hardware: Hardware) -> Iterator[Plan]:
-    """Yield plans whose dp_replicate, dp_shard and tp multiply to the world size.
-
-    tp stays inside a node, and is above 1 only if blocks can be sharded by it.
-    """
-    world = hardware.world_size
-    divisible = [ranks for ranks, blocks in workload.divisions.items() if any(found.parts for found in blocks.values())]
-    for tp in sorted({1, *divisible}):
-        if world % tp or tp > hardware.ranks_per_node or (workload.whole and tp > 1):
-            continue
-        for dp_shard in range(1, world // tp + 1):
-            if world // tp % dp_shard == 0 and not (workload.whole and dp_shard > 1):
-                plan = Plan(dp_replicate=world // tp // dp_shard, dp_shard=dp_shard, tp=tp)
-                yield plan
-                if workload.stage == "fit" and any(found.sequence for found in workload.divisions.get(tp, {}).values()):
-                    yield dataclasses.replace(plan, sequence_parallel=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,21 +142,19 @@ class _Pricing:
     def in_part(
         self, workload: Workload, hardware: Hardware, rows: Sequence[tuple[Plan, Estimate]], budget_bytes: int
     ) -> Iterator[tuple[Plan, Estimate]]:
-        """Yield plans that recompute just enough blocks to fit, for those that do not fit without recomputation."""
-        known = {plan for plan, _ in rows}
+        """Yield plans that use a technique just as much as makes those fit that do not."""
+
+        def sizes_of(plan: Plan) -> Sizes:
+            return Sizes(workload, plan, hardware.kind, self.accumulate)
+
+        def excess(sizes: Sizes, recomputed: frozenset[str]) -> tuple[int, int] | None:
+            return first_excess(sizes, budget_bytes, recomputed, **self._setup)
+
         for plan, estimate in rows:
-            if estimate.memory.peak_bytes <= budget_bytes or plan.activation_checkpointing != "none":
-                continue
-            for operations in ("all", "cheap"):
-                whole = dataclasses.replace(plan, activation_checkpointing="full", checkpointed_operations=operations)
-                if whole not in known:
-                    continue
-                sizes = Sizes(workload, whole, hardware.kind, self.accumulate)
-                excess = functools.partial(first_excess, sizes, budget_bytes, **self._setup)
-                names = fewest_blocks(workload.blocks, sizes.step.segments, sizes.saving, excess)
-                if names is not None:
-                    part = dataclasses.replace(whole, activation_checkpointing="selective", checkpointed_blocks=names)
-                    yield part, self.estimate(workload, hardware, part)
+            if estimate.memory.peak_bytes > budget_bytes:
+                for price in PRICES:
+                    for part in price.in_part(workload, plan, sizes_of, excess):
+                        yield part, self.estimate(workload, hardware, part)
 
     def elsewhere(
         self,
@@ -211,7 +169,7 @@ class _Pricing:
         If none of these fits either, yield the nearest of the plans that offload all that can be.
         """
         search = self._offloading(workload, hardware, budget_bytes)
-        rows = [row for row in rows if row[0].precision in allowed]
+        rows = [row for row in rows if not refusal(row[0], allowed, fixed=False)]
         found = [(plan, self.estimate(workload, hardware, plan)) for plan in offloaded_plans(search, rows)]
         yield from found
         if found or any(estimate.peak_bytes["device"] <= budget_bytes for _, estimate in rows):
@@ -222,11 +180,9 @@ class _Pricing:
         for plan, _ in sorted(least, key=lambda row: row[1].peak_bytes)[:1]:
             yield plan, self.estimate(workload, hardware, plan)
 
-    def any_fits(
-        self, workload: Workload, hardware: Hardware, *, precisions: Collection[str], budget_bytes: int
-    ) -> bool:
-        """Return whether any plan of these precisions fits the budgets of all tiers."""
-        plans = [plan for plan in candidates(workload, hardware) if plan.precision in precisions]
+    def any_fits(self, workload: Workload, hardware: Hardware, *, allowed: Collection[str], budget_bytes: int) -> bool:
+        """Return whether any plan that the user allows fits the budgets of all tiers."""
+        plans = [plan for plan in candidates(workload, hardware) if not refusal(plan, allowed, fixed=False)]
         # The most memory-saving plans first, so that one that fits is found soon.
         plans.sort(key=_saves_least)
         if any(self._memory(workload, hardware, plan).peak_bytes <= budget_bytes for plan in plans):
@@ -258,8 +214,7 @@ class _Pricing:
 
 def _saves_least(plan: Plan) -> tuple[int, int]:
     """Return a sort key that mostly puts the plans with the least memory first."""
-    again = ("full", "selective", "none").index(plan.activation_checkpointing)
-    return 2 * again + (plan.checkpointed_operations == "cheap"), -plan.dp_shard * plan.tp
+    return sum(price.thrift(plan) for price in PRICES), -plan.ranks_per_replica
 
 
 def _check_count(name: str, value: object, *, least: int) -> None:
@@ -290,20 +245,6 @@ def _check_links(workload: Workload, hardware: Hardware) -> None:
 
 def _impossible(workload: Workload, hardware: Hardware) -> Iterator[Candidate]:
     """Yield one impossible plan for each reason why a kind of plan is ruled out."""
-    if not workload.blocks or workload.stage != "fit":
-        reason = f"{workload.name} has no repeated blocks, so nothing to recompute block by block"
-        if workload.stage != "fit":
-            reason = f"{workload.stage} keeps no activations, so there are none to recompute"
-        plan = Plan(activation_checkpointing="full")
-        yield Candidate(plan=plan, estimate=None, status="not possible", reason=reason)
-    if workload.whole:
-        plan = Plan(dp_shard=max(2, hardware.world_size))
-        yield Candidate(plan=plan, estimate=None, status="not possible", reason=workload.whole)
-    for precision in workload.steps:
-        if not _computes(hardware, precision):
-            reason = f"{hardware.name} cannot compute matrix products in {MATMUL_TYPE[precision]}"
-            yield Candidate(plan=Plan(precision=precision), estimate=None, status="not possible", reason=reason)
-
-
-def _computes(hardware: Hardware, precision: str) -> bool:
-    return hardware.rates is not None and hardware.rates.matmul_rate(MATMUL_TYPE[precision]) is not None
+    for price in PRICES:
+        for fields, reason in price.impossible(workload, hardware):
+            yield Candidate(plan=Plan(**fields), estimate=None, status="not possible", reason=reason)

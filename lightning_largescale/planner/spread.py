@@ -9,43 +9,26 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 4 (bandwidth that eac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from lightning_largescale.plan import Plan
-from lightning_largescale.planner.hierarchy import (
-    activation_staging,
+from lightning_largescale.planner.placement import (
     gradient_staging,
     kept_elsewhere,
     kept_of_group,
-    largest_page,
-    shard_staging,
+    state_that_may_stay,
+    state_without_pages,
+    whole_pages,
 )
-from lightning_largescale.planner.placement import state_that_may_stay, state_without_pages, whole_pages
-from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.planner.remedy import Assigned, Choice, Remedy
 from lightning_largescale.planner.transfers import Away
-from lightning_largescale.tiers import PAGE_BUFFERS
+from lightning_largescale.techniques.prices import PRICES
 
-# Techniques of blocks, of which a plan uses one: offload of activations, or recomputation of all or cheap operations.
-RECOMPUTATION = {"recomputation": "all", "cheap recomputation": "cheap"}
-OF_BLOCKS = frozenset({"activations", *RECOMPUTATION})
-# Budget in bytes of a tier that has room for anything.
-UNLIMITED = 2**63
+if TYPE_CHECKING:
+    from lightning_largescale.plan import Plan
+    from lightning_largescale.planner.sizes import Sizes
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """The amounts that stay on the device, and that leave it.
-
-    Attributes:
-        groups: number of parameter groups that stay, counted from the last.
-        blocks: number of blocks whose activations are offloaded, or that recompute, counted from the first.
-        state_bytes: bytes of optimizer state that stay.
-    """
-
-    groups: int = 0
-    blocks: int = 0
-    state_bytes: int = 0
+REMEDIES: dict[str, Remedy] = {remedy.name: remedy for price in reversed(PRICES) for remedy in price.remedies}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,25 +42,26 @@ class Spread:
     away: Away
 
 
-def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapping[str, int]) -> Spread | None:
+def spread(sizes: Sizes, remedies: frozenset[str], choice: Choice, tiers: Mapping[str, int]) -> Spread | None:
     """Spread the bytes that `choice` offloads over the tiers.
 
     Args:
         sizes: the sizes of a plan that offloads nothing.
-        techniques: any of "release", "optimizer", "parameters", and one of `OF_BLOCKS`.
+        remedies: names of remedies.
         choice: the amounts.
         tiers: bytes that fit "cpu" and "nvme", for each of the two that can be used.
 
     Returns:
         The plan of `sizes` with these bytes offloaded; None if the tiers lack the room.
     """
-    groups = sizes.movable[: len(sizes.movable) - choice.groups] if "parameters" in techniques else []
-    blocks = sizes.workload.blocks[: choice.blocks] if "activations" in techniques else ()
-    saved = sum(_saved(sizes, blocks))
+    groups = sizes.movable[: len(sizes.movable) - choice.groups] if in_unit(remedies, "groups") else []
+    taken = sizes.workload.blocks[: choice.blocks] if in_unit(remedies, "blocks") else ()
+    blocks = () if recomputes(remedies) else taken
+    saved = sum(sizes.saved_by(blocks))
     may_stay, stuck = state_that_may_stay(sizes, groups), state_without_pages(sizes, groups)
-    stays = min(choice.state_bytes, may_stay - stuck) if "optimizer" in techniques else may_stay - stuck
+    stays = min(choice.state_bytes, may_stay - stuck) if in_unit(remedies, "pages") else may_stay - stuck
     state = sizes.optimizer_state - stuck - stays if sizes.workload.stage == "fit" else 0
-    released = "release" in techniques
+    released = any(REMEDIES[name].frees_gradients for name in remedies)
     kept = {
         tier: [kept_of_group(sizes, name, tier, gradients=not released) for name in groups] for tier in ("cpu", "nvme")
     }
@@ -86,58 +70,48 @@ def spread(sizes: Sizes, techniques: frozenset[str], choice: Choice, tiers: Mapp
     if sum(kept["cpu"]) + saved + state + (gradient_staging(sizes, groups) if released else 0) > dram:
         if disk is None:
             return None
-        staging = _staging(sizes, groups, blocks) if "cpu" in tiers else 0
+        most = sum(remedy.most_staging(sizes, groups, blocks) for remedy in REMEDIES.values())
+        staging = most if "cpu" in tiers else 0
         dram, narrow = max(0, dram - staging), dram < staging
     in_dram, dram = _last_within(groups, kept["cpu"], dram) if "cpu" in tiers else ([], 0)
     saved_tier = "cpu" if saved <= dram and "cpu" in tiers else "nvme"
     state_in_dram = whole_pages(state, dram - (saved if saved_tier == "cpu" else 0))
-    on_disk = (
-        sum(kept["nvme"][: len(groups) - len(in_dram)]) + (saved if saved_tier == "nvme" else 0) + state - state_in_dram
-    )
+    state_on_disk = state - state_in_dram
+    on_disk = sum(kept["nvme"][: len(groups) - len(in_dram)]) + (saved if saved_tier == "nvme" else 0) + state_on_disk
     if on_disk > (disk or 0):
         return None
-    fields: dict[str, Any] = {"release_gradients": released}
-    for name in techniques & {*RECOMPUTATION}:
-        fields |= {
-            "activation_checkpointing": "selective",
-            "checkpointed_blocks": sizes.workload.blocks[: choice.blocks],
-            "checkpointed_operations": RECOMPUTATION[name],
-        }
-    if groups:
-        shards = sum(map(sizes.shard, in_dram))
-        stay = sum(map(sizes.shard, sizes.movable[len(groups) :]))
-        fields |= _fields("parameter", len(in_dram) < len(groups), stay, shards)
-        fields["offload_parameters"] = fields.pop("tier")
-    if state:
-        fields |= _fields("optimizer", state_in_dram < state, stays, state_in_dram)
-        fields["offload_optimizer"] = fields.pop("tier")
-    if blocks:
-        some = tuple(blocks) if len(blocks) < len(sizes.workload.blocks) else None
-        fields |= {"offload_activations": saved_tier, "offloaded_blocks": some}
+    assigned = Assigned(
+        groups=groups,
+        groups_in_dram=in_dram,
+        blocks=taken,
+        blocks_tier=saved_tier,
+        state_bytes=stays,
+        state_in_dram=state_in_dram,
+        state_on_disk=state_on_disk,
+    )
+    # State leaves with parameters that do, whether or not more of it may.
+    used = [one for one in REMEDIES.values() if one.name in remedies or (one.unit == "pages" and state)]
+    fields = {name: value for remedy in used for name, value in remedy.fields(sizes, assigned).items()}
     plan = dataclasses.replace(sizes.plan, **fields)
     # This plan may need less staging in DRAM than the upper bound, so that too little for the bound can be enough.
     if narrow and kept_elsewhere(sizes.placing(plan)).get("cpu", 0) > tiers["cpu"]:
         return None
-    away = _away(sizes, groups, in_dram, {saved_tier: saved}, {"cpu": state_in_dram, "nvme": state - state_in_dram})
-    return Spread(plan=plan, away=away)
+    return Spread(plan=plan, away=_away(sizes, assigned, {saved_tier: saved}))
 
 
-def _fields(what: str, to_disk: bool, stay: int, in_dram: int) -> dict[str, Any]:
-    return {
-        "tier": "nvme" if to_disk else "cpu",
-        f"resident_{what}_bytes": stay or None,
-        f"cpu_{what}_bytes": (in_dram or None) if to_disk else None,
-    }
+def in_unit(remedies: frozenset[str], unit: str) -> frozenset[str]:
+    """Return the names of the remedies that have an amount in `unit`."""
+    return frozenset(name for name in remedies if REMEDIES[name].unit == unit)
 
 
-def _away(
-    sizes: Sizes,
-    groups: Sequence[str],
-    in_dram: Sequence[str],
-    activations: Mapping[str, int],
-    state: Mapping[str, int],
-) -> Away:
-    on_disk = groups[: len(groups) - len(in_dram)]
+def recomputes(remedies: frozenset[str]) -> bool:
+    """Return whether one of the remedies recomputes blocks."""
+    return any(REMEDIES[name].recomputes for name in remedies)
+
+
+def _away(sizes: Sizes, assigned: Assigned, activations: Mapping[str, int]) -> Away:
+    in_dram = assigned.groups_in_dram
+    on_disk = assigned.groups[: len(assigned.groups) - len(in_dram)]
     fit = sizes.workload.stage == "fit"
     trained = {
         tier: sum(sizes.gradient(name, whole=False) for name in names) if fit else 0
@@ -146,7 +120,7 @@ def _away(
     return Away(
         parameters={"cpu": sum(map(sizes.shard, in_dram)), "nvme": sum(map(sizes.shard, on_disk))},
         trained=trained,
-        state=state,
+        state={"cpu": assigned.state_in_dram, "nvme": assigned.state_on_disk},
         activations=activations,
     )
 
@@ -158,19 +132,3 @@ def _last_within(groups: list[str], kept: list[int], size: int) -> tuple[list[st
         size -= kept[-1 - count]
         count += 1
     return groups[len(groups) - count :], size
-
-
-def _saved(sizes: Sizes, blocks: Sequence[str]) -> list[int]:
-    """Return the bytes of saved activations that can be offloaded, for each segment of `blocks`."""
-    names = frozenset(blocks)
-    return [
-        segment.saved_bytes - (sizes.saving(segment) if sizes.recomputes(segment) else 0)
-        for segment in sizes.step.segments
-        if segment.block in names
-    ]
-
-
-def _staging(sizes: Sizes, groups: Sequence[str], blocks: Sequence[str]) -> int:
-    """Return an upper bound of the bytes of staging buffers in DRAM for transfers to and from a disk."""
-    passing = shard_staging(sizes, groups) + gradient_staging(sizes, groups)
-    return PAGE_BUFFERS * largest_page(sizes) + passing + activation_staging(sizes, _saved(sizes, blocks))

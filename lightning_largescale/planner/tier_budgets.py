@@ -6,9 +6,12 @@ Source: Rajbhandari et al. 2021, "ZeRO-Infinity", section 3 (memory of each tier
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from lightning_largescale.hardware import Hardware
 from lightning_largescale.hardware.disks import nvme_disk
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Hardware
 
 
 def tier_budgets(hardware: Hardware) -> dict[str, int]:

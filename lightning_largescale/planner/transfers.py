@@ -16,10 +16,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from lightning_largescale.hardware import Link, Rates
-from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.tiers import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from lightning_largescale.hardware import Link, Rates
+    from lightning_largescale.planner.sizes import Sizes
 
 # The channels between tiers, as the terms of a step name them.
 CHANNELS = ("nvme read", "nvme write", "host to device", "device to host", "host copies")
@@ -62,7 +65,7 @@ class Away:
         saved = sum(map(sizes.leaving_of, sizes.step.segments))
         activations = {} if place.activations is None else {place.activations: saved}
         away = cls(parameters=parameters, trained=trained, state=place.state, activations=activations)
-        return away.stepped_on(sizes, by_host=sizes.plan.host_optimizer_step)
+        return away.stepped_on(sizes, by_host=sizes.host_steps)
 
     def stepped_on(self, sizes: Sizes, *, by_host: bool) -> Away:
         """Return a copy with `by_host` and `copied` set.
@@ -119,8 +122,8 @@ class Passes:
             root_share=sizes.stepped.get(None, (0, 0))[1] / trained if trained else 1.0,
             micro_batches=sizes.accumulate,
             trains=fit,
-            fetches_again=fit and sizes.plan.reshard_after_forward,
-            releases=sizes.plan.release_gradients,
+            fetches_again=fit and sizes.plan.gathers_again,
+            releases=sizes.releases,
         )
 
 

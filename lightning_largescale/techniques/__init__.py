@@ -1,1 +1,1 @@
-"""The techniques of a plan: one folder each."""
+"""Techniques of a plan: one folder each, with its Plan fields (`fields`), its cost (`price`) and its work (`apply`)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -92,20 +91,6 @@ def share_divided(workload: Workload, ranks: int) -> float:
     divided = {f"{block}.{name}" for block, found in workload.divisions.get(ranks, {}).items() for name in found.parts}
     total = sum(parameter.numel for parameter in matrices)
     return sum(parameter.numel for parameter in matrices if parameter.name in divided) / total if total else 0.0
-
-
-def division_words(workload: Workload, ranks: int) -> str:
-    """Describe tensor parallelism over `ranks`: the share of all parameters sharded, and the replicated matrices."""
-    found = workload.divisions.get(ranks, {})
-    names = {f"{block}.{name}" if block else name for block, divided in found.items() for name in divided.parts}
-    share = sum(one.numel for one in workload.parameters if one.name in names) / max(1, workload.numel)
-    # Layer numbers become *, so that blocks that are alike are named once.
-    whole: dict[str, str] = {}
-    for block, divided in found.items():
-        for name, why in divided.whole.items():
-            whole.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{block}.{name}" if block else name), why)
-    words = "; ".join(f"{name} ({why})" for name, why in whole.items())
-    return f"{share:.1%} of the parameters divided" + (f"; whole: {words}" if words else "")
 
 
 def check_division(workload: Workload, others: Workload, ranks: int) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_largescale import compat
 from lightning_largescale.arithmetic import lightning_plugin
-from lightning_largescale.plan import MATMUL_TYPE
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 from lightning_largescale.workload.batch import tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups, find_wraps
 from lightning_largescale.workload.reads import Reads

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_largescale import compat
 from lightning_largescale.arithmetic import STORED_TYPE, lightning_plugin
 from lightning_largescale.errors import PlanError
-from lightning_largescale.plan import MATMUL_TYPE
+from lightning_largescale.techniques.precision.fields import MATMUL_TYPE
 from lightning_largescale.workload.batch import batch_bytes, batch_samples, map_tensors, tensor_bytes, tensors_in
 from lightning_largescale.workload.blocks import find_blocks, find_groups, find_wraps
 from lightning_largescale.workload.divisions import divide_blocks

@@ -79,7 +79,7 @@ def test_a_plan(tmp_path, plan):
     strategy = strategy_of(configuration(tmp_path, given(FIXED, plan=plan, timeout="0:10:00")))
     assert type(strategy) is LargeScaleStrategy
     assert strategy.plan == Plan(**FIELDS)
-    assert strategy._timeout.total_seconds() == 600
+    assert strategy._processes._timeout.total_seconds() == 600
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from models import Language, trainer
 from ranks import quiet, ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
-from lightning_largescale import hub
+from lightning_largescale import compat, hub
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 
@@ -151,6 +153,20 @@ def test_the_next_fit_works_after_forks_that_failed(forks, tmp_path):
         before = model.layer.weight.detach().clone()
         run(model, tmp_path / name, plan, "fork")
         assert not torch.equal(model.layer.weight, before)
+
+
+class Clears(BoringModel):
+    """Clears torch's caches in the ranks, as a fit on another mesh does."""
+
+    def on_fit_start(self):
+        compat.forget_cached_meshes()
+
+
+def test_forks_keep_no_process_group_of_their_parent(forks, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,))) * 2
+    dist.destroy_process_group()
+    run(Clears(), tmp_path, Plan(dp_replicate=2), "fork")
 
 
 def raise_and_train(where, folder, plan):

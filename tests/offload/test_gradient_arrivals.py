@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from offload.test_gradient_release import Plain, inputs
 from ranks import quiet
+from techniques.gradient_release.test_release import Plain, inputs
 
 from lightning_largescale.offload.gradient_arrivals import Arrivals
 

@@ -3,9 +3,14 @@
 import dataclasses
 
 from lightning_largescale.hardware import Disk, Hardware, Link, Rates
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.peak_memory import _moments, peak_memory
+from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.workload import OptimizerNeeds, Parameter, Segment, Step, Workload
 
 MIB = 2**20
+# Bytes of `workload()`.
+MODEL = 8 * MIB + 4 * 16 * MIB
 
 
 def parameter(name, block, rows=1024, columns=1024, **changes):
@@ -139,3 +144,22 @@ def tiered(world=1, *, kind="cpu", disk=100 * 2**30, dram=None, **changes):
     rates = dataclasses.replace(machine.rates, host_memory_bandwidth=host, host_to_device=link, device_to_host=link)
     available = machine.dram_available_bytes if dram is None else dram
     return dataclasses.replace(machine, disks=disks, rates=rates, dram_available_bytes=available)
+
+
+def sizes(kind="cpu", accumulate=1, work=None, **fields):
+    """Of a plan of these fields."""
+    return Sizes(work or workload(), Plan(**fields), kind, accumulate)
+
+
+def mib(count):
+    return count // MIB if count % MIB == 0 else count / MIB
+
+
+def terms_at(moment, found, *, built=True):
+    """MiB by term of one of the moments of a step: its name, and the index of its segment."""
+    terms = next(terms for name, index, terms in _moments(found, 0, built) if (name, index) == moment)
+    return {name: mib(size) for name, size in terms.items()}
+
+
+def peak_of(plan=None, *, work=None, world=1, **changes):
+    return peak_memory(work or workload(), plan or Plan(), hardware(world), **changes)

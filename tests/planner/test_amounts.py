@@ -10,9 +10,10 @@ from planner.builders import MIB, step, tiered, workload
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.amounts import Amounts, Layout
 from lightning_largescale.planner.peak_memory import allocator_share, moments_bytes, peak_memory
+from lightning_largescale.planner.remedy import UNLIMITED, Choice
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import OF_BLOCKS, UNLIMITED, Choice
+from lightning_largescale.planner.spread import in_unit
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
 from lightning_largescale.tiers import PAGE_BYTES
 
@@ -46,7 +47,7 @@ def choices(work, techniques):
     """Every choice of amounts there is."""
     state = sum(work.optimizers[0].state_bytes.values())
     groups = range(len(work.blocks)) if "parameters" in techniques else [0]
-    blocks = range(1, len(work.blocks) + ("activations" in techniques)) if techniques & OF_BLOCKS else [0]
+    blocks = range(1, len(work.blocks) + ("activations" in techniques)) if in_unit(techniques, "blocks") else [0]
     pages = range(0, state, PAGE_BYTES) if "optimizer" in techniques else [0]
     for group, block, page in itertools.product(groups, blocks, pages):
         yield Choice(groups=group, blocks=block, state_bytes=page)

@@ -9,7 +9,7 @@ from planner.builders import MIB, step, tiered, workload
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.amounts import Amounts
 from lightning_largescale.planner.bounds import least_seconds
-from lightning_largescale.planner.offload_search import TECHNIQUES, Offloading
+from lightning_largescale.planner.offload_search import OFFLOADS, Offloading
 from lightning_largescale.planner.peak_memory import peak_memory
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.tier_budgets import tier_budgets
@@ -48,14 +48,14 @@ def test_nothing_helps_a_model_that_is_too_large_when_it_is_built():
     frozen = tuple(dataclasses.replace(one, trainable=False) for one in workload().parameters)
     small = workload(steps={"32-true": step(saved=8, head=8)}, optimizers=(), parameters=frozen)
     plan = Plan(dp_shard=8)
-    every = frozenset(TECHNIQUES)
+    every = frozenset(OFFLOADS)
     assert peak_memory(small, plan, tiered(8)).moment == "setup"
     assert bound(small, tiered(8), plan, every, 64 * MIB, built=True) is None
 
 
 @settings(max_examples=60)
 @given(
-    names=st.sets(st.sampled_from(TECHNIQUES)),
+    names=st.sets(st.sampled_from(OFFLOADS)),
     again=st.booleans(),
     share=st.floats(0.1, 1.0),
     saved=st.sampled_from([1, 16, 64]),

@@ -10,7 +10,7 @@ from planner.builders import MIB, hardware, parameter, segment, step, tiered, wo
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.offload_search import TECHNIQUES, Offloading
+from lightning_largescale.planner.offload_search import OFFLOADS, Offloading
 from lightning_largescale.planner.peak_memory import RUNTIME_BYTES, peak_memory
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.search import find_plans
@@ -53,18 +53,18 @@ def test_nothing_leaves_without_a_tier_to_go_to():
 @pytest.mark.parametrize(
     ("changes", "search", "plan", "found"),
     [
-        ({}, {}, Plan(), set(TECHNIQUES)),
+        ({}, {}, Plan(), set(OFFLOADS)),
         ({}, {"may_release": False}, Plan(), {"optimizer", "activations", "parameters"}),
         ({}, {"accumulate": 2}, Plan(), {"optimizer", "activations", "parameters"}),
         ({"optimizers": ()}, {}, Plan(), {"activations", "parameters"}),
         ({"blocks": 0, "steps": {"32-true": step(blocks=0)}}, {}, Plan(), {"release", "optimizer"}),
         ({"stage": "predict", "optimizers": ()}, {}, Plan(), {"parameters"}),
         ({}, {}, Plan(dp_replicate=2), {"optimizer", "activations", "parameters"}),
-        ({}, {}, Plan(dp_replicate=2, dp_shard=2), set(TECHNIQUES)),
+        ({}, {}, Plan(dp_replicate=2, dp_shard=2), set(OFFLOADS)),
     ],
 )
 def test_what_may_be_combined(changes, search, plan, found):
-    sets = searching(workload(**changes), tiered(), **search).techniques(plan)
+    sets = searching(workload(**changes), tiered(), **search).remedies(plan)
     assert frozenset().union(*sets) == found
     assert len(sets) == len({*sets}) == 2 ** len(found) - 1
     assert [*map(len, sets)] == sorted(map(len, sets))
@@ -74,7 +74,7 @@ def test_blocks_recompute_instead_of_having_their_activations_leave():
     found = searching(heavy(), tiered()).with_recomputation(Plan())
     assert {names for names, _ in found} == {
         names | {"recomputation"}
-        for names in searching(heavy(), tiered()).techniques(Plan())
+        for names in searching(heavy(), tiered()).remedies(Plan())
         if "activations" not in names
     }
     # A forward of a block again, for a byte that it need not keep.

@@ -1,24 +1,18 @@
 import dataclasses
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner.builders import MIB, hardware, parameter, segment, step, workload
+from planner.builders import MIB, MODEL, hardware, parameter, peak_of, step, workload
 
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import _moments, peak_memory
 from lightning_largescale.planner.sizes import Sizes
 
 PLAIN = Plan()
-MODEL = 8 * MIB + 4 * 16 * MIB
-
-
-def terms(plan=PLAIN, *, work=None, world=1, **changes):
-    return peak_memory(work or workload(), plan, hardware(world), **changes)
 
 
 def test_plain_peak_is_the_head_with_last_steps_gradients():
-    estimate = terms(baseline_bytes=100)
+    estimate = peak_of(baseline_bytes=100)
     # Lightning clears gradients after the forward: all of them are there while the head runs.
     assert estimate.moment == "forward of what follows blocks.3"
     assert estimate.terms["activations"] == (4 * 64 + 2 * 32) * MIB
@@ -28,53 +22,12 @@ def test_plain_peak_is_the_head_with_last_steps_gradients():
     assert estimate.peak_bytes == sum(estimate.terms.values())
 
 
-def test_ranks_that_may_run_different_blocks_gather_one_more():
-    alike, unlike = (terms(Plan(dp_shard=2), work=workload(branches=branches), world=2) for branches in (False, True))
-    assert unlike.moment == alike.moment
-    assert unlike.terms["gathered parameters"] - alike.terms["gathered parameters"] == 16 * MIB
-    alone = (terms(Plan(dp_replicate=2), work=workload(branches=branches), world=2) for branches in (False, True))
-    assert len({one.peak_bytes for one in alone}) == 1
-
-
-def test_full_checkpointing_keeps_inputs_and_one_block():
-    estimate = terms(Plan(activation_checkpointing="full"))
-    assert estimate.moment == "forward of blocks.3"
-    assert estimate.terms["activations"] == 3 * 8 * MIB + (64 + 16) * MIB
-    # Without the gradients of the step before, it is the last block's backward, run again and through.
-    frozen = (parameter("a", "blocks.0", trainable=False),)
-    work = workload(optimizers=(), parameters=frozen, steps={"32-true": step(head=0)})
-    estimate = terms(Plan(activation_checkpointing="full"), work=work)
-    assert estimate.moment == "backward of blocks.3"
-    assert estimate.terms["activations"] == 3 * 8 * MIB + (64 + 32) * MIB
-
-
-def test_checkpointing_of_what_is_cheap_keeps_results_of_products_too():
-    segments = [dataclasses.replace(one, product_bytes=16 * MIB) if one.block else one for one in step().segments]
-    work = workload(steps={"32-true": dataclasses.replace(step(), segments=tuple(segments))})
-    estimate = terms(Plan(activation_checkpointing="full", checkpointed_operations="cheap"), work=work)
-    assert estimate.moment == "forward of what follows blocks.3"
-    assert estimate.terms["activations"] == 4 * (8 + 16) * MIB + 2 * 32 * MIB
-
-
-def test_zero2_keeps_every_block_gathered_and_zero3_one_and_the_next():
-    def gathered(plan):
-        return max(
-            peak_memory(workload(blocks=count, steps={"32-true": step(blocks=count)}), plan, hardware(2)).terms[
-                "gathered parameters"
-            ]
-            for count in (8,)
-        )
-
-    assert gathered(Plan(dp_shard=2, reshard_after_forward=False)) == (8 + 8 * 16) * MIB
-    assert gathered(Plan(dp_shard=2)) <= (8 + 2 * 16) * MIB
-
-
 def test_accumulating_without_communication_keeps_whole_gradients():
-    assert terms(Plan(dp_shard=2), world=2, accumulate_grad_batches=2).terms["gradients"] == MODEL
+    assert peak_of(Plan(dp_shard=2), world=2, accumulate_grad_batches=2).terms["gradients"] == MODEL
 
 
 def test_evaluation_keeps_neither_gradients_nor_states():
-    estimate = terms(work=workload(stage="validate"))
+    estimate = peak_of(work=workload(stage="validate"))
     assert not {"gradients", "optimizer state"} & set(estimate.terms)
 
 
@@ -132,13 +85,6 @@ def test_gradients_of_the_root_are_there_on_cuda_when_they_have_come():
         assert [one - other for one, other in zip(root, later, strict=True)] == [-4 * MIB, -4 * MIB, 4 * MIB]
 
 
-def test_replicas_that_accumulate_have_gradients_beside_their_buckets():
-    for accumulate, world, beside in ((2, 2, MODEL), (1, 2, 0), (2, 1, 0)):
-        estimate = terms(Plan(dp_replicate=world), world=world, accumulate_grad_batches=accumulate)
-        assert estimate.terms.get("unreduced gradients", 0) == beside
-        assert estimate.terms["gradients"] == MODEL
-
-
 def test_of_its_own_gradients_a_block_has_on_cuda_those_that_the_trace_saw():
     seen = workload(
         steps={
@@ -181,52 +127,3 @@ def test_every_moment_is_a_sum_and_recomputing_never_needs_more_than_one_block_e
     assert (
         peak_memory(work, again, hardware(shard), accumulate_grad_batches=accumulate).peak_bytes <= without.peak_bytes
     )
-
-
-def test_holes_by_what_is_done_about_them():
-    def share(plan, world):
-        found = terms(plan, world=world)
-        moving = ("activations", "gradients", "gathered parameters", "unreduced gradients", "communication")
-        return found.terms["allocator"] / sum(found.terms.get(name, 0) for name in moving)
-
-    assert share(Plan(), 1) == pytest.approx(0.6, rel=1e-3)
-    assert share(Plan(dp_replicate=2), 2) == pytest.approx(0.15, rel=1e-3)
-    assert share(Plan(activation_checkpointing="full"), 1) == pytest.approx(0.15, rel=1e-3)
-    assert share(Plan(dp_shard=2, activation_checkpointing="full"), 2) == pytest.approx(0.05, rel=1e-3)
-    assert share(Plan(tp=2), 2) == pytest.approx(0.45, rel=1e-3)
-
-
-def test_recomputed_blocks_keep_a_copy_of_their_buffers():
-    work = workload(buffer_bytes=MIB)
-    assert terms(work=work).terms["buffers"] == MIB
-    assert terms(Plan(activation_checkpointing="full"), work=work).terms["buffers"] == 2 * MIB
-
-
-def wrapped(**changes):
-    """A model whose embedding, of 8 MiB, runs before its blocks as a segment of its own."""
-    first = segment("embedding", saved=0, entry=0, peak=MIB, exit_=0, backward_peak=MIB)
-    steps = {"32-true": dataclasses.replace(step(), segments=(first, *step().segments))}
-    parameters = tuple(
-        dataclasses.replace(one, block="embedding") if one.name == "embedding" else one for one in workload().parameters
-    )
-    return workload(steps=steps, parameters=parameters, wraps=("embedding",), **changes)
-
-
-def test_what_is_wrapped_is_gathered_with_the_blocks_and_else_with_the_root():
-    work = wrapped()
-    plan = Plan(dp_shard=2)
-    # Without a plan that wraps it, it is as if it were not known.
-    plain = peak_memory(work, plan, hardware(2))
-    assert plain.terms == terms(plan, world=2).terms
-    assert peak_memory(work, Plan(), hardware(1)).terms == terms().terms
-    least = peak_memory(work, dataclasses.replace(plan, wrapped_modules=("embedding",)), hardware(2))
-    assert plain.moment == least.moment == "backward of what follows blocks.3"
-    # The embedding's 8 MiB, its gradient's, and holes of one in twenty.
-    assert plain.terms["gathered parameters"] - least.terms["gathered parameters"] == 8 * MIB
-    assert plain.terms["unreduced gradients"] == 8 * MIB
-    assert "unreduced gradients" not in least.terms
-    # Kept until its backward, it is there as the root is, but for its gradient.
-    kept = dataclasses.replace(plan, reshard_after_forward=False)
-    least = peak_memory(work, dataclasses.replace(kept, wrapped_modules=("embedding",)), hardware(2))
-    assert least.terms["gathered parameters"] == MODEL
-    assert least.peak_bytes <= peak_memory(work, kept, hardware(2)).peak_bytes

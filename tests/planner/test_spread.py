@@ -4,9 +4,9 @@ import pytest
 from planner.builders import MIB, step, workload
 
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.placement import place
+from lightning_largescale.planner.remedy import UNLIMITED, Choice
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.planner.spread import UNLIMITED, Choice, spread
+from lightning_largescale.planner.spread import spread
 from lightning_largescale.planner.transfers import Away
 
 ALL = frozenset({"optimizer", "activations", "parameters"})
@@ -79,5 +79,5 @@ def test_room(tiers, fits):
 def test_on_the_cpu_all_goes_to_the_disk():
     result = found(kind="cpu", tiers={"nvme": GIB})
     assert result.plan.offload_parameters == result.plan.offload_optimizer == "nvme"
-    placed = place(Sizes(workload(), result.plan, "cpu"))
+    placed = Sizes(workload(), result.plan, "cpu").placement
     assert placed.away == {*workload().blocks}

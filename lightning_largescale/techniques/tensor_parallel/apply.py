@@ -24,8 +24,9 @@ from lightning_largescale.precision import asked_precision
 from lightning_largescale.run import Run
 from lightning_largescale.technique import Technique
 from lightning_largescale.techniques.tensor_parallel.alike import check_equal_batch, equal_random_state
+from lightning_largescale.techniques.tensor_parallel.price import division_words
 from lightning_largescale.techniques.tensor_parallel.user_styles import apply_styles, check_styles
-from lightning_largescale.workload.divisions import check_division, division_words, share_divided
+from lightning_largescale.workload.divisions import check_division, share_divided
 from lightning_largescale.workload.workload import Divided
 
 # Share of the matrices of blocks; if a plan shards this much, other tp sizes are not traced for comparison.

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from models import CONTEXT, DIM, Language
-from parallel.test_recompute import train
+from techniques.activation_checkpoint.test_recompute import train
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode

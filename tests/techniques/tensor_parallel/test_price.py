@@ -4,21 +4,29 @@ import dataclasses
 import json
 
 import pytest
-from planner.builders import MIB, hardware, parameter, workload
+from planner.builders import MIB, hardware, parameter, step, workload
 from planner.test_report import shown
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
-from lightning_largescale.planner.as_run import divided_step
-from lightning_largescale.planner.links import plan_links
+from lightning_largescale.planner.costs import all_gather_seconds, all_reduce_seconds
 from lightning_largescale.planner.panel import setup_panel
 from lightning_largescale.planner.peak_memory import peak_memory
-from lightning_largescale.planner.runtime import all_gather_seconds, all_reduce_seconds, step_time, tensor_seconds
+from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.search import candidates, find_plans
 from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.techniques.fully_shard.price import shard_links
+from lightning_largescale.techniques.replicate.price import replica_link
+from lightning_largescale.techniques.tensor_parallel.price import (
+    communicated_share,
+    divided_step,
+    division_words,
+    tensor_link,
+    tensor_seconds,
+)
 from lightning_largescale.tiers import shard_bytes
 from lightning_largescale.workload import Divided
-from lightning_largescale.workload.divisions import check_division, division_words, share_divided
+from lightning_largescale.workload.divisions import check_division, share_divided
 from lightning_largescale.workload.parts import Part
 
 SHARING = Divided(saved_share=0.25, flops_share=0.5, forward_halves=(4 * MIB,) * 5, backward_halves=(4 * MIB,) * 7)
@@ -58,7 +66,7 @@ def test_bytes_of_a_rank():
 def test_activations_of_a_rank():
     work = divided()
     step = work.steps["32-true"]
-    ours = divided_step(step, work.divisions[2])
+    ours = divided_step(step, work.divisions[2], 1.0)
     assert [s.saved_bytes for s in ours.segments[:4]] == [s.saved_bytes // 2 for s in step.segments[:4]]
     assert ours.segments[4].saved_bytes == step.segments[4].saved_bytes
     assert ours.segments[4].forward_entry_bytes == step.segments[4].forward_entry_bytes // 2
@@ -66,7 +74,19 @@ def test_activations_of_a_rank():
     for before, after in zip(ours.segments, ours.segments[1:], strict=False):
         assert before.forward_exit_bytes == after.forward_entry_bytes
         assert before.backward_entry_bytes == after.backward_exit_bytes
-    assert divided_step(step, {}) == step
+    assert divided_step(step, {}, 1.0) == step
+
+
+def test_a_division_saves_its_share_of_a_block():
+    run = divided_step(step(), {"blocks.0": Divided(saved_share=0.25, flops_share=0.5)}, 1.0)
+    assert run.segments[0].saved_bytes == step().segments[0].saved_bytes // 4
+    assert run.segments[0].forward_flops == step().segments[0].forward_flops // 2
+    assert run.segments[1].saved_bytes == step().segments[1].saved_bytes
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1.0), ("bfloat16", 0.5), ("float16", 0.5), ("float64", 1.0)])
+def test_half_precision_communicates_half(dtype, share):
+    assert communicated_share(dtype) == share
 
 
 def test_memory_is_less_and_sharing_the_sequence_takes_less_still():
@@ -80,29 +100,29 @@ def test_memory_is_less_and_sharing_the_sequence_takes_less_still():
 def test_seconds_of_communication():
     work, machine = divided(), hardware(2)
     link = machine.rates.all_reduce
-    sizes, links = Sizes(work, Plan(tp=2), "cpu"), plan_links(Plan(tp=2), machine)
+    sizes = Sizes(work, Plan(tp=2), "cpu")
     one_block = sum(all_reduce_seconds(size * MIB, 2, link) for size in (4, 4, 4, 2))
-    assert tensor_seconds(sizes, links) == pytest.approx(4 * one_block)
+    assert tensor_seconds(sizes, link) == pytest.approx(4 * one_block)
     again = Sizes(work, Plan(tp=2, activation_checkpointing="full"), "cpu")
     twice = one_block + 2 * all_reduce_seconds(4 * MIB, 2, link)
-    assert tensor_seconds(again, links) == pytest.approx(4 * twice)
+    assert tensor_seconds(again, link) == pytest.approx(4 * twice)
     shared = Sizes(work, Plan(tp=2, sequence_parallel=True), "cpu")
-    assert tensor_seconds(shared, links) == pytest.approx(4 * 12 * all_gather_seconds(2 * MIB, 2, link))
-    assert tensor_seconds(Sizes(work, Plan(dp_shard=2), "cpu"), links) == 0
+    assert tensor_seconds(shared, link) == pytest.approx(4 * 12 * all_gather_seconds(2 * MIB, 2, link))
+    assert tensor_seconds(Sizes(work, Plan(dp_shard=2), "cpu"), link) == 0
     evaluated = dataclasses.replace(work, stage="validate")
-    assert tensor_seconds(Sizes(evaluated, Plan(tp=2), "cpu"), links) == pytest.approx(
+    assert tensor_seconds(Sizes(evaluated, Plan(tp=2), "cpu"), link) == pytest.approx(
         4 * 2 * all_reduce_seconds(4 * MIB, 2, link)
     )
     outside = dataclasses.replace(work, divisions={2: {"": FOUND}})
-    assert tensor_seconds(Sizes(outside, Plan(tp=2), "cpu"), links) == pytest.approx(one_block)
+    assert tensor_seconds(Sizes(outside, Plan(tp=2), "cpu"), link) == pytest.approx(one_block)
     assert step_time(work, Plan(tp=2), machine).terms["tensor parallel"] == pytest.approx(4 * one_block)
 
 
 def test_half_the_bytes_in_half_the_type():
     work, machine = divided(precisions=("32-true", "bf16-mixed")), hardware(2)
-    links = plan_links(Plan(tp=2), machine)
+    link = tensor_link(2, machine, machine.rates)
     whole, half = (
-        tensor_seconds(Sizes(work, Plan(tp=2, precision=precision), "cpu"), links)
+        tensor_seconds(Sizes(work, Plan(tp=2, precision=precision), "cpu"), link)
         for precision in ("32-true", "bf16-mixed")
     )
     latency = 4 * 4 * 2 * 1e-4
@@ -115,14 +135,14 @@ def test_links():
     machine = dataclasses.replace(
         machine, rates=dataclasses.replace(machine.rates, node_all_gather=inside, node_reduce_scatter=inside)
     )
-    links = plan_links(Plan(tp=8, dp_shard=4), machine)
-    assert links.tensor == inside
+    rates = machine.rates
+    assert tensor_link(8, machine, rates) == inside
     # Eight groups of shards leave each node together.
-    assert links.all_gather.bandwidth == 1e9 / 8
-    assert plan_links(Plan(tp=2, dp_shard=4, dp_replicate=4), machine).all_gather == inside
-    assert plan_links(Plan(tp=2, dp_shard=4, dp_replicate=4), machine).all_reduce.bandwidth == 1e9 / 8
-    assert plan_links(Plan(tp=16, dp_shard=2), machine).tensor.bandwidth == 1e9
-    assert plan_links(Plan(tp=2), dataclasses.replace(hardware(2))).tensor == hardware(2).rates.all_reduce
+    assert shard_links(Plan(tp=8, dp_shard=4), machine, rates)[0].bandwidth == 1e9 / 8
+    assert shard_links(Plan(tp=2, dp_shard=4, dp_replicate=4), machine, rates)[0] == inside
+    assert replica_link(Plan(tp=2, dp_shard=4, dp_replicate=4), machine, rates).bandwidth == 1e9 / 8
+    assert tensor_link(16, machine, rates).bandwidth == 1e9
+    assert tensor_link(2, hardware(2), hardware(2).rates) == hardware(2).rates.all_reduce
 
 
 def test_candidates():

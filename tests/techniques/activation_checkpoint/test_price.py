@@ -1,3 +1,5 @@
+"""Activation checkpointing, by hand: bytes and seconds."""
+
 import dataclasses
 import functools
 import itertools
@@ -5,14 +7,15 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner.builders import MIB, hardware, step, workload
+from planner.builders import MIB, hardware, parameter, peak_of, step, workload
 
 from lightning_largescale.errors import PlanError
 from lightning_largescale.plan import Plan
 from lightning_largescale.planner.peak_memory import first_excess, peak_memory
+from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.search import find_plans
-from lightning_largescale.planner.selective import fewest_blocks
 from lightning_largescale.planner.sizes import Sizes
+from lightning_largescale.techniques.activation_checkpoint.price import fewest_blocks
 
 PLAIN, FULL = Plan(), Plan(activation_checkpointing="full")
 
@@ -119,3 +122,46 @@ def test_between_nothing_and_all():
         PlanError, match=r"has 'blocks\.9', which is no repeated block of the model; accepted are its 8"
     ):
         in_part(("blocks.9",)).validate(machine, work)
+
+
+def test_full_checkpointing_keeps_inputs_and_one_block():
+    estimate = peak_of(Plan(activation_checkpointing="full"))
+    assert estimate.moment == "forward of blocks.3"
+    assert estimate.terms["activations"] == 3 * 8 * MIB + (64 + 16) * MIB
+    # Without the gradients of the step before, it is the last block's backward, run again and through.
+    frozen = (parameter("a", "blocks.0", trainable=False),)
+    work = workload(optimizers=(), parameters=frozen, steps={"32-true": step(head=0)})
+    estimate = peak_of(Plan(activation_checkpointing="full"), work=work)
+    assert estimate.moment == "backward of blocks.3"
+    assert estimate.terms["activations"] == 3 * 8 * MIB + (64 + 32) * MIB
+
+
+def test_checkpointing_of_what_is_cheap_keeps_results_of_products_too():
+    segments = [dataclasses.replace(one, product_bytes=16 * MIB) if one.block else one for one in step().segments]
+    work = workload(steps={"32-true": dataclasses.replace(step(), segments=tuple(segments))})
+    estimate = peak_of(Plan(activation_checkpointing="full", checkpointed_operations="cheap"), work=work)
+    assert estimate.moment == "forward of what follows blocks.3"
+    assert estimate.terms["activations"] == 4 * (8 + 16) * MIB + 2 * 32 * MIB
+
+
+def test_recomputed_blocks_keep_a_copy_of_their_buffers():
+    work = workload(buffer_bytes=MIB)
+    assert peak_of(work=work).terms["buffers"] == MIB
+    assert peak_of(Plan(activation_checkpointing="full"), work=work).terms["buffers"] == 2 * MIB
+
+
+def test_what_is_cheap_runs_again_without_the_products():
+    segments = [
+        dataclasses.replace(one, product_bytes=16 * MIB, moved_product_bytes=24 * MIB) if one.block else one
+        for one in step().segments
+    ]
+    work = workload(steps={"32-true": dataclasses.replace(step(), segments=tuple(segments))})
+    time = step_time(work, Plan(activation_checkpointing="full", checkpointed_operations="cheap"), hardware(1))
+    assert time.terms["recomputation"] == pytest.approx(4 * (64 - 24) * MIB / 10e9)
+
+
+def test_recomputation_is_the_blocks_forward_again():
+    plain, again = (
+        step_time(workload(), Plan(activation_checkpointing=mode), hardware(1)) for mode in ("none", "full")
+    )
+    assert again.step_seconds - plain.step_seconds == pytest.approx(4e9 / 40e9 + 4 * 64 * MIB / 10e9)

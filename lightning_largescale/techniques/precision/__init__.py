@@ -1,0 +1,1 @@
+"""Arithmetic of a plan: data types of matrix products and weights."""
