@@ -104,7 +104,7 @@ def differentiate_leaves() -> Callable[[], None]:
 def _differentiate(
     engine: Callable[..., Any], inputs: Sequence[Tensor], *, create_graph: bool, accumulate: bool
 ) -> Any:
-    if not (accumulate or create_graph) and any(vars(one).get(TRACED) for one in inputs):
+    if not (accumulate or create_graph) and any(getattr(one, TRACED, False) for one in inputs):
         raise PlanError(
             "torch.autograd.grad is taken of a sharded parameter of a module that torch.compile was called on, which"
             " averages no gradients; leave torch.compile out and give the strategy compile=True, or call"
