@@ -34,7 +34,7 @@ SOME = {
 PLAIN, REPLICATE = {}, {"dp_replicate": 2}
 ZERO2, ZERO3 = {"dp_shard": 2, "reshard_after_forward": False}, {"dp_shard": 2}
 TENSOR = {"tp": 2}
-WRAPS = {"wrapped_modules": ["model.token", "model.head"]}
+WRAPS = {"extra_fsdp_modules": ["model.token", "model.head"]}
 CASES = [
     ("gpt", 256, 4, PLAIN),
     ("gpt", 512, 4, PLAIN),

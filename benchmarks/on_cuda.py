@@ -67,7 +67,7 @@ CHEAP = FULL | {"checkpointed_operations": "cheap"}
 MIXED, HALF, RELEASE = {"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"release_gradients": True}
 STATE, PARAMETERS, SAVED = ({f"offload_{name}": "cpu"} for name in ("optimizer", "parameters", "activations"))
 DISK_STATE, DISK_PARAMETERS = ({f"offload_{name}": "nvme"} for name in ("optimizer", "parameters"))
-HOST = {"host_optimizer_step": True}
+HOST = {"cpu_optimizer_step": True}
 # By what they tell, the most first: what comes after the last minute is left out.
 PLANS: list[tuple[Size, dict[str, Any]]] = [
     (GPT, MIXED),

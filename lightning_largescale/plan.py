@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,29 @@ PLAN_VERSION = 1
 # The order of the fields in JSON and in words. Fields that are not in it follow, technique by technique.
 _ORDER = """
     dp_replicate dp_shard tp sequence_parallel reshard_after_forward precision
-    activation_checkpointing checkpointed_blocks checkpointed_operations wrapped_modules row_sharded_embeddings
-    offload_parameters offload_optimizer host_optimizer_step offload_activations nvme_path
+    activation_checkpointing checkpointed_blocks checkpointed_operations extra_fsdp_modules row_sharded_embeddings
+    offload_parameters offload_optimizer cpu_optimizer_step offload_activations nvme_path
     resident_parameter_bytes cpu_parameter_bytes resident_optimizer_bytes cpu_optimizer_bytes
     offloaded_blocks prefetched_blocks release_gradients
 """
+
+# Fields that were renamed, by their old names, which are read with a DeprecationWarning for one release.
+_RENAMED = {"wrapped_modules": "extra_fsdp_modules", "host_optimizer_step": "cpu_optimizer_step"}
+
+
+def _warn_of_old_name(old: str) -> None:
+    warnings.warn(f"Plan.{old} is called {_RENAMED[old]} now; use that name.", DeprecationWarning, stacklevel=3)
+
+
+def _renamed(old: str) -> property:
+    """Return a property that reads a renamed field under its old name."""
+
+    def read(plan: Plan) -> object:
+        """Return the renamed field, with a DeprecationWarning."""
+        _warn_of_old_name(old)
+        return getattr(plan, _RENAMED[old])
+
+    return property(read)
 
 
 def _fields_in_order(cls: type[Plan]) -> type[Plan]:
@@ -59,6 +78,9 @@ def _fields_in_order(cls: type[Plan]) -> type[Plan]:
             raise PlanError(
                 f"Plan takes its fields by name and got {args[0]!r} without one; accepted: {', '.join(known)}."
             )
+        for old in _RENAMED.keys() & fields:
+            _warn_of_old_name(old)
+            fields[_RENAMED[old]] = fields.pop(old)
         for name, value in fields.items():
             if name not in known:
                 raise PlanError(f"{name}={value!r} is no field of a Plan; accepted: {', '.join(known)}.")
@@ -67,6 +89,8 @@ def _fields_in_order(cls: type[Plan]) -> type[Plan]:
     self_first = ["self", *known]
     init.__signature__ = signature.replace(parameters=[signature.parameters[name] for name in self_first])  # type: ignore[attr-defined]
     cls.__init__ = init  # type: ignore[method-assign]
+    for old in _RENAMED:
+        setattr(cls, old, _renamed(old))
     documented = [
         (inspect.getdoc(fields) or "").partition("Attributes:")[2] for fields in plan_fields.techniques_of(cls)
     ]

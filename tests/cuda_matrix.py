@@ -40,8 +40,8 @@ DRAM = dict.fromkeys(NVME, "cpu")
 TIERS: dict[str, dict[str, Any]] = {
     "optimizer in DRAM": {"offload_optimizer": "cpu"},
     "optimizer on disk": {"offload_optimizer": "nvme", "resident_optimizer_bytes": 300_000},
-    "host step": {"offload_optimizer": "cpu", "host_optimizer_step": True},
-    "host step from disk": {"offload_optimizer": "nvme", "host_optimizer_step": True},
+    "host step": {"offload_optimizer": "cpu", "cpu_optimizer_step": True},
+    "host step from disk": {"offload_optimizer": "nvme", "cpu_optimizer_step": True},
     "parameters in DRAM": {"offload_parameters": "cpu"},
     "parameters on disk": {"offload_parameters": "nvme"},
     "activations in DRAM": {"offload_activations": "cpu"},
@@ -56,7 +56,7 @@ TIERS: dict[str, dict[str, Any]] = {
         "cpu_optimizer_bytes": 600_000,
     },
     "release": {"release_gradients": True},
-    "release and host step": {"release_gradients": True, "offload_optimizer": "cpu", "host_optimizer_step": True},
+    "release and host step": {"release_gradients": True, "offload_optimizer": "cpu", "cpu_optimizer_step": True},
     "release, all on disk": {"release_gradients": True, "activation_checkpointing": "full", **NVME},
 }
 ALONE: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ PAIRED: dict[str, dict[str, Any]] = {
     "replicate, optimizer in DRAM": {"dp_replicate": 2, "offload_optimizer": "cpu"},
     "ZeRO-2": {"dp_shard": 2, "reshard_after_forward": False},
     "ZeRO-2, all in DRAM": {"dp_shard": 2, "reshard_after_forward": False, **DRAM},
-    "ZeRO-3": {"dp_shard": 2, "wrapped_modules": ("embedding", "head")},
+    "ZeRO-3": {"dp_shard": 2, "extra_fsdp_modules": ("embedding", "head")},
     **SHARDED,
     "tp": {"tp": 2},
     "tp, sequence parallel": {"tp": 2, "sequence_parallel": True},

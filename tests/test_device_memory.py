@@ -167,14 +167,14 @@ FULL = {"activation_checkpointing": "full"}
 CHEAP = {**FULL, "checkpointed_operations": "cheap"}
 SOME = {"activation_checkpointing": "selective", "checkpointed_blocks": ("blocks.0", "blocks.2")}
 MIXED, HALF = {"precision": "bf16-mixed"}, {"precision": "bf16-true"}
-RELEASE, HOST = {"release_gradients": True}, {"host_optimizer_step": True}
+RELEASE, HOST = {"release_gradients": True}, {"cpu_optimizer_step": True}
 STATE, PARAMETERS, SAVED = ({f"offload_{name}": "cpu"} for name in ("optimizer", "parameters", "activations"))
 DISK_STATE, DISK_PARAMETERS, DISK_SAVED = (
     {f"offload_{name}": "nvme"} for name in ("optimizer", "parameters", "activations")
 )
 ZERO2, ZERO3 = {"dp_shard": 2, "reshard_after_forward": False}, {"dp_shard": 2}
 REPLICAS, TABLES = {"dp_replicate": 2}, {"row_sharded_embeddings": ("token",)}
-WRAPS, AHEAD = {"wrapped_modules": ("token", "head")}, {"prefetched_blocks": 2}
+WRAPS, AHEAD = {"extra_fsdp_modules": ("token", "head")}, {"prefetched_blocks": 2}
 ONE_RANK = {
     "plain": Case({}),
     "plain, SGD": Case({}, "SGD"),

@@ -57,7 +57,7 @@ RUNS = {
 TIERS = {
     "optimizer": {"offload_optimizer": "nvme"},
     # On the CPU the host is the device.
-    "optimizer in DRAM": {"offload_optimizer": "cpu", "host_optimizer_step": True},
+    "optimizer in DRAM": {"offload_optimizer": "cpu", "cpu_optimizer_step": True},
     "in part": {"offload_optimizer": "nvme", "resident_optimizer_bytes": 20000},
     "parameters": {"offload_parameters": "nvme"},
     "parameters in part": {"offload_parameters": "nvme", "resident_parameter_bytes": 8000},
@@ -163,7 +163,7 @@ def test_one_process_trains_as_plainly(tmp_path, kind, run, steps):
 BESIDE_CUDA = {
     **TIERS,
     **RELEASED,
-    "on the host": {"offload_optimizer": "cpu", "host_optimizer_step": True},
+    "on the host": {"offload_optimizer": "cpu", "cpu_optimizer_step": True},
     "parameters in DRAM": {"offload_parameters": "cpu", "offload_optimizer": "cpu"},
     "parameters partly in DRAM": {"offload_parameters": "cpu", "resident_parameter_bytes": 8000},
     "activations in DRAM": {"offload_activations": "cpu"},
@@ -387,7 +387,12 @@ class Flat(Model):
 
 
 REFUSED = [
-    ({"offload_parameters": "nvme"}, Flat, {}, "offload_parameters='nvme' needs repeated blocks, or wrapped_modules,"),
+    (
+        {"offload_parameters": "nvme"},
+        Flat,
+        {},
+        "offload_parameters='nvme' needs repeated blocks, or extra_fsdp",
+    ),
     ({"offload_optimizer": "nvme"}, lambda: with_optimizer(optim.LBFGS), {}, "LBFGS cannot be paged: it evaluates"),
     ({"offload_parameters": "nvme"}, lambda: with_optimizer(optim.LBFGS), {}, "LBFGS cannot be paged: it evaluates"),
     (

@@ -47,7 +47,7 @@ def test_default_is_the_plain_run():
         ),
         ({"dp_shard": 4, "reshard_after_forward": False}, "ZeRO-2 over 4 devices, 32-true"),
         (
-            {"dp_shard": 2, "wrapped_modules": ["embedding", "head"]},
+            {"dp_shard": 2, "extra_fsdp_modules": ["embedding", "head"]},
             "ZeRO-3 over 2 devices, 2 more modules gathered by themselves, 32-true",
         ),
         (
@@ -55,7 +55,7 @@ def test_default_is_the_plain_run():
             "plain, one device, full activation checkpointing but for products, 32-true",
         ),
         (
-            {"dp_shard": 2, "wrapped_modules": ["head"]},
+            {"dp_shard": 2, "extra_fsdp_modules": ["head"]},
             "ZeRO-3 over 2 devices, 1 more module gathered by itself, 32-true",
         ),
         ({"row_sharded_embeddings": ["users"]}, "plain, one device, 32-true"),
@@ -67,7 +67,7 @@ def test_default_is_the_plain_run():
             {"dp_shard": 2, "row_sharded_embeddings": ["users"]},
             "ZeRO-3 over 2 devices, 1 row-sharded table, 32-true",
         ),
-        ({"tp": 4, "wrapped_modules": ["head"]}, "tensor parallel over 4 devices, 32-true"),
+        ({"tp": 4, "extra_fsdp_modules": ["head"]}, "tensor parallel over 4 devices, 32-true"),
         ({"tp": 4, "sequence_parallel": True}, "tensor and sequence parallel over 4 devices, 32-true"),
         ({"dp_shard": 2, "tp": 4}, "ZeRO-3 over 2 devices, each tensor parallel over 4 devices, 32-true"),
         (
@@ -91,11 +91,11 @@ def test_signature_is_kept_for_tools_that_read_it():
         "activation_checkpointing",
         "checkpointed_blocks",
         "checkpointed_operations",
-        "wrapped_modules",
+        "extra_fsdp_modules",
         "row_sharded_embeddings",
         "offload_parameters",
         "offload_optimizer",
-        "host_optimizer_step",
+        "cpu_optimizer_step",
         "offload_activations",
         "nvme_path",
         "resident_parameter_bytes",
@@ -121,10 +121,10 @@ BAD = [
         {"cpu_optimizer_bytes": 1, "offload_optimizer": "cpu"},
         "cpu_optimizer_bytes=1 contradicts offload_optimizer='cpu'; give 'nvme' there, or leave it out",
     ),
-    ({"host_optimizer_step": 1}, "host_optimizer_step=1 is not accepted; give True or False"),
+    ({"cpu_optimizer_step": 1}, "cpu_optimizer_step=1 is not accepted; give True or False"),
     (
-        {"host_optimizer_step": True},
-        "host_optimizer_step=True contradicts offload_optimizer=None; give 'cpu' or 'nvme' there, or leave it out",
+        {"cpu_optimizer_step": True},
+        "cpu_optimizer_step=True contradicts offload_optimizer=None; give 'cpu' or 'nvme' there, or leave it out",
     ),
     ({"offloaded_blocks": ["a"]}, "offloaded_blocks=['a'] contradicts offload_activations=None; give 'cpu' or 'nvme'"),
     ({"offloaded_blocks": [], "offload_activations": "cpu"}, "offloaded_blocks=[] is not accepted; give the names"),
@@ -162,8 +162,8 @@ BAD = [
         {"checkpointed_operations": "cheap"},
         "checkpointed_operations='cheap' contradicts activation_checkpointing='none'; give 'full' or 'selective'",
     ),
-    ({"wrapped_modules": "head"}, "wrapped_modules='head' is not accepted; give the names of modules, each once"),
-    ({"wrapped_modules": ["head", "head"]}, "is not accepted; give the names of modules, each once, or none"),
+    ({"extra_fsdp_modules": "head"}, "extra_fsdp_modules='head' is not accepted; give the names of modules, each once"),
+    ({"extra_fsdp_modules": ["head", "head"]}, "is not accepted; give the names of modules, each once, or none"),
     ({"row_sharded_embeddings": "users"}, "row_sharded_embeddings='users' is not accepted; give the names of modules"),
     (
         {"row_sharded_embeddings": [1]},
@@ -290,3 +290,21 @@ def test_shown_as_it_is_written():
 def test_the_error_is_named_as_users_import_it():
     assert f"{PlanError.__module__}.{PlanError.__qualname__}" == "lightning_largescale.PlanError"
     assert lightning_largescale.PlanError is pickle.loads(pickle.dumps(PlanError))
+
+
+RENAMED = {"wrapped_modules": ("extra_fsdp_modules", ("head",)), "host_optimizer_step": ("cpu_optimizer_step", True)}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_field_is_read_under_its_old_name_with_a_warning(old):
+    new, value = RENAMED[old]
+    expected = Plan(dp_shard=2, offload_optimizer="cpu", **{new: value})
+    fields = {"version": 1, "dp_shard": 2, "offload_optimizer": "cpu", old: value}
+    with pytest.warns(DeprecationWarning, match=f"Plan.{old} is called {new} now"):
+        assert Plan.from_json(json.dumps(fields)) == expected
+    with pytest.warns(DeprecationWarning, match=f"Plan.{old} is called {new} now"):
+        assert getattr(expected, old) == value
+    with pytest.warns(DeprecationWarning, match=f"Plan.{old} is called {new} now"):
+        assert dataclasses.replace(Plan(dp_shard=2, offload_optimizer="cpu"), **{old: value}) == expected
+    assert old not in expected.to_json()
+    assert old not in repr(expected)

@@ -32,7 +32,7 @@ PLANS = {
     "replicate": {"dp_replicate": 2},
     "ZeRO-2": {"dp_shard": 2, "reshard_after_forward": False, "activation_checkpointing": "full"},
     "ZeRO-3": {"dp_shard": 2},
-    "wrapped": {"dp_shard": 2, "wrapped_modules": ["embedding", "head"]},
+    "wrapped": {"dp_shard": 2, "extra_fsdp_modules": ["embedding", "head"]},
 }
 # Two processes add in another order: within an unit in the last place of each type, drawn out by four steps.
 CLOSE = {"32-true": 1e-5, "64-true": 1e-6, "bf16-mixed": 2e-3, "16-mixed": 2e-4, "bf16-true": 5e-3, "16-true": 1e-3}

@@ -119,7 +119,7 @@ def test_what_is_cheap_recomputes(two, layout):
         assert_parity(losses, plain("clipping"))
 
 
-WRAPPED = {"wrapped_modules": ("embedding", "head")}
+WRAPPED = {"extra_fsdp_modules": ("embedding", "head")}
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def check_embeddings(module: nn.Module, names: Sequence[str], ranks: int, wrappe
             )
         outer = next((outer for outer in [*blocks, *wrapped] if f"{name}.".startswith(f"{outer}.")), None)
         if outer is not None:
-            what = "a repeated block" if outer in blocks else "one of wrapped_modules"
+            what = "a repeated block" if outer in blocks else "one of extra_fsdp_modules"
             raise PlanError(f"{given}, which lies in {outer!r}, {what}; give tables outside of these.")
         _check_table(module, part, given)
         if own["weight"].shape[0] < ranks:

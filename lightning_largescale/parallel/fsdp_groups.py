@@ -1,4 +1,4 @@
-"""The FSDP groups of a module: its repeated blocks, the plan's `wrapped_modules`, and the root with all the rest.
+"""The FSDP groups of a module: its repeated blocks, the plan's `extra_fsdp_modules`, and the root with all the rest.
 
 Source: torch.distributed.fsdp.fully_shard, for groups; Zhao et al. 2023, "PyTorch FSDP", section 3.1.
 """
@@ -27,16 +27,16 @@ def checked_groups(module: nn.Module, plan: Plan) -> dict[str, Group]:
 
     Raises:
         PlanError: `module` has no parameters, or embeddings with sparse gradients that are not row-sharded; or
-            `wrapped_modules` names modules that do not exist, are never called, or overlap blocks or each other.
+            `extra_fsdp_modules` names modules that do not exist, are never called, or overlap blocks or each other.
     """
     if not any(True for _ in module.parameters()):
         raise PlanError(
             f"{type(module).__name__} has no parameters to divide; give it at least one, or use dp_replicate."
         )
-    _check_wraps(module, plan.wrapped_modules)
+    _check_wraps(module, plan.extra_fsdp_modules)
     _check_sparse(module)
     _warn_of_hooks(module)
-    return in_order(module, find_groups(module, plan.wrapped_modules))
+    return in_order(module, find_groups(module, plan.extra_fsdp_modules))
 
 
 def in_order(module: nn.Module, groups: Mapping[str, Group]) -> dict[str, Group]:
@@ -64,7 +64,7 @@ def block_tiers(
     """
     sizes: dict[str, int] = {}
     for name in filter(None, groups):
-        wraps, sizes[name] = name in plan.wrapped_modules, 0
+        wraps, sizes[name] = name in plan.extra_fsdp_modules, 0
         least_dimensions = 1 if wraps or gather_type is None else 2
         for path in groups[name].parameters:
             parameter = module.get_parameter(path)
@@ -85,18 +85,18 @@ def _check_wraps(module: nn.Module, names: Sequence[str]) -> None:
     blocks = set(find_blocks(module).values())
     for name in names:
         if name not in paths:
-            raise no_such_module("wrapped_modules", name, module, paths)
+            raise no_such_module("extra_fsdp_modules", name, module, paths)
         inside = [outer for outer, found in paths.items() if found in blocks or outer in names]
         within = next((outer for outer in inside if name == outer and paths[name] in blocks), None)
         within = within or next((outer for outer in inside if name.startswith(f"{outer}.")), None)
         if within is not None or not blocks.isdisjoint(paths[name].modules()):
             raise PlanError(
-                f"wrapped_modules has {name!r}, which {f'lies in {within!r}' if within else 'has repeated blocks'};"
+                f"extra_fsdp_modules has {name!r}, which {f'lies in {within!r}' if within else 'has repeated blocks'};"
                 " give modules outside of repeated blocks and of each other."
             )
         if not has_forward(paths[name]):
             raise PlanError(
-                f"wrapped_modules has {name!r}, a {type(paths[name]).__name__}, which is not called itself; give the"
+                f"extra_fsdp_modules has {name!r}, a {type(paths[name]).__name__}, which is not called itself; give the"
                 " modules in it."
             )
 

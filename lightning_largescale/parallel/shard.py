@@ -1,7 +1,7 @@
 """FSDP2 over the repeated blocks: shard parameters, gradients and optimizer state, and all-gather block by block.
 
-Each block is an FSDP group, and so is each module in the plan's `wrapped_modules`. The module itself is the root group,
-whose parameters stay unsharded from the start of a step to the end of its backward.
+Each block is an FSDP group, and so is each module in the plan's `extra_fsdp_modules`. The module itself is the root
+group, whose parameters stay unsharded from the start of a step to the end of its backward.
 
 The caller runs the phases in order: `shard_groups`, which takes parameters on the meta device too; then it materializes
 these; then `finish_sharding`.
@@ -143,7 +143,7 @@ def adapt(module: nn.Module, plan: Plan, device: torch.device) -> bool:
     state = sharded_state(module)
     assert state is not None
     before = state.plan
-    alike = ["dp_replicate", "dp_shard", "tp", "precision", "wrapped_modules", "row_sharded_embeddings"]
+    alike = ["dp_replicate", "dp_shard", "tp", "precision", "extra_fsdp_modules", "row_sharded_embeddings"]
     if device.type != "cpu":
         # FSDP2's offload policies, which say which shards are in DRAM, are fixed.
         alike += ["offload_parameters", "resident_parameter_bytes", "cpu_parameter_bytes", "release_gradients"]
@@ -209,7 +209,7 @@ class _Sharding:
         If `tier` is not None, FSDP2 offloads the shards to DRAM, from where they go to `tier`.
         """
         module, block, replicated = self._module, group.modules[0], self._replicated
-        wraps = name in self._state.plan.wrapped_modules
+        wraps = name in self._state.plan.extra_fsdp_modules
         self._place(block)
         if self._tensor_mesh is not None:
             divide_over(block, self._take_parts(name, group, wraps=wraps), self._tensor_mesh)

@@ -238,7 +238,7 @@ def _with_wraps_gathered(state: Sharded, step: Callable[[], _Result]) -> _Result
 
     Only training was traced, so other modules may read their parameters here.
     """
-    names = () if state.whole else state.plan.wrapped_modules
+    names = () if state.whole else state.plan.extra_fsdp_modules
     wraps = [state.groups[name] for name in names if name in state.groups]
     # Like the root's, these all-gathers come before all else.
     before, state.before_gather = state.before_gather, None

@@ -400,7 +400,7 @@ def on_cuda(plan, kind, epochs, path=None, save=None, devices=1):
 
 STATE_ELSEWHERE = {
     "DRAM": {"offload_optimizer": "cpu"},
-    "DRAM, stepped on there": {"offload_optimizer": "cpu", "host_optimizer_step": True},
+    "DRAM, stepped on there": {"offload_optimizer": "cpu", "cpu_optimizer_step": True},
     "disk": {"offload_optimizer": "nvme"},
     "disk, in part": {"offload_optimizer": "nvme", "resident_optimizer_bytes": 2**20},
     "DRAM, with released gradients": {"offload_optimizer": "cpu", "release_gradients": True},

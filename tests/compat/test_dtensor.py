@@ -8,18 +8,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_largescale import compat
 
+CLEARS = {"x": compat.forget_cached_meshes, "y": partial(compat.forget_cached_meshes_of_backward, "cpu")}
 
-@pytest.mark.parametrize(
-    "forget", [compat.forget_cached_meshes, partial(compat.forget_cached_meshes_of_backward, "cpu")]
-)
-def test_forget_cached_meshes(forget):
+
+@pytest.mark.parametrize("name", CLEARS)
+def test_forget_cached_meshes(name):
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    one, other = (init_device_mesh("cpu", (1,), mesh_dim_names=("x",)) for _ in range(2))
+    one, other = (init_device_mesh("cpu", (1,), mesh_dim_names=(name,)) for _ in range(2))
     for mesh in (one, other):
         tensor = DTensor.from_local(torch.ones(2), mesh, [Replicate()])
         # Of the first that was met: where that changes, nothing is to be forgotten.
         assert (tensor + tensor).device_mesh is one
-    forget()
+    CLEARS[name]()
     assert (tensor + tensor).device_mesh is other
     dist.destroy_process_group()
 

@@ -706,7 +706,7 @@ class LooksUpFirstSometimes(LooksUpFirst):
 @pytest.mark.parametrize("wraps", [(), ("head",)], ids=["blocks", "wraps"])
 @pytest.mark.parametrize(("kind", "counts"), [(LooksUpFirst, (5, 2)), (LooksUpFirstSometimes, (4, 4))])
 def test_rows_are_looked_up_in_evaluations_that_follow_others(two, kind, counts, wraps):
-    plan = dataclasses.replace(IN_ROWS, wrapped_modules=wraps)
+    plan = dataclasses.replace(IN_ROWS, extra_fsdp_modules=wraps)
     for rank, losses in enumerate(two.run(evaluate, kind, plan, counts)):
         assert losses == pytest.approx(expected_losses(kind, rank, counts[rank]), rel=1e-5)
 

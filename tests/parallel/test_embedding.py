@@ -138,7 +138,7 @@ def test_tables_that_are_refused(name, module, message):
 def test_wrapped_and_row_sharded():
     message = refused(["users"], Recommender(), wrapped=["users"])
     assert message == (
-        "row_sharded_embeddings has 'users', which lies in 'users', one of wrapped_modules; give tables outside of"
+        "row_sharded_embeddings has 'users', which lies in 'users', one of extra_fsdp_modules; give tables outside of"
         " these."
     )
 

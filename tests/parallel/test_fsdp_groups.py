@@ -23,8 +23,8 @@ pytestmark = quiet
 def tiers_before_and_after(gather_type, fields):
     """Of blocks that leave a device, as they are before they are divided and as their shards say."""
     module = Language(layers=5, seed=0)
-    plan = Plan(dp_shard=2, offload_parameters="nvme", wrapped_modules=("embedding", "head"), **fields)
-    found = in_order(module, find_groups(module, plan.wrapped_modules))
+    plan = Plan(dp_shard=2, offload_parameters="nvme", extra_fsdp_modules=("embedding", "head"), **fields)
+    found = in_order(module, find_groups(module, plan.extra_fsdp_modules))
     before = block_tiers(module, plan, found, {}, gather_type)
     every = block_tiers(module, dataclasses.replace(plan, resident_parameter_bytes=None), found, {}, gather_type)
     groups = shard_groups(module, plan, build_mesh(plan, "cpu"), torch.device("cpu"), gather_type=gather_type).groups

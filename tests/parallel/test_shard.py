@@ -102,7 +102,7 @@ def gathered_apart(plan):
 def test_what_is_wrapped_is_gathered_while_it_computes(two):
     wrapped = ("embedding", "head")
     once = {frozenset({"norm", name}) for name in ("embedding", "block", "head")}
-    for found in two.run(gathered_apart, Plan(dp_shard=2, wrapped_modules=wrapped)):
+    for found in two.run(gathered_apart, Plan(dp_shard=2, extra_fsdp_modules=wrapped)):
         # Backward gathers the next ahead.
         assert once <= found <= once | {one | other for one in once for other in once}
         assert frozenset({"norm", "embedding", "head"}) not in found
@@ -117,7 +117,7 @@ class Heads(Language):
 
 
 def fit_wrapped(*names):
-    trainer(LargeScaleStrategy(Plan(dp_shard=2, wrapped_modules=names)), devices=2).fit(Heads())
+    trainer(LargeScaleStrategy(Plan(dp_shard=2, extra_fsdp_modules=names)), devices=2).fit(Heads())
 
 
 class Evaluated(Language):
@@ -146,7 +146,7 @@ def evaluate(plan, devices):
 @pytest.mark.parametrize("reshard", [True, False])
 def test_an_evaluation_reads_what_is_wrapped_as_what_is_not(two, reshard):
     losses, norms, _ = evaluate(None, 1)
-    plan = Plan(dp_shard=2, wrapped_modules=("embedding", "head"), reshard_after_forward=reshard)
+    plan = Plan(dp_shard=2, extra_fsdp_modules=("embedding", "head"), reshard_after_forward=reshard)
     first, second = two.run(evaluate, plan, 2)
     assert first == (pytest.approx(losses, rel=1e-5), pytest.approx(norms, rel=1e-5), [True, True])
     # Half the batches: one in the sanity check, one in each validation.
@@ -156,11 +156,14 @@ def test_an_evaluation_reads_what_is_wrapped_as_what_is_not(two, reshard):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("haed",), "wrapped_modules has 'haed' and Heads has no such module; .*, such as 'head'"),
-        (("heads",), "wrapped_modules has 'heads', a ModuleList, which is not called itself; give the modules in it"),
-        (("blocks.1.up",), "wrapped_modules has 'blocks.1.up', which lies in 'blocks.1'; give modules outside"),
-        (("blocks.1",), "wrapped_modules has 'blocks.1', which lies in 'blocks.1'; give modules outside"),
-        (("blocks",), "wrapped_modules has 'blocks', which has repeated blocks; give modules outside"),
+        (("haed",), "extra_fsdp_modules has 'haed' and Heads has no such module; .*, such as 'head'"),
+        (
+            ("heads",),
+            "extra_fsdp_modules has 'heads', a ModuleList, which is not called itself; give the modules",
+        ),
+        (("blocks.1.up",), "extra_fsdp_modules has 'blocks.1.up', which lies in 'blocks.1'; give modules outside"),
+        (("blocks.1",), "extra_fsdp_modules has 'blocks.1', which lies in 'blocks.1'; give modules outside"),
+        (("blocks",), "extra_fsdp_modules has 'blocks', which has repeated blocks; give modules outside"),
     ],
 )
 def test_what_cannot_be_wrapped(two, names, message):

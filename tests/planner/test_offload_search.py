@@ -116,13 +116,13 @@ def test_parameters_that_leave_one_device_take_large_modules_with_them():
     steps = {"32-true": dataclasses.replace(usual, segments=(first, *usual.segments))}
     work = heavy(steps=steps, parameters=parameters, wraps=("embedding",))
     layouts = searching(work, tiered()).layouts(Plan(), gathering=True)
-    assert [layout.sizes.plan.wrapped_modules for layout in layouts] == [(), ("embedding",)]
+    assert [layout.sizes.plan.extra_fsdp_modules for layout in layouts] == [(), ("embedding",)]
     (layout,) = searching(work, tiered()).layouts(Plan(), gathering=False)
     assert layout.sizes.plan == Plan()
     (layout,) = searching(work, tiered()).layouts(Plan(dp_shard=2), gathering=True)
-    assert layout.sizes.plan.wrapped_modules == ()
+    assert layout.sizes.plan.extra_fsdp_modules == ()
     least = {"offload_parameters": "nvme", "offload_optimizer": "nvme", "offload_activations": "nvme"}
-    wrapped = Plan(**least, activation_checkpointing="full", wrapped_modules=("embedding",), release_gradients=True)
+    wrapped = Plan(**least, activation_checkpointing="full", extra_fsdp_modules=("embedding",), release_gradients=True)
     budget = peak_memory(work, wrapped, tiered(), built=False).peak_bytes
     report = find_plans(work, tiered(), memory_budget=budget, built=False, may_release=True)
     # Of the last blocks' activations, which are on their way when memory is the tightest, not all have to leave.
@@ -254,8 +254,8 @@ def test_whoever_is_faster_steps_on_state_that_is_elsewhere(host, by_host):
     work = dataclasses.replace(work, optimizers=(dataclasses.replace(needs, state_bytes=state),))
     report = find_plans(work, machine, memory_budget=1290 * MIB)
     assert report.best.offload_optimizer == "cpu"
-    assert report.best.host_optimizer_step == by_host
-    other = dataclasses.replace(report.best, host_optimizer_step=not by_host)
+    assert report.best.cpu_optimizer_step == by_host
+    other = dataclasses.replace(report.best, cpu_optimizer_step=not by_host)
     assert step_time(work, other, machine).step_seconds > report.best_estimate.step_seconds
 
 

@@ -107,8 +107,8 @@ def test_dram_of_a_cpu_saves_nothing(field):
 
 def test_state_that_stays_in_dram_goes_through_no_buffer_of_a_page():
     # Two of four bytes of a page are then parameters and gradients.
-    assert mib(sizes("cuda", offload_optimizer="cpu", host_optimizer_step=True).staging_bytes) == 6 * 16
-    assert mib(sizes("cuda", offload_optimizer="nvme", host_optimizer_step=True).staging_bytes) == 6 * 32
+    assert mib(sizes("cuda", offload_optimizer="cpu", cpu_optimizer_step=True).staging_bytes) == 6 * 16
+    assert mib(sizes("cuda", offload_optimizer="nvme", cpu_optimizer_step=True).staging_bytes) == 6 * 32
     shards = sizes("cuda", offload_parameters="nvme", release_gradients=True)
     # A third, all 64 MiB of it, and shards and gradients of two groups.
     assert mib(shards.staging_bytes) == pytest.approx(64 + 2 * 16 + 2 * 16, abs=1)

@@ -159,19 +159,19 @@ def test_large_modules_are_gathered_by_themselves_where_that_fits_better():
     work = workload(steps=steps, parameters=tuple(parameters), wraps=("embedding",))
     report = find_plans(work, hardware(2))
     peaks = {row.plan: row.estimate.peak_bytes["device"] for row in report.candidates if row.estimate}
-    alone, wrapped = Plan(dp_shard=2), Plan(dp_shard=2, wrapped_modules=("embedding",))
+    alone, wrapped = Plan(dp_shard=2), Plan(dp_shard=2, extra_fsdp_modules=("embedding",))
     assert peaks[wrapped] < peaks[alone]
     # Without its gather in backward the other is faster, on a machine that hides nothing.
     seconds = {row.plan: row.estimate.step_seconds for row in report.candidates if row.estimate}
     assert seconds[alone] < seconds[wrapped]
-    assert {plan.wrapped_modules for plan in peaks if not plan.reshard_after_forward} == {("embedding",)}
-    assert {plan.wrapped_modules for plan in peaks if plan.dp_shard == 1} == {()}
+    assert {plan.extra_fsdp_modules for plan in peaks if not plan.reshard_after_forward} == {("embedding",)}
+    assert {plan.extra_fsdp_modules for plan in peaks if plan.dp_shard == 1} == {()}
     tight = find_plans(work, hardware(2), memory_budget=(peaks[wrapped] + peaks[alone]) // 2)
     fitting = [row.plan for row in tight.candidates if row.status in ("chosen", "fits")]
     assert wrapped in fitting
     assert alone not in fitting
     wrapped.validate(workload=work)
-    with pytest.raises(PlanError, match=r"wrapped_modules has 'head', which is no module of Net .*; accepted are 'em"):
-        Plan(wrapped_modules=("head",)).validate(workload=work)
-    with pytest.raises(PlanError, match=r"wrapped_modules has 'head', .*; there is none"):
-        Plan(wrapped_modules=("head",)).validate(workload=workload())
+    with pytest.raises(PlanError, match=r"extra_fsdp_modules has 'head', which is no module of .*; accepted are 'em"):
+        Plan(extra_fsdp_modules=("head",)).validate(workload=work)
+    with pytest.raises(PlanError, match=r"extra_fsdp_modules has 'head', .*; there is none"):
+        Plan(extra_fsdp_modules=("head",)).validate(workload=workload())

@@ -114,10 +114,10 @@ def test_who_steps_on_what():
     by_device = Away.of(Sizes(workload(), plan, "cuda"))
     assert by_device.by_host == {"cpu": 64 * MIB}
     assert by_device.copied == 0
-    by_host = Away.of(Sizes(workload(), dataclasses.replace(plan, host_optimizer_step=True), "cuda"))
+    by_host = Away.of(Sizes(workload(), dataclasses.replace(plan, cpu_optimizer_step=True), "cuda"))
     assert by_host.by_host == {"cpu": 144 * MIB}
     assert by_host.copied == 40 * MIB
-    assert Away.of(Sizes(workload(), dataclasses.replace(plan, host_optimizer_step=True), "cpu")).by_host == {}
+    assert Away.of(Sizes(workload(), dataclasses.replace(plan, cpu_optimizer_step=True), "cpu")).by_host == {}
 
 
 def test_dram_of_a_cpu_is_copied():

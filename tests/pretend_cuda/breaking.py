@@ -450,7 +450,7 @@ def reread() -> list[float]:
 
 SCENARIOS: dict[str, Callable[[str], list[float]]] = {
     "state": lambda folder: fit(offload_optimizer="cpu"),
-    "host step": lambda folder: fit(offload_optimizer="cpu", host_optimizer_step=True),
+    "host step": lambda folder: fit(offload_optimizer="cpu", cpu_optimizer_step=True),
     "activations": lambda folder: fit(layers=5, offload_activations="cpu"),
     "penalty": lambda folder: fit(penalty=True, offload_parameters="cpu"),
     "scaled": lambda folder: fit(offload_parameters="cpu", precision="16-mixed"),

@@ -41,11 +41,11 @@ class FullyShardPrice(Price):
         # If parameters stay gathered until backward, wrapping modules costs no time and saves memory.
         found = _large_modules(workload)
         options = dict.fromkeys(((True, ()), (True, found), (False, found)))
-        return [{"reshard_after_forward": reshard, "wrapped_modules": wraps} for reshard, wraps in options]
+        return [{"reshard_after_forward": reshard, "extra_fsdp_modules": wraps} for reshard, wraps in options]
 
     @override
     def gathered_options(self, workload: Workload) -> Iterable[Fields]:
-        return [{"wrapped_modules": wraps} for wraps in dict.fromkeys(((), _large_modules(workload)))]
+        return [{"extra_fsdp_modules": wraps} for wraps in dict.fromkeys(((), _large_modules(workload)))]
 
     @override
     def impossible(self, workload: Workload, hardware: Hardware) -> Iterable[tuple[Fields, str]]:
@@ -55,7 +55,7 @@ class FullyShardPrice(Price):
     @override
     def lay_out(self, sizes: GroupSizes) -> None:
         sizes.gather_ranks = sizes.plan.dp_shard
-        sizes.group_names |= {*sizes.plan.wrapped_modules}
+        sizes.group_names |= {*sizes.plan.extra_fsdp_modules}
 
     @override
     def memory(self, sizes: Sizes, moment: Moment, *, built: bool) -> Terms:

@@ -48,7 +48,7 @@ class GradientRelease(Technique):
         module = self.run.module
         state = sharded_state(module)
         if state is None:
-            groups = find_groups(module, self.run.plan.wrapped_modules)
+            groups = find_groups(module, self.run.plan.extra_fsdp_modules)
             return {
                 module.get_parameter(parameter): name
                 for name, group in groups.items()

@@ -40,7 +40,7 @@ class PagedOptimizerStep(Technique):
         resident, dram = Allowance(stays), Allowance(plan.cpu_optimizer_bytes or 0)
         lanes = None if run.device.type == "cpu" else Lanes(run.device)
         places = run.places
-        if plan.host_optimizer_step and lanes is not None:
+        if plan.cpu_optimizer_step and lanes is not None:
             places = HostPlaces(lanes, places)
         for optimizer in optimizers:
             paged = PagedOptimizer(

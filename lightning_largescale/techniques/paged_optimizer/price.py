@@ -71,7 +71,7 @@ class PageRemedy(Remedy):
 
     @override
     def stepper_fields(self, *, by_host: bool) -> Fields:
-        return {"host_optimizer_step": by_host}
+        return {"cpu_optimizer_step": by_host}
 
 
 class PagedOptimizerPrice(Price):
@@ -83,7 +83,7 @@ class PagedOptimizerPrice(Price):
     @override
     def place(self, sizes: Sizes) -> None:
         sizes.pages_state = sizes.plan.offload_optimizer is not None
-        sizes.host_steps = sizes.plan.host_optimizer_step
+        sizes.host_steps = sizes.plan.cpu_optimizer_step
         if sizes.workload.stage == "fit":
             sizes.placement.state = _state_tiers(sizes)
 

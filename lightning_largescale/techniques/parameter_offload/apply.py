@@ -59,8 +59,8 @@ class ParameterOffload(Technique):
         if not groups:
             name = type(run.module).__name__.removeprefix("FSDP")
             raise PlanError(
-                f"offload_parameters={plan.offload_parameters!r} needs repeated blocks, or wrapped_modules, and {name}"
-                " has none; use None."
+                f"offload_parameters={plan.offload_parameters!r} needs repeated blocks, or extra_fsdp_modules, and"
+                f" {name} has none; use None."
             )
         sizes = {name: sum(data.nbytes for _, data in compat.shards_of(group)) for name, group in groups.items()}
         tiers = group_tiers(plan, sizes)

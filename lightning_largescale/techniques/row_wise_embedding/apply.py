@@ -44,7 +44,7 @@ class RowWiseEmbedding(Technique):
             run.unshard()
             lookups = None
         if lookups is None and names:
-            check_embeddings(module, names, run.plan.world_size, run.plan.wrapped_modules)
+            check_embeddings(module, names, run.plan.world_size, run.plan.extra_fsdp_modules)
             if run.plan.world_size > 1:
                 check_no_copies(find_copies(callbacks_of(run.trainer), module), names)
                 lookups = shard_embeddings(module, names, run.device)

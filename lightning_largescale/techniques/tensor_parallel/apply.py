@@ -87,7 +87,7 @@ class TensorParallel(Technique):
             self._divisions,
             mesh,
             share_sequence=run.plan.sequence_parallel,
-            wraps=run.plan.wrapped_modules,
+            wraps=run.plan.extra_fsdp_modules,
         )
         run.exits.callback(_compute_plainly, module)
 

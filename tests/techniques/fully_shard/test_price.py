@@ -126,7 +126,7 @@ def test_what_is_wrapped_is_gathered_with_the_blocks_and_else_with_the_root():
     plain = peak_memory(work, plan, hardware(2))
     assert plain.terms == peak_of(plan, world=2).terms
     assert peak_memory(work, Plan(), hardware(1)).terms == peak_of().terms
-    least = peak_memory(work, dataclasses.replace(plan, wrapped_modules=("embedding",)), hardware(2))
+    least = peak_memory(work, dataclasses.replace(plan, extra_fsdp_modules=("embedding",)), hardware(2))
     assert plain.moment == least.moment == "backward of what follows blocks.3"
     # The embedding's 8 MiB, its gradient's, and holes of one in twenty.
     assert plain.terms["gathered parameters"] - least.terms["gathered parameters"] == 8 * MIB
@@ -134,7 +134,7 @@ def test_what_is_wrapped_is_gathered_with_the_blocks_and_else_with_the_root():
     assert "unreduced gradients" not in least.terms
     # Kept until its backward, it is there as the root is, but for its gradient.
     kept = dataclasses.replace(plan, reshard_after_forward=False)
-    least = peak_memory(work, dataclasses.replace(kept, wrapped_modules=("embedding",)), hardware(2))
+    least = peak_memory(work, dataclasses.replace(kept, extra_fsdp_modules=("embedding",)), hardware(2))
     assert least.terms["gathered parameters"] == MODEL
     assert least.peak_bytes <= peak_memory(work, kept, hardware(2)).peak_bytes
 
