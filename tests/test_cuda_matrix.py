@@ -70,8 +70,7 @@ def cells():
 
 def compiled_cells():
     for name in COMPILED:
-        # A graph that is made anew is given the gradients of shards, which those set by hand are not.
-        for action in (one for one in ACTIONS if one != "gradients by hand"):
+        for action in ACTIONS:
             marks = [] if QUICK_COMPILED.get(name) == action else [pytest.mark.slow]
             yield pytest.param(name, action, id=f"{name}-{action}", marks=marks)
 

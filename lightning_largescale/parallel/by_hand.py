@@ -19,7 +19,7 @@ from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.order import divided, full, order_of
-from lightning_largescale.parallel.parameter_access import GRADIENT, watched
+from lightning_largescale.parallel.parameter_access import GRADIENT, TRACED, watched
 from lightning_largescale.parallel.watched import Watched
 
 # Attribute in which a parameter keeps its `Average`.
@@ -104,6 +104,12 @@ def differentiate_leaves() -> Callable[[], None]:
 def _differentiate(
     engine: Callable[..., Any], inputs: Sequence[Tensor], *, create_graph: bool, accumulate: bool
 ) -> Any:
+    if not (accumulate or create_graph) and any(getattr(one, TRACED, False) for one in inputs):
+        raise PlanError(
+            "torch.autograd.grad is taken of a sharded parameter of a module that torch.compile was called on, which"
+            " averages no gradients; leave torch.compile out and give the strategy compile=True, or call"
+            " `manual_backward(loss)`."
+        )
     known = [watched(one) for one in inputs]
     leaves = [
         one if found is None or found.one.leaf is None else found.one.leaf

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.forward import Forward, replacements
+from lightning_largescale.parallel.parameter_access import plain_leaves
 from lightning_largescale.workload.blocks import find_blocks
 
 
@@ -55,13 +56,14 @@ def compile_blocks(module: nn.Module, options: Mapping[str, Any]) -> Callable[[]
     return partial(_Compiled.restore, module)
 
 
+def is_compiled_block(module: nn.Module) -> bool:
+    """Return whether `compile_blocks` compiled `module`, whose own hooks are not traced."""
+    return any(isinstance(one, _Compiled) for one in replacements(module))
+
+
 def traced_modules(module: nn.Module) -> set[nn.Module]:
-    """Return the modules among `module` and its submodules whose forward torch.compile traces."""
-    compiled = [
-        part
-        for part in module.modules()
-        if compat.is_compiled(part) or any(isinstance(one, _Compiled) for one in replacements(part))
-    ]
+    """Return the modules among `module` and its submodules whose forward the user's torch.compile traces."""
+    compiled = [part for part in module.modules() if compat.is_compiled(part)]
     return {inner for part in compiled for inner in part.modules()}
 
 
@@ -78,7 +80,8 @@ class _Compiled(Forward):
         self._compiled = torch.compile(original, **self._options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compiled(*args, **kwargs)
+        with plain_leaves(self._module):
+            return self._compiled(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the compiled function would compute with the parameters of the block that was copied.

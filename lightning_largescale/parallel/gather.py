@@ -19,6 +19,7 @@ from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.agreement import Agreement
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.by_hand import differentiate_leaves, set_gradient
+from lightning_largescale.parallel.compile import is_compiled_block
 from lightning_largescale.parallel.mesh import agreement_group, data_group, data_mesh, tensor_group, tensor_mesh
 from lightning_largescale.parallel.module_order import ModuleOrder
 from lightning_largescale.parallel.sharded import SCRIPTED, STATE, STEP, Sharded, gathering_attributes
@@ -68,12 +69,13 @@ def _hook_owners(module: nn.Module, state: Sharded) -> None:
         for name, parameter in module.named_parameters()
         if isinstance(parameter, DTensor)
     }
-    for part in _eager_modules(module):
-        own = {
-            name: (parameter, owners[parameter])
-            for name, parameter in part.named_parameters(recurse=False)
+    for part, inner in _eager_modules(module):
+        own = [
+            (one, name, parameter, owners[parameter])
+            for one in inner
+            for name, parameter in one.named_parameters(recurse=False)
             if parameter in owners
-        }
+        ]
         if own:
             state.hooks.append(part.register_forward_pre_hook(partial(_unshard_owners, own)))
 
@@ -113,8 +115,8 @@ def watch(module: nn.Module, state: Sharded, unsharded: Sequence[nn.Parameter] =
         )
     if tensor_mesh(state.mesh) is not None:
         names = {part: name for name, part in module.named_modules()}
-        owners_of_parameters = (part for part in _eager_modules(module) if part is not module and _owns(part))
-        state.order = ModuleOrder({names[part]: part for part in owners_of_parameters}, tensor_group(state.mesh))
+        owners = (part for part, inner in _eager_modules(module) if part is not module and any(map(_owns, inner)))
+        state.order = ModuleOrder({names[part]: part for part in owners}, tensor_group(state.mesh))
 
 
 def renew_groups(state: Sharded) -> None:
@@ -197,13 +199,13 @@ def _watch_backward(state: Sharded, block: nn.Module, args: Any, output: Any) ->
         tensor.register_hook(keep)  # type: ignore[no-untyped-call]
 
 
-def _unshard_owners(own: dict[str, tuple[nn.Parameter, FSDPModule]], part: nn.Module, args: Any) -> None:
+def _unshard_owners(own: Sequence[tuple[nn.Module, str, nn.Parameter, FSDPModule]], part: nn.Module, args: Any) -> None:
     """Unshard the groups of the parameters of a submodule that is about to run, and freeze the leaves as the shards."""
-    for name, (shard, group) in own.items():
-        parameter = getattr(part, name)
+    for module, name, shard, group in own:
+        parameter = getattr(module, name)
         if parameter is shard:
             group.unshard()
-            parameter = getattr(part, name)
+            parameter = getattr(module, name)
         if parameter.requires_grad != shard.requires_grad:
             parameter.requires_grad_(shard.requires_grad)
 
@@ -212,9 +214,12 @@ def _owns(part: nn.Module) -> bool:
     return any(True for _ in part.parameters(recurse=False))
 
 
-def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield `module` and its submodules, except those that torch.compile traces: a hook would break the graph."""
-    yield module
+def _eager_modules(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[nn.Module]]]:
+    """Yield each module whose hooks torch.compile does not trace, with the modules that run after its hooks only."""
+    if is_compiled_block(module):
+        yield module, [*module.modules()]
+        return
+    yield module, [module]
     for child in module.children():
         if compat.compiled_module(child) is child:
             yield from _eager_modules(child)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Attribute in which a parameter keeps a weak reference to its `Watched`.
 WATCHED = "_largescale_watched"
+# Attribute of a leaf that is not watched, since the user's torch.compile traces its module.
+TRACED = "_largescale_traced"
 # Attribute in which a tensor that is derived from a parameter keeps its name.
 _NAME = "_largescale_name"
 DATA: Any = Tensor.data
@@ -181,6 +183,19 @@ class GatheredParameter(_Leaf, nn.Parameter):
 def gathered_class(kind: type[nn.Parameter]) -> type[GatheredParameter]:
     """Return the leaf class for parameters of the user's class `kind`."""
     return GatheredParameter if kind is nn.Parameter else type(kind.__name__, (GatheredParameter, kind), {"kind": kind})
+
+
+@contextlib.contextmanager
+def plain_leaves(module: nn.Module) -> Iterator[None]:
+    """Context in which leaves of `module` have the user's classes: torch.compile traces no others."""
+    leaves = [(one, type(one)) for one in module.parameters() if isinstance(one, GatheredParameter)]
+    try:
+        for leaf, _ in leaves:
+            leaf.__class__ = leaf.kind  # type: ignore[assignment]
+        yield
+    finally:
+        for leaf, gathered in leaves:
+            leaf.__class__ = gathered
 
 
 class GatheredShard(_Leaf, DTensor):

@@ -14,7 +14,7 @@ from lightning_largescale import compat
 from lightning_largescale.errors import PlanError
 from lightning_largescale.parallel.average import Average
 from lightning_largescale.parallel.compile import traced_modules
-from lightning_largescale.parallel.parameter_access import Adopted
+from lightning_largescale.parallel.parameter_access import TRACED, Adopted
 from lightning_largescale.parallel.watched import ShardStore, Watched
 from lightning_largescale.workload.parts import part_of
 
@@ -164,10 +164,10 @@ class _WatchedGroup:
 
     def _adopt(self) -> None:
         for one in self._parameters:
-            one.adopt(
-                leaf=not any(module in self._traced for module, _ in one.one.places),
-                shard=self._shards,
-            )
+            traced = any(module in self._traced for module, _ in one.one.places)
+            one.adopt(leaf=not traced, shard=self._shards)
+            if traced and one.one.leaf is not None:
+                vars(one.one.leaf)[TRACED] = True
 
     def check_places(self) -> None:
         """Make sure that the modules still have the group's leaves or shards.

@@ -11,6 +11,7 @@ from ranks import quiet
 from torch import nn
 
 from lightning_largescale import LargeScaleStrategy, Plan
+from lightning_largescale.parallel.by_hand import differentiate_leaves
 
 pytestmark = quiet
 
@@ -117,3 +118,14 @@ def test_gradients_that_were_not_reduced_can_be_cleared(two, precision, toleranc
     plain = fit_thrown_away(Plan(precision=precision), 1)
     for losses in two.run(fit_thrown_away, Plan(dp_shard=2, precision=precision), 2):
         assert losses == pytest.approx(plain, rel=tolerance)
+
+
+def test_gradient_edges_are_left_to_autograd():
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    undo = differentiate_leaves()
+    try:
+        (found,) = torch.autograd.grad(y.square().sum(), [torch.autograd.graph.get_gradient_edge(y)])
+    finally:
+        undo()
+    assert found.tolist() == [4, 4]

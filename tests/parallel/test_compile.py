@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_largescale.auto import LargeScaleAutoStrategy
 from lightning_largescale.errors import PlanError
-from lightning_largescale.parallel.compile import compile_blocks, traced_modules
+from lightning_largescale.parallel.compile import compile_blocks, is_compiled_block
 from lightning_largescale.plan import Plan
 from lightning_largescale.strategy import LargeScaleStrategy
 from lightning_largescale.techniques.activation_checkpoint.recompute import apply_recompute, remove_recompute
@@ -51,6 +51,24 @@ class Manual(Language):
         self.manual_backward(loss)
         self.clip_gradients(optimizer, 0.1, "norm")
         optimizer.step()
+
+
+class Assigns(Language):
+    """Sets gradients that are not shards, which are there while the next micro-batch is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = self.loss(batch)
+        optimizer, parameters = self.optimizers(), [*self.parameters()]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.losses.append(float(self.all_gather(loss.detach()).mean()))
 
 
 def parts(model):
@@ -185,6 +203,47 @@ def test_one_graph_where_a_step_has_its_backward_inside(two):
         assert losses == pytest.approx(plain.losses, rel=1e-5)
 
 
+def assigned(plan, given="eager", **options):
+    torch.compiler.reset()
+    model = Assigns()
+    trainer(LargeScaleStrategy(plan, **options), devices=plan.world_size, max_steps=4).fit(GIVEN[given](model))
+    return model.losses
+
+
+def plain_losses():
+    model = Assigns()
+    trainer(max_steps=4).fit(model)
+    return model.losses
+
+
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_gradients_set_by_hand(two, plan):
+    for losses in two.run(assigned, plan, compile=EAGER):
+        assert losses == pytest.approx(plain_losses(), rel=1e-5)
+
+
+def test_gradients_set_by_hand_of_parameters_on_disk(tmp_path):
+    plan = Plan(offload_parameters="nvme", nvme_path=str(tmp_path))
+    assert assigned(plan, compile=EAGER) == pytest.approx(plain_losses(), rel=1e-5)
+
+
+def refused(plan, given):
+    with pytest.raises(PlanError) as error:
+        assigned(plan, given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("given", ["parts", "whole"])
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_derivatives_of_what_the_user_compiled_are_refused(two, plan, given):
+    for found in two.run(refused, plan, given):
+        assert found == (
+            "torch.autograd.grad is taken of a sharded parameter of a module that torch.compile was called on, which"
+            " averages no gradients; leave torch.compile out and give the strategy compile=True, or call"
+            " `manual_backward(loss)`."
+        )
+
+
 def test_blocks_that_are_all_compiled_are_left():
     model = Language()
     for index, block in enumerate(model.blocks):
@@ -226,13 +285,13 @@ def test_recompute_and_compile_are_undone_in_any_order(first):
     for undo in undos.values():
         undo()
     assert not any("forward" in vars(module) for module in model.modules())
-    assert not traced_modules(model)
+    assert not any(map(is_compiled_block, model))
 
 
-def test_a_compiled_block_that_another_technique_wraps_is_traced():
+def test_a_compiled_block_that_another_technique_wraps_is_known():
     model = nn.Sequential(Block(), Block())
     undo = compile_blocks(model, EAGER)
     apply_recompute(model, Plan(activation_checkpointing="full"))
-    assert traced_modules(model) == {inner for block in model for inner in block.modules()}
+    assert all(map(is_compiled_block, model))
     undo()
-    assert not traced_modules(model)
+    assert not any(map(is_compiled_block, model))
