@@ -558,6 +558,7 @@ class LargeScaleStrategy(ParallelStrategy):
         """Run the closure (forward and backward) and the optimizer's step."""
         run = self._run
         assert run is not None
+        self._techniques.each(Technique.check_optimizer, optimizer)
         if not self._module().automatic_optimization:
             self._techniques.each(Technique.check_gradients, optimizer)
         with self._techniques.all(Technique.update) as runners, run.clipping.step():

@@ -119,6 +119,13 @@ class Technique:
 
     # Optimizer steps
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Check an optimizer that is about to step, before forward and backward.
+
+        Raises:
+            PlanError: it has parameters that the plan was not applied to.
+        """
+
     def check_gradients(self, optimizer: Optimizer) -> None:
         """Check the gradients that an optimizer is about to use.
 

@@ -50,6 +50,11 @@ class LocalOptimizerStep(Technique):
             self.run.known.check()
 
     @override
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        if self.run.known is not None:
+            self.run.known.check_optimizer(optimizer)
+
+    @override
     def abort_step(self) -> None:
         for adapted in self.run.adapted:
             adapted.forget_step()
