@@ -26,7 +26,6 @@ def test_forget_cached_meshes(name):
 
 def divided_elsewhere():
     """A part in DRAM of a tensor whose mesh is of another device; torch has none that is always there but meta."""
-    dist.is_initialized() or dist.init_process_group("gloo")
     mesh = DeviceMesh("meta", [0, 1])
     like = DTensor.from_local(torch.empty(3, 4, device="meta"), mesh, [Shard(0)], run_check=False)
     part = torch.ones(3, 4, dtype=torch.bfloat16)
@@ -60,10 +59,10 @@ def second_derivative():
     return True
 
 
-def test_differentiate_placing_twice(two):
-    assert all(two.run(second_derivative))
+def test_differentiate_placing_twice():
+    assert all(run_connected(2, second_derivative))
 
 
-def test_divided_as(two):
+def test_divided_as():
     # Should the last no longer be so, `from_local` can take its place.
-    assert two.run(divided_elsewhere) == [(True, True, "meta")] * 2
+    assert run_connected(2, divided_elsewhere) == [(True, True, "meta")] * 2
