@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_connected
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
