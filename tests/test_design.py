@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from lightning_largescale.technique import Technique
@@ -21,7 +25,8 @@ def test_the_layout_is_that_of_the_tree():
 
 
 def test_files_that_it_names_are_there():
-    names = re.findall(r"`((?:\w+/)+[\w.]*)`", TEXT)
+    around_the_example = re.sub(r"## How to add a technique.*?(?=## )", "", TEXT, flags=re.DOTALL)
+    names = re.findall(r"`((?:\w+/)+[\w.]*)`", around_the_example)
     roots = (ROOT, ROOT / "lightning_largescale")
     assert names
     assert all(any((root / name).exists() for root in roots) for name in names)
@@ -31,3 +36,62 @@ def test_hooks_that_it_names_are_a_technique_s():
     phases = re.findall(r"^\| `(\w+)` \|", TEXT, flags=re.MULTILINE)
     assert phases
     assert all(hasattr(Technique, name) for name in phases)
+
+
+def add_example(package: Path) -> None:
+    """Add the example's files and lines to a copy of the package."""
+    for block in re.findall(r"```python\n# (techniques/.*?)```", TEXT, flags=re.DOTALL):
+        name, _, text = block.partition("\n")
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_text(text)
+        (package / name).with_name("__init__.py").write_text('"""The example."""\n')
+    (block,) = re.findall(r"```diff\n(.*?)```", TEXT, flags=re.DOTALL)
+    for part in block.split("--- ")[1:]:
+        name, *lines = part.splitlines()
+        text = (package / name).read_text()
+        for before, added in zip(lines[::2], lines[1::2], strict=True):
+            assert (before[0], added[0]) == (" ", "+")
+            assert text.count(f"\n{before[1:]}\n") == 1, before
+            text = text.replace(f"\n{before[1:]}\n", f"\n{before[1:]}\n{added[1:]}\n")
+        (package / name).write_text(text)
+
+
+USES = """
+from models import Language, trainer
+from planner.builders import hardware, workload
+import lightning_largescale
+from lightning_largescale.plan import Plan
+from lightning_largescale.planner.peak_memory import peak_memory
+from lightning_largescale.strategy import LargeScaleStrategy
+
+assert lightning_largescale.__file__.startswith({folder!r}), lightning_largescale.__file__
+plan = Plan(keep_gradient_buffers=True)
+assert Plan.from_json(plan.to_json()) == plan
+assert "gradient buffers kept" in plan.describe()
+plain, kept = (peak_memory(workload(), one, hardware(1)) for one in (Plan(), plan))
+assert kept.terms["gradient buffers"] > 0 and kept.peak_bytes > plain.peak_bytes
+losses = []
+for strategy in (LargeScaleStrategy(plan), "auto"):
+    model = Language()
+    run = trainer(strategy, max_steps=5)
+    run.fit(model)
+    losses.append(model.losses)
+    (optimizer,) = run.optimizers
+    assert "zero_grad" not in vars(optimizer)
+assert losses[0] == losses[1] and len(losses[0]) == 5
+"""
+
+
+def test_the_example_of_a_technique_trains(tmp_path):
+    shutil.copytree(ROOT / "lightning_largescale", tmp_path / "lightning_largescale")
+    add_example(tmp_path / "lightning_largescale")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
+    code = USES.format(folder=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
