@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -33,9 +34,28 @@ def test_files_that_it_names_are_there():
 
 
 def test_hooks_that_it_names_are_a_technique_s():
-    phases = re.findall(r"^\| `(\w+)` \|", TEXT, flags=re.MULTILINE)
+    phases = re.findall(r"^\| `(\w+)` \| [^|`]*(?:`PlanError`[^|]*)?\|$", TEXT, flags=re.MULTILINE)
     assert phases
     assert all(hasattr(Technique, name) for name in phases)
+
+
+def written() -> set[tuple[str, str, str]]:
+    """Attributes of a run that techniques set other than in `close`, the class that does, and its method."""
+    found = set()
+    for path in (ROOT / "lightning_largescale" / "techniques").rglob("*.py"):
+        for kind in [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]:
+            for method in [node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name != "close"]:
+                for node in ast.walk(method):
+                    stores = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+                    if stores and ast.unparse(node.value) in ("run", "self.run"):
+                        found.add((node.attr, kind.name, method.name))
+    return found
+
+
+def test_each_attribute_of_a_run_has_one_writer():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(\w+)` \|", TEXT, flags=re.MULTILINE)
+    assert written() == {*rows}
+    assert len({attribute for attribute, _, _ in rows}) == len(rows)
 
 
 def add_example(package: Path) -> None:
