@@ -557,7 +557,9 @@ class LargeScaleStrategy(ParallelStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Run the closure (forward and backward) and the optimizer's step."""
         run = self._run
-        assert run is not None
+        if run is None:
+            # Without a setup, as in loops that are run by hand, no technique is at work.
+            return super().optimizer_step(optimizer, closure, *args, **kwargs)
         self._techniques.each(Technique.check_optimizer, optimizer)
         if not self._module().automatic_optimization:
             self._techniques.each(Technique.check_gradients, optimizer)

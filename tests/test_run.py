@@ -6,7 +6,9 @@ import gc
 import weakref
 
 import pytest
+import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from models import Language, trainer
 from ranks import quiet
 
@@ -49,3 +51,20 @@ def test_nothing_refers_to_a_run_that_is_over(kind, plan):
         assert refers.run() is None
     finally:
         gc.enable()
+
+
+def test_an_optimizer_steps_without_a_run():
+    """As Lightning's own tests of loops have it step."""
+    strategy, model = LargeScaleStrategy(Plan()), BoringModel()
+    strategy.connect(model)
+    model.trainer = trainer(strategy)
+    before = model.layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure():
+        loss = model(torch.ones(1, 32)).sum()
+        loss.backward()
+        return loss
+
+    strategy.optimizer_step(optimizer, closure, model=model)
+    assert not torch.equal(model.layer.weight, before)
