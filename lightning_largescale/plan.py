@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_largescale import plan_fields
 from lightning_largescale.errors import PlanError
 from lightning_largescale.serialize import take_version
-from lightning_largescale.techniques import plan_fields
 from lightning_largescale.techniques.activation_checkpoint.fields import ActivationCheckpointFields
 from lightning_largescale.techniques.activation_offload.fields import ActivationOffloadFields
 from lightning_largescale.techniques.fully_shard.fields import FullyShardFields

@@ -17,7 +17,7 @@ def test_the_package_is_light(run_python):
 def test_prices_and_the_search_need_no_torch(run_python):
     code = """
         import sys
-        import lightning_largescale.techniques.prices, lightning_largescale.planner.search
+        import lightning_largescale.prices, lightning_largescale.planner.search
         assert "torch" not in sys.modules
     """
     run_python(dedent(code))

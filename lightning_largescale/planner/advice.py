@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lightning_largescale.planner.ranking import LOSSY, refusal
 from lightning_largescale.planner.report import Report, plan_fields
 from lightning_largescale.planner.tier_budgets import shortfalls
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 from lightning_largescale.units import format_bytes
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lightning_largescale.planner.paging import Paging
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 from lightning_largescale.tiers import pinned_bytes, shard_bytes
 
 if TYPE_CHECKING:

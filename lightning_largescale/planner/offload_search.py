@@ -21,7 +21,7 @@ from lightning_largescale.planner.remedy import UNLIMITED
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.spread import REMEDIES, in_unit
 from lightning_largescale.planner.tier_budgets import shortfalls
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware

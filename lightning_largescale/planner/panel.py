@@ -14,7 +14,7 @@ from lightning_largescale.console import Bars
 from lightning_largescale.hardware.disks import nvme_disk
 from lightning_largescale.planner.report import Estimate, Report, plan_fields
 from lightning_largescale.planner.transfers import CHANNELS
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 from lightning_largescale.units import format_bytes, format_flops, format_seconds
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lightning_largescale.planner.placement import kept_elsewhere
 from lightning_largescale.planner.price import Moment, Terms
 from lightning_largescale.planner.sizes import Sizes
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware

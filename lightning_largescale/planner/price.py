@@ -1,6 +1,6 @@
 """Price of a technique: what the planner asks each one, of which it names none.
 
-`techniques/<name>/price.py` has a subclass of `Price` for each technique, and `techniques/prices.py` lists them. A step
+`techniques/<name>/price.py` has a subclass of `Price` for each technique, and `prices.py` lists them. A step
 of a plan is a sum over these: the planner adds the bytes of each moment by term, the seconds of each term, and walks
 the options of the search.
 """

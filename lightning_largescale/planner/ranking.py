@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lightning_largescale.planner.report import Candidate, Estimate
 from lightning_largescale.planner.tier_budgets import shortfalls
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 from lightning_largescale.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lightning_largescale.planner.costs import segment_seconds
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.transfers import Away, Passes, transfers
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware, Rates

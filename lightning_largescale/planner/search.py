@@ -24,7 +24,7 @@ from lightning_largescale.planner.report import Candidate, Estimate, Report
 from lightning_largescale.planner.runtime import step_time
 from lightning_largescale.planner.sizes import Sizes
 from lightning_largescale.planner.tier_budgets import shortfalls, tier_budgets
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 from lightning_largescale.units import parse_bytes
 
 if TYPE_CHECKING:

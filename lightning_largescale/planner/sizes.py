@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lightning_largescale.planner.group_sizes import GroupSizes, running_sums
 from lightning_largescale.planner.placement import Placement, outside_tiers
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan

@@ -22,7 +22,7 @@ from lightning_largescale.planner.placement import (
 )
 from lightning_largescale.planner.remedy import Assigned, Choice, Remedy
 from lightning_largescale.planner.transfers import Away
-from lightning_largescale.techniques.prices import PRICES
+from lightning_largescale.prices import PRICES
 
 if TYPE_CHECKING:
     from lightning_largescale.plan import Plan

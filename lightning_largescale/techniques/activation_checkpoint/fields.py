@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.techniques.plan_fields import (
+from lightning_largescale.plan_fields import (
     PlanFields,
     are_names,
     check_choice,

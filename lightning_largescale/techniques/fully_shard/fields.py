@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.techniques.plan_fields import PlanFields, check_count, check_flag, check_modules
+from lightning_largescale.plan_fields import PlanFields, check_count, check_flag, check_modules
 
 if TYPE_CHECKING:
     from lightning_largescale.workload import Workload

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_largescale.techniques.plan_fields import PlanFields, needed_heaps
+from lightning_largescale.plan_fields import PlanFields, needed_heaps
 
 Heap = Literal["left", "trimmed", "watched", "mapped"]
 _MOST_FIRST: tuple[Heap, ...] = ("mapped", "watched", "trimmed")

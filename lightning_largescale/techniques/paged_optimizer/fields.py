@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.techniques.plan_fields import (
+from lightning_largescale.plan_fields import (
     TIERS,
     PlanFields,
     as_bytes,

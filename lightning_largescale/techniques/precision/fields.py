@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_largescale.errors import PlanError
-from lightning_largescale.techniques.plan_fields import PlanFields, check_choice
+from lightning_largescale.plan_fields import PlanFields, check_choice
 
 if TYPE_CHECKING:
     from lightning_largescale.hardware import Hardware

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_largescale.techniques.plan_fields import PlanFields, check_count
+from lightning_largescale.plan_fields import PlanFields, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
